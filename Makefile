@@ -1,0 +1,47 @@
+# make demo and make test need Python >= 3.10 and a package registry; the rest they install into .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test lint build bench clean
+.DELETE_ON_ERROR:
+
+demo: $(INSTALLED)
+	@$(BIN)/em-kernels demo $(DEMO_ARGS)
+
+test: $(INSTALLED)
+	@$(BIN)/python -m pytest $(TEST_ARGS)
+
+lint: $(INSTALLED)
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+build: $(INSTALLED)
+	@$(BIN)/python setup.py --quiet build_ext --inplace --force
+	@$(BIN)/em-kernels info
+
+bench: $(INSTALLED)
+	@$(BIN)/python -m pytest benchmarks/bench_*.py --benchmark-columns=median,iqr,rounds
+
+# The stamp is written last: an interrupted installation is taken up again, not taken for whole.
+$(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
+	  echo "make: Python 3.10 or later is needed; install it, or name it: make PYTHON=python3.12" >&2; exit 1; }
+	@test $$(df -Pk . | awk 'NR == 2 {print $$4}') -gt 3000000 || { \
+	  echo "make: under 3 GB of disk space are left here; free some (with CUDA 10 GB are needed)" >&2; exit 1; }
+	@command -v $${CXX:-c++} >/dev/null 2>&1 || command -v g++ >/dev/null 2>&1 || { \
+	  echo "make: no C++ compiler: the CPU will use the slower portable rows."; \
+	  echo "make: to have them fast, install one (Debian: apt-get install g++) and run make build"; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { rm -rf $(VENV); $(PYTHON) -m venv $(VENV); } || { \
+	  echo "make: no virtual environment: install Python's venv (Debian: apt-get install python3-venv)" >&2; exit 1; }
+	@echo "make: installing into $(VENV); the first time takes minutes (PyTorch is large)"
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt torch setuptools ninja && \
+	  $(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation \
+	    --editable '.[train,bench,dev]' || { \
+	  echo "make: the installation failed: is a package registry in reach (pip config list), is the disk full?" >&2; \
+	  echo "make: run the same command again to take it up where it stopped" >&2; exit 1; }
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info em_kernels/*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,116 @@
+// Registers em_kernels::row_statistics and em_kernels::row_gradient for fp32 logits on the CPU.
+#include <Python.h>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <initializer_list>
+#include <optional>
+#include <string>
+
+#include "entropy_rows.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <class Sizes>
+std::string shape_text(const Sizes& sizes) {
+  std::string text = "(";
+  for (int64_t size : sizes) text += (text.size() > 1 ? ", " : "") + std::to_string(size);
+  return text + ")";
+}
+
+template <class T>
+T* data_of(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape) {
+  constexpr bool is_float = std::is_same_v<std::remove_const_t<T>, float>;
+  constexpr ScalarType dtype = is_float ? ScalarType::Float : ScalarType::Long;
+  const auto sizes = tensor.sizes();
+  STD_TORCH_CHECK(std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end()), name,
+                  " must have shape ", shape_text(shape), ", not ", shape_text(sizes));
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, " must be ", is_float ? "float32" : "int64",
+                  ", not ", torch::headeronly::toString(tensor.scalar_type()));
+  STD_TORCH_CHECK(tensor.is_contiguous(), name, " must be contiguous");
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+em::Logits checked_logits(const Tensor& y, const std::optional<Tensor>& bias,
+                          const Tensor& inv_temperature, double logit_scale,
+                          std::optional<double> softcap, const std::optional<Tensor>& targets) {
+  STD_TORCH_CHECK(y.dim() == 2, "y must be (rows, columns), not ", shape_text(y.sizes()));
+  STD_TORCH_CHECK(y.scalar_type() == ScalarType::Float, "y must be float32, not ",
+                  torch::headeronly::toString(y.scalar_type()));
+  const int64_t rows = y.size(0), columns = y.size(1);
+  STD_TORCH_CHECK(columns <= 1 || y.stride(1) == 1, "y must have stride 1 along its columns, not ",
+                  y.stride(1));
+  STD_TORCH_CHECK(!softcap || *softcap > 0.0, "softcap must be positive, not ", *softcap);
+  em::Logits logits;
+  logits.y = static_cast<float*>(y.mutable_data_ptr());
+  logits.row_stride = y.stride(0);
+  logits.columns = columns;
+  logits.bias = bias ? data_of<const float>(*bias, "bias", {columns}) : nullptr;
+  logits.inv_temperature = data_of<const float>(inv_temperature, "inv_temperature", {rows});
+  logits.targets = targets ? data_of<const int64_t>(*targets, "targets", {rows}) : nullptr;
+  logits.logit_scale = static_cast<float>(logit_scale);
+  logits.softcap = static_cast<float>(softcap.value_or(0.0));
+  return logits;
+}
+
+template <class Operation>
+void for_all_rows(const Operation& operation) {
+  constexpr int64_t GRAIN_SIZE = 32768;  // elements a thread is worth: at::internal::GRAIN_SIZE
+  const int64_t rows_per_task = std::max<int64_t>(1, GRAIN_SIZE / (operation.columns + 1));
+  torch::stable::parallel_for(0, operation.rows, rows_per_task, [&](int64_t begin, int64_t end) {
+    em::run_rows_on_this_cpu(operation, begin, end);
+  });
+}
+
+void row_statistics(Tensor y, std::optional<Tensor> bias, Tensor inv_temperature,
+                    double logit_scale, std::optional<double> softcap,
+                    std::optional<Tensor> targets, Tensor parts, Tensor argmax) {
+  em::RowStatistics operation{
+      checked_logits(y, bias, inv_temperature, logit_scale, softcap, targets)};
+  operation.rows = y.size(0);
+  operation.parts = data_of<float>(parts, "parts", {6, operation.rows});
+  operation.argmax = data_of<int64_t>(argmax, "argmax", {operation.rows});
+  for_all_rows(operation);
+}
+
+void row_gradient(Tensor y, std::optional<Tensor> bias, Tensor inv_temperature, double logit_scale,
+                  std::optional<double> softcap, std::optional<Tensor> targets, Tensor m,
+                  Tensor log_s, Tensor coefficients) {
+  em::RowGradient operation{
+      checked_logits(y, bias, inv_temperature, logit_scale, softcap, targets)};
+  operation.rows = y.size(0);
+  STD_TORCH_CHECK(operation.rows <= 1 || operation.row_stride >= operation.columns,
+                  "y is overwritten, so its rows must not overlap: row stride ",
+                  operation.row_stride, " with ", operation.columns, " columns");
+  operation.max = data_of<const float>(m, "m", {operation.rows});
+  operation.log_s = data_of<const float>(log_s, "log_s", {operation.rows});
+  operation.coefficients = data_of<const float>(coefficients, "coefficients", {5, operation.rows});
+  for_all_rows(operation);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(em_kernels, library) {
+  library.def(
+      "row_statistics(Tensor y, Tensor? bias, Tensor inv_temperature, float logit_scale, "
+      "float? softcap, Tensor? targets, Tensor(a!) parts, Tensor(b!) argmax) -> ()");
+  library.def(
+      "row_gradient(Tensor(a!) y, Tensor? bias, Tensor inv_temperature, float logit_scale, "
+      "float? softcap, Tensor? targets, Tensor m, Tensor log_s, Tensor coefficients) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(em_kernels, CPU, library) {
+  library.impl("row_statistics", TORCH_BOX(&row_statistics));
+  library.impl("row_gradient", TORCH_BOX(&row_gradient));
+}
+
+// Importing em_kernels._C is what loads the registrations above; the module itself is empty.
+PyMODINIT_FUNC PyInit__C() {
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};
+  return PyModule_Create(&module);
+}

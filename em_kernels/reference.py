@@ -1,0 +1,243 @@
+"""Equations (1)-(9) in plain, differentiable PyTorch, which every kernel is tested against.
+
+Symbols: N tokens, D hidden size, V vocabulary. Of one token, from its raw logits y (V,):
+
+    u = logit_scale * y;  c = softcap * tanh(u / softcap), or u;  z = c / temperature
+    (1) m = max_j z_j;  s' = sum over j != argmax of e^(z_j - m);  s = 1 + s';
+        t = sum_j e^(z_j - m) (z_j - m)
+    (2) log s = log1p(s');  logsumexp = m + log s
+    (3) entropy = log s - t / s                                        [nats]
+    (4) log p_j = (z_j - m) - log s;  logprob = log p_target, 0 where the target is -100
+    (5) mean_logit = (1/V) sum_j z_j
+    (6) log_collision = log sum_j p_j^2 = log q - 2 log s,  q = sum_j e^(2 (z_j - m))
+    (7) two parts of one vocabulary merge with r_i = e^(m_i - max m): s = sum r_i s_i,
+        t = sum r_i (t_i + s_i (m_i - m)), q = sum r_i^2 q_i, sums of z add
+    (8) gradient, with upstream gH, gl, gL, ga, gR of the five statistics:
+        dz_j = p_j (alpha + beta log p_j + rho p_j) + gamma [j = target] + delta
+        beta = -gH;  alpha = -gH H - gl + gL - 2 gR;  gamma = gl;  delta = ga / V;
+        rho = 2 gR / sum_j p_j^2
+        dy_j = dz_j / temperature * (1 - (c_j / softcap)^2) * logit_scale
+    (9) dhidden = dy W;  dW = dy^T hidden;  dbias = sum over tokens of dy
+
+The 1 of the argmax is kept out of s' (and q'), because 1 + s' in fp32 forgets s' when a model is
+sure. A raw logit of -inf masks its word: p = 0, p log p = 0, no gradient.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+
+
+class TokenStats(NamedTuple):
+    """Statistics of each token's next-token distribution, in nats; those not asked for are None."""
+
+    entropy: Tensor | None = None
+    logprob: Tensor | None = None
+    logsumexp: Tensor | None = None
+    mean_logit: Tensor | None = None
+    log_collision: Tensor | None = None
+    argmax: Tensor | None = None
+
+
+class RowParts(NamedTuple):
+    """What one pass over (a part of) a row of logits leaves; every field is (rows,)."""
+
+    m: Tensor  # maximum
+    s1: Tensor  # s' of (1)
+    t: Tensor
+    q1: Tensor  # q without the argmax's 1
+    total: Tensor  # sum of z
+    target_logit: Tensor  # z of the target, -inf where it is not in this part
+    argmax: Tensor  # int64
+
+
+class Coefficients(NamedTuple):
+    """The factors of (8), each (rows,). gamma's own -p_j is not in alpha: see row_gradient."""
+
+    alpha: Tensor
+    beta: Tensor
+    gamma: Tensor
+    delta: Tensor
+    rho: Tensor
+
+
+def transform(
+    y: Tensor, inv_temperature: Tensor | float, logit_scale: float, softcap: float | None
+) -> Tensor:
+    """z of raw logits y (rows, V); inv_temperature is a number or (rows, 1)."""
+    masked = y == -torch.inf  # before the softcap, which would turn -inf into -softcap
+    u = y.masked_fill(masked, 0) * logit_scale
+    c = u if softcap is None else softcap * torch.tanh(u / softcap)
+    return (c * inv_temperature).masked_fill(masked, -torch.inf)
+
+
+def row_parts(z: Tensor, targets: Tensor | None = None) -> RowParts:
+    """Equation (1), and the sums of (5) and (6). z is (rows, V); a target outside [0, V) is in
+    another part.
+    """
+    if z.shape[1] == 0:  # a shard without words
+        lowest, nought = z.new_full(z.shape[:1], -torch.inf), z.new_zeros(z.shape[:1])
+        return RowParts(lowest, nought, nought, nought, nought, lowest, nought.long())
+    argmax = z.argmax(dim=1, keepdim=True)
+    m = z.gather(1, argmax)
+    masked = z == -torch.inf
+    d = (z - m).masked_fill(masked, 0)  # 0 * inf would be NaN, in the gradient too
+    others = torch.exp(d).masked_fill(masked, 0).scatter(1, argmax, 0)
+    if targets is None:
+        target_logit = torch.full_like(m[:, 0], -torch.inf)
+    else:
+        here = (targets >= 0) & (targets < z.shape[1])
+        index = targets.clamp(0, z.shape[1] - 1)[:, None]
+        target_logit = z.gather(1, index)[:, 0].masked_fill(~here, -torch.inf)
+    return RowParts(
+        m[:, 0],
+        others.sum(1),
+        (others * d).sum(1),
+        (others * others).sum(1),
+        z.sum(1),
+        target_logit,
+        argmax[:, 0],
+    )
+
+
+def merge(parts: list[RowParts]) -> RowParts:
+    """Equation (7); argmax must already count from the start of the whole vocabulary, parts in its
+    order.
+    """
+    m_i, s1, t, q1, total, target_logit, argmax = (
+        torch.stack(field) for field in zip(*parts, strict=True)
+    )
+    m = m_i.amax(0)
+    winner = (m_i == m).int().argmax(0, keepdim=True)  # the first part that reaches m: lowest index
+    empty = m_i == -torch.inf
+    shift = (m_i - m).masked_fill(empty, 0)
+    r = torch.exp(shift).masked_fill(empty, 0)
+    own = torch.ones_like(r).scatter(0, winner, 0)  # each part's own maximum, but for the winner's
+    return RowParts(
+        m,
+        (r * (own + s1)).sum(0),
+        (r * (t + (1 + s1) * shift)).sum(0),
+        (r * r * (own + q1)).sum(0),
+        total.sum(0),
+        target_logit.amax(0),
+        argmax.gather(0, winner)[0],
+    )
+
+
+def statistics(parts: RowParts, vocab_size: int, targets: Tensor | None = None) -> TokenStats:
+    """Equations (2)-(6) of whole rows; NaN where a row has no finite logit, or a NaN."""
+    nan_unless_finite = parts.m - parts.m
+    log_s = torch.log1p(parts.s1) + nan_unless_finite
+    logprob = None
+    if targets is not None:
+        ignored = targets == IGNORE_INDEX
+        logprob = ((parts.target_logit.masked_fill(ignored, 0) - parts.m) - log_s).masked_fill(
+            ignored, 0
+        )
+    return TokenStats(
+        entropy=log_s - parts.t / (1 + parts.s1),
+        logprob=logprob,
+        logsumexp=parts.m + log_s,
+        mean_logit=parts.total / vocab_size + nan_unless_finite,
+        log_collision=torch.log1p(parts.q1) - 2 * log_s,
+        argmax=parts.argmax,
+    )
+
+
+def coefficients(stats: TokenStats, upstream: TokenStats, vocab_size: int) -> Coefficients:
+    """The factors of (8) from the upstream gradients of the statistics (None: no gradient)."""
+    assert stats.entropy is not None and stats.log_collision is not None
+    zero = torch.zeros_like(stats.entropy)
+    g_h, g_l, g_lse, g_a, g_r = (zero if g is None else g for g in upstream[:5])
+    return Coefficients(
+        alpha=g_lse - g_h * stats.entropy - 2 * g_r,
+        beta=-g_h,
+        gamma=g_l,
+        delta=g_a / vocab_size,
+        # finite, though log_collision is -inf nowhere, when nothing flows
+        rho=torch.where(g_r == 0, zero, 2 * g_r * torch.exp(-stats.log_collision)),
+    )
+
+
+def row_gradient(
+    y: Tensor,
+    m: Tensor,
+    log_s: Tensor,
+    factors: Coefficients,
+    targets: Tensor | None,
+    inv_temperature: Tensor | float,
+    logit_scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """Equation (8): dy (rows, V) from raw logits y (rows, V); all the rest is (rows,),
+    inv_temperature (rows, 1).
+    """
+    masked = y == -torch.inf
+    z = transform(y, inv_temperature, logit_scale, softcap)
+    alpha, beta, gamma, delta, rho = (factor[:, None] for factor in factors)
+    log_p = ((z - m[:, None]) - log_s[:, None]).masked_fill(masked, 0)
+    p = torch.exp(log_p)
+    dz = p * (alpha + beta * log_p + rho * p) + delta
+    if targets is None:
+        dz = dz - gamma * p
+    else:
+        is_target = torch.arange(y.shape[1], device=y.device) == targets[:, None]
+        # gamma (1 - p): expm1 keeps its digits where the model is sure of the target
+        dz = dz - gamma * torch.where(is_target, torch.expm1(log_p), p)
+    dy = dz * inv_temperature * logit_scale
+    if softcap is not None:
+        dy = dy * (1 - torch.tanh(y.masked_fill(masked, 0) * (logit_scale / softcap)) ** 2)
+    nan_unless_finite = m - m
+    return dy.masked_fill(masked, 0) + nan_unless_finite[:, None]
+
+
+def token_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+) -> TokenStats:
+    """Plain-torch twin of ``fused_token_stats``, every statistic, at least fp32, with full logits
+    in memory.
+    """
+    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    rows = hidden.reshape(-1, hidden.shape[-1]).to(wide)
+    skip = None if mask is None else (mask == 0).reshape(-1)
+    if skip is not None:  # such a token may hold NaN
+        rows = rows.masked_fill(skip[:, None], 0)
+    y = torch.nn.functional.linear(rows, weight.to(wide), None if bias is None else bias.to(wide))
+    tau = torch.as_tensor(temperature, dtype=wide, device=y.device).reshape(-1, 1)
+    flat_targets = None if targets is None else targets.reshape(-1)
+    stats = statistics(
+        row_parts(transform(y, 1 / tau, logit_scale, softcap), flat_targets),
+        len(weight),
+        flat_targets,
+    )
+    kept = (x if x is None or skip is None else x.masked_fill(skip, 0) for x in stats)
+    return TokenStats(*(None if x is None else x.reshape(hidden.shape[:-1]) for x in kept))
+
+
+def entropy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    mask: Tensor | None = None,
+    reduction: str = "mean",
+    **transform_arguments,
+) -> Tensor:
+    """Plain-torch twin of ``fused_entropy_loss``; transform_arguments as in :func:`token_stats`."""
+    entropy = token_stats(hidden, weight, mask=mask, **transform_arguments).entropy
+    assert entropy is not None
+    weights = torch.ones_like(entropy) if mask is None else mask.to(entropy.dtype)
+    if reduction == "none":
+        return weights * entropy
+    total, count = (weights * entropy).sum(), weights.sum()
+    return total if reduction == "sum" else total / torch.where(count == 0, 1, count)

@@ -1,0 +1,1 @@
+"""One-shot Entropy Minimization on a transformers model."""

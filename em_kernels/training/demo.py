@@ -1,0 +1,195 @@
+"""The demo: One-shot EM of a 135M model on two-digit addition, with the controls that it needs."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from transformers import AutoTokenizer
+
+from .config import Sampling, TrainConfig
+from .data import Problem
+from .demo_model import fetch_demo
+from .evaluate import evaluate, paired_change, wilson
+from .select import select
+from .setup import check_output, load_model, make_accelerator
+from .trainer import TrainResult, train
+
+SHOTS = ((12, 7), (23, 45))
+POOL, SAMPLES, HELD_OUT = 24, 16, 200
+PLAIN = Sampling(
+    temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, max_new_tokens=24, stop=("\n",)
+)
+LOWER_TEMPERATURES = (0.5, 0.25)  # of the untrained model: what EM has to beat when sampled
+
+
+def addition(a: int, b: int) -> Problem:
+    """A raw two-shot prompt and its answer."""
+    shots = [f"Q: What is {x} + {y}?\nA: {x} + {y} = {x + y}\n\n" for x, y in SHOTS]
+    return Problem("".join(shots) + f"Q: What is {a} + {b}?\nA:", str(a + b))
+
+
+def addition_problems(seed: int, count: int) -> list[Problem]:
+    """Distinct problems of two two-digit numbers, none of them a shot."""
+    pairs = [(a, b) for a in range(10, 100) for b in range(10, 100) if (a, b) not in SHOTS]
+    return [addition(a, b) for a, b in random.Random(seed).sample(pairs, count)]
+
+
+def demo_config(model: Path, problem: Problem, seed: int, output: Path) -> TrainConfig:
+    """Five updates of 32 completions, on a CPU or a GPU in fp32."""
+    return TrainConfig(
+        model=str(model),
+        prompt=problem.prompt,
+        answer=problem.answer,
+        chat_template=False,
+        output=output,
+        steps=5,
+        rollouts=32,
+        sampling=PLAIN,
+        lr=5e-6,
+        seed=seed,
+        stop_below=0.1,
+        dtype="float32",
+    )
+
+
+def run_demo(seed: int, output: Path, console: Console) -> dict[str, Any]:
+    """Select a prompt, train on it, and measure before and after on held-out problems.
+
+    Leaves the run in output, with demo.json holding every verdict; returns what demo.json holds.
+    """
+    check_output(output)
+    folder = fetch_demo()
+    problems = addition_problems(seed, POOL + HELD_OUT)
+    pool, held_out = problems[:POOL], problems[POOL:]
+    config = demo_config(folder, pool[0], seed, output)
+    model = load_model(str(folder), config, make_accelerator(config).device)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )
+
+    def measure(title: str, temperature: float) -> np.ndarray:
+        with progress:
+            bar = progress.add_task(title, total=HELD_OUT)
+            right = evaluate(
+                model,
+                tokenizer,
+                held_out,
+                PLAIN.model_copy(update={"temperature": temperature}),
+                seed=seed,
+                chat_template=False,
+                batch_size=100,
+                on_done=lambda n: progress.advance(bar, n),
+            )[:, 0]
+            progress.remove_task(bar)
+        low, high = wilson(right)
+        console.print(f"{title}: {right.mean():.3f}  [{low:.3f}, {high:.3f}]")
+        return right
+
+    console.print(f"One-shot EM, SmolLM2-135M-Instruct, two-digit addition, seed {seed}")
+    with progress:
+        bar = progress.add_task(f"selecting 1 of {POOL} prompts", total=POOL * SAMPLES)
+        ranked = select(
+            model,
+            tokenizer,
+            pool,
+            PLAIN,
+            samples=SAMPLES,
+            seed=seed,
+            chat_template=False,
+            on_done=lambda n: progress.advance(bar, n),
+        )
+        progress.remove_task(bar)
+    chosen = ranked[0]
+    question = chosen.problem.prompt.rsplit("Q: ", 1)[1].splitlines()[0]
+    console.print(
+        f"prompt: {question}  right in {chosen.pass_rate:.0%} of {SAMPLES} samples; "
+        f"of {POOL} prompts the one whose correctness varies most"
+    )
+    before = {t: measure(f"before, {_named(t)}", t) for t in (0.0, 1.0, *LOWER_TEMPERATURES)}
+    result = train(demo_config(folder, chosen.problem, seed, output), console=console, model=model)
+    after = {t: measure(f"after, {_named(t)}", t) for t in (0.0, 1.0)}
+    console.print(_table(before, after))
+    console.print(_reading(before, after, result))
+    report = {
+        "seed": seed,
+        "prompt": chosen.problem.prompt,
+        "pass_rate": chosen.pass_rate,
+        "held_out": HELD_OUT,
+        "before": {str(t): right.tolist() for t, right in before.items()},
+        "after": {str(t): right.tolist() for t, right in after.items()},
+        "metrics": result.metrics,
+    }
+    (output / "demo.json").write_text(json.dumps(report), encoding="utf-8")
+    console.print(
+        f"The run is in {output}; the trained model in {result.checkpoint}", soft_wrap=True
+    )
+    return report
+
+
+def _named(temperature: float) -> str:
+    return "greedy" if temperature == 0 else f"sampled at T = {temperature:g}"
+
+
+def _table(before: dict[float, np.ndarray], after: dict[float, np.ndarray]) -> Table:
+    table = Table(title=f"Accuracy on {HELD_OUT} held-out problems, with 95 % intervals")
+    for column in ("", "before", "after", "change", "McNemar p"):
+        table.add_column(column, justify="left" if not column else "right")
+    for temperature, base in before.items():
+        cells = ["-", "-", "-"]
+        if temperature in after:
+            change, low, high, p = paired_change(base, after[temperature])
+            cells = [
+                _share(after[temperature]),
+                f"{change:+.3f} [{low:+.3f}, {high:+.3f}]",
+                f"{p:.2g}",
+            ]
+        table.add_row(_named(temperature), _share(base), *cells)
+    return table
+
+
+def _share(right: np.ndarray) -> str:
+    low, high = wilson(right)
+    return f"{right.mean():.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _reading(
+    before: dict[float, np.ndarray], after: dict[float, np.ndarray], result: TrainResult
+) -> str:
+    """What the numbers show and do not show, from the numbers."""
+    change, low, high, p = paired_change(before[0.0], after[0.0])
+    if low > 0:
+        verdict = f"rose by {change * 100:.1f} points, more than chance explains (p = {p:.2g})"
+    elif high < 0:
+        verdict = f"fell by {-change * 100:.1f} points, more than chance explains (p = {p:.2g})"
+    else:
+        verdict = (
+            f"changed by {change * 100:+.1f} points, which {HELD_OUT} problems cannot tell from no "
+            f"change (interval {low * 100:+.1f} to {high * 100:+.1f}, p = {p:.2g})"
+        )
+    best = max(LOWER_TEMPERATURES, key=lambda t: before[t].mean())
+    margin, margin_low, margin_high, _ = paired_change(before[best], after[1.0])
+    relation = (
+        "above" if margin_low > 0 else "below" if margin_high < 0 else "not distinguishable from"
+    )
+    entropies = [row["entropy"] for row in result.metrics]
+    return (
+        f"Greedy accuracy {verdict}.\n"
+        f"Sampled at T = 1 the trained model has {after[1.0].mean():.3f}, the untrained one "
+        f"{before[1.0].mean():.3f}; but merely sampling the untrained one at T = {best:g} gives "
+        f"{before[best].mean():.3f}, and the trained model is {relation} that "
+        f"({margin * 100:+.1f} points). A sampled gain that a lower temperature also gives is "
+        "sharpening, not learning.\n"
+        f"Entropy went from {entropies[0]:.3f} to {entropies[-1]:.3f} nats in {len(entropies)} "
+        "updates. One seed, one prompt, one small model: other seeds move these numbers by "
+        "several points."
+    )

@@ -1,0 +1,90 @@
+"""What a run starts from; whatever is wrong with it is said here, before anything is written."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from .config import TrainConfig, UserError
+from .data import Problem, encode, problems_of
+from .demo_model import fetch_demo
+
+
+class Task(NamedTuple):
+    """A run's model (folder or hub id), tokenizer, and problems as text and as token ids."""
+
+    source: str
+    tokenizer: PreTrainedTokenizerBase
+    problems: list[Problem]
+    prompts: list[list[int]]
+    chat_template: bool  # False too where the tokenizer has none
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """Device and compute dtype."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device: cuda was asked for, but torch sees no CUDA GPU; use auto or cpu")
+    cpu = config.device == "cpu" or not torch.cuda.is_available()
+    auto = "float32" if cpu else "bfloat16"
+    dtype = auto if config.dtype == "auto" else config.dtype
+    accelerator = Accelerator(cpu=cpu, mixed_precision="bf16" if dtype == "bfloat16" else "no")
+    if accelerator.num_processes > 1:
+        raise UserError("device: one process only; start it without accelerate or torchrun")
+    return accelerator
+
+
+def check_output(output: Path) -> None:
+    """Raise UserError unless the folder is new or empty."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"output: {output} already holds a run or other files; choose another")
+
+
+def load_task(config: TrainConfig) -> Task:
+    """Tokenizer and prompts, checked against the model's context; no weights are read."""
+    problems = problems_of(config)
+    source = str(fetch_demo()) if config.model == "demo" else config.model
+    try:
+        model_config = AutoConfig.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except Exception as error:  # transformers and the hub client raise many kinds
+        raise UserError(f"model: cannot open {config.model!r}: {_brief(error)}") from error
+    chat_template = config.chat_template and tokenizer.chat_template is not None
+    prompts = [encode(tokenizer, problem.prompt, chat_template) for problem in problems]
+    context = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    longest, new = max(len(ids) for ids in prompts), config.sampling.max_new_tokens
+    if context is not None and longest >= context:
+        raise UserError(f"prompt: has {longest} tokens, the model's context {context}; shorten it")
+    if context is not None and longest + new > context:
+        raise UserError(
+            f"sampling.max_new_tokens: {longest} prompt tokens and {new} exceed the model's "
+            f"context of {context}; give at most {context - longest}"
+        )
+    return Task(source, tokenizer, problems, prompts, chat_template)
+
+
+def load_model(source: str, config: TrainConfig, device: torch.device) -> PreTrainedModel:
+    """The model with fp32 weights on its device."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch.float32, attn_implementation=config.attention
+        )
+    except Exception as error:
+        raise UserError(f"model: cannot load {config.model!r}: {_brief(error)}") from error
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise UserError(f"model: {config.model!r} is quantised; training needs its full weights")
+    model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides the signature
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return model
+
+
+def _brief(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,299 @@
+"""One-shot Entropy Minimization: sample, minimise the entropy of what was sampled, repeat."""
+
+import json
+import math
+import resource
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..functional import fused_entropy_loss
+from ..hf import Head, check_head, head_of, hidden_states
+from .checkpoint import save_checkpoint
+from .config import TrainConfig, UserError
+from .grading import is_correct
+from .rollout import Rollout, generate
+from .setup import Task, check_output, load_model, load_task, make_accelerator
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM, raised where the weights are those of a finished update."""
+
+
+@dataclass
+class TrainResult:
+    """What a run left: its folder, its last checkpoint, a row of metrics for each update."""
+
+    output: Path
+    checkpoint: Path | None = None
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+
+
+class StopRequest:
+    """Turns a first Ctrl-C or SIGTERM into Interrupted at the next check; a second acts at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    def __enter__(self) -> "StopRequest":
+        self.previous = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def check(self) -> None:
+        if self.requested:
+            raise Interrupted
+
+
+def micro_batches(rollouts: Sequence[Rollout], tokens: int) -> Iterator[list[Rollout]]:
+    """The rollouts by length, in batches whose padded size stays within a number of tokens."""
+    batch: list[Rollout] = []
+    for rollout in sorted(rollouts, key=len):
+        if batch and len(rollout) * (len(batch) + 1) > tokens:  # the longest so far
+            yield batch
+            batch = []
+        batch.append(rollout)
+    if batch:
+        yield batch
+
+
+def padded(batch: Sequence[Rollout], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids, attention mask, and which positions score a response token; each (B, T)."""
+    ids = torch.zeros(len(batch), max(map(len, batch)), dtype=torch.int64)
+    attention, scores = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
+    for row, rollout in enumerate(batch):
+        start, end = len(rollout.prompt_ids), len(rollout)
+        ids[row, :end] = torch.tensor(rollout.prompt_ids + rollout.response_ids)
+        attention[row, :end] = 1
+        scores[row, start - 1 : end - 1] = True  # the state at t scores token t + 1
+    return ids.to(device), attention.to(device), scores.to(device)
+
+
+def entropy_step(
+    model: PreTrainedModel,
+    head: Head,
+    rollouts: Sequence[Rollout],
+    config: TrainConfig,
+    accelerator: Accelerator,
+    stop: StopRequest,
+) -> float:
+    """Add the gradient of the mean entropy over all response tokens; return that mean in nats."""
+    total = sum(len(rollout.response_ids) for rollout in rollouts)
+    mean = 0.0
+    for batch in micro_batches(rollouts, config.micro_batch_tokens):
+        stop.check()
+        ids, attention, scores = padded(batch, accelerator.device)
+        with accelerator.autocast():
+            loss = fused_entropy_loss(
+                hidden_states(model, ids, attention),
+                head.weight,
+                mask=scores,
+                temperature=config.temperature,
+                reduction="sum",
+                chunk_bytes=config.chunk_bytes,
+                **head.arguments(),
+            )
+        loss = loss / total
+        accelerator.backward(loss)
+        mean += loss.item()
+    return mean
+
+
+def train(
+    config: TrainConfig, *, console: Console | None = None, model: PreTrainedModel | None = None
+) -> TrainResult:
+    """Run One-shot EM; leave config.yaml, metrics.jsonl, rollouts.jsonl, checkpoints/ in output.
+
+    Args:
+        console: where progress goes; default stderr.
+        model: config.model already loaded, in fp32; trained in place.
+
+    Raises:
+        UserError: before anything is written, where the settings cannot work; or a full disk.
+        Interrupted: after Ctrl-C, with a checkpoint of the last finished update.
+    """
+    console = console or Console(stderr=True)
+    config.check_complete()
+    accelerator = make_accelerator(config)
+    check_output(config.output)
+    task = load_task(config)
+    if config.chat_template and not task.chat_template:
+        console.print("The tokenizer has no chat template: the prompt is used as it is.")
+    if model is None:
+        with console.status(f"loading {config.model}"):
+            model = load_model(task.source, config, accelerator.device)
+    try:
+        head = head_of(model)
+        check_head(model, head)
+    except TypeError as error:
+        raise UserError(str(error)) from error
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+    config.output.mkdir(parents=True, exist_ok=True)
+    (config.output / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    result = TrainResult(config.output)
+
+    def save() -> None:
+        folder = config.output / "checkpoints" / f"step-{len(result.metrics):05d}"
+        if folder != result.checkpoint:
+            with console.status(f"writing {folder}"):
+                result.checkpoint = save_checkpoint(model, task.tokenizer, folder)
+
+    with StopRequest() as stop:
+        try:
+            for update in range(1, config.steps + 1):
+                _update(
+                    update, config, task, model, head, optimizer, accelerator, stop, console, result
+                )
+                entropies = [row["entropy"] for row in result.metrics]
+                if entropies[-1] < config.stop_below * entropies[0]:
+                    console.print(
+                        f"Stopped early: entropy below {config.stop_below:g} of its start."
+                    )
+                    break
+                if update in config.save_at:
+                    save()
+            save()
+        except Interrupted:
+            if result.metrics:
+                save()
+            where = (
+                f"{result.checkpoint} holds the last update" if result.metrics else "no update yet"
+            )
+            raise Interrupted(f"interrupted; {where}") from None
+    return result
+
+
+def _update(
+    update: int,
+    config: TrainConfig,
+    task: Task,
+    model: PreTrainedModel,
+    head: Head,
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
+    stop: StopRequest,
+    console: Console,
+    result: TrainResult,
+) -> None:
+    """One optimizer update and its records."""
+    picks = [i % len(task.prompts) for i in range(config.rollouts)]
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,  # elsewhere a line an update is enough
+    )
+    began = time.perf_counter()
+    with progress:
+        name = f"update {update}/{config.steps}"
+        bar = progress.add_task(f"{name} sampling", total=config.rollouts)
+        with accelerator.autocast():
+            rollouts = generate(
+                model,
+                task.tokenizer,
+                [task.prompts[pick] for pick in picks],
+                [(config.seed, update, i) for i in range(config.rollouts)],
+                config.sampling,
+                batch_size=config.rollout_batch,
+                on_done=lambda count: progress.advance(bar, count),
+                check=stop.check,
+            )
+        sampled = time.perf_counter()
+        progress.update(bar, description=f"{name} training")
+        entropy = entropy_step(model, head, rollouts, config, accelerator, stop)
+        norm = float(accelerator.clip_grad_norm_(model.parameters(), config.clip))
+        if not math.isfinite(norm):
+            raise UserError(f"lr: the gradient of update {update} is not finite; lower it")
+        optimizer.step()
+        optimizer.zero_grad()
+    now = time.perf_counter()
+    texts = task.tokenizer.batch_decode(
+        [rollout.response_ids for rollout in rollouts], skip_special_tokens=True
+    )
+    answers = [task.problems[pick].answer for pick in picks]
+    right = [a if a is None else is_correct(t, a) for t, a in zip(texts, answers, strict=True)]
+    graded = [r for r in right if r is not None]
+    tokens = sum(len(rollout.response_ids) for rollout in rollouts)
+    row = {
+        "update": update,
+        "entropy": entropy,
+        "accuracy": sum(graded) / len(graded) if graded else None,
+        "grad_norm": norm,
+        "tokens": tokens,
+        "mean_length": tokens / len(rollouts),
+        "ended": sum(rollout.ended for rollout in rollouts) / len(rollouts),
+        "tokens_per_s": tokens / (now - began),
+        "sampling_s": sampled - began,
+        "training_s": now - sampled,
+        "peak_memory_gib": peak_memory_gib(accelerator.device),
+    }
+    records = [
+        {
+            "update": update,
+            "index": index,
+            "prompt_ids": rollout.prompt_ids,
+            "response_ids": rollout.response_ids,
+            "ended": rollout.ended,
+            "correct": right[index],
+            "text": texts[index],
+        }
+        for index, rollout in enumerate(rollouts)
+    ]
+    result.metrics.append(row)
+    _append(config.output / "rollouts.jsonl", records)
+    _append(config.output / "metrics.jsonl", [row])
+    console.print(_line(row, config.steps), soft_wrap=True)
+
+
+def _append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _line(row: dict[str, Any], steps: int) -> str:
+    accuracy = "" if row["accuracy"] is None else f"  accuracy {row['accuracy']:.2f}"
+    seconds = row["sampling_s"] + row["training_s"]
+    return (
+        f"update {row['update']:>2}/{steps}  loss = entropy {row['entropy']:.4f} nats{accuracy}"
+        f"  length {row['mean_length']:.1f}  ended {row['ended']:.0%}"
+        f"  {row['tokens_per_s']:.0f} tokens/s  peak {row['peak_memory_gib']:.2f} GiB"
+        f"  {seconds:.1f} s"
+    )
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The device allocator's peak, or on a CPU the process's peak resident size."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

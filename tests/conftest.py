@@ -1,0 +1,24 @@
+import pytest
+import torch
+from hypothesis import settings
+
+from em_kernels import chunked
+from em_kernels.rows import cpu, portable
+
+settings.register_profile("repeatable", deadline=None, derandomize=True)
+settings.load_profile("repeatable")
+torch.set_num_threads(1)
+
+needs_extension = pytest.mark.skipif(cpu._C is None, reason="em_kernels._C is not built")
+ROWS = [
+    pytest.param(portable, id="portable"),
+    pytest.param(cpu, id="cpu", marks=needs_extension),
+]
+
+
+@pytest.fixture(params=ROWS)
+def rows(request, monkeypatch):
+    """The row kernels in use: those of fp32 on the CPU are the portable ones or the extension's."""
+    if request.param is portable:
+        monkeypatch.setattr(chunked, "kernels_for", lambda y: portable)
+    return request.param

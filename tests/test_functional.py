@@ -1,0 +1,303 @@
+"""The public functions against eager in fp64: values, gradients, masks, reductions, layouts."""
+
+import itertools
+
+import pytest
+import torch
+from torch.testing import assert_close
+from truth import FLOAT_STATS, draw, entropy_of, leaves, logits_of, stats_of
+
+from em_kernels import TokenStats, entropy_from_logits, fused_entropy_loss, fused_token_stats
+
+N, D, V = 7, 6, 29
+TAU = torch.tensor([0.5, 1.0, 2.0, 0.8, 1.1, 0.3, 1.7])
+TRANSFORMS = [
+    {},
+    {"temperature": 0.5},
+    {"temperature": torch.tensor(0.5)},
+    {"temperature": TAU},
+    {"softcap": 5.0, "logit_scale": 0.7},
+    {"temperature": TAU.to(torch.bfloat16), "softcap": 4.0, "logit_scale": -1.5},
+]
+MASKS = {
+    "none": None,
+    "bool": torch.tensor([1, 0, 1, 1, 0, 0, 1]).bool(),
+    "all": torch.ones(N).bool(),
+    "int": torch.tensor([1, 0, 2, 0, 3, 1, 0]),
+    "uint8": torch.tensor([1, 0, 2, 0, 3, 1, 0], dtype=torch.uint8),
+    "float": torch.tensor([0.5, 0.0, 1.5, 0.1, 0.0, 2.0, 1.0]),
+    "bf16": torch.tensor([0.5, 0.0, 1.5, 0.25, 0.0, 2.0, 1.0], dtype=torch.bfloat16),
+    "tiny": torch.tensor([0.5, 0.0, 1.5, 0.1, 0.0, 2.0, 1.0]) * 1e-8,
+    "negative": torch.tensor([0.5, -1.0, 0.0, 0.1, 0.0, -2.0, 1.0]),
+    "cancelling": torch.tensor([1, -1, 2, -2, 0, 0, 0]),
+    "zeros": torch.zeros(N),
+}
+
+
+def close(ours, truth):
+    """fp32 results of well-scaled fp32 inputs."""
+    for mine, true in zip(ours, truth, strict=True):
+        assert_close(mine.double(), true, rtol=3e-6, atol=3e-6)
+
+
+@pytest.mark.usefixtures("rows")
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize(
+    "mask, reduction",
+    [
+        (mask, reduction)
+        for mask, reduction in itertools.product(MASKS, ["mean", "sum", "none"])
+        if reduction != "mean" or mask not in ("negative", "cancelling")  # refused
+    ],
+)
+def test_entropy_loss(mask, reduction, transform):
+    mask = MASKS[mask]
+    inputs = draw(N, D, V)[:3]
+    wide = leaves(*inputs, dtype=torch.float64)
+    weights = torch.ones(N).double() if mask is None else mask.double()
+    per_token = weights * entropy_of(*wide, **transform)
+    total = weights.sum()
+    truth = {"none": per_token, "sum": per_token.sum()}.get(
+        reduction, per_token.sum() / (total if total > 0 else 1)
+    )
+    with torch.no_grad():
+        inputs[0][weights == 0] = torch.nan  # tokens of weight 0 may hold anything
+    hidden, weight, bias = inputs
+    loss = fused_entropy_loss(
+        hidden, weight, bias=bias, mask=mask, reduction=reduction, **transform
+    )
+    assert loss.dtype == torch.float32 and loss.shape == truth.shape
+    upstream = torch.randn_like(truth)
+    ours = torch.autograd.grad(loss, inputs, upstream.float())
+    close((loss, *ours), (truth, *torch.autograd.grad(truth, wide, upstream)))
+    assert (ours[0][weights == 0] == 0).all()
+
+
+@pytest.mark.usefixtures("rows")
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("mask", ["none", "bool", "zeros"])
+@pytest.mark.parametrize("names", [*[(name,) for name in FLOAT_STATS], FLOAT_STATS])
+def test_token_stats(names, mask, transform):
+    mask = MASKS[mask]
+    *inputs, targets = draw(N, D, V)
+    targets[3] = -100
+    wide = leaves(*inputs, dtype=torch.float64)
+    kept = torch.ones(N).bool() if mask is None else mask.bool()
+    truth = stats_of(logits_of(*wide, **transform), targets)
+    truth = {name: torch.where(kept, value, 0) for name, value in truth.items()}
+    with torch.no_grad():
+        inputs[0][~kept] = torch.nan
+    hidden, weight, bias = inputs
+    found = fused_token_stats(
+        hidden, weight, targets, bias=bias, stats=(*names, "argmax"), mask=mask, **transform
+    )
+    assert torch.equal(found.argmax, truth["argmax"])
+    assert {f for f, value in found._asdict().items() if value is not None} == {*names, "argmax"}
+    upstream = [torch.randn(N, dtype=torch.float64) for _ in names]
+    ours = torch.autograd.grad(
+        [getattr(found, name) for name in names], inputs, [g.float() for g in upstream]
+    )
+    true = torch.autograd.grad([truth[name] for name in names], wide, upstream)
+    close([getattr(found, name) for name in names], [truth[name] for name in names])
+    close(ours, true)
+    assert (ours[0][~kept] == 0).all()
+
+
+@pytest.mark.parametrize("transform", [{}, {"temperature": 0.6, "softcap": 3.0, "logit_scale": -2}])
+def test_gradcheck(transform):
+    hidden, weight, bias, targets = draw(4, 3, 7, dtype=torch.float64)
+    targets[1] = -100
+    mask = torch.tensor([1.0, 2.0, 0.0, 0.5], dtype=torch.float64)
+    inputs = hidden, weight, bias
+
+    def loss(h, w, b, reduction):
+        return fused_entropy_loss(h, w, bias=b, mask=mask, reduction=reduction, **transform)
+
+    def stats(h, w, b):
+        return fused_token_stats(h, w, targets, bias=b, stats=FLOAT_STATS, **transform)[:5]
+
+    assert torch.autograd.gradcheck(lambda *x: loss(*x, "mean"), inputs)
+    assert torch.autograd.gradcheck(lambda *x: loss(*x, "none"), inputs)
+    assert torch.autograd.gradcheck(stats, inputs)
+    tau = transform.get("temperature", 1.0)
+    assert torch.autograd.gradcheck(lambda x: entropy_from_logits(x, temperature=tau), hidden)
+
+
+@pytest.mark.usefixtures("rows")
+@pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=3)))
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_frozen_inputs(reduction, needs):
+    inputs = draw(N, D, V)[:3]
+
+    def run(needs):
+        h, w, b = (x.detach().requires_grad_(need) for x, need in zip(inputs, needs, strict=True))
+        loss = fused_entropy_loss(h, w, bias=b, reduction=reduction).sum()
+        assert loss.requires_grad == any(needs)
+        if any(needs):
+            loss.backward()
+        return h.grad, w.grad, b.grad
+
+    for mine, full, need in zip(run(needs), run((True,) * 3), needs, strict=True):
+        assert torch.equal(mine, full) if need else mine is None
+
+
+def test_no_grad_computes_no_gradient():
+    hidden, weight, _, _ = draw(N, D, V)
+    with torch.no_grad():
+        assert not fused_entropy_loss(hidden, weight).requires_grad
+        assert not fused_token_stats(hidden, weight).entropy.requires_grad
+
+
+@pytest.mark.usefixtures("rows")
+@pytest.mark.parametrize("shape", [(), (5,), (1,), (2, 3), (2, 1, 3), (0,), (2, 0)])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_leading_dimensions(reduction, shape):
+    hidden, weight, bias, targets = draw(max(1, torch.Size(shape).numel()), D, V)
+    count = torch.Size(shape).numel()
+    hidden = hidden.detach()[:count].reshape(*shape, D).requires_grad_()
+    tau, mask = torch.rand(shape) + 0.5, torch.ones(shape)
+    targets = targets[:count].reshape(shape)
+    wide = leaves(hidden, weight, bias, dtype=torch.float64)
+    truth = stats_of(logits_of(*wide, temperature=tau), targets)
+    loss = fused_entropy_loss(
+        hidden, weight, bias=bias, temperature=tau, mask=mask, reduction=reduction
+    )
+    entropy = truth["entropy"]
+    true_loss = {"sum": entropy.sum(), "none": entropy}.get(
+        reduction, entropy.sum() / max(1, count)
+    )
+    stats = fused_token_stats(
+        hidden, weight, targets, bias=bias, temperature=tau, stats=TokenStats._fields
+    )
+    close((loss, *stats[:5]), (true_loss, *(truth[name] for name in FLOAT_STATS)))
+    assert torch.equal(stats.argmax, truth["argmax"])
+    ours = torch.autograd.grad(loss.sum() + stats.logprob.sum(), (hidden, weight, bias))
+    true = torch.autograd.grad(true_loss.sum() + truth["logprob"].sum(), wide)
+    assert ours[0].shape == hidden.shape
+    close(ours, true)
+
+
+LAYOUTS = {
+    "column-major": lambda x: x.t().contiguous().t(),
+    "padded": lambda x: torch.cat([x, x], -1)[..., : x.shape[-1]],
+    "part of a longer one": lambda x: torch.cat([x, x, x])[len(x) : 2 * len(x)],
+    "every other row": lambda x: x.repeat_interleave(2, 0)[::2],
+}
+
+
+@pytest.mark.usefixtures("rows")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("mask", [torch.ones(N), torch.tensor([1.0, 0, 0, 1, 2, 1, 1])])
+def test_strides_change_nothing(mask, layout):
+    *inputs, targets = draw(N, D, V)
+
+    def run(view):
+        h, w, b = (view(x.detach()).requires_grad_() for x in inputs)
+        arguments = {"bias": b, "mask": view(mask), "temperature": view(TAU)}
+        loss = fused_entropy_loss(h, w, **arguments)
+        stats = fused_token_stats(h, w, view(targets), **arguments)
+        gradients = torch.autograd.grad(loss + stats.entropy.sum() + stats.logprob.sum(), (h, w, b))
+        return loss, *stats[:2], *gradients
+
+    for strided, plain in zip(run(LAYOUTS[layout]), run(torch.clone), strict=True):
+        assert_close(strided, plain, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.usefixtures("rows")
+def test_transposed_batch():
+    hidden, weight, _, _ = draw(6, D, V)
+    hidden = hidden.detach().reshape(2, 3, D).transpose(0, 1).requires_grad_()
+    mask = torch.tensor([[1, 0], [1, 1], [0, 1]])
+    for reduction in ("mean", "none"):
+        loss = fused_entropy_loss(hidden, weight, mask=mask, reduction=reduction)
+        wide = leaves(hidden, weight, dtype=torch.float64)
+        truth = mask * entropy_of(*wide) / (4 if reduction == "mean" else 1)
+        close(torch.autograd.grad(loss.sum(), (hidden, weight)),
+              torch.autograd.grad(truth.sum(), wide))  # fmt: skip
+
+
+@pytest.mark.usefixtures("rows")
+def test_head_sliced_from_a_larger_vocabulary():
+    hidden, weight, bias, _ = draw(N, D, V)
+    padding = torch.full((5, D), 1e4)
+    large = torch.cat([weight.detach(), padding]).requires_grad_()
+    for reduction in ("sum", "none"):
+        whole = fused_entropy_loss(hidden, weight, bias=bias, reduction=reduction)
+        sliced = fused_entropy_loss(hidden, large[:V], bias=bias, reduction=reduction)
+        assert torch.equal(sliced, whole)
+        sliced.sum().backward()
+        assert (large.grad[V:] == 0).all()
+        assert torch.equal(large.grad[:V], torch.autograd.grad(whole.sum(), weight)[0])
+        large.grad = None
+
+
+@pytest.mark.usefixtures("rows")
+@pytest.mark.parametrize("tokens_in_a_chunk", [1, 2, 3, 6, 7, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_chunks_change_nothing(tokens_in_a_chunk, dtype):
+    *inputs, targets = draw(N, D, V, dtype=dtype)
+    mask = torch.tensor([1.0, 1, 0, 1, 2, 1, 1])
+
+    def run(chunk_bytes):
+        h, w, b = leaves(*inputs)
+        arguments = {"bias": b, "mask": mask, "chunk_bytes": chunk_bytes, "temperature": TAU}
+        loss = fused_entropy_loss(h, w, **arguments)
+        stats = fused_token_stats(h, w, targets, stats=FLOAT_STATS, **arguments)
+        upstream = torch.arange(1.0, N + 1)
+        total = loss + sum((upstream * x).sum() for x in stats[:5])
+        return loss, *stats[:5], *torch.autograd.grad(total, (h, w, b))
+
+    tolerance = 3e-6 if dtype == torch.float32 else 2**-8
+    for chunked, whole in zip(run(tokens_in_a_chunk * V * 4), run(None), strict=True):
+        exact = chunked.dtype == torch.float32
+        assert_close(chunked, whole, rtol=3e-6 if exact else tolerance, atol=3e-6)
+
+
+@pytest.mark.usefixtures("rows")
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_backward_twice_and_again(reduction):
+    """retain_graph gives the same gradient; the same call gives the same bits."""
+    inputs = draw(40, 16, 300)[:3]
+    arguments = {"reduction": reduction, "chunk_bytes": 7 * 300 * 4}
+
+    def loss_of(h, w, b):
+        return 3 * fused_entropy_loss(h, w, bias=b, **arguments).sum()
+
+    loss = loss_of(*inputs)
+    first = torch.autograd.grad(loss, inputs, retain_graph=True)
+    second = torch.autograd.grad(loss, inputs)
+    again = loss_of(*inputs)
+    assert torch.equal(loss, again)
+    for a, b, c in zip(first, second, torch.autograd.grad(again, inputs), strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
+
+
+@pytest.mark.usefixtures("rows")
+def test_inputs_are_left_alone():
+    *inputs, targets = draw(N, D, V)
+    before = [x.detach().clone() for x in inputs]
+    h, w, b = inputs
+    (fused_entropy_loss(h, w, bias=b) + fused_token_stats(h, w, targets).logprob.sum()).backward()
+    assert all(torch.equal(x, y) for x, y in zip(inputs, before, strict=True))
+
+
+@pytest.mark.usefixtures("rows")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(V,), (5, V), (2, 3, V), (0, V), (5, 1)])
+def test_entropy_from_logits(shape, dtype):
+    logits = (3 * torch.randn(shape)).to(dtype)
+    if V in shape:
+        logits[..., 3] = -torch.inf
+    tau = torch.rand(shape[:-1]) + 0.5
+    for temperature in (0.7, tau):
+        ours, wide = leaves(logits)[0], leaves(logits, dtype=torch.float64)[0]
+        divisor = temperature[..., None] if temperature is tau else temperature
+        truth = stats_of(wide / divisor)["entropy"]
+        entropy = entropy_from_logits(ours, temperature=temperature)
+        assert entropy.dtype == torch.promote_types(dtype, torch.float32)
+        upstream = torch.randn_like(truth)
+        (gradient,) = torch.autograd.grad(entropy, ours, upstream.to(entropy.dtype))
+        (expected,) = torch.autograd.grad(truth, wide, upstream)
+        assert_close(entropy.double(), truth, rtol=3e-6, atol=3e-6)
+        assert gradient.dtype == dtype
+        assert_close(gradient, expected.to(dtype), atol=3e-6, rtol=2 * torch.finfo(dtype).eps)

@@ -1,0 +1,101 @@
+"""No tensor near the size of the logits, forward or backward; and the user's budget."""
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+from truth import draw, entropy_of
+
+from em_kernels import chunked, entropy_from_logits, fused_entropy_loss, fused_token_stats
+
+N, D, V = 512, 32, 2048
+CHUNK_BYTES = 64 * V * 4
+UPSTREAM = torch.linspace(-1, 1, N)
+MASK = torch.arange(N) % 5 > 0
+
+
+def allocations(function):
+    """Bytes of every tensor allocated while the function runs, inside operators too."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    events = profiler.profiler.kineto_results.events()
+    return [event.nbytes() for event in events if event.name() == "[memory]" and event.nbytes() > 0]
+
+
+def of_stats(h, w, b, **arguments):
+    targets = torch.arange(N)
+    stats = fused_token_stats(h, w, targets, bias=b, **arguments)
+    return (UPSTREAM * (stats.entropy + stats.logprob)).sum()
+
+
+def of_none(h, w, b, **arguments):
+    loss = fused_entropy_loss(h, w, bias=b, reduction="none", **arguments)
+    return (UPSTREAM * loss).sum()
+
+
+LOSSES = {
+    "mean": lambda h, w, b, **k: fused_entropy_loss(h, w, bias=b, **k),
+    "sum": lambda h, w, b, **k: fused_entropy_loss(h, w, bias=b, reduction="sum", **k),
+    "masked": lambda h, w, b, **k: fused_entropy_loss(h, w, bias=b, mask=MASK, **k),
+    "none": of_none,
+    "token_stats": of_stats,
+    "masked token_stats": lambda h, w, b, **k: of_stats(h, w, b, mask=MASK, **k),
+    "softcap": lambda h, w, b, **k: of_none(h, w, b, softcap=9.0, temperature=0.5, **k),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_recorder_sees_full_logits(dtype):
+    inputs = draw(N, D, V, dtype=dtype)[:3]
+    largest = max(allocations(lambda: entropy_of(*inputs).mean().backward()))
+    assert largest == N * V * 4
+
+
+def test_recorder_looks_into_custom_operators():
+    hidden, weight, _, _ = draw(N, D, V)
+    found = allocations(lambda: fused_entropy_loss(hidden, weight, chunk_bytes=N * V * 4))
+    assert max(found) == N * V * 4
+
+
+@pytest.mark.usefixtures("rows")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_no_tensor_of_the_size_of_the_logits(loss, dtype):
+    inputs = draw(N, D, V, dtype=dtype)[:3]
+    found = allocations(lambda: LOSSES[loss](*inputs, chunk_bytes=CHUNK_BYTES).backward())
+    gradient = V * D * 4
+    assert CHUNK_BYTES / 2 < max(found) < N * V * 4 / 2
+    # the budget bounds all but the fp32 dweight
+    assert max(size for size in found if size != gradient) <= CHUNK_BYTES
+
+
+@pytest.mark.usefixtures("rows")
+@pytest.mark.parametrize("loss", LOSSES)
+def test_frozen_weight_has_no_gradient_in_memory(loss):
+    hidden, weight, bias, _ = draw(N, D, V)
+    frozen = weight.detach(), bias.detach()
+    found = allocations(lambda: LOSSES[loss](hidden, *frozen, chunk_bytes=CHUNK_BYTES).backward())
+    assert max(size for size in found if size > CHUNK_BYTES / 4) <= CHUNK_BYTES
+    assert V * D * 4 not in found
+
+
+@pytest.mark.usefixtures("rows")
+def test_budget_bounds_the_slabs_of_dweight(monkeypatch):
+    """Few tokens of a wide model: a slab's fp32 dweight is larger than its logits."""
+    n, d, budget = 16, 256, 16 * V * 4
+    monkeypatch.setattr(chunked, "UPCAST_BYTES", budget)
+    hidden, weight, _, _ = draw(n, d, V, dtype=torch.bfloat16)
+    loss = fused_entropy_loss(hidden, weight, reduction="none", chunk_bytes=budget).sum()
+    *others, largest = sorted(allocations(loss.backward))
+    assert largest == V * d * 2 and others[-1] <= budget
+
+
+@pytest.mark.usefixtures("rows")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_entropy_from_logits(dtype, monkeypatch):
+    monkeypatch.setattr(chunked, "UPCAST_BYTES", CHUNK_BYTES)
+    logits = torch.randn(N, V, dtype=dtype, requires_grad=True)
+    entropy = []
+    forward = allocations(lambda: entropy.append(entropy_from_logits(logits)))
+    assert max(forward) <= CHUNK_BYTES
+    backward = sorted(allocations(lambda: entropy[0].backward(UPSTREAM)))
+    assert backward[-1] == N * V * dtype.itemsize and backward[-2] <= CHUNK_BYTES

@@ -1,0 +1,177 @@
+"""The operators as torch sees them: schemas, compile, autocast, second derivatives, work."""
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
+from truth import FLOAT_STATS, draw, leaves
+
+from em_kernels import chunked, entropy_from_logits, fused_entropy_loss, fused_token_stats, ops
+from em_kernels.chunked import Needs, Transform
+
+N, D, V = 6, 4, 13
+TAU = torch.rand(N) + 0.5
+TRANSFORM = [0.7, 5.0, 1.0]
+
+
+def arguments(needs, dtype, optional):
+    """hidden, weight, bias, targets, mask, temperatures; matrices column-major."""
+    *inputs, targets = draw(N, D, V, dtype=dtype)
+    hidden, weight, bias = (
+        x.detach().t().contiguous().t().requires_grad_(need)
+        for x, need in zip(inputs, needs, strict=True)
+    )
+    if not optional:
+        return hidden, weight, None, None, None, None
+    return hidden, weight, bias, targets, torch.tensor([1, 0, 2, 1, 0, 1]), TAU
+
+
+NEEDS = [[True, True, True], [True, False, False], [False, True, False], [False, False, True]]
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("needs", NEEDS)
+@pytest.mark.parametrize("optional", [True, False])
+def test_opcheck(optional, needs, dtype):
+    needs = [*needs[:2], needs[2] and optional]
+    h, w, b, targets, mask, tau = arguments(needs, dtype, optional)
+    torch.library.opcheck(
+        ops.entropy_loss, (h, w, b, mask, tau, TRANSFORM, True, needs, 0.0, None, None)
+    )
+    torch.library.opcheck(
+        ops.token_stats, (h, w, b, targets, mask, tau, TRANSFORM, needs, None, None)
+    )
+    h, w, b = (None if x is None else x.detach() for x in (h, w, b))
+    statistics, _, m, log_s = ops.token_stats(
+        h, w, b, targets, mask, tau, TRANSFORM, needs, None, None
+    )
+    torch.library.opcheck(
+        ops.token_stats_backward,
+        (torch.randn(5, N), statistics, m, log_s)
+        + (h, w, b, targets, mask, tau, TRANSFORM, needs, None, None),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tau", [None, TAU])
+def test_opcheck_of_logits(tau, dtype):
+    logits = torch.randn(N, V, dtype=dtype, requires_grad=True)
+    torch.library.opcheck(ops.entropy_from_logits, (logits, tau, 0.7))
+    logits = logits.detach()
+    found = ops.entropy_from_logits(logits, tau, 0.7)
+    torch.library.opcheck(
+        ops.entropy_from_logits_backward, (torch.randn(N), *found, logits, tau, 0.7)
+    )
+
+
+class TinyModel(nn.Module):
+    """A block and a head, trained by an entropy loss, an entropy bonus and a log-probability."""
+
+    def __init__(self, vocabulary=50, width=8):
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.block = nn.TransformerEncoderLayer(width, 2, 16, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(width, vocabulary)
+
+    def forward(self, tokens, mask, temperature):
+        hidden = self.block(self.embedding(tokens))
+        head = {"bias": self.head.bias, "temperature": temperature}
+        loss = fused_entropy_loss(hidden, self.head.weight, mask=mask, **head)
+        stats = fused_token_stats(hidden, self.head.weight, tokens.roll(-1, 1), **head)
+        logits_entropy = entropy_from_logits(self.head(hidden[:, -1]))
+        return loss - 0.1 * stats.entropy.mean() - stats.logprob.mean() + logits_entropy.sum()
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("per_token", [False, True])
+def test_compiled_equals_eager(per_token, backend):
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model = TinyModel()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    for length, temperature in ((5, 0.5), (5, 0.7), (9, 0.9)):  # from the second on dynamic
+        tokens = torch.randint(50, (2, length))
+        mask = torch.rand(2, length) > 0.3
+        if per_token:
+            temperature = torch.rand(2, length) + temperature
+        results = []
+        for module in (compiled, model):
+            model.zero_grad()
+            loss = module(tokens, mask, temperature)
+            loss.backward()
+            results.append((loss, *(p.grad.clone() for p in model.parameters())))
+        assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hidden_dtype", DTYPES)
+def test_autocast_is_that_of_linear(hidden_dtype, dtype):
+    """Inputs are rounded to its dtype, and nothing else: not the temperature, nor statistics."""
+    *inputs, targets = draw(N, D, V)
+    rounded = leaves(*inputs, dtype=torch.bfloat16)
+    hidden, weight, bias = inputs[0].detach().to(hidden_dtype), *leaves(*inputs[1:], dtype=dtype)
+    found = []
+    for enabled, tensors in ((True, [hidden.requires_grad_(), weight, bias]), (False, rounded)):
+        h, w, b = tensors
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = fused_entropy_loss(h, w, bias=b, temperature=TAU)
+            stats = fused_token_stats(h, w, targets, bias=b, temperature=TAU, stats=FLOAT_STATS)
+            total = loss + sum(x.sum() for x in stats[:5])
+        gradients = torch.autograd.grad(total, tensors)
+        assert [g.dtype for g in gradients] == [x.dtype for x in tensors]
+        found.append((loss, *stats[:5], *(g.bfloat16() for g in gradients)))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("second", ["loss", "none", "logits"])
+def test_second_derivatives_are_refused(second):
+    hidden, weight, _, _ = draw(N, D, V)
+    output = {
+        "loss": lambda: fused_entropy_loss(hidden, weight),
+        "none": lambda: fused_entropy_loss(hidden, weight, reduction="none").sum(),
+        "logits": lambda: entropy_from_logits(hidden).sum(),
+    }[second]()
+    with pytest.raises(RuntimeError, match="second derivatives"):
+        torch.autograd.grad(output, hidden, create_graph=True)
+
+
+NEEDED = {(): 2, ("hidden",): 4, ("weight",): 4, ("hidden", "weight"): 6}
+
+
+def work(function):
+    """In units of N * D * V; one GEMM over the vocabulary is 2."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("needed", NEEDED)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_work(needed, dtype):
+    """DESIGN, section 6; tokens of weight 0 cost nothing."""
+    n, d, v = 64, 16, 200
+    hidden, weight, _, targets = draw(n, d, v, dtype=dtype)
+    hidden, weight = hidden.detach(), weight.detach()
+    needs = Needs(**dict.fromkeys(needed, True))
+    half = torch.arange(n) % 2
+    for mask, tokens in ((None, n), (half, n // 2)):
+        unit = tokens * d * v
+
+        def loss(mask=mask):
+            arguments = hidden, weight, Transform(), mask
+            chunked.entropy_loss(*arguments, mean=True, needs=needs, chunk_bytes=9 * v * 4)
+
+        def stats(mask=mask):
+            head = hidden, weight, Transform(), targets, mask
+            found, _, m, log_s = chunked.token_stats(*head, chunk_bytes=9 * v * 4)
+            upstream = torch.ones_like(found)
+            if needed:
+                chunked.token_stats_backward(
+                    upstream, found, m, log_s, *head, needs=needs, chunk_bytes=9 * v * 4
+                )
+
+        assert work(loss) == pytest.approx(NEEDED[needed] * unit, rel=0.01)
+        recomputed = 2 if needed else 0
+        assert work(stats) == pytest.approx((NEEDED[needed] + recomputed) * unit, rel=0.01)

@@ -1,0 +1,129 @@
+"""|ours - fp64| <= 2 |eager in the same dtype - fp64| + floor, for whatever hypothesis draws."""
+
+import math
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from truth import (
+    FLOAT_STATS,
+    assert_no_worse_than_eager,
+    draw,
+    entropy_of,
+    leaves,
+    logits_of,
+    stats_of,
+)
+
+from em_kernels import fused_entropy_loss, fused_token_stats
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@st.composite
+def problems(choose):
+    """Tensors, targets, mask, transform and chunk_bytes."""
+    n, d = choose(st.integers(1, 40)), choose(st.integers(1, 24))
+    v = choose(st.sampled_from([1, 2, 3, 31, 100, 257, 2049]))
+    dtype = choose(st.sampled_from(DTYPES))
+    scale = choose(st.sampled_from([0.1, 1.0, 4.0, 12.0]))
+    *inputs, targets = draw(n, d, v, dtype=dtype, scale=scale, seed=choose(st.integers(0, 99)))
+    generator = torch.Generator().manual_seed(n)
+    keep = torch.rand(n, generator=generator) < 0.6
+    masks = {"none": None, "bool": keep, "float": keep * torch.rand(n, generator=generator)}
+    temperatures = {
+        "cold": 0.3,
+        "hot": 2.0,
+        "per token": torch.rand(n, generator=generator) + 0.3,
+    }
+    transform = {
+        "temperature": temperatures[choose(st.sampled_from(list(temperatures)))],
+        "logit_scale": choose(st.sampled_from([1.0, 0.25, -1.5])),
+        "softcap": choose(st.sampled_from([None, 3.0, 30.0])),
+    }
+    mask = masks[choose(st.sampled_from(list(masks)))]
+    tokens = choose(st.sampled_from([None, 1, 2, 7]))
+    chunk_bytes = tokens and tokens * v * (8 if dtype == torch.float64 else 4)
+    return inputs, targets, mask, transform, chunk_bytes
+
+
+def floors(inputs, transform, upstream):
+    """Of a sum of statistics, dhidden, dweight, dbias: a few roundings of the largest logit.
+
+    Eager can be exact where these are not: at one word, or at a gradient that cancels.
+    """
+    hidden, weight, _ = wide = [x.detach().double() for x in inputs]
+    logits = logits_of(*wide, **transform)
+    accuracy = torch.finfo(torch.promote_types(inputs[0].dtype, torch.float32)).eps
+    largest = logits.abs().max() + math.log(len(weight))  # of z, log p and the entropy
+    each = 2 * accuracy * (1 + largest) * upstream.norm()
+    slope = abs(transform["logit_scale"]) / torch.as_tensor(transform["temperature"]).min()
+    n = len(hidden)
+    return each * n**0.5, *(
+        each * slope * size for size in (weight.norm(dim=1).max(), hidden.norm(), n**0.5)
+    )
+
+
+def compare(names, ours, eager, truth, floors):
+    for name, mine, theirs, true, floor in zip(names, ours, eager, truth, floors, strict=True):
+        if theirs.isfinite().all():  # eager overflows in fp16
+            rounding = torch.finfo(mine.dtype).eps / 2 * true.norm()
+            assert_no_worse_than_eager(mine, theirs, true, (floor + rounding).item(), name)
+
+
+@settings(max_examples=150)
+@given(problems(), st.sampled_from(["mean", "sum", "none"]))
+def test_entropy_loss(problem, reduction):
+    inputs, _, mask, transform, chunk_bytes = problem
+    weights = torch.ones(len(inputs[0])).double() if mask is None else mask.double()
+    if reduction == "mean":
+        weights = weights / weights.sum().clamp(min=1e-30)
+
+    def with_gradients(loss, tensors):
+        return loss, *torch.autograd.grad(loss, tensors)
+
+    def eager(tensors):
+        entropy = entropy_of(*tensors, **transform)
+        return with_gradients((weights.to(entropy.dtype) * entropy).sum(), tensors)
+
+    h, w, b = tensors = leaves(*inputs)
+    ours = fused_entropy_loss(
+        h, w, bias=b, mask=mask, reduction=reduction, chunk_bytes=chunk_bytes, **transform
+    )
+    compare(
+        ("loss", "dhidden", "dweight", "dbias"),
+        with_gradients(ours.sum(), tensors),
+        eager(leaves(*inputs)),
+        eager(leaves(*inputs, dtype=torch.float64)),
+        floors(inputs, transform, weights),
+    )
+
+
+@settings(max_examples=150)
+@given(problems(), st.integers(0, 99))
+def test_token_stats(problem, seed):
+    inputs, targets, mask, transform, chunk_bytes = problem
+    keep = torch.ones_like(targets).bool() if mask is None else mask.bool()
+    upstream = torch.randn(5, len(targets), generator=torch.Generator().manual_seed(seed)) * keep
+
+    def with_gradients(stats, tensors):
+        stats = [torch.where(keep, x, 0) for x in stats]
+        total = sum((g.to(x.dtype) * x).sum() for g, x in zip(upstream, stats, strict=True))
+        return *stats, *torch.autograd.grad(total, tensors)
+
+    def eager(tensors):
+        found = stats_of(logits_of(*tensors, **transform), targets)
+        return with_gradients([found[name] for name in FLOAT_STATS], tensors)
+
+    h, w, b = tensors = leaves(*inputs)
+    ours = fused_token_stats(
+        h, w, targets, stats=FLOAT_STATS, bias=b, mask=mask, chunk_bytes=chunk_bytes, **transform
+    )
+    value_floor, *gradient_floors = floors(inputs, transform, upstream)
+    compare(
+        (*FLOAT_STATS, "dhidden", "dweight", "dbias"),
+        with_gradients(ours[:5], tensors),
+        eager(leaves(*inputs)),
+        eager(leaves(*inputs, dtype=torch.float64)),
+        ([floors(inputs, transform, keep.float())[0]] * 5 + gradient_floors),
+    )
