@@ -44,5 +44,7 @@ def test_entropy_loss_with_gradients(benchmark, head, provider):
         if DEVICE == "cuda":
             torch.cuda.synchronize()
 
-    benchmark.extra_info.update(N=TOKENS, D=HIDDEN, V=VOCAB, dtype="float32", torch=torch.__version__)
+    benchmark.extra_info.update(
+        N=TOKENS, D=HIDDEN, V=VOCAB, dtype="float32", torch=torch.__version__
+    )
     benchmark.pedantic(run, rounds=7, warmup_rounds=1)

@@ -174,6 +174,8 @@ def _chunks(
             f"give at least {row_bytes}"
         )
     length = chunk_length(count, row_bytes, chunk_bytes, hidden.device)
+    if shard is not None:
+        length = shard.smallest(length)  # free memory differs, and every chunk is a collective call
     buffer = hidden.new_empty(min(length, count), len(weight), dtype=wide)
     kernels = kernels_for(buffer)
     for start in range(0, count, length):

@@ -3,6 +3,8 @@ result.
 """
 
 from collections.abc import Sequence
+from math import inf
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -86,9 +88,8 @@ def fused_entropy_loss(
         assert entropy is not None
         return entropy if mask is None else mask.to(entropy.dtype) * entropy
     hidden, weight, bias = _check_head(hidden, weight, bias)
-    shape = hidden.shape[:-1]
-    temperatures, scalars = _check_transform(temperature, logit_scale, softcap, shape)
-    _check_mask(mask, shape)
+    temperatures, scalars = _check_transform(temperature, logit_scale, softcap, hidden)
+    _check_mask(mask, hidden)
     loss, *_ = ops.entropy_loss(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
@@ -162,10 +163,9 @@ def fused_token_stats(
     if "logprob" in names and targets is None:
         raise ValueError("stats: logprob needs targets")
     hidden, weight, bias = _check_head(hidden, weight, bias)
-    shape = hidden.shape[:-1]
-    temperatures, scalars = _check_transform(temperature, logit_scale, softcap, shape)
-    _check_mask(mask, shape)
-    _check_targets(targets, shape)
+    temperatures, scalars = _check_transform(temperature, logit_scale, softcap, hidden)
+    _check_mask(mask, hidden)
+    _check_targets(targets, hidden)
     found, argmax, *_ = ops.token_stats(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
@@ -179,7 +179,7 @@ def fused_token_stats(
         _group_name(process_group),
     )
     fields = dict(zip(TokenStats._fields, (*found.unbind(0), argmax), strict=True))
-    return TokenStats(**{name: fields[name].reshape(shape) for name in names})
+    return TokenStats(**{name: fields[name].reshape(hidden.shape[:-1]) for name in names})
 
 
 def entropy_from_logits(logits: Tensor, *, temperature: float | Tensor = 1.0) -> Tensor:
@@ -204,11 +204,10 @@ def entropy_from_logits(logits: Tensor, *, temperature: float | Tensor = 1.0) ->
     _check_float("logits", logits)
     if logits.dim() < 1 or logits.shape[-1] == 0:
         raise ValueError(f"logits: expected (..., V) with V > 0, got {tuple(logits.shape)}")
-    shape = logits.shape[:-1]
-    temperatures, scalars = _check_transform(temperature, 1.0, None, shape)
+    temperatures, scalars = _check_transform(temperature, 1.0, None, logits)
     flat = logits.reshape(-1, logits.shape[-1]).contiguous()
     entropy, *_ = ops.entropy_from_logits(flat, temperatures, scalars[2])
-    return entropy.reshape(shape)
+    return entropy.reshape(logits.shape[:-1])
 
 
 def _check_float(name: str, x: Tensor) -> None:
@@ -237,8 +236,8 @@ def _check_head(
             f"weight: expected (V, {hidden.shape[-1]}) to match hidden {tuple(hidden.shape)}, "
             f"got {tuple(weight.shape)}"
         )
-    if weight.shape[0] == 0:
-        raise ValueError(f"weight: the vocabulary is empty: {tuple(weight.shape)}")
+    if weight.numel() == 0:
+        raise ValueError(f"weight: is empty: {tuple(weight.shape)}")
     if bias is not None:
         _check_float("bias", bias)
         if bias.shape != weight.shape[:1]:
@@ -260,63 +259,83 @@ def _check_head(
     return hidden, weight, bias
 
 
+def _check_per_token(name: str, x: Tensor, rows: Tensor) -> None:
+    """x holds one value for each of the rows (..., any), on their device, without grad."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    if x.shape != rows.shape[:-1]:
+        raise ValueError(f"{name}: expected exactly {tuple(rows.shape[:-1])}, got {tuple(x.shape)}")
+    if x.device != rows.device:
+        raise ValueError(f"{name}: is on {x.device}, expected {rows.device}")
+    if x.requires_grad:
+        raise ValueError(f"{name}: must not require grad; pass {name}.detach()")
+
+
+def _check_number(name: str, x: float) -> float:
+    if not isinstance(x, Real):  # a 0-dim tensor would silently lose its gradient
+        raise TypeError(f"{name}: expected a number, got {type(x).__name__}")
+    return float(x)
+
+
 def _check_transform(
-    temperature: float | Tensor, logit_scale: float, softcap: float | None, shape: torch.Size
+    temperature: float | Tensor, logit_scale: float, softcap: float | None, rows: Tensor
 ) -> tuple[Tensor | None, list[float]]:
-    """Temperatures per token or None, and (logit_scale, softcap or 0, temperature)."""
-    if not -float("inf") < logit_scale < float("inf") or logit_scale == 0:
+    """Temperatures per row or None, and (logit_scale, softcap or 0, temperature)."""
+    scale = _check_number("logit_scale", logit_scale)
+    if not -inf < scale < inf or scale == 0:
         raise ValueError(f"logit_scale: {logit_scale} is not a finite number other than 0")
-    if softcap is not None and not 0 < softcap < float("inf"):
-        raise ValueError(f"softcap: {softcap} is not > 0 and finite; None is no cap")
-    scalars = [float(logit_scale), float(softcap or 0), 1.0]
+    cap = 0.0
+    if softcap is not None:
+        cap = _check_number("softcap", softcap)
+        if not 0 < cap < inf:
+            raise ValueError(f"softcap: {softcap} is not > 0 and finite; None is no cap")
     if isinstance(temperature, Tensor):
-        if temperature.requires_grad:
-            raise ValueError("temperature: must not require grad; pass temperature.detach()")
         if temperature.dim() == 0:
-            temperature = temperature.expand(shape)
-        if temperature.shape != shape:
-            raise ValueError(
-                f"temperature: expected a number or {tuple(shape)}, got {tuple(temperature.shape)}"
-            )
+            temperature = temperature.expand(rows.shape[:-1])
+        _check_per_token("temperature", temperature, rows)
         if not temperature.is_floating_point():
             raise TypeError(f"temperature: expected a floating dtype, got {temperature.dtype}")
-        return temperature.reshape(-1), scalars
-    if not 0 < temperature < float("inf"):
+        return temperature.reshape(-1), [scale, cap, 1.0]
+    tau = _check_number("temperature", temperature)
+    if not 0 < tau < inf:
         raise ValueError(f"temperature: {temperature} is not > 0 and finite")
-    scalars[2] = float(temperature)
-    return None, scalars
+    return None, [scale, cap, tau]
 
 
-def _check_mask(mask: Tensor | None, shape: torch.Size) -> None:
+def _check_mask(mask: Tensor | None, hidden: Tensor) -> None:
     if mask is None:
         return
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"mask: expected a tensor, got {type(mask).__name__}")
-    if mask.shape != shape:
-        raise ValueError(f"mask: expected exactly {tuple(shape)}, got {tuple(mask.shape)}")
-    if mask.requires_grad:
-        raise ValueError("mask: must not require grad; pass mask.detach()")
+    _check_per_token("mask", mask, hidden)
     if mask.is_complex():
         raise TypeError(f"mask: expected bool, int or float, got {mask.dtype}")
 
 
-def _check_targets(targets: Tensor | None, shape: torch.Size) -> None:
+def _check_targets(targets: Tensor | None, hidden: Tensor) -> None:
     if targets is None:
         return
-    if not isinstance(targets, Tensor) or targets.dtype != torch.int64:
-        raise TypeError(f"targets: expected int64, got {getattr(targets, 'dtype', type(targets))}")
-    if targets.shape != shape:
-        raise ValueError(f"targets: expected {tuple(shape)}, got {tuple(targets.shape)}")
+    _check_per_token("targets", targets, hidden)
+    if targets.dtype != torch.int64:
+        raise TypeError(f"targets: expected int64, got {targets.dtype}")
 
 
 def _check_chunk(chunk_bytes: int | None) -> int | None:
-    if chunk_bytes is not None and chunk_bytes <= 0:
+    if chunk_bytes is None:
+        return None
+    if not isinstance(chunk_bytes, int):
+        raise TypeError(f"chunk_bytes: expected an int, got {type(chunk_bytes).__name__}")
+    if chunk_bytes <= 0:
         raise ValueError(f"chunk_bytes: {chunk_bytes} is not > 0")
     return chunk_bytes
 
 
 def _group_name(process_group: ProcessGroup | None) -> str | None:
-    return None if process_group is None else process_group.group_name
+    if process_group is None:
+        return None
+    if not isinstance(process_group, ProcessGroup):
+        raise TypeError(
+            f"process_group: expected a ProcessGroup, got {type(process_group).__name__}"
+        )
+    return process_group.group_name
 
 
 def _needs(*tensors: Tensor | None) -> list[bool]:

@@ -18,11 +18,17 @@ class VocabularyShard:
 
     def __init__(self, group: ProcessGroup, local_size: int, device: torch.device):
         self.group = group
+        self.device = device
         sizes = torch.zeros(dist.get_world_size(group), dtype=torch.int64, device=device)
-        mine = torch.tensor([local_size], device=device)
-        dist.all_gather_into_tensor(sizes, mine, group=group)
+        dist.all_gather(list(sizes.split(1)), torch.tensor([local_size], device=device), group)
         self.sizes: list[int] = sizes.tolist()
         self.start = sum(self.sizes[: dist.get_rank(group)])
+
+    def smallest(self, count: int) -> int:
+        """The least of the ranks' counts."""
+        least = torch.tensor(count, device=self.device)
+        dist.all_reduce(least, dist.ReduceOp.MIN, self.group)
+        return int(least)
 
     def merge(self, parts: RowParts) -> RowParts:
         """The whole rows' parts, the same on every rank, from this shard's."""

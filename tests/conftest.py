@@ -16,6 +16,11 @@ ROWS = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
 @pytest.fixture(params=ROWS)
 def rows(request, monkeypatch):
     """The row kernels in use: those of fp32 on the CPU are the portable ones or the extension's."""

@@ -37,6 +37,11 @@ def truth_of(logits):
     return entropy, torch.autograd.grad(entropy.sum(), wide)[0]
 
 
+def assert_rows_close(gradient, truth):
+    error = (gradient.double() - truth).norm(dim=1)
+    assert (error <= 2e-6 * truth.norm(dim=1)).all(), error / truth.norm(dim=1)
+
+
 @pytest.mark.parametrize("shift", [-1e4, -300.0, 300.0, 1e4])
 def test_shift_invariance(shift):
     """All-negative rows too: verl #7439 starts the running maximum at 0."""
@@ -44,7 +49,7 @@ def test_shift_invariance(shift):
     true_entropy, true_gradient = truth_of(logits)
     for entropy, gradient in entropy_and_gradient(logits + shift):
         assert_close(entropy.double(), true_entropy, rtol=2e-6, atol=0)
-        assert_close(gradient.double(), true_gradient, rtol=2e-5, atol=1e-7)
+        assert_rows_close(gradient, true_gradient)
 
 
 @pytest.mark.parametrize("v", [1, 2, 29, 5000])
@@ -94,7 +99,7 @@ def test_logits_of_ten_thousand():
     true_entropy, true_gradient = truth_of(logits)
     for entropy, gradient in entropy_and_gradient(logits):
         assert_close(entropy.double(), true_entropy, rtol=2e-6, atol=0)
-        assert_close(gradient.double(), true_gradient, rtol=2e-5, atol=1e-9)
+        assert_rows_close(gradient, true_gradient)
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
@@ -161,7 +166,7 @@ def test_no_phantom_words(v):
     true_entropy, true_gradient = truth_of(logits)
     for entropy, gradient in entropy_and_gradient(logits):
         assert_close(entropy.double(), true_entropy, rtol=2e-6, atol=0)
-        assert_close(gradient.double(), true_gradient, rtol=3e-5, atol=1e-9)
+        assert_rows_close(gradient, true_gradient)
 
 
 def test_vocabulary_of_qwen():

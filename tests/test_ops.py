@@ -1,14 +1,12 @@
-"""The operators as torch sees them: schemas, compile, autocast, second derivatives, work."""
+"""The operators as torch sees them: schemas, compile, autocast, second derivatives."""
 
 import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
-from torch.utils.flop_counter import FlopCounterMode
 from truth import FLOAT_STATS, draw, leaves
 
-from em_kernels import chunked, entropy_from_logits, fused_entropy_loss, fused_token_stats, ops
-from em_kernels.chunked import Needs, Transform
+from em_kernels import entropy_from_logits, fused_entropy_loss, fused_token_stats, ops
 
 N, D, V = 6, 4, 13
 TAU = torch.rand(N) + 0.5
@@ -135,43 +133,3 @@ def test_second_derivatives_are_refused(second):
     }[second]()
     with pytest.raises(RuntimeError, match="second derivatives"):
         torch.autograd.grad(output, hidden, create_graph=True)
-
-
-NEEDED = {(): 2, ("hidden",): 4, ("weight",): 4, ("hidden", "weight"): 6}
-
-
-def work(function):
-    """In units of N * D * V; one GEMM over the vocabulary is 2."""
-    with FlopCounterMode(display=False) as counter:
-        function()
-    return counter.get_total_flops()
-
-
-@pytest.mark.parametrize("needed", NEEDED)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_work(needed, dtype):
-    """DESIGN, section 6; tokens of weight 0 cost nothing."""
-    n, d, v = 64, 16, 200
-    hidden, weight, _, targets = draw(n, d, v, dtype=dtype)
-    hidden, weight = hidden.detach(), weight.detach()
-    needs = Needs(**dict.fromkeys(needed, True))
-    half = torch.arange(n) % 2
-    for mask, tokens in ((None, n), (half, n // 2)):
-        unit = tokens * d * v
-
-        def loss(mask=mask):
-            arguments = hidden, weight, Transform(), mask
-            chunked.entropy_loss(*arguments, mean=True, needs=needs, chunk_bytes=9 * v * 4)
-
-        def stats(mask=mask):
-            head = hidden, weight, Transform(), targets, mask
-            found, _, m, log_s = chunked.token_stats(*head, chunk_bytes=9 * v * 4)
-            upstream = torch.ones_like(found)
-            if needed:
-                chunked.token_stats_backward(
-                    upstream, found, m, log_s, *head, needs=needs, chunk_bytes=9 * v * 4
-                )
-
-        assert work(loss) == pytest.approx(NEEDED[needed] * unit, rel=0.01)
-        recomputed = 2 if needed else 0
-        assert work(stats) == pytest.approx((NEEDED[needed] + recomputed) * unit, rel=0.01)

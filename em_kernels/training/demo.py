@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from transformers import AutoTokenizer
 
@@ -17,7 +17,7 @@ from .demo_model import fetch_demo
 from .evaluate import evaluate, paired_change, wilson
 from .select import select
 from .setup import check_output, load_model, make_accelerator
-from .trainer import TrainResult, train
+from .trainer import TrainResult, progress_on, train
 
 SHOTS = ((12, 7), (23, 45))
 POOL, SAMPLES, HELD_OUT = 24, 16, 200
@@ -53,6 +53,7 @@ def demo_config(model: Path, problem: Problem, seed: int, output: Path) -> Train
         lr=5e-6,
         seed=seed,
         stop_below=0.1,
+        micro_batch_tokens=1024,  # 2.6 GiB less at the peak than 4096, in the same time
         dtype="float32",
     )
 
@@ -69,16 +70,9 @@ def run_demo(seed: int, output: Path, console: Console) -> dict[str, Any]:
     config = demo_config(folder, pool[0], seed, output)
     model = load_model(str(folder), config, make_accelerator(config).device)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    progress = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-    )
 
     def measure(title: str, temperature: float) -> np.ndarray:
-        with progress:
+        with progress_on(console) as progress:
             bar = progress.add_task(title, total=HELD_OUT)
             right = evaluate(
                 model,
@@ -90,13 +84,11 @@ def run_demo(seed: int, output: Path, console: Console) -> dict[str, Any]:
                 batch_size=100,
                 on_done=lambda n: progress.advance(bar, n),
             )[:, 0]
-            progress.remove_task(bar)
-        low, high = wilson(right)
-        console.print(f"{title}: {right.mean():.3f}  [{low:.3f}, {high:.3f}]")
+        console.print(f"{title}: {_percent(right)} %")
         return right
 
     console.print(f"One-shot EM, SmolLM2-135M-Instruct, two-digit addition, seed {seed}")
-    with progress:
+    with progress_on(console) as progress:
         bar = progress.add_task(f"selecting 1 of {POOL} prompts", total=POOL * SAMPLES)
         ranked = select(
             model,
@@ -108,7 +100,6 @@ def run_demo(seed: int, output: Path, console: Console) -> dict[str, Any]:
             chat_template=False,
             on_done=lambda n: progress.advance(bar, n),
         )
-        progress.remove_task(bar)
     chosen = ranked[0]
     question = chosen.problem.prompt.rsplit("Q: ", 1)[1].splitlines()[0]
     console.print(
@@ -137,29 +128,36 @@ def run_demo(seed: int, output: Path, console: Console) -> dict[str, Any]:
 
 
 def _named(temperature: float) -> str:
-    return "greedy" if temperature == 0 else f"sampled at T = {temperature:g}"
+    return "greedy" if temperature == 0 else f"T = {temperature:g}"
 
 
 def _table(before: dict[float, np.ndarray], after: dict[float, np.ndarray]) -> Table:
-    table = Table(title=f"Accuracy on {HELD_OUT} held-out problems, with 95 % intervals")
-    for column in ("", "before", "after", "change", "McNemar p"):
-        table.add_column(column, justify="left" if not column else "right")
+    table = Table(
+        title=f"Accuracy in % on {HELD_OUT} held-out problems, with 95 % intervals", box=SIMPLE_HEAD
+    )
+    table.add_column("")
+    for column in ("before", "after", "change in points", "p"):
+        table.add_column(column, justify="right", no_wrap=True)
     for temperature, base in before.items():
-        cells = ["-", "-", "-"]
+        cells = [_percent(base), "-", "-", "-"]
         if temperature in after:
-            change, low, high, p = paired_change(base, after[temperature])
-            cells = [
-                _share(after[temperature]),
-                f"{change:+.3f} [{low:+.3f}, {high:+.3f}]",
-                f"{p:.2g}",
+            change, low, high, p = (100 * x for x in paired_change(base, after[temperature]))
+            cells[1:] = [
+                _percent(after[temperature]),
+                f"{change:+.1f} [{low:+.1f}, {high:+.1f}]",
+                f"{p / 100:.2g}",
             ]
-        table.add_row(_named(temperature), _share(base), *cells)
+        table.add_row(_named(temperature), *cells)
     return table
 
 
-def _share(right: np.ndarray) -> str:
+def _mean(right: np.ndarray) -> str:
+    return f"{100 * right.mean():.1f}"
+
+
+def _percent(right: np.ndarray) -> str:
     low, high = wilson(right)
-    return f"{right.mean():.3f} [{low:.3f}, {high:.3f}]"
+    return f"{_mean(right)} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def _reading(
@@ -184,9 +182,9 @@ def _reading(
     entropies = [row["entropy"] for row in result.metrics]
     return (
         f"Greedy accuracy {verdict}.\n"
-        f"Sampled at T = 1 the trained model has {after[1.0].mean():.3f}, the untrained one "
-        f"{before[1.0].mean():.3f}; but merely sampling the untrained one at T = {best:g} gives "
-        f"{before[best].mean():.3f}, and the trained model is {relation} that "
+        f"Sampled at T = 1 the trained model has {_mean(after[1.0])} %, the untrained one "
+        f"{_mean(before[1.0])} %; but merely sampling the untrained one at T = {best:g} gives "
+        f"{_mean(before[best])} %, and the trained model is {relation} that "
         f"({margin * 100:+.1f} points). A sampled gain that a lower temperature also gives is "
         "sharpening, not learning.\n"
         f"Entropy went from {entropies[0]:.3f} to {entropies[-1]:.3f} nats in {len(entropies)} "

@@ -20,15 +20,18 @@ def evaluate(
     *,
     samples: int = 1,
     seed: int = 0,
+    stream: int = 1,
     chat_template: bool = True,
     batch_size: int = 64,
     on_done: Callable[[int], None] | None = None,
 ) -> np.ndarray:
-    """Which completions are right: bool (problems, samples). The same seed draws the same
-    randomness.
+    """Which completions are right: bool (problems, samples).
+
+    Completion k of problem i draws its randomness from (seed, i, k, stream); training's numbers are
+    three, so it never shares them.
     """
     prompts = [encode(tokenizer, p.prompt, chat_template) for p in problems for _ in range(samples)]
-    seeds = [(seed, i, k) for i in range(len(problems)) for k in range(samples)]
+    seeds = [(seed, i, k, stream) for i in range(len(problems)) for k in range(samples)]
     rollouts = generate(
         model, tokenizer, prompts, seeds, sampling, batch_size=batch_size, on_done=on_done
     )

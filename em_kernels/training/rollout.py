@@ -97,20 +97,19 @@ def uniforms_for(seeds: Sequence[Sequence[int]], length: int) -> Tensor:
 
 @contextmanager
 def _ready_to_generate(model: PreTrainedModel) -> Iterator[None]:
-    """Eval mode, nothing inherited from the model's generation_config, KV cache allowed."""
-    training, config = model.training, model.generation_config
-    checkpointing = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+    """Eval mode, in which the KV cache is allowed, and nothing inherited from the model's
+    generation_config.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    config = model.generation_config
     model.eval()
     model.generation_config = GenerationConfig()
-    if checkpointing:
-        model.gradient_checkpointing_disable()
     try:
         yield
     finally:
-        model.train(training)
+        for module, mode in modes:
+            module.training = mode
         model.generation_config = config
-        if checkpointing:
-            model.gradient_checkpointing_enable()
 
 
 @torch.no_grad()

@@ -43,6 +43,7 @@ def select(
         sampling,
         samples=samples,
         seed=seed,
+        stream=2,  # not that of the evaluations
         chat_template=chat_template,
         on_done=on_done,
     )

@@ -82,7 +82,10 @@ def load_model(source: str, config: TrainConfig, device: torch.device) -> PreTra
         raise UserError(f"model: {config.model!r} is quantised; training needs its full weights")
     model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides the signature
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        (enable or model.gradient_checkpointing_enable)()  # its older name
+        for module in model.modules():  # ignored in eval mode; dropout stays off
+            module.training = bool(getattr(module, "gradient_checkpointing", False))
     return model
 
 

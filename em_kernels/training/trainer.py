@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -204,17 +204,8 @@ def _update(
 ) -> None:
     """One optimizer update and its records."""
     picks = [i % len(task.prompts) for i in range(config.rollouts)]
-    progress = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total}"),
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,  # elsewhere a line an update is enough
-    )
     began = time.perf_counter()
-    with progress:
+    with progress_on(console) as progress:
         name = f"update {update}/{config.steps}"
         bar = progress.add_task(f"{name} sampling", total=config.rollouts)
         with accelerator.autocast():
@@ -273,6 +264,19 @@ def _update(
     _append(config.output / "rollouts.jsonl", records)
     _append(config.output / "metrics.jsonl", [row])
     console.print(_line(row, config.steps), soft_wrap=True)
+
+
+def progress_on(console: Console) -> Progress:
+    """A bar while something runs; where nobody watches, the lines of results are enough."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
 
 
 def _append(path: Path, rows: Sequence[dict[str, Any]]) -> None:

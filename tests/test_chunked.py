@@ -1,0 +1,91 @@
+"""The loops' parts: the mixed-dtype GEMM, the budget of a chunk, and the work that it all costs."""
+
+import itertools
+
+import pytest
+import torch
+from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
+from truth import draw
+
+from em_kernels import chunked
+from em_kernels.chunked import Needs, Transform, chunk_length, gemm
+
+DTYPES = [torch.float32, torch.bfloat16]
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("shape", [(4, 33, 7), (4, 7, 33), (1, 1, 1), (0, 5, 6)])
+@pytest.mark.parametrize(
+    "dtypes", list(itertools.product([*DTYPES, torch.float16], repeat=2)), ids=str
+)
+def test_gemm(dtypes, shape, accumulate, monkeypatch):
+    """Accumulated in fp32, by blocks of 16-bit operands."""
+    monkeypatch.setattr(chunked, "UPCAST_BYTES", 4 * 7 * 5)
+    rows, inner, columns = shape
+    a = torch.randn(rows, inner).to(dtypes[0])
+    b = torch.randn(columns, inner).to(dtypes[1]).t()
+    before = torch.full((rows, columns), 1e3 if accumulate else torch.nan)
+    out = before.clone()
+    assert gemm(out, a, b, accumulate) is out
+    expected = a.double() @ b.double() + (before if accumulate else 0)
+    assert_close(out.double(), expected, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("total", [0, 1, 7, 100, 101])
+@pytest.mark.parametrize("budget", [1, 40, 79, 80, 1000, 10**9])
+def test_chunks_fit_the_budget_and_are_even(total, budget):
+    length = chunk_length(total, 40, budget, CPU)
+    assert length >= 1 and (length == 1 or length * 40 <= budget)
+    if total:
+        pieces = -(-total // length)
+        assert pieces == -(-total // max(1, budget // 40))
+        assert pieces * length - total < pieces
+
+
+def test_default_budget_is_an_eighth_of_the_free_memory(monkeypatch):
+    monkeypatch.setattr(chunked, "free_bytes", lambda device: 8 * 40 * 6)
+    assert chunk_length(12, 40, None, CPU) == 6
+    monkeypatch.setattr(chunked, "free_bytes", lambda device: 1 << 50)
+    assert chunk_length(1 << 40, 1, None, CPU) == 1 << 30
+
+
+NEEDED = {(): 2, ("hidden",): 4, ("weight",): 4, ("hidden", "weight"): 6}
+
+
+def work(function):
+    """In units of N * D * V; one GEMM over the vocabulary is 2."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("needed", NEEDED)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_work(needed, dtype):
+    """DESIGN, section 6; tokens of weight 0 cost nothing."""
+    n, d, v = 64, 16, 200
+    hidden, weight, _, targets = draw(n, d, v, dtype=dtype)
+    hidden, weight = hidden.detach(), weight.detach()
+    needs = Needs(**dict.fromkeys(needed, True))
+    half = torch.arange(n) % 2
+    for mask, tokens in ((None, n), (half, n // 2)):
+        unit = tokens * d * v
+
+        def loss(mask=mask):
+            arguments = hidden, weight, Transform(), mask
+            chunked.entropy_loss(*arguments, mean=True, needs=needs, chunk_bytes=9 * v * 4)
+
+        def stats(mask=mask):
+            head = hidden, weight, Transform(), targets, mask
+            found, _, m, log_s = chunked.token_stats(*head, chunk_bytes=9 * v * 4)
+            upstream = torch.ones_like(found)
+            if needed:
+                chunked.token_stats_backward(
+                    upstream, found, m, log_s, *head, needs=needs, chunk_bytes=9 * v * 4
+                )
+
+        assert work(loss) == pytest.approx(NEEDED[needed] * unit, rel=0.01)
+        recomputed = 2 if needed else 0
+        assert work(stats) == pytest.approx((NEEDED[needed] + recomputed) * unit, rel=0.01)

@@ -1,0 +1,157 @@
+"""Every refusal names the argument; nothing wrong passes silently."""
+
+import re
+
+import pytest
+import torch
+from truth import draw
+
+from em_kernels import entropy_from_logits, fused_entropy_loss, fused_token_stats
+
+N, D, V = 4, 3, 11
+NAN, INF = float("nan"), float("inf")
+BROADCASTABLE = torch.ones(1)
+ON_META = torch.ones(N, device="meta")
+
+OF_BOTH = [
+    ("hidden", [1.0, 2.0], TypeError, "list"),
+    ("hidden", torch.tensor(1.0), ValueError, "scalar"),
+    ("hidden", torch.ones(N, D + 1), ValueError, "(11, 3)"),
+    ("hidden", torch.ones(N, D, dtype=torch.int64), TypeError, "int64"),
+    ("hidden", torch.ones(N, D, dtype=torch.complex64), TypeError, "complex64"),
+    ("hidden", torch.ones(N, D).half(), TypeError, "float16"),
+    ("weight", torch.ones(V), ValueError, "(V, D)"),
+    ("weight", torch.ones(1, V, D), ValueError, "(V, D)"),
+    ("weight", torch.ones(D, V), ValueError, "(V, 3)"),
+    ("weight", torch.ones(0, D), ValueError, "empty"),
+    ("weight", torch.ones(V, D).bfloat16(), TypeError, "autocast"),
+    ("weight", torch.ones(V, D, device="meta"), ValueError, "meta"),
+    ("weight", torch.ones(V, D).to(torch.float8_e4m3fn), TypeError, "float8"),
+    ("bias", torch.ones(V, 1), ValueError, "(11,)"),
+    ("bias", torch.ones(1), ValueError, "(11,)"),
+    ("bias", torch.ones(V).double(), TypeError, "float64"),
+    ("bias", torch.ones(V, device="meta"), ValueError, "meta"),
+    ("mask", [True] * N, TypeError, "list"),
+    ("mask", BROADCASTABLE, ValueError, "(4,)"),
+    ("mask", torch.ones(N, 1), ValueError, "(4,)"),
+    ("mask", torch.tensor(1.0), ValueError, "(4,)"),
+    ("mask", torch.ones(N, requires_grad=True), ValueError, "detach"),
+    ("mask", torch.ones(N).cfloat(), TypeError, "complex"),
+    ("mask", torch.tensor([1, 1, NAN, 1]), ValueError, "finite"),
+    ("mask", torch.tensor([1, 1, INF, 1]), ValueError, "finite"),
+    ("mask", ON_META, ValueError, "meta"),
+    ("temperature", 0.0, ValueError, "0.0"),
+    ("temperature", -1, ValueError, "-1"),
+    ("temperature", NAN, ValueError, "nan"),
+    ("temperature", INF, ValueError, "inf"),
+    ("temperature", None, TypeError, "None"),
+    ("temperature", "hot", TypeError, "str"),
+    ("temperature", BROADCASTABLE, ValueError, "(4,)"),
+    ("temperature", torch.ones(N).long(), TypeError, "int64"),
+    ("temperature", torch.ones(N, requires_grad=True), ValueError, "detach"),
+    ("temperature", torch.tensor(1.0, requires_grad=True), ValueError, "detach"),
+    ("temperature", torch.tensor([1.0, 0.0, 1.0, 1.0]), ValueError, "> 0"),
+    ("temperature", torch.tensor([1.0, 1.0, -2.0, 1.0]), ValueError, "> 0"),
+    ("temperature", torch.tensor([1.0, NAN, 1.0, 1.0]), ValueError, "> 0"),
+    ("temperature", torch.tensor([1.0, INF, 1.0, 1.0]), ValueError, "> 0"),
+    ("temperature", torch.tensor(0.0), ValueError, "> 0"),
+    ("temperature", ON_META, ValueError, "meta"),
+    ("logit_scale", 0, ValueError, "0"),
+    ("logit_scale", NAN, ValueError, "nan"),
+    ("logit_scale", -INF, ValueError, "inf"),
+    ("logit_scale", torch.tensor(1.0, requires_grad=True), TypeError, "number"),
+    ("softcap", 0.0, ValueError, "None"),
+    ("softcap", -30.0, ValueError, "-30"),
+    ("softcap", NAN, ValueError, "nan"),
+    ("softcap", torch.tensor(1.0, requires_grad=True), TypeError, "number"),
+    ("chunk_bytes", 0, ValueError, "0"),
+    ("chunk_bytes", -5, ValueError, "-5"),
+    ("chunk_bytes", 1e6, TypeError, "float"),
+    ("chunk_bytes", V * 4 - 1, ValueError, "at least 44"),
+    ("process_group", "tensor parallel", TypeError, "str"),
+]
+OF_LOSS = [
+    ("reduction", "avg", ValueError, "'avg'"),
+    ("reduction", None, ValueError, "None"),
+    ("grad_tolerance", 1.0, ValueError, "[0, 1)"),
+    ("grad_tolerance", -1e-9, ValueError, "[0, 1)"),
+    ("grad_tolerance", NAN, ValueError, "[0, 1)"),
+    ("mask", torch.tensor([1.0, 1, -1, 1]), ValueError, "not negative"),
+    ("mask", torch.tensor([1, 1, -1, 1]), ValueError, "not negative"),
+]
+OF_STATS = [
+    ("targets", torch.zeros(N, dtype=torch.int32), TypeError, "int32"),
+    ("targets", torch.zeros(N), TypeError, "float32"),
+    ("targets", [0] * N, TypeError, "list"),
+    ("targets", torch.zeros(N, 1, dtype=torch.int64), ValueError, "(4,)"),
+    ("targets", torch.zeros(1, dtype=torch.int64), ValueError, "(4,)"),
+    ("targets", torch.tensor([0, V, 0, 0]), ValueError, "[0, 11)"),
+    ("targets", torch.tensor([0, -1, 0, 0]), ValueError, "[0, 11)"),
+    ("targets", torch.tensor([0, -99, -101, 0]), ValueError, "2 values"),
+    ("targets", torch.zeros(N, dtype=torch.int64, device="meta"), ValueError, "meta"),
+    ("stats", ["entropi"], ValueError, "'entropi'"),
+    ("stats", ["logprob"], ValueError, "targets"),
+    ("stats", "entropy", ValueError, "unknown"),
+]
+
+
+def refused(function, name, value, error, text):
+    hidden, weight, bias, _ = draw(N, D, V)
+    arguments = {"hidden": hidden, "weight": weight, "bias": bias, name: value}
+    # a wrong hidden may show as a weight that does not match it
+    pattern = f"^({name}|weight): .*{re.escape(text)}" if name == "hidden" else f"^{name}: .*"
+    with pytest.raises(error, match=pattern) as raised:
+        function(**arguments)
+    assert text in str(raised.value)
+
+
+def named(cases):
+    return [pytest.param(*case, id=f"{case[0]}-{i}") for i, case in enumerate(cases)]
+
+
+@pytest.mark.parametrize("name, value, error, text", named(OF_BOTH + OF_LOSS))
+def test_entropy_loss(name, value, error, text):
+    refused(fused_entropy_loss, name, value, error, text)
+
+
+@pytest.mark.parametrize("name, value, error, text", named(OF_BOTH + OF_STATS))
+def test_token_stats(name, value, error, text):
+    refused(fused_token_stats, name, value, error, text)
+
+
+@pytest.mark.parametrize(
+    "logits, temperature, error, text",
+    [
+        ([1.0], 1.0, TypeError, "logits: .*list"),
+        (torch.ones(3).long(), 1.0, TypeError, "logits: .*int64"),
+        (torch.tensor(1.0), 1.0, ValueError, "logits: .*V"),
+        (torch.ones(3, 0), 1.0, ValueError, "logits: .*V > 0"),
+        (torch.ones(3, 5), 0.0, ValueError, "temperature: 0.0"),
+        (torch.ones(3, 5), torch.ones(5), ValueError, r"temperature: .*\(3,\)"),
+        (torch.ones(3, 5), torch.zeros(3), ValueError, "temperature: 3 values"),
+        (torch.ones(3, 5), torch.ones(3, requires_grad=True), ValueError, "temperature: .*detach"),
+        (torch.ones(3, 5), torch.ones(3, device="meta"), ValueError, "temperature: .*meta"),
+    ],
+)
+def test_entropy_from_logits(logits, temperature, error, text):
+    with pytest.raises(error, match=text):
+        entropy_from_logits(logits, temperature=temperature)
+
+
+def test_values_are_checked_on_masked_tokens_too():
+    hidden, weight, _, _ = draw(N, D, V)
+    mask, targets = torch.tensor([1, 0, 1, 1]), torch.tensor([0, V, 1, 1])
+    with pytest.raises(ValueError, match="targets: 1 values"):
+        fused_token_stats(hidden, weight, targets, mask=mask)
+
+
+def test_dtensors_are_refused_with_the_way_out(tmp_path):
+    dist = torch.distributed
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/r", rank=0, world_size=1)
+    try:
+        mesh = dist.init_device_mesh("cpu", (1,))
+        weight = dist.tensor.distribute_tensor(torch.ones(V, D), mesh)
+        with pytest.raises(TypeError, match="weight: .*full_tensor"):
+            fused_entropy_loss(torch.ones(N, D), weight)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,102 @@
+"""A vocabulary split over real processes (gloo) gives the results of the whole one."""
+
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.testing import assert_close
+from truth import draw
+
+from em_kernels import TokenStats, chunked, fused_entropy_loss, fused_token_stats
+
+N, D, V = 9, 8, 61
+SPLITS = {"three": ([0, 1, 2], (20, 2, 39)), "two": ([1, 2], (60, 1))}  # ranks, their words
+TIMEOUT_S = 120
+MASK = torch.tensor([1.0, 0.0, 2.0, 1.0, 0.5, 0.0, 1.0, 1.0, 3.0])
+TAU = torch.linspace(0.4, 1.6, N)
+UPSTREAM = torch.linspace(-1.0, 1.0, 5 * N).reshape(5, N)
+CALLS = ["mean", "none", "token_stats", "masked words", "small chunks", "unequal memory"]
+
+
+def call(name, hidden, weight, bias, targets, group):
+    """Outputs, and gradients of hidden, weight, bias, of one way to use the library."""
+    head = {"bias": bias, "process_group": group, "temperature": TAU, "softcap": 20.0}
+    if name == "small chunks":
+        head["chunk_bytes"] = 2 * V * 4
+    if name in ("mean", "none"):
+        outputs = (fused_entropy_loss(hidden, weight, mask=MASK, reduction=name, **head),)
+        total = (outputs[0] * UPSTREAM[0]).sum()
+    else:
+        stats = fused_token_stats(hidden, weight, targets, stats=TokenStats._fields, **head)
+        loss = fused_entropy_loss(hidden, weight, **head)
+        kept = [s for s in stats[:5] if s.isfinite().all()]
+        total = loss + sum((g * s).sum() for g, s in zip(UPSTREAM, kept, strict=False))
+        outputs = (loss, *stats)
+    return outputs, torch.autograd.grad(total, (hidden, weight, bias))
+
+
+def inputs_of(name):
+    hidden, weight, bias, targets = draw(N, D, V)
+    targets[4] = -100
+    if name == "masked words":
+        bias.data[:25] = -torch.inf  # a whole shard of three
+        targets.clamp_(min=25)
+    if name != "token_stats":
+        return hidden, weight, bias, targets
+    weight.data[-1] = weight.data[3]  # a tie across shards
+    bias.data[-1] = bias.data[3] = 40.0
+    return hidden, weight, bias, targets
+
+
+def worker(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=3
+    )
+    chunked_free_bytes = chunked.free_bytes
+    for split, (members, sizes) in SPLITS.items():
+        group = dist.new_group(members)
+        if rank not in members:
+            continue
+        place = members.index(rank)
+        start = sum(sizes[:place])
+        words = slice(start, start + sizes[place])
+        results = {}
+        for name in CALLS:
+            hidden, weight, bias, targets = inputs_of(name)
+            shard = (x.detach()[words].clone().requires_grad_() for x in (weight, bias))
+            memory = (lambda device: 8 * V * 4 * (rank + 1)) if name == "unequal memory" else None
+            chunked.free_bytes = memory or chunked_free_bytes
+            results[name] = call(name, hidden, *shard, targets, group)
+        torch.save(results, f"{folder}/{split}-{place}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The results of every rank; what hangs is ended."""
+    path = tmp_path_factory.mktemp("ranks")
+    context = mp.spawn(worker, (str(path),), nprocs=3, join=False)
+    deadline = time.monotonic() + TIMEOUT_S
+    try:
+        while not context.join(timeout=1):
+            assert time.monotonic() < deadline, "the ranks wait for each other"
+    finally:
+        for process in context.processes:
+            process.kill()
+    return path
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("split", SPLITS)
+def test_shards_equal_the_whole(split, name, folder):
+    outputs, (dh, dw, db) = call(name, *inputs_of(name), None)
+    found = [torch.load(folder / f"{split}-{i}.pt")[name] for i in range(len(SPLITS[split][0]))]
+    for ours, (our_dh, _, _) in found:
+        assert_close(ours, outputs, rtol=2e-6, atol=2e-6)
+        assert_close(our_dh, dh, rtol=1e-5, atol=2e-6)
+        assert all(torch.equal(a, b) for a, b in zip(ours, found[0][0], strict=True))
+    assert_close(torch.cat([gradients[1] for _, gradients in found]), dw, rtol=1e-5, atol=2e-6)
+    assert_close(torch.cat([gradients[2] for _, gradients in found]), db, rtol=1e-5, atol=2e-6)

@@ -1,0 +1,60 @@
+"""Random models of 267 words and their tokenizer: small enough to compute everything plainly."""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+CONTEXT = 128
+TRAINING_TEXT = "What is 2 + 3?"
+MERGES = [("t", "h"), ("th", "e"), ("Ċ", "Ċ"), ("3", "Ċ"), ("Ġ", "a"), ("a", "b"), ("ab", "c")]
+SPECIAL = ["<|end|>", "<|user|>", "<|pad|>", "<|assistant|>"]
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": CONTEXT,
+    "initializer_range": 0.3,  # wide enough for a distribution that is not flat
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": 2,
+}
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Bytes and a few merges, two of which hold a newline."""
+    words = [*SPECIAL, *sorted(ByteLevel.alphabet()), *("".join(pair) for pair in MERGES)]
+    tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, MERGES))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(SPECIAL)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|end|>",
+        pad_token="<|pad|>",
+        chat_template=TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def make_model(kind="llama", *, tied=True, dtype=torch.float32, **settings):
+    """A random model of a transformers architecture, the same one every time."""
+    torch.manual_seed(0)
+    shape = {**SHAPE, "vocab_size": len(make_tokenizer()), "tie_word_embeddings": tied, **settings}
+    config = AutoConfig.for_model(kind, **shape)
+    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+def save_tiny(folder: Path, kind="llama", **settings) -> Path:
+    """A folder that from_pretrained opens."""
+    make_model(kind, **settings).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
