@@ -23,7 +23,7 @@ build: $(INSTALLED)
 bench: $(INSTALLED)
 	@$(BIN)/python -m pytest benchmarks/bench_*.py --benchmark-columns=median,iqr,rounds
 
-# The stamp is written last: an interrupted installation is taken up again, not taken for whole.
+# The stamp is written last; an interrupted installation is begun anew, from pip's cache.
 $(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
 	  echo "make: Python 3.10 or later is needed; install it, or name it: make PYTHON=python3.12" >&2; exit 1; }
@@ -32,15 +32,17 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	@command -v $${CXX:-c++} >/dev/null 2>&1 || command -v g++ >/dev/null 2>&1 || { \
 	  echo "make: no C++ compiler: the CPU will use the slower portable rows."; \
 	  echo "make: to have them fast, install one (Debian: apt-get install g++) and run make build"; }
+	@test ! -e $(VENV)/.installing || rm -rf $(VENV)
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { rm -rf $(VENV); $(PYTHON) -m venv $(VENV); } || { \
 	  echo "make: no virtual environment: install Python's venv (Debian: apt-get install python3-venv)" >&2; exit 1; }
+	@touch $(VENV)/.installing
 	@echo "make: installing into $(VENV); the first time takes minutes (PyTorch is large)"
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt torch setuptools ninja && \
 	  $(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation \
 	    --editable '.[train,bench,dev]' || { \
 	  echo "make: the installation failed: is a package registry in reach (pip config list), is the disk full?" >&2; \
 	  echo "make: run the same command again to take it up where it stopped" >&2; exit 1; }
-	@touch $@
+	@rm $(VENV)/.installing && touch $@
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info em_kernels/*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis

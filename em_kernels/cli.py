@@ -4,6 +4,7 @@ import argparse
 import os
 import platform
 import sys
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -31,56 +32,55 @@ def main(argv: list[str] | None = None) -> int:
     if name == "info":
         return info(rest)
     try:
-        from .training.config import UserError
-    except ImportError as error:
+        return _run(name, commands[name], rest)
+    except ModuleNotFoundError as error:
         print(
             f"em-kernels {name}: error: {error.name} is not installed; "
             "pip install 'em-kernels[train]'",
             file=sys.stderr,
         )
         return 2
+    except KeyboardInterrupt as error:  # Interrupted is one, and tells what was saved
+        print(f"em-kernels {name}: {str(error) or 'interrupted'}", file=sys.stderr)
+        return 130
+
+
+def _run(name: str, command: Callable[[list[str]], int], arguments: list[str]) -> int:
+    """A command of the training side; what the user can mend as one line on stderr."""
     from transformers.utils.logging import disable_progress_bar
 
+    from .training.config import UserError
     from .training.demo_model import DemoModelError
-    from .training.trainer import Interrupted
 
     disable_progress_bar()  # transformers' own; ours tell more
-
     try:
-        return commands[name](rest)
+        return command(arguments)
     except (UserError, DemoModelError) as error:
         print(f"em-kernels {name}: error: {error}", file=sys.stderr)
         return 2
-    except (Interrupted, KeyboardInterrupt) as error:
-        print(f"em-kernels {name}: {error or 'interrupted'}", file=sys.stderr)
-        return 130
 
 
 def train(arguments: list[str]) -> int:
     """One-shot EM; settings from --config FILE, then from flags."""
     import tyro
-    from pydantic import ValidationError
     from rich.console import Console
 
-    from .training.config import TrainConfig, UserError, one_line, read_yaml
+    from .training.config import TrainConfig, read_yaml
     from .training.trainer import train as run
 
-    before = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    before = argparse.ArgumentParser(prog="em-kernels train", add_help=False, allow_abbrev=False)
     before.add_argument("--config", type=Path)
     known, rest = before.parse_known_args(arguments)
     default = read_yaml(known.config) if known.config else TrainConfig()
-    try:
-        config = tyro.cli(
-            tyro.conf.OmitArgPrefixes[TrainConfig],
-            args=rest,
-            default=default,
-            prog="em-kernels train",
-            description=f"{TrainConfig.__doc__}\n--config FILE reads settings from YAML first "
-            "(a run's config.yaml, say); flags win.\n\nExample: em-kernels train --model demo "
-            "--prompt 'What is 2 + 3?' --steps 2 --rollouts 8 --max-new-tokens 64",
-        )
-    except ValidationError as error:
-        raise UserError(one_line(error)) from error
+    config = tyro.cli(
+        tyro.conf.OmitArgPrefixes[TrainConfig],
+        args=rest,
+        default=default,
+        prog="em-kernels train",
+        description=f"{TrainConfig.__doc__}\n--config FILE reads settings from YAML first "
+        "(a run's config.yaml, say); flags win.\n\nExample: em-kernels train --model demo "
+        "--prompt 'What is 2 + 3?' --steps 2 --rollouts 8 --max-new-tokens 64",
+    )
     result = run(config, console=Console(stderr=True))
     print(result.checkpoint)
     return 0

@@ -99,10 +99,15 @@ def _entropy_loss_setup(ctx, inputs, output) -> None:
     ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
 
 
+def _scaled(saved: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    """saved * upstream, rounded once; on a GPU without an fp32 product of its size in memory."""
+    return torch.mul(saved, upstream, out=torch.empty_like(saved, dtype=dtype))
+
+
 def _entropy_loss_backward(ctx, upstream, *_):
     _refuse_double_backward()
     gradients = [
-        (saved * upstream).to(dtype) if need and upstream is not None else None
+        _scaled(saved, upstream, dtype) if need and upstream is not None else None
         for saved, need, dtype in zip(ctx.saved_tensors, ctx.needs, ctx.dtypes, strict=True)
     ]
     return *gradients, *(None,) * 8

@@ -7,7 +7,6 @@ from em_kernels.rows import cpu, portable
 
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")
-torch.set_num_threads(1)
 
 needs_extension = pytest.mark.skipif(cpu._C is None, reason="em_kernels._C is not built")
 ROWS = [
@@ -17,7 +16,7 @@ ROWS = [
 
 
 @pytest.fixture(autouse=True)
-def seed():
+def fixed_seed():
     torch.manual_seed(0)
 
 

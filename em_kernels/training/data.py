@@ -29,7 +29,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
             return pyarrow.parquet.read_table(path).to_pylist()
         if path.suffix in (".jsonl", ".json"):
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8").split("\n")
             return [json.loads(line) for line in lines if line.strip()]
     except (OSError, ValueError) as error:  # pyarrow's and json's errors are ValueErrors
         reason = " ".join(str(error).split())
@@ -43,7 +43,8 @@ def as_problem(row: Any, path: Path) -> Problem:
         raise UserError(f"prompt_from: {path}: a row is {type(row).__name__}, not an object")
     prompt = next((row[name] for name in PROMPT_COLUMNS if row.get(name)), None)
     if isinstance(prompt, list):  # chat messages, as in the parquet files of RLVR projects
-        prompt = next((m["content"] for m in reversed(prompt) if m.get("role") == "user"), None)
+        messages = [m for m in reversed(prompt) if isinstance(m, dict)]
+        prompt = next((m.get("content") for m in messages if m.get("role") == "user"), None)
     if not isinstance(prompt, str) or not prompt.strip():
         known = ", ".join(PROMPT_COLUMNS)
         raise UserError(f"prompt_from: {path}: a row has no text in any of the columns {known}")

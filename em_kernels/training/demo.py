@@ -122,7 +122,9 @@ def run_demo(seed: int, output: Path, console: Console) -> dict[str, Any]:
     }
     (output / "demo.json").write_text(json.dumps(report), encoding="utf-8")
     console.print(
-        f"The run is in {output}; the trained model in {result.checkpoint}", soft_wrap=True
+        f"The run is in {output}; the trained model in {result.checkpoint}",
+        soft_wrap=True,
+        markup=False,
     )
     return report
 
@@ -133,9 +135,12 @@ def _named(temperature: float) -> str:
 
 def _table(before: dict[float, np.ndarray], after: dict[float, np.ndarray]) -> Table:
     table = Table(
-        title=f"Accuracy in % on {HELD_OUT} held-out problems, with 95 % intervals", box=SIMPLE_HEAD
+        title=f"Accuracy in % on {HELD_OUT} held-out problems, with 95 % intervals",
+        box=SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
     )
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for column in ("before", "after", "change in points", "p"):
         table.add_column(column, justify="right", no_wrap=True)
     for temperature, base in before.items():
@@ -165,20 +170,20 @@ def _reading(
 ) -> str:
     """What the numbers show and do not show, from the numbers."""
     change, low, high, p = paired_change(before[0.0], after[0.0])
-    if low > 0:
-        verdict = f"rose by {change * 100:.1f} points, more than chance explains (p = {p:.2g})"
-    elif high < 0:
-        verdict = f"fell by {-change * 100:.1f} points, more than chance explains (p = {p:.2g})"
+    if p < 0.05:
+        verb = "rose" if change > 0 else "fell"
+        points = f"{100 * abs(change):.1f} points"
+        verdict = f"{verb} by {points}, more than chance explains (p = {p:.2g})"
     else:
         verdict = (
             f"changed by {change * 100:+.1f} points, which {HELD_OUT} problems cannot tell from no "
             f"change (interval {low * 100:+.1f} to {high * 100:+.1f}, p = {p:.2g})"
         )
     best = max(LOWER_TEMPERATURES, key=lambda t: before[t].mean())
-    margin, margin_low, margin_high, _ = paired_change(before[best], after[1.0])
-    relation = (
-        "above" if margin_low > 0 else "below" if margin_high < 0 else "not distinguishable from"
-    )
+    margin, _, _, margin_p = paired_change(before[best], after[1.0])
+    relation = "above" if margin > 0 else "below"
+    if margin_p >= 0.05:
+        relation = "not distinguishable from"
     entropies = [row["entropy"] for row in result.metrics]
     return (
         f"Greedy accuracy {verdict}.\n"

@@ -3,7 +3,7 @@
 import re
 from decimal import Decimal, InvalidOperation
 
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+_NUMBER = re.compile(r"(?:(?<!\w)-)?(?:\d[\d,]*(?:\.\d+)?|(?<![\w.])\.\d+)")
 
 
 def final_answer(text: str) -> str | None:
@@ -32,6 +32,7 @@ def is_correct(text: str, answer: str) -> bool:
 
 def _value(text: str) -> Decimal | None:
     try:
-        return Decimal(text.strip().strip("$").replace(",", ""))
+        value = Decimal(text.strip().strip("$").replace(",", ""))
     except InvalidOperation:
         return None
+    return value if value.is_finite() else None

@@ -29,6 +29,7 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .config import Sampling
 
@@ -88,6 +89,15 @@ def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[
     ids = model.generation_config.eos_token_id if model.generation_config else None
     found = set(ids if isinstance(ids, list) else [ids]) | {tokenizer.eos_token_id}
     return sorted(i for i in found if i is not None)
+
+
+def check_cache(model: PreTrainedModel) -> None:
+    """Raises: TypeError where rows of the model's cache cannot be repeated and dropped."""
+    kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
+    for kind in kinds - {DynamicLayer, DynamicSlidingWindowLayer}:
+        raise TypeError(
+            f"model: {type(model).__name__} keeps a {kind.__name__}; only attention is supported"
+        )
 
 
 def uniforms_for(seeds: Sequence[Sequence[int]], length: int) -> Tensor:

@@ -21,7 +21,7 @@ class Candidate(NamedTuple):
     @property
     def variance(self) -> float:
         """Of correctness: highest where the model is right half of the time."""
-        return self.pass_rate * (1 - self.pass_rate)
+        return round(self.pass_rate * (1 - self.pass_rate), 9)  # else p and 1 - p may not tie
 
 
 def select(

@@ -1,10 +1,11 @@
 """What a run starts from; whatever is wrong with it is said here, before anything is written."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -35,7 +36,12 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     cpu = config.device == "cpu" or not torch.cuda.is_available()
     auto = "float32" if cpu else "bfloat16"
     dtype = auto if config.dtype == "auto" else config.dtype
-    accelerator = Accelerator(cpu=cpu, mixed_precision="bf16" if dtype == "bfloat16" else "no")
+    precision = "bf16" if dtype == "bfloat16" else "no"
+    try:
+        accelerator = Accelerator(cpu=cpu, mixed_precision=precision)
+    except ValueError:  # this process has made one of another device or dtype
+        AcceleratorState._reset_state(reset_partial_state=True)
+        accelerator = Accelerator(cpu=cpu, mixed_precision=precision)
     if accelerator.num_processes > 1:
         raise UserError("device: one process only; start it without accelerate or torchrun")
     return accelerator
@@ -58,6 +64,8 @@ def load_task(config: TrainConfig) -> Task:
         raise UserError(f"model: cannot open {config.model!r}: {_brief(error)}") from error
     chat_template = config.chat_template and tokenizer.chat_template is not None
     prompts = [encode(tokenizer, problem.prompt, chat_template) for problem in problems]
+    if not all(prompts):
+        raise UserError("prompt: the tokenizer makes no token of it")
     context = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     longest, new = max(len(ids) for ids in prompts), config.sampling.max_new_tokens
     if context is not None and longest >= context:
@@ -73,14 +81,21 @@ def load_task(config: TrainConfig) -> Task:
 def load_model(source: str, config: TrainConfig, device: torch.device) -> PreTrainedModel:
     """The model with fp32 weights on its device."""
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=torch.float32, attn_implementation=config.attention
+        opened: Any = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=torch.float32,
+            attn_implementation=config.attention,
+            use_safetensors=True,
+            output_loading_info=True,
         )
     except Exception as error:
         raise UserError(f"model: cannot load {config.model!r}: {_brief(error)}") from error
+    model, loading = opened
+    if loading["missing_keys"]:  # transformers would draw them at random
+        raise UserError(f"model: {config.model!r} lacks weights: {min(loading['missing_keys'])}")
     if getattr(model, "hf_quantizer", None) is not None:
         raise UserError(f"model: {config.model!r} is quantised; training needs its full weights")
-    model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides the signature
+    model.to(device)
     if config.gradient_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None)
         (enable or model.gradient_checkpointing_enable)()  # its older name

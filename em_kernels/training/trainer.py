@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -24,11 +25,11 @@ from ..hf import Head, check_head, head_of, hidden_states
 from .checkpoint import save_checkpoint
 from .config import TrainConfig, UserError
 from .grading import is_correct
-from .rollout import Rollout, generate
+from .rollout import Rollout, check_cache, generate
 from .setup import Task, check_output, load_model, load_task, make_accelerator
 
 
-class Interrupted(Exception):
+class Interrupted(KeyboardInterrupt):
     """Ctrl-C or SIGTERM, raised where the weights are those of a finished update."""
 
 
@@ -140,11 +141,12 @@ def train(
     if config.chat_template and not task.chat_template:
         console.print("The tokenizer has no chat template: the prompt is used as it is.")
     if model is None:
-        with console.status(f"loading {config.model}"):
+        with console.status(escape(f"loading {config.model}")):
             model = load_model(task.source, config, accelerator.device)
     try:
         head = head_of(model)
         check_head(model, head)
+        check_cache(model)
     except TypeError as error:
         raise UserError(str(error)) from error
     optimizer = torch.optim.AdamW(
@@ -155,14 +157,17 @@ def train(
         weight_decay=config.weight_decay,
         fused=True,
     )
-    config.output.mkdir(parents=True, exist_ok=True)
-    (config.output / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    try:
+        config.output.mkdir(parents=True, exist_ok=True)
+        (config.output / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"output: cannot write: {error}") from error
     result = TrainResult(config.output)
 
     def save() -> None:
         folder = config.output / "checkpoints" / f"step-{len(result.metrics):05d}"
         if folder != result.checkpoint:
-            with console.status(f"writing {folder}"):
+            with console.status(escape(f"writing {folder}")):
                 result.checkpoint = save_checkpoint(model, task.tokenizer, folder)
 
     with StopRequest() as stop:
@@ -280,8 +285,11 @@ def progress_on(console: Console) -> Progress:
 
 
 def _append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    with open(path, "a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    except OSError as error:
+        raise UserError(f"output: cannot write {path}: {error}") from error
 
 
 def _line(row: dict[str, Any], steps: int) -> str:

@@ -1,22 +1,39 @@
 """The update against plain torch in fp64; replays; what a run leaves."""
 
 import json
+import shutil
 from io import StringIO
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from rich.console import Console
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, normalizers
 from torch.profiler import ProfilerActivity, profile
 from torch.testing import assert_close
-from training.tiny import TRAINING_TEXT, make_model, make_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from training.tiny import TRAINING_TEXT, make_model, make_tokenizer, save_tiny
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+)
 
 from em_kernels.hf import head_of
+from em_kernels.training.checkpoint import save_checkpoint
 from em_kernels.training.config import Sampling, TrainConfig, UserError, read_yaml
 from em_kernels.training.rollout import Rollout
 from em_kernels.training.setup import load_model, make_accelerator
-from em_kernels.training.trainer import StopRequest, entropy_step, micro_batches, padded, train
+from em_kernels.training.trainer import (
+    StopRequest,
+    _append,
+    entropy_step,
+    micro_batches,
+    padded,
+    train,
+)
 
 PLAIN = Sampling(temperature=1, top_k=0, top_p=1, repetition_penalty=1, max_new_tokens=12)
 ROLLOUTS = [  # one prompt of one token; EOS (0) inside a prompt and at ends; a single-token answer
@@ -69,11 +86,11 @@ def step(model, rollouts, config):
 
 
 MODELS = {
-    "tied": ("llama", {}),
-    "untied": ("qwen2", {"tied": False}),
-    "softcap": ("gemma2", {"head_dim": 8, "query_pre_attn_scalar": 8}),
-    "scaled": ("cohere", {"logit_scale": 0.25}),
-    "bias": ("phi", {"tied": False}),
+    "tied": ("llama", {}, 1e-12),
+    "untied": ("qwen2", {"tied": False}, 1e-12),
+    "bias": ("phi", {"tied": False}, 1e-12),
+    "softcap": ("gemma2", {"head_dim": 8, "query_pre_attn_scalar": 8}, 1e-6),  # its norms are fp32
+    "scaled": ("cohere", {"logit_scale": 0.25}, 1e-6),
 }
 
 
@@ -81,7 +98,7 @@ MODELS = {
 @pytest.mark.parametrize("temperature", [None, 0.5])
 @pytest.mark.parametrize("name", MODELS)
 def test_loss_and_gradient(name, temperature, micro_batch_tokens, batches, tmp_path):
-    kind, options = MODELS[name]
+    kind, options, tolerance = MODELS[name]
     model = make_model(kind, dtype=torch.float64, **options)
     config = settings(
         "-", tmp_path, micro_batch_tokens=micro_batch_tokens, loss_temperature=temperature
@@ -94,10 +111,11 @@ def test_loss_and_gradient(name, temperature, micro_batch_tokens, batches, tmp_p
     expected = plain_loss(model, sequences, temperature or 1.0)
     expected.backward()
     truth = gradients(model)
-    assert loss == pytest.approx(expected.item(), rel=1e-12)
+    assert loss == pytest.approx(expected.item(), rel=tolerance)
     assert ours.keys() == truth.keys()
     for parameter in truth:
-        assert_close(ours[parameter], truth[parameter], rtol=1e-9, atol=1e-13, msg=parameter)
+        error = (ours[parameter] - truth[parameter]).norm() / truth[parameter].norm()
+        assert error < tolerance, parameter
 
 
 def test_scored_positions():
@@ -238,9 +256,11 @@ def test_without_an_answer_there_is_no_accuracy(folder, tmp_path):
 
 def test_published_generation_config_is_kept(folder, tmp_path):
     """Flags of sampling without do_sample, as Llama 2 has them, are refused by strict saving."""
-    model = make_model()
-    model.generation_config = GenerationConfig(eos_token_id=[0, 9], temperature=0.6, top_p=0.9)
-    result = run(settings(folder, tmp_path / "run", steps=1), model)
+    published = {"eos_token_id": [0, 9], "temperature": 0.6, "top_p": 0.9}
+    (shutil.copytree(folder, tmp_path / "model") / "generation_config.json").write_text(
+        json.dumps(published)
+    )
+    result = run(settings(tmp_path / "model", tmp_path / "run", steps=1))
     kept = GenerationConfig.from_pretrained(result.checkpoint)
     assert (kept.eos_token_id, kept.temperature, kept.top_p) == ([0, 9], 0.6, 0.9)
 
@@ -322,7 +342,8 @@ def test_gradient_checkpointing_recomputes_to_the_same_gradient(folder, tmp_path
         config = settings(folder, tmp_path, gradient_checkpointing=on)
         model = load_model(str(folder), config, torch.device("cpu"))
         calls = []
-        model.model.layers[0].mlp.register_forward_hook(lambda *args, calls=calls: calls.append(1))
+        layer = model.model.layers[0].mlp
+        layer.register_forward_pre_hook(lambda *args, calls=calls: calls.append(args))
         loss = step(model, ROLLOUTS, config)
         found[on] = loss, gradients(model), len(calls)
     assert (found[False][2], found[True][2]) == (1, 2)
@@ -349,3 +370,83 @@ def test_bfloat16_compute_keeps_fp32_weights(folder, tmp_path):
 def test_entropy_falls(folder, tmp_path):
     metrics = run(settings(folder, tmp_path / "run", steps=8, rollouts=16, lr=3e-3)).metrics
     assert metrics[-1]["entropy"] < 0.9 * metrics[0]["entropy"]
+
+
+def test_adapter_on_the_head_is_refused_with_nothing_written(folder, tmp_path):
+    model = make_model(tied=False)
+    model.lm_head.base_layer = torch.nn.Linear(32, 267, bias=False)
+    with pytest.raises(UserError, match="model: its head carries an adapter"):
+        run(settings(folder, tmp_path / "run"), model)
+    assert not (tmp_path / "run").exists()
+
+
+def test_state_space_model_is_refused_with_nothing_written(folder, tmp_path):
+    model = make_model("lfm2", layer_types=["conv", "full_attention"])
+    with pytest.raises(UserError, match="model: Lfm2ForCausalLM keeps a LinearAttentionLayer"):
+        run(settings(folder, tmp_path / "run"), model)
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_that_are_missing_are_not_drawn_at_random(tmp_path):
+    model = save_tiny(tmp_path / "model", tied=False)
+    weights = load_file(model / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="lacks weights: lm_head.weight"):
+        run(settings(model, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_pickled_weights_are_refused(tmp_path):
+    model = save_tiny(tmp_path / "model")
+    torch.save(load_file(model / "model.safetensors"), model / "pytorch_model.bin")
+    (model / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="model: cannot load .*no file named model.safetensors"):
+        run(settings(model, tmp_path / "run"))
+
+
+def test_prompt_without_tokens(tmp_path):
+    """A tokenizer without bytes or an unknown token drops what it does not know."""
+    model = save_tiny(tmp_path / "model")
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Replace("x", "")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(model)
+    with pytest.raises(UserError, match="prompt: the tokenizer makes no token of it"):
+        run(settings(model, tmp_path / "run", prompt="x", chat_template=False))
+
+
+def test_without_a_chat_template_the_prompt_is_raw_and_it_says_so(folder, tmp_path, tokenizer):
+    model = shutil.copytree(folder, tmp_path / "model")
+    (model / "chat_template.jinja").unlink()
+    text = StringIO()
+    train(settings(model, tmp_path / "run", steps=1), console=Console(file=text, width=200))
+    assert "no chat template: the prompt is used as it is" in text.getvalue()
+    record = read(tmp_path / "run" / "rollouts.jsonl")[0]
+    assert tokenizer.decode(record["prompt_ids"]) == TRAINING_TEXT
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no /dev/full")
+def test_full_disk(tmp_path):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(UserError, match="output: cannot write .*metrics.jsonl: .*No space left"):
+        _append(tmp_path / "metrics.jsonl", [{"update": 1}])
+
+
+def test_checkpoint_that_cannot_be_written(folder, tmp_path):
+    (tmp_path / "file").touch()
+    model = make_model()
+    with pytest.raises(UserError, match="output: cannot write the checkpoint .*Not a directory"):
+        save_checkpoint(model, make_tokenizer(), tmp_path / "file" / "step-00001")
+
+
+def test_gradient_that_is_not_finite(folder, tmp_path):
+    """The update is not applied."""
+    config = settings(folder, tmp_path / "run")
+    model = make_model()
+    model.model.layers[0].mlp.register_full_backward_hook(
+        lambda module, inputs, outputs: (inputs[0] * torch.inf,)
+    )
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    with pytest.raises(UserError, match="lr: the gradient of update 1 is not finite; lower it"):
+        run(config, model)
+    assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
