@@ -197,7 +197,8 @@ def entropy_from_logits(logits: Tensor, *, temperature: float | Tensor = 1.0) ->
 
     Gradient: for logits, in their dtype. No second derivatives.
     Precision: fp32 statistics whatever the logits' dtype.
-    Memory: 16 MiB of work space; the gradient in the backward.
+    Memory: 16 MiB of work space; the gradient in the backward; a copy of logits whose leading
+        dimensions no view can flatten, such as logits[:, :-1].
     Raises: ValueError, TypeError naming the argument; RuntimeError on double backward.
     Source: equations (1)-(3) and (8) of ``em_kernels.reference``.
     """
@@ -205,7 +206,7 @@ def entropy_from_logits(logits: Tensor, *, temperature: float | Tensor = 1.0) ->
     if logits.dim() < 1 or logits.shape[-1] == 0:
         raise ValueError(f"logits: expected (..., V) with V > 0, got {tuple(logits.shape)}")
     temperatures, scalars = _check_transform(temperature, 1.0, None, logits)
-    flat = logits.reshape(-1, logits.shape[-1]).contiguous()
+    flat = logits.reshape(-1, logits.shape[-1])
     entropy, *_ = ops.entropy_from_logits(flat, temperatures, scalars[2])
     return entropy.reshape(logits.shape[:-1])
 

@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from . import chunked
+from . import logits as logits_entropy
 from .chunked import Needs, Transform
+from .gemm import accumulation_dtype
 from .parallel import VocabularyShard
 
 
@@ -80,7 +82,7 @@ def _(
     chunk_bytes,
     group,
 ):
-    wide = chunked.accumulation_dtype(hidden.dtype)
+    wide = accumulation_dtype(hidden.dtype)
     shapes = ((), hidden.shape, weight.shape, weight.shape[:1])
     wanted = (True, *needs)
     return tuple(
@@ -145,7 +147,7 @@ def token_stats(
 
 @token_stats.register_fake
 def _(hidden, weight, bias, targets, mask, temperatures, transform, needs, chunk_bytes, group):
-    wide = chunked.accumulation_dtype(hidden.dtype)
+    wide = accumulation_dtype(hidden.dtype)
     count = hidden.shape[0]
     return (
         hidden.new_empty(5, count, dtype=wide),
@@ -238,12 +240,12 @@ def entropy_from_logits(
     logits: Tensor, temperatures: Tensor | None, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Entropy, m and log s of logits (N, V), each (N,)."""
-    return chunked.logits_entropy(logits, temperature if temperatures is None else temperatures)
+    return logits_entropy.entropy(logits, temperature if temperatures is None else temperatures)
 
 
 @entropy_from_logits.register_fake
 def _(logits, temperatures, temperature):
-    wide = chunked.accumulation_dtype(logits.dtype)
+    wide = accumulation_dtype(logits.dtype)
     return tuple(logits.new_empty(logits.shape[:1], dtype=wide) for _ in range(3))
 
 
@@ -259,7 +261,7 @@ def entropy_from_logits_backward(
 ) -> Tensor:
     """dlogits (N, V) in the logits' dtype."""
     tau = temperature if temperatures is None else temperatures
-    return chunked.logits_entropy_backward(upstream, entropy, m, log_s, logits, tau)
+    return logits_entropy.entropy_backward(upstream, entropy, m, log_s, logits, tau)
 
 
 @entropy_from_logits_backward.register_fake

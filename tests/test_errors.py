@@ -67,12 +67,12 @@ OF_BOTH = [
     ("chunk_bytes", 0, ValueError, "0"),
     ("chunk_bytes", -5, ValueError, "-5"),
     ("chunk_bytes", 1e6, TypeError, "float"),
-    ("chunk_bytes", V * 4 - 1, ValueError, "at least 44"),
     ("process_group", "tensor parallel", TypeError, "str"),
 ]
 OF_LOSS = [
     ("reduction", "avg", ValueError, "'avg'"),
     ("reduction", None, ValueError, "None"),
+    ("chunk_bytes", V * 4 - 1, ValueError, "at least 44"),
     ("grad_tolerance", 1.0, ValueError, "[0, 1)"),
     ("grad_tolerance", -1e-9, ValueError, "[0, 1)"),
     ("grad_tolerance", NAN, ValueError, "[0, 1)"),
@@ -89,6 +89,7 @@ OF_STATS = [
     ("targets", torch.tensor([0, -1, 0, 0]), ValueError, "[0, 11)"),
     ("targets", torch.tensor([0, -99, -101, 0]), ValueError, "2 values"),
     ("targets", torch.zeros(N, dtype=torch.int64, device="meta"), ValueError, "meta"),
+    ("chunk_bytes", max(N, D) * 4 - 1, ValueError, f"at least {max(N, D) * 4}"),
     ("stats", ["entropi"], ValueError, "'entropi'"),
     ("stats", ["logprob"], ValueError, "targets"),
     ("stats", "entropy", ValueError, "unknown"),

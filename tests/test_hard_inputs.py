@@ -79,6 +79,25 @@ def test_entropy_of_a_sure_model(gap):
         assert_close(gradient.double(), true_gradient, rtol=2e-5, atol=0)
 
 
+@pytest.mark.usefixtures("rows")
+@pytest.mark.parametrize("words", [300, 5000])
+def test_gradient_of_sure_tokens_by_recomputation(words):
+    """Logits rounded otherwise than in the forward would cost p its digits: 1e-2 off, not 1e-5."""
+    n, d, v = 64, 512, 5000
+    weight = torch.randn(v, d) / d**0.5
+    hidden = 20 * weight[torch.randint(v, (n,))] + torch.randn(n, d)
+    upstream = torch.rand(n)
+    gradients = []
+    for dtype in (torch.float64, torch.float32):
+        h = hidden.to(dtype, copy=True).requires_grad_()
+        arguments = {"reduction": "none", "chunk_bytes": words * d * dtype.itemsize}
+        entropy = fused_entropy_loss(h, weight.to(dtype), **arguments)
+        (upstream * entropy).sum().backward()
+        gradients.append(h.grad.double())
+    true, ours = gradients
+    assert entropy.mean() < 1e-2 and (ours - true).norm() <= 1e-4 * true.norm()
+
+
 def test_gradient_of_a_sure_logprob():
     """d logprob / dz_target = 1 - p, where p rounds to 1."""
     logits = torch.randn(4, 50)

@@ -8,7 +8,7 @@ from conftest import needs_extension
 from torch.profiler import ProfilerActivity, profile
 from truth import draw, entropy_of
 
-from em_kernels import chunked, entropy_from_logits, fused_entropy_loss, fused_token_stats
+from em_kernels import entropy_from_logits, fused_entropy_loss, fused_token_stats, gemm, logits
 
 N, D, V = 512, 32, 2048
 CHUNK_BYTES = 64 * V * 4
@@ -110,7 +110,7 @@ def test_no_grad_makes_no_gradient():
 def test_budget_bounds_the_slabs_of_dweight(monkeypatch):
     """Few tokens of a wide model: a slab's fp32 dweight is larger than its logits."""
     n, d, budget = 16, 256, 16 * V * 4
-    monkeypatch.setattr(chunked, "UPCAST_BYTES", budget)
+    monkeypatch.setattr(gemm, "UPCAST_BYTES", budget)
     hidden, weight, _, _ = draw(n, d, V, dtype=torch.bfloat16)
     loss = fused_entropy_loss(hidden, weight, reduction="none", chunk_bytes=budget).sum()
     *others, largest = sorted(allocations(loss.backward))
@@ -120,10 +120,10 @@ def test_budget_bounds_the_slabs_of_dweight(monkeypatch):
 @pytest.mark.usefixtures("rows")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_entropy_from_logits(dtype, monkeypatch):
-    monkeypatch.setattr(chunked, "UPCAST_BYTES", CHUNK_BYTES)
-    logits = torch.randn(N, V, dtype=dtype, requires_grad=True)
+    monkeypatch.setattr(logits, "BLOCK_BYTES", CHUNK_BYTES)
+    x = torch.randn(N, V, dtype=dtype, requires_grad=True)
     entropy = []
-    forward = allocations(lambda: entropy.append(entropy_from_logits(logits)))
+    forward = allocations(lambda: entropy.append(entropy_from_logits(x)))
     assert max(forward) <= CHUNK_BYTES
     backward = sorted(allocations(lambda: entropy[0].backward(UPSTREAM)))
     assert backward[-1] == N * V * dtype.itemsize and backward[-2] <= CHUNK_BYTES
