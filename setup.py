@@ -23,7 +23,7 @@ COMPILE_ARGS = [
 class OptionalBuildExtension(BuildExtension):
     """Lets an installation succeed without a compiler; an explicit `build_ext` still fails."""
 
-    def run(self):
+    def run(self) -> None:
         try:
             super().run()
         except Exception as error:

@@ -2,8 +2,10 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -347,3 +349,11 @@ def test_demo_refuses_what_train_refuses(at, capfd):
     line = refused(["demo", "--output", "occupied"], capfd)
     assert line.startswith("em-kernels demo: error: output: occupied already holds")
     assert contents(at) == before
+
+
+def test_ctrl_c_before_training(at, tmp_path, capfd):
+    """While it waits for a prompt that nobody writes."""
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    assert main(["train", "--model", "model", *file(str(tmp_path / "pipe.jsonl"))]) == 130
+    assert capfd.readouterr() == ("", "em-kernels train: interrupted\n")

@@ -19,7 +19,7 @@ from transformers import (
 
 from em_kernels.training.config import Sampling
 from em_kernels.training.demo import addition
-from em_kernels.training.rollout import generate
+from em_kernels.training.rollout import _InverseCdf, generate
 
 PLAIN = Sampling(temperature=1, top_k=0, top_p=1, repetition_penalty=1, max_new_tokens=24)
 GREEDY = PLAIN.model_copy(update={"temperature": 0})
@@ -355,3 +355,10 @@ def test_real_model(demo):
     assert found.ended and tokenizer.decode(found.response_ids) == " 31 + 52 = 8"
     length = len(found.response_ids)
     assert found.response_ids == plain_generate(model, prompt, max_new_tokens=length)
+
+
+def test_a_uniform_never_falls_on_an_impossible_token():
+    scores = torch.tensor([-torch.inf, 0, -torch.inf, 0, -torch.inf]).expand(4, -1)
+    uniforms = torch.tensor([0, 0.25, 0.5, 1 - 2**-53], dtype=torch.float64)[:, None]
+    left = _InverseCdf(uniforms, start=3)(torch.zeros(4, 3, dtype=torch.int64), scores)
+    assert left.argmax(-1).tolist() == [1, 1, 3, 3]

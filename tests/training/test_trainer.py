@@ -450,3 +450,20 @@ def test_gradient_that_is_not_finite(folder, tmp_path):
     with pytest.raises(UserError, match="lr: the gradient of update 1 is not finite; lower it"):
         run(config, model)
     assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
+
+
+def test_real_model(demo, tmp_path):
+    """Loss and gradient of the 135M model in fp32, two micro-batches."""
+    model, tokenizer = demo
+    prompt = tokenizer("2 + 3 =").input_ids
+    rollouts = [Rollout(prompt, tokenizer(text).input_ids, True) for text in (" 5\n", " five. So")]
+    loss = step(model, rollouts, settings("-", tmp_path, micro_batch_tokens=1))
+    ours = gradients(model)
+    model.zero_grad()
+    expected = plain_loss(model, [(r.prompt_ids, r.response_ids) for r in rollouts], 1.0)
+    expected.backward()
+    truth = gradients(model)
+    model.zero_grad()
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    error = sum((ours[name] - truth[name]).square().sum() for name in truth)
+    assert error < 1e-8 * sum(gradient.square().sum() for gradient in truth.values())
