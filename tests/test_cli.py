@@ -107,7 +107,7 @@ REFUSED = [  # arguments beside --model model, what the line names
     (["--prompt", "x" * 200], "prompt: has 203 tokens, the model's context 128"),
     ([*PROMPT, "--max-new-tokens", "112"], "sampling.max_new_tokens: .* give at most 111"),
     ([*PROMPT, "--model", ""], "model: missing"),
-    ([*PROMPT, "--model", "/no/such/folder"], "model: cannot open '/no/such/folder'"),
+    ([*PROMPT, "--model", "/no/such/folder"], "model: there is no folder /no/such/folder"),
     ([*PROMPT, "--model", "no-config"], "model: cannot open 'no-config'"),
     ([*PROMPT, "--model", "no-tokenizer"], "model: cannot open 'no-tokenizer'"),
     ([*PROMPT, "--model", "cut"], "model: cannot load 'cut'"),

@@ -22,8 +22,10 @@ def save_checkpoint(
         partial.mkdir(parents=True)
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        for path in (*partial.iterdir(), partial):
+        for path in partial.iterdir():
+            path.chmod(0o644)  # safetensors leaves its file to the owner alone
             _sync(path)
+        _sync(partial)
         if folder.exists():
             shutil.rmtree(folder)
         partial.rename(folder)

@@ -75,7 +75,7 @@ class TrainConfig(_Settings):
     """Completions per update."""
     sampling: Sampling = Sampling()
     """How the completions are sampled."""
-    loss_temperature: Annotated[float, Field(gt=0, le=100)] | None = None
+    loss_temperature: Annotated[float, Field(ge=0.01, le=100)] | None = None
     """The loss divides the logits by this; default the sampling temperature (1 where that is 0)."""
     lr: Annotated[float, Field(gt=0, lt=1)] = 2e-5
     """Learning rate, constant."""
@@ -134,6 +134,10 @@ class TrainConfig(_Settings):
         if self.prompt_from is not None and len(self.prompt_rows) > self.rollouts:
             raise UserError(
                 f"rollouts: {self.rollouts} do not reach {len(self.prompt_rows)} prompt_rows"
+            )
+        if 0 < self.sampling.temperature < 0.01:
+            raise UserError(
+                f"sampling.temperature: {self.sampling.temperature} is below 0.01; 0 is greedy"
             )
         if any(step > self.steps for step in self.save_at):
             raise UserError(f"save_at: {self.save_at} lies beyond the last of {self.steps} steps")

@@ -1,5 +1,6 @@
 """What a run starts from; whatever is wrong with it is said here, before anything is written."""
 
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,7 +57,9 @@ def check_output(output: Path) -> None:
 def load_task(config: TrainConfig) -> Task:
     """Tokenizer and prompts, checked against the model's context; no weights are read."""
     problems = problems_of(config)
-    source = str(fetch_demo()) if config.model == "demo" else config.model
+    if config.model.startswith((".", "/", "~")) and not Path(config.model).expanduser().is_dir():
+        raise UserError(f"model: there is no folder {config.model}")
+    source = str(fetch_demo()) if config.model == "demo" else os.path.expanduser(config.model)
     try:
         model_config = AutoConfig.from_pretrained(source)
         tokenizer = AutoTokenizer.from_pretrained(source)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -42,6 +42,10 @@ class TrainResult:
     metrics: list[dict[str, Any]] = field(default_factory=list)
 
 
+class Diverged(UserError):
+    """A gradient that is not finite; the weights are those of the update before."""
+
+
 class StopRequest:
     """Turns a first Ctrl-C or SIGTERM into Interrupted at the next check; a second acts at once."""
 
@@ -63,7 +67,7 @@ class StopRequest:
 
     def check(self) -> None:
         if self.requested:
-            raise Interrupted
+            raise Interrupted("interrupted")
 
 
 def micro_batches(rollouts: Sequence[Rollout], tokens: int) -> Iterator[list[Rollout]]:
@@ -163,6 +167,7 @@ def train(
     except OSError as error:
         raise UserError(f"output: cannot write: {error}") from error
     result = TrainResult(config.output)
+    run = _Run(config, task, model, head, optimizer, accelerator, console, result)
 
     def save() -> None:
         folder = config.output / "checkpoints" / f"step-{len(result.metrics):05d}"
@@ -173,9 +178,7 @@ def train(
     with StopRequest() as stop:
         try:
             for update in range(1, config.steps + 1):
-                _update(
-                    update, config, task, model, head, optimizer, accelerator, stop, console, result
-                )
+                _update(run, update, stop)
                 entropies = [row["entropy"] for row in result.metrics]
                 if entropies[-1] < config.stop_below * entropies[0]:
                     console.print(
@@ -185,29 +188,32 @@ def train(
                 if update in config.save_at:
                     save()
             save()
-        except Interrupted:
+        except (Interrupted, Diverged) as error:
             if result.metrics:
                 save()
-            where = (
+            kept = (
                 f"{result.checkpoint} holds the last update" if result.metrics else "no update yet"
             )
-            raise Interrupted(f"interrupted; {where}") from None
+            raise type(error)(f"{error}; {kept}") from None
     return result
 
 
-def _update(
-    update: int,
-    config: TrainConfig,
-    task: Task,
-    model: PreTrainedModel,
-    head: Head,
-    optimizer: torch.optim.Optimizer,
-    accelerator: Accelerator,
-    stop: StopRequest,
-    console: Console,
-    result: TrainResult,
-) -> None:
+class _Run(NamedTuple):
+    """What the updates of a run share."""
+
+    config: TrainConfig
+    task: Task
+    model: PreTrainedModel
+    head: Head
+    optimizer: torch.optim.Optimizer
+    accelerator: Accelerator
+    console: Console
+    result: TrainResult
+
+
+def _update(run: _Run, update: int, stop: StopRequest) -> None:
     """One optimizer update and its records."""
+    config, task, model, head, optimizer, accelerator, console, result = run
     picks = [i % len(task.prompts) for i in range(config.rollouts)]
     began = time.perf_counter()
     with progress_on(console) as progress:
@@ -229,7 +235,7 @@ def _update(
         entropy = entropy_step(model, head, rollouts, config, accelerator, stop)
         norm = float(accelerator.clip_grad_norm_(model.parameters(), config.clip))
         if not math.isfinite(norm):
-            raise UserError(f"lr: the gradient of update {update} is not finite; lower it")
+            raise Diverged(f"lr: the gradient of update {update} is not finite; lower it")
         optimizer.step()
         optimizer.zero_grad()
     now = time.perf_counter()

@@ -2,28 +2,31 @@
 
 import json
 import shutil
-from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from rich.console import Console
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, normalizers
 from torch.profiler import ProfilerActivity, profile
 from torch.testing import assert_close
-from training.tiny import TRAINING_TEXT, make_model, make_tokenizer, save_tiny
+from training.tiny import (
+    PLAIN,
+    TRAINING_TEXT,
+    make_model,
+    make_tokenizer,
+    read,
+    run,
+    settings,
+)
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
-    PreTrainedTokenizerFast,
 )
 
 from em_kernels.hf import head_of
 from em_kernels.training.checkpoint import save_checkpoint
-from em_kernels.training.config import Sampling, TrainConfig, UserError, read_yaml
+from em_kernels.training.config import UserError, read_yaml
 from em_kernels.training.rollout import Rollout
 from em_kernels.training.setup import load_model, make_accelerator
 from em_kernels.training.trainer import (
@@ -32,10 +35,8 @@ from em_kernels.training.trainer import (
     entropy_step,
     micro_batches,
     padded,
-    train,
 )
 
-PLAIN = Sampling(temperature=1, top_k=0, top_p=1, repetition_penalty=1, max_new_tokens=12)
 ROLLOUTS = [  # one prompt of one token; EOS (0) inside a prompt and at ends; a single-token answer
     Rollout([58, 75, 68, 87], [5, 9, 0], True),
     Rollout([34], [100, 101, 102, 103, 104, 105, 0], True),
@@ -44,21 +45,6 @@ ROLLOUTS = [  # one prompt of one token; EOS (0) inside a prompt and at ends; a 
     Rollout([261, 224], [33, 44, 55, 66], False),
 ]
 TIMES = {"tokens_per_s", "sampling_s", "training_s", "peak_memory_gib"}
-
-
-def settings(folder, output, **changes):
-    base = {"prompt": TRAINING_TEXT, "steps": 2, "rollouts": 6, "sampling": PLAIN, "lr": 1e-3}
-    return TrainConfig(
-        **{"model": str(folder), "output": output, "device": "cpu", **base, **changes}
-    )
-
-
-def run(config, model=None):
-    return train(config, model=model, console=Console(file=StringIO()))
-
-
-def read(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def weights_of(folder):
@@ -372,59 +358,6 @@ def test_entropy_falls(folder, tmp_path):
     assert metrics[-1]["entropy"] < 0.9 * metrics[0]["entropy"]
 
 
-def test_adapter_on_the_head_is_refused_with_nothing_written(folder, tmp_path):
-    model = make_model(tied=False)
-    model.lm_head.base_layer = torch.nn.Linear(32, 267, bias=False)
-    with pytest.raises(UserError, match="model: its head carries an adapter"):
-        run(settings(folder, tmp_path / "run"), model)
-    assert not (tmp_path / "run").exists()
-
-
-def test_state_space_model_is_refused_with_nothing_written(folder, tmp_path):
-    model = make_model("lfm2", layer_types=["conv", "full_attention"])
-    with pytest.raises(UserError, match="model: Lfm2ForCausalLM keeps a LinearAttentionLayer"):
-        run(settings(folder, tmp_path / "run"), model)
-    assert not (tmp_path / "run").exists()
-
-
-def test_weights_that_are_missing_are_not_drawn_at_random(tmp_path):
-    model = save_tiny(tmp_path / "model", tied=False)
-    weights = load_file(model / "model.safetensors")
-    del weights["lm_head.weight"]
-    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match="lacks weights: lm_head.weight"):
-        run(settings(model, tmp_path / "run"))
-    assert not (tmp_path / "run").exists()
-
-
-def test_pickled_weights_are_refused(tmp_path):
-    model = save_tiny(tmp_path / "model")
-    torch.save(load_file(model / "model.safetensors"), model / "pytorch_model.bin")
-    (model / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="model: cannot load .*no file named model.safetensors"):
-        run(settings(model, tmp_path / "run"))
-
-
-def test_prompt_without_tokens(tmp_path):
-    """A tokenizer without bytes or an unknown token drops what it does not know."""
-    model = save_tiny(tmp_path / "model")
-    tokenizer = Tokenizer(models.WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Replace("x", "")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(model)
-    with pytest.raises(UserError, match="prompt: the tokenizer makes no token of it"):
-        run(settings(model, tmp_path / "run", prompt="x", chat_template=False))
-
-
-def test_without_a_chat_template_the_prompt_is_raw_and_it_says_so(folder, tmp_path, tokenizer):
-    model = shutil.copytree(folder, tmp_path / "model")
-    (model / "chat_template.jinja").unlink()
-    text = StringIO()
-    train(settings(model, tmp_path / "run", steps=1), console=Console(file=text, width=200))
-    assert "no chat template: the prompt is used as it is" in text.getvalue()
-    record = read(tmp_path / "run" / "rollouts.jsonl")[0]
-    assert tokenizer.decode(record["prompt_ids"]) == TRAINING_TEXT
-
-
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no /dev/full")
 def test_full_disk(tmp_path):
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
@@ -439,17 +372,25 @@ def test_checkpoint_that_cannot_be_written(folder, tmp_path):
         save_checkpoint(model, make_tokenizer(), tmp_path / "file" / "step-00001")
 
 
-def test_gradient_that_is_not_finite(folder, tmp_path):
-    """The update is not applied."""
+@pytest.mark.parametrize("finished", [0, 1])
+def test_gradient_that_is_not_finite(finished, folder, tmp_path):
+    """The update is not applied, and what was finished before is kept."""
     config = settings(folder, tmp_path / "run")
     model = make_model()
-    model.model.layers[0].mlp.register_full_backward_hook(
-        lambda module, inputs, outputs: (inputs[0] * torch.inf,)
-    )
+    calls = []
+
+    def overflow(module, inputs, outputs):
+        calls.append(module)
+        return (inputs[0] * torch.inf,) if len(calls) > finished else None
+
+    model.model.layers[0].mlp.register_full_backward_hook(overflow)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    with pytest.raises(UserError, match="lr: the gradient of update 1 is not finite; lower it"):
+    kept = "step-00001 holds the last update" if finished else "no update yet"
+    message = f"lr: the gradient of update {finished + 1} is not finite; lower it; .*{kept}"
+    with pytest.raises(UserError, match=message):
         run(config, model)
-    assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
+    left = weights_of(tmp_path / "run" / "checkpoints" / "step-00001") if finished else before
+    assert all(torch.equal(left[name], weight) for name, weight in model.state_dict().items())
 
 
 def test_real_model(demo, tmp_path):

@@ -1,11 +1,17 @@
 """Random models of 267 words and their tokenizer: small enough to compute everything plainly."""
 
+import json
+from io import StringIO
 from pathlib import Path
 
 import torch
+from rich.console import Console
 from tokenizers import Tokenizer, decoders, models
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from em_kernels.training.config import Sampling, TrainConfig
+from em_kernels.training.trainer import train
 
 CONTEXT = 128
 TRAINING_TEXT = "What is 2 + 3?"
@@ -58,3 +64,21 @@ def save_tiny(folder: Path, kind="llama", **settings) -> Path:
     make_model(kind, **settings).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
+
+
+PLAIN = Sampling(temperature=1, top_k=0, top_p=1, repetition_penalty=1, max_new_tokens=12)
+
+
+def settings(folder, output, **changes):
+    base = {"prompt": TRAINING_TEXT, "steps": 2, "rollouts": 6, "sampling": PLAIN, "lr": 1e-3}
+    return TrainConfig(
+        **{"model": str(folder), "output": output, "device": "cpu", **base, **changes}
+    )
+
+
+def run(config, model=None):
+    return train(config, model=model, console=Console(file=StringIO()))
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
