@@ -52,8 +52,8 @@ def fused_entropy_loss(
         logit_scale, softcap: of models that have them (Cohere, Granite; Gemma 2).
         grad_tolerance: in [0, 1): the share of the gradient's L1 mass that a backward may leave
             out; 0 is exact. An upper bound: today's kernels leave nothing out.
-        chunk_bytes: memory for the logits of some tokens; default 1 GiB or an eighth of the free
-            memory.
+        chunk_bytes: memory for the logits held at a time; default 1 GiB or an eighth of the free
+            memory, rounded down to a power of two.
         process_group: ranks that hold consecutive rows of the weight each, bias split alike; every
             rank passes the same hidden and gets the same loss and dhidden.
 
@@ -150,7 +150,8 @@ def fused_token_stats(
         none. The logits are computed again in the backward (GEMM work in all 4 times the
         forward's). No second derivatives.
     Precision: as in :func:`fused_entropy_loss`.
-    Memory: one chunk; in the backward a chunk and an fp32 dhidden beside the returned gradients.
+    Memory: a slab of logits (all tokens, some words) within chunk_bytes; in the backward also an
+        fp32 dhidden beside the returned gradients.
     Raises: ValueError, TypeError naming the argument; RuntimeError on double backward.
     Source: equations (1)-(8) of ``em_kernels.reference``.
     """

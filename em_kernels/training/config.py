@@ -110,7 +110,7 @@ class TrainConfig(_Settings):
     attention: str = "sdpa"
     """transformers' attn_implementation: sdpa, eager, flash_attention_2."""
     chunk_bytes: Positive | None = None
-    """Memory for the logits of some tokens; default 1 GiB or an eighth of the free memory."""
+    """Memory for the logits held at a time; default 1 GiB or an eighth of the free memory."""
 
     @property
     def temperature(self) -> float:
