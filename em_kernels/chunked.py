@@ -76,7 +76,7 @@ def free_bytes(device: torch.device) -> int:
 def chunk_length(total: int, bytes_each: int, chunk_bytes: int | None, device: torch.device) -> int:
     """How many of `total` rows (or columns) of logits fit in the budget, split evenly.
 
-    The default is a power of two: what else runs here must not change the order of sums.
+    The default is a power of two, so that what else runs seldom changes the order of sums.
     """
     if chunk_bytes is not None and chunk_bytes < bytes_each:
         raise ValueError(
@@ -101,6 +101,12 @@ def inv_temperature(transform: Transform, tokens: slice | Tensor, like: Tensor) 
     return torch.full(like.shape[:1], 1 / tau, dtype=like.dtype, device=like.device)
 
 
+def _logit_bytes(hidden: Tensor) -> int:
+    """Of one logit, and on CUDA of its gradient in the 16 bits that the GEMM wants."""
+    wide = accumulation_dtype(hidden.dtype)
+    return wide.itemsize + (hidden.dtype.itemsize if hidden.is_cuda and hidden.dtype != wide else 0)
+
+
 def _chunks(
     hidden: Tensor,
     weight: Tensor,
@@ -113,9 +119,7 @@ def _chunks(
     wide = accumulation_dtype(hidden.dtype)
     count = len(hidden) if active is None else len(active)
     sizes = [len(weight)] if shard is None else shard.sizes
-    # a CUDA GEMM wants the gradient in 16 bits: a copy beside the fp32 logits
-    each = wide.itemsize + (hidden.dtype.itemsize if hidden.is_cuda and hidden.dtype != wide else 0)
-    length = chunk_length(count, max(sizes) * each, chunk_bytes, hidden.device)
+    length = chunk_length(count, max(sizes) * _logit_bytes(hidden), chunk_bytes, hidden.device)
     if shard is not None:
         length = shard.smallest(length)  # free memory differs, and every chunk is a collective call
     buffer = hidden.new_empty(min(length, count), len(weight), dtype=wide)
@@ -147,8 +151,8 @@ def _slabs(
     rounded in another order they would cost a sure token's small probabilities their digits.
     """
     wide = accumulation_dtype(hidden.dtype)
-    # a slab's fp32 dweight is larger than its logits where the tokens are few
-    word_bytes = max(hidden.shape) * wide.itemsize
+    # logits, their gradient in 16 bits for a CUDA GEMM, and in the backward the slab's fp32 dweight
+    word_bytes = len(hidden) * _logit_bytes(hidden) + hidden.shape[1] * wide.itemsize
     length = chunk_length(len(weight), word_bytes, chunk_bytes, hidden.device)
     buffer = hidden.new_empty(len(hidden) * min(length, len(weight)), dtype=wide)
     for start in range(0, len(weight), length):
@@ -343,7 +347,10 @@ def token_stats_backward(
     tokens: slice | Tensor = slice(None) if active is None else active
     h = hidden[tokens]
     stats = TokenStats(*statistics[:, tokens])
-    up = TokenStats(*upstream[:, tokens].to(wide))
+    # a power of two: 16-bit gradients stay in range whatever the upstream's scale, and exact
+    largest = upstream.abs().amax() if len(hidden) else upstream.new_ones(())
+    scale = torch.exp2(torch.frexp(largest.nan_to_num(posinf=1))[1].to(wide))
+    up = TokenStats(*(upstream[:, tokens].to(wide) / scale))
     goals = _at(targets, tokens)
     if goals is None or up.logprob is None:
         up = up._replace(logprob=None)
@@ -363,12 +370,12 @@ def token_stats_backward(
         if needs.hidden:
             gemm(dh, dy, w, accumulate=True)
         if needs.weight:
-            dw[words] = gemm(y.new_empty(w.shape), dy.t(), h).to(dw.dtype)
+            dw[words] = gemm(y.new_empty(w.shape), dy.t(), h).mul_(scale).to(dw.dtype)
         if needs.bias:
-            db[words] = dy.sum(0, dtype=wide).to(db.dtype)
+            db[words] = (dy.sum(0, dtype=wide) * scale).to(db.dtype)
     if needs.hidden and shard is not None:
         shard.sum(dh)
-    dh = dh.to(hidden.dtype)
+    dh = dh.mul_(scale).to(hidden.dtype)
     if needs.hidden and active is not None:
         dh = hidden.new_zeros(hidden.shape).index_copy_(0, active, dh)
     return dh, dw, db

@@ -160,14 +160,14 @@ def info(arguments: list[str]) -> int:
         kernels = kernels_for(torch.empty(0, 1, device=device)).__name__.rsplit(".", 1)[1]
         text = {"cpu": "C++ (em_kernels._C)", "portable": "portable, plain torch"}[kernels]
         rows.append((f"row kernels, {device}", text))
-    for package in ("accelerate", "peft", "flash-attn", "vllm", "deepspeed", "bitsandbytes"):
+    for package in ("accelerate", "flash-attn", "vllm", "deepspeed", "bitsandbytes"):
         rows.append((f"optional: {package}", installed(package)))
     width = max(len(name) for name, _ in rows)
     print("\n".join(f"{name:<{width}}  {text}" for name, text in rows))
     if not cpu.is_built():
         print(
-            "em_kernels._C is not built: the CPU runs the portable rows. "
-            "Build it with `make build`, or `python setup.py build_ext --inplace`."
+            f"em_kernels._C is not built, or does not load ({cpu.WHY_NOT}): the CPU runs the "
+            "portable rows. Build it with `make build`, or `python setup.py build_ext --inplace`."
         )
     return 0
 

@@ -63,7 +63,8 @@ def fused_entropy_loss(
     Gradient: for hidden, weight and bias, equation (8) of ``em_kernels.reference``; computed during
         the forward for "mean" and "sum" (GEMM work 3 times the forward's, 2 with a frozen weight),
         recomputed for "none" (4 times). No second derivatives.
-    Precision: logits, statistics and accumulated gradients are fp32 whatever the inputs' dtype.
+    Precision: logits, statistics and accumulated gradients are fp32 whatever the inputs' dtype;
+        gradients are rounded once, to the inputs' dtype (under autocast its own, as nn.Linear's).
     Memory: one chunk, and fp32 gradients of what requires grad; no gradient is kept for what does
         not.
     Raises: ValueError, TypeError naming the argument; RuntimeError on double backward.
@@ -150,8 +151,8 @@ def fused_token_stats(
         none. The logits are computed again in the backward (GEMM work in all 4 times the
         forward's). No second derivatives.
     Precision: as in :func:`fused_entropy_loss`.
-    Memory: a slab of logits (all tokens, some words) within chunk_bytes; in the backward also an
-        fp32 dhidden beside the returned gradients.
+    Memory: chunk_bytes for a slab (all tokens, some words) of logits and of dweight; in the
+        backward also an fp32 dhidden beside the returned gradients.
     Raises: ValueError, TypeError naming the argument; RuntimeError on double backward.
     Source: equations (1)-(8) of ``em_kernels.reference``.
     """

@@ -32,7 +32,10 @@ IGNORE_INDEX = -100
 
 
 class TokenStats(NamedTuple):
-    """Statistics of each token's next-token distribution, in nats; those not asked for are None."""
+    """Statistics of each token's next-token distribution, in nats; those not asked for are None.
+
+    Of a row without a distribution (NaN, or no finite logit) all are NaN, and argmax is 0.
+    """
 
     entropy: Tensor | None = None
     logprob: Tensor | None = None
@@ -143,7 +146,7 @@ def statistics(parts: RowParts, vocab_size: int, targets: Tensor | None = None) 
         logsumexp=parts.m + log_s,
         mean_logit=parts.total / vocab_size + nan_unless_finite,
         log_collision=torch.log1p(parts.q1) - 2 * log_s,
-        argmax=parts.argmax,
+        argmax=parts.argmax.masked_fill(nan_unless_finite.isnan(), 0),
     )
 
 

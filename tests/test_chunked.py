@@ -66,7 +66,7 @@ def work(function):
 @pytest.mark.parametrize("needed", NEEDED)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_work(needed, dtype):
-    """DESIGN, section 6; tokens of weight 0 cost nothing."""
+    """The README's table; tokens of weight 0 cost nothing."""
     n, d, v = 64, 16, 200
     hidden, weight, _, targets = draw(n, d, v, dtype=dtype)
     hidden, weight = hidden.detach(), weight.detach()

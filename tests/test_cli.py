@@ -334,7 +334,7 @@ def test_info(capfd):
     assert {"em_kernels", "python", "transformers", "triton", "CPU"} <= set(rows)
     assert any(name.startswith("GPU") for name in rows)
     assert rows["row kernels, cpu"] in ("C++ (em_kernels._C)", "portable, plain torch")
-    assert "optional: accelerate" in rows and "optional: peft" in rows
+    assert "optional: accelerate" in rows and "optional: vllm" in rows
 
 
 @pytest.mark.parametrize("name", ["fetch-demo", "info", "demo"])

@@ -89,7 +89,7 @@ OF_STATS = [
     ("targets", torch.tensor([0, -1, 0, 0]), ValueError, "[0, 11)"),
     ("targets", torch.tensor([0, -99, -101, 0]), ValueError, "2 values"),
     ("targets", torch.zeros(N, dtype=torch.int64, device="meta"), ValueError, "meta"),
-    ("chunk_bytes", max(N, D) * 4 - 1, ValueError, f"at least {max(N, D) * 4}"),
+    ("chunk_bytes", (N + D) * 4 - 1, ValueError, f"at least {(N + D) * 4}"),
     ("stats", ["entropi"], ValueError, "'entropi'"),
     ("stats", ["logprob"], ValueError, "targets"),
     ("stats", "entropy", ValueError, "unknown"),

@@ -1,4 +1,4 @@
-"""Who may import what (DESIGN, section 3)."""
+"""Who may import what (CONTRIBUTING.md, house rules)."""
 
 import ast
 import os

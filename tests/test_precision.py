@@ -43,7 +43,7 @@ def problems(choose):
     }
     mask = masks[choose(st.sampled_from(list(masks)))]
     tokens = choose(st.sampled_from([None, 1, 2, 7]))
-    chunk_bytes = tokens and tokens * max(n, d, v) * (8 if dtype == torch.float64 else 4)
+    chunk_bytes = tokens and tokens * max(n + d, v) * (8 if dtype == torch.float64 else 4)
     return inputs, targets, mask, transform, chunk_bytes
 
 

@@ -7,8 +7,10 @@ from ..reference import Coefficients, RowParts
 
 try:
     from .. import _C  # type: ignore[attr-defined]
-except ImportError:  # not built: rows/__init__.py takes the portable rows
-    _C = None
+
+    WHY_NOT = ""
+except ImportError as error:  # rows/__init__.py takes the portable rows
+    _C, WHY_NOT = None, str(error)
 
 
 def is_built() -> bool:

@@ -146,11 +146,12 @@ def _table(before: dict[float, np.ndarray], after: dict[float, np.ndarray]) -> T
     for temperature, base in before.items():
         cells = [_percent(base), "-", "-", "-"]
         if temperature in after:
-            change, low, high, p = (100 * x for x in paired_change(base, after[temperature]))
+            *interval, p = paired_change(base, after[temperature])
+            change, low, high = (100 * x for x in interval)
             cells[1:] = [
                 _percent(after[temperature]),
                 f"{change:+.1f} [{low:+.1f}, {high:+.1f}]",
-                f"{p / 100:.2g}",
+                f"{p:.2g}",
             ]
         table.add_row(_named(temperature), *cells)
     return table

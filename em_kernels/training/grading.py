@@ -1,9 +1,10 @@
 """Is a completion's final answer the known one? Numbers by value, anything else by its text."""
 
 import re
-from decimal import Decimal, InvalidOperation
+from fractions import Fraction
 
-_NUMBER = re.compile(r"(?:(?<!\w)-)?(?:\d[\d,]*(?:\.\d+)?|(?<![\w.])\.\d+)")
+_DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+)?"
+_NUMBER = re.compile(rf"(?:(?<!\w)-)?(?:{_DIGITS}|(?<![\w.])\.\d+)")
 
 
 def final_answer(text: str) -> str | None:
@@ -30,9 +31,11 @@ def is_correct(text: str, answer: str) -> bool:
     return "".join(found.split()) == "".join(answer.split())
 
 
-def _value(text: str) -> Decimal | None:
-    try:
-        value = Decimal(text.strip().strip("$").replace(",", ""))
-    except InvalidOperation:
+def _value(text: str) -> Fraction | None:
+    number = text.strip().strip("$")
+    if not _NUMBER.fullmatch(number):
         return None
-    return value if value.is_finite() else None
+    try:
+        return Fraction(number.replace(",", ""))
+    except (ValueError, ZeroDivisionError):  # thousands of digits, 1/0, 1.5/2
+        return None

@@ -37,6 +37,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     cpu = config.device == "cpu" or not torch.cuda.is_available()
     auto = "float32" if cpu else "bfloat16"
     dtype = auto if config.dtype == "auto" else config.dtype
+    if dtype == "float32" and config.attention.startswith("flash"):
+        raise UserError(f"attention: {config.attention} computes in 16 bits; use dtype bfloat16")
     precision = "bf16" if dtype == "bfloat16" else "no"
     try:
         accelerator = Accelerator(cpu=cpu, mixed_precision=precision)

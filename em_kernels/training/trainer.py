@@ -5,6 +5,7 @@ import math
 import resource
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -42,10 +43,6 @@ class TrainResult:
     metrics: list[dict[str, Any]] = field(default_factory=list)
 
 
-class Diverged(UserError):
-    """A gradient that is not finite; the weights are those of the update before."""
-
-
 class StopRequest:
     """Turns a first Ctrl-C or SIGTERM into Interrupted at the next check; a second acts at once."""
 
@@ -58,7 +55,9 @@ class StopRequest:
         self.requested = True
 
     def __enter__(self) -> "StopRequest":
-        self.previous = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        numbers = (signal.SIGINT, signal.SIGTERM) if in_main_thread else ()
+        self.previous = {number: signal.signal(number, self._handle) for number in numbers}
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -149,10 +148,14 @@ def train(
             model = load_model(task.source, config, accelerator.device)
     try:
         head = head_of(model)
-        check_head(model, head)
+        with accelerator.autocast():
+            check_head(model, head)
         check_cache(model)
     except TypeError as error:
         raise UserError(str(error)) from error
+    least = 6 * len(head.weight)  # bytes of one token's logits and their 16-bit gradient
+    if config.chunk_bytes is not None and config.chunk_bytes < least:
+        raise UserError(f"chunk_bytes: {config.chunk_bytes} is too small; give at least {least}")
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=config.lr,
@@ -188,13 +191,21 @@ def train(
                 if update in config.save_at:
                     save()
             save()
-        except (Interrupted, Diverged) as error:
+            stop.check()
+        except (Exception, Interrupted) as error:
             if result.metrics:
                 save()
             kept = (
                 f"{result.checkpoint} holds the last update" if result.metrics else "no update yet"
             )
-            raise type(error)(f"{error}; {kept}") from None
+            if isinstance(error, (Interrupted, UserError)):
+                raise type(error)(f"{error}; {kept}") from None
+            if isinstance(error, torch.OutOfMemoryError):
+                raise UserError(
+                    f"out of memory; {kept}; lower micro_batch_tokens (training) or rollout_batch "
+                    "(sampling), or use gradient_checkpointing"
+                ) from error
+            raise
     return result
 
 
@@ -235,7 +246,7 @@ def _update(run: _Run, update: int, stop: StopRequest) -> None:
         entropy = entropy_step(model, head, rollouts, config, accelerator, stop)
         norm = float(accelerator.clip_grad_norm_(model.parameters(), config.clip))
         if not math.isfinite(norm):
-            raise Diverged(f"lr: the gradient of update {update} is not finite; lower it")
+            raise UserError(f"lr: the gradient of update {update} is not finite; lower it")
         optimizer.step()
         optimizer.zero_grad()
     now = time.perf_counter()
