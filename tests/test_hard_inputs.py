@@ -258,6 +258,13 @@ def test_mean_of_statistics_over_many_tokens(dtype, monkeypatch):
         assert relative_error(mine, reference) < 1e-2  # else 0.125 in fp16
 
 
+@pytest.mark.usefixtures("rows")
+def test_argmax_of_a_broken_row_is_a_word():
+    """-1 would read the last word where another kernel's 0 reads the first."""
+    hidden = torch.full((2, 4), torch.nan)
+    assert fused_token_stats(hidden, torch.ones(5, 4), stats=["argmax"]).argmax.tolist() == [0, 0]
+
+
 def test_entropy_bonus_has_a_gradient():
     """TRL #6625, #5595: per-token entropy whose gradient was silently zero."""
     hidden, weight, _, targets = draw(4, 8, 30)

@@ -393,6 +393,24 @@ def test_gradient_that_is_not_finite(finished, folder, tmp_path):
     assert all(torch.equal(left[name], weight) for name, weight in model.state_dict().items())
 
 
+@pytest.mark.parametrize("finished", [0, 1])
+def test_out_of_memory_keeps_what_was_finished_and_names_the_remedies(finished, folder, tmp_path):
+    model = make_model()
+    calls = []
+
+    def exhaust(module, inputs, outputs):
+        calls.append(module)
+        if len(calls) > finished:
+            raise torch.OutOfMemoryError
+
+    model.model.layers[0].mlp.register_full_backward_hook(exhaust)
+    kept = "step-00001 holds the last update" if finished else "no update yet"
+    with pytest.raises(UserError, match=f"out of memory; .*{kept}; lower micro_batch_tokens"):
+        run(settings(folder, tmp_path / "run"), model)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert [p.name for p in checkpoints.glob("*")] == ["step-00001"] * finished
+
+
 def test_real_model(demo, tmp_path):
     """Loss and gradient of the 135M model in fp32, two micro-batches."""
     model, tokenizer = demo
