@@ -98,7 +98,7 @@ def demo(arguments: list[str]) -> int:
     )
     parser.add_argument("--seed", type=int, default=0, help="of problems, samples and training")
     parser.add_argument(
-        "--output", type=Path, help="folder of the run (default: runs/demo-N, the first free)"
+        "--output", type=Path, help="folder of the run; None is runs/demo-N, the first free"
     )
     known = parser.parse_args(arguments)
     from rich.console import Console
