@@ -1,5 +1,4 @@
-"""The loops over a vocabulary too large for its logits: GEMM -> row statistics -> row gradient ->
-GEMMs.
+"""The loops: GEMM -> row statistics -> row gradient -> GEMMs, never holding all logits.
 
 Plain functions on flat tensors: hidden (N, D), weight (V, D). Work is counted in units of N*D*V;
 one GEMM over the whole vocabulary costs 2. Gradients come back unmultiplied by the caller's
@@ -246,9 +245,7 @@ def entropy_loss(
     chunk_bytes: int | None = None,
     shard: VocabularyShard | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Entropy (3), weighted by mask and summed, or divided by the mask's sum; see
-    gradients_in_forward.
-    """
+    """gradients_in_forward of entropy (3), weighted by mask; summed, or over the mask's sum."""
     active = check_values(mask, transform.temperature, None, 0, not mean)
     wide = accumulation_dtype(hidden.dtype)
     if mask is None or len(hidden) == 0:

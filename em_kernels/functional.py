@@ -1,6 +1,4 @@
-"""The public functions: check the arguments, cast under autocast, flatten, call the op, shape the
-result.
-"""
+"""The public functions: check the arguments, cast under autocast, flatten, call the op, reshape."""
 
 from collections.abc import Sequence
 from math import inf

@@ -25,12 +25,7 @@ FEW_SHOT = (
 
 @pytest.fixture(scope="module")
 def folder() -> Path:
-    try:
-        return fetch_demo()
-    except DemoModelError as error:
-        if "could not download" in str(error):
-            pytest.skip(str(error))
-        raise
+    return fetch_demo()
 
 
 @pytest.fixture(scope="module")
