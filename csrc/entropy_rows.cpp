@@ -54,7 +54,7 @@ em::Logits checked_logits(const Tensor& y, const std::optional<Tensor>& bias,
   STD_TORCH_CHECK(columns <= 1 || y.stride(1) == 1, "y must have stride 1 along its columns, not ",
                   y.stride(1));
   em::Logits logits;
-  logits.y = static_cast<float*>(y.mutable_data_ptr());
+  logits.y = static_cast<const float*>(y.const_data_ptr());
   logits.row_stride = y.stride(0);
   logits.rows = rows;
   logits.columns = columns;
@@ -135,18 +135,37 @@ void row_statistics(Tensor y, std::optional<Tensor> bias, Tensor inv_temperature
   for_all_rows(operation);
 }
 
-void row_gradient(Tensor y, std::optional<Tensor> bias, Tensor inv_temperature, double logit_scale,
-                  std::optional<double> softcap, std::optional<Tensor> targets, Tensor m,
-                  Tensor log_s, Tensor coefficients) {
-  em::RowGradient operation{
-      checked_logits(y, bias, inv_temperature, logit_scale, softcap, targets)};
-  STD_TORCH_CHECK(operation.rows <= 1 || operation.row_stride >= operation.columns,
-                  "y is overwritten, so its rows must not overlap: row stride ",
-                  operation.row_stride, " with ", operation.columns, " columns");
+template <class Out>
+void run_row_gradient(const em::Logits& logits, const Tensor& m, const Tensor& log_s,
+                      const Tensor& coefficients, const Tensor& out) {
+  em::RowGradient<Out> operation{logits};
+  operation.out = static_cast<Out*>(out.mutable_data_ptr());
+  operation.out_stride = out.stride(0);
   operation.m = data_of<const float>(m, "m", {operation.rows});
   operation.log_s = data_of<const float>(log_s, "log_s", {operation.rows});
-  operation.coefficients = data_of<const float>(coefficients, "coefficients", {5, operation.rows});
+  operation.coefficients = data_of<const float>(coefficients, "coefficients", {6, operation.rows});
   for_all_rows(operation);
+}
+
+void row_gradient(Tensor y, std::optional<Tensor> bias, Tensor inv_temperature, double logit_scale,
+                  std::optional<double> softcap, std::optional<Tensor> targets, Tensor m,
+                  Tensor log_s, Tensor coefficients, Tensor out) {
+  const em::Logits logits =
+      checked_logits(y, bias, inv_temperature, logit_scale, softcap, targets);
+  const auto y_sizes = y.sizes(), sizes = out.sizes();
+  STD_TORCH_CHECK(std::equal(sizes.begin(), sizes.end(), y_sizes.begin(), y_sizes.end()),
+                  "out must have y's shape ", shape_text(y_sizes), ", not ", shape_text(sizes));
+  STD_TORCH_CHECK(logits.columns <= 1 || out.stride(1) == 1,
+                  "out must have stride 1 along its columns, not ", out.stride(1));
+  STD_TORCH_CHECK(logits.rows <= 1 || out.stride(0) >= logits.columns,
+                  "out's rows must not overlap: row stride ", out.stride(0), " with ",
+                  logits.columns, " columns");
+  if (out.scalar_type() == ScalarType::Float)
+    return run_row_gradient<float>(logits, m, log_s, coefficients, out);
+  STD_TORCH_CHECK(out.scalar_type() == ScalarType::BFloat16,
+                  "out must be float32 or bfloat16, not ",
+                  torch::headeronly::toString(out.scalar_type()));
+  run_row_gradient<em::Bfloat16>(logits, m, log_s, coefficients, out);
 }
 
 }  // namespace
@@ -156,8 +175,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(em_kernels, library) {
       "row_statistics(Tensor y, Tensor? bias, Tensor inv_temperature, float logit_scale, "
       "float? softcap, Tensor? targets, Tensor(a!) parts, Tensor(b!) argmax) -> ()");
   library.def(
-      "row_gradient(Tensor(a!) y, Tensor? bias, Tensor inv_temperature, float logit_scale, "
-      "float? softcap, Tensor? targets, Tensor m, Tensor log_s, Tensor coefficients) -> ()");
+      "row_gradient(Tensor y, Tensor? bias, Tensor inv_temperature, float logit_scale, "
+      "float? softcap, Tensor? targets, Tensor m, Tensor log_s, Tensor coefficients, "
+      "Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(em_kernels, CPU, library) {

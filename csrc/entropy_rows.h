@@ -67,7 +67,7 @@ EM_INLINE Tanh tanh_and_slope(float x) {
 
 // The arguments that both operations share. Row i starts at y + i * row_stride.
 struct Logits {
-  float* y;
+  const float* y;
   int64_t row_stride, rows, columns;
   const float* bias;             // (columns,) or null
   const float* inv_temperature;  // (rows,)
@@ -160,7 +160,7 @@ EM_INLINE Part sum_block(const float* __restrict z, int count, float max, int64_
 }
 
 struct RowStatistics : Logits {
-  float* parts;  // (6, rows): m, s', t, q', sum of z, target logit
+  float* parts;  // (6, rows): m, s', t, target logit, q', sum of z
   int64_t* argmax;
 
   template <bool has_bias, bool has_softcap>
@@ -184,7 +184,7 @@ struct RowStatistics : Logits {
       z[lead] = -INFINITY;
       sums = merge(sums, sum_block(z, count, max, start + lead));
     }
-    const double values[6] = {sums.max, sums.s, sums.t, sums.q, total, target_logit};
+    const double values[6] = {sums.max, sums.s, sums.t, target_logit, sums.q, total};
     for (int i = 0; i < 6; ++i)
       parts[i * rows + row] = valid ? static_cast<float>(values[i]) : NAN;
     argmax[row] = valid ? sums.argmax : -1;
@@ -198,43 +198,61 @@ EM_INLINE float p_terms(float log_p, float alpha, float beta, float rho) {
   return p * (alpha + beta * clamped + rho * p);
 }
 
+struct Bfloat16 {
+  uint16_t bits;
+};
+
+// Rounds to nearest, ties to even; NaN stays NaN.
+EM_INLINE void store(float value, Bfloat16& to) {
+  const uint32_t bits = bit_cast<uint32_t>(value);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  to.bits = static_cast<uint16_t>(value == value ? rounded : 0x7fc0u);
+}
+
+EM_INLINE void store(float value, float& to) { to = value; }
+
+// A row of `out` may begin where its row of y does: no element is written before it was read.
+template <class Out>
 struct RowGradient : Logits {
+  Out* out;
+  int64_t out_stride;
   const float *m, *log_s;     // (rows,)
-  const float* coefficients;  // (5, rows): alpha without its -gl, beta, gamma, delta, rho
+  const float* coefficients;  // (6, rows): alpha, beta, gamma, delta, rho, at_target
 
   template <bool has_bias, bool has_softcap>
   EM_INLINE void run(int64_t row) const {
-    float* y_row = y + row * row_stride;
+    const float* y_row = y + row * row_stride;
+    Out* out_row = out + row * out_stride;
     const float max = m[row], log_sum = log_s[row];
     if (!std::isfinite(max) || !std::isfinite(log_sum)) {
-      std::fill(y_row, y_row + columns, NAN);
+      for (int64_t j = 0; j < columns; ++j) store(NAN, out_row[j]);
       return;
     }
     const float alpha = coefficients[row], beta = coefficients[rows + row];
     const float gamma = coefficients[2 * rows + row], delta = coefficients[3 * rows + row];
-    const float rho = coefficients[4 * rows + row];
+    const float rho = coefficients[4 * rows + row], at_target = coefficients[5 * rows + row];
     const float scale = inv_temperature[row] * logit_scale;
     const int64_t k = targets ? targets[row] : -1;
     alignas(64) float z[BLOCK_V], slope[has_softcap ? BLOCK_V : 1];
     for (int64_t start = 0; start < columns; start += BLOCK_V) {
       const int count = static_cast<int>(std::min<int64_t>(BLOCK_V, columns - start));
-      float* __restrict dy = y_row + start;
-      transform<has_bias, has_softcap, true>(*this, dy, start, count, inv_temperature[row], z,
+      const float* y_block = y_row + start;
+      Out* __restrict dy = out_row + start;
+      transform<has_bias, has_softcap, true>(*this, y_block, start, count, inv_temperature[row], z,
                                              slope);
-      prefetch(dy + count, columns - start - count);
+      prefetch(y_block + count, columns - start - count);
 #pragma omp simd
       for (int j = 0; j < count; ++j) {
         const float log_p = (z[j] - max) - log_sum;
         const float dz = p_terms(log_p, alpha - gamma, beta, rho) + delta;
         const float dc = has_softcap ? dz * scale * slope[j] : dz * scale;
-        dy[j] = z[j] == -INFINITY ? 0.0f : dc;
+        store(z[j] == -INFINITY ? 0.0f : dc, dy[j]);
       }
       if (k < start || k >= start + count || z[k - start] == -INFINITY) continue;
       const int j = static_cast<int>(k - start);
       const float log_p = (z[j] - max) - log_sum;
-      // gamma (1 - p) as one term: near p = 1 its two halves cancel.
-      const float dz = p_terms(log_p, alpha, beta, rho) - gamma * std::expm1(log_p) + delta;
-      dy[j] = dz * scale * (has_softcap ? slope[j] : 1.0f);
+      const float dz = p_terms(log_p, alpha, beta, rho) + at_target + delta;
+      store(dz * scale * (has_softcap ? slope[j] : 1.0f), dy[j]);
     }
   }
 };

@@ -1,7 +1,18 @@
 """Entropy, log-probability and their gradients over huge vocabularies, without the logits."""
 
-from .functional import entropy_from_logits, fused_entropy_loss, fused_token_stats
+from .functional import (
+    entropy_from_logits,
+    fused_entropy_loss,
+    fused_token_loss,
+    fused_token_stats,
+)
 from .reference import TokenStats
 
 __version__ = "0.1.0"
-__all__ = ["TokenStats", "entropy_from_logits", "fused_entropy_loss", "fused_token_stats"]
+__all__ = [
+    "TokenStats",
+    "entropy_from_logits",
+    "fused_entropy_loss",
+    "fused_token_loss",
+    "fused_token_stats",
+]

@@ -1,17 +1,23 @@
 """The public functions: check the arguments, cast under autocast, flatten, call the op, reshape."""
 
-from collections.abc import Sequence
-from math import inf
-from numbers import Real
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from . import ops
+from .checks import (
+    check_chunk,
+    check_float,
+    check_group,
+    check_head,
+    check_mask,
+    check_targets,
+    check_transform,
+)
 from .reference import TokenStats
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -86,22 +92,19 @@ def fused_entropy_loss(
         ).entropy
         assert entropy is not None
         return entropy if mask is None else mask.to(entropy.dtype) * entropy
-    hidden, weight, bias = _check_head(hidden, weight, bias)
-    temperatures, scalars = _check_transform(temperature, logit_scale, softcap, hidden)
-    _check_mask(mask, hidden)
-    loss, *_ = ops.entropy_loss(
-        hidden.reshape(-1, hidden.shape[-1]),
+    hidden, weight, bias, _, *settings = _op_arguments(
+        hidden,
         weight,
         bias,
-        None if mask is None else mask.reshape(-1),
-        temperatures,
-        scalars,
-        reduction == "mean",
-        _needs(hidden, weight, bias),
-        grad_tolerance,
-        _check_chunk(chunk_bytes),
-        _group_name(process_group),
+        None,
+        mask,
+        (temperature, logit_scale, softcap),
+        chunk_bytes,
+        process_group,
     )
+    needs = _needs(hidden, weight, bias)
+    mean = reduction == "mean"
+    loss, *_ = ops.entropy_loss(hidden, weight, bias, *settings, mean, needs, grad_tolerance)
     return loss
 
 
@@ -162,24 +165,95 @@ def fused_token_stats(
             raise ValueError(f"stats: {name!r} is unknown; use some of {known}")
     if "logprob" in names and targets is None:
         raise ValueError("stats: logprob needs targets")
-    hidden, weight, bias = _check_head(hidden, weight, bias)
-    temperatures, scalars = _check_transform(temperature, logit_scale, softcap, hidden)
-    _check_mask(mask, hidden)
-    _check_targets(targets, hidden)
-    found, argmax, *_ = ops.token_stats(
-        hidden.reshape(-1, hidden.shape[-1]),
+    arguments = _op_arguments(
+        hidden,
         weight,
         bias,
-        None if targets is None else targets.reshape(-1),
-        None if mask is None else mask.reshape(-1),
-        temperatures,
-        scalars,
-        _needs(hidden, weight, bias),
-        _check_chunk(chunk_bytes),
-        _group_name(process_group),
+        targets,
+        mask,
+        (temperature, logit_scale, softcap),
+        chunk_bytes,
+        process_group,
     )
-    fields = dict(zip(TokenStats._fields, (*found.unbind(0), argmax), strict=True))
-    return TokenStats(**{name: fields[name].reshape(hidden.shape[:-1]) for name in names})
+    needs, shape = _needs(*arguments[:3]), hidden.shape[:-1]
+    floats = [name for name in names if name != "argmax"]
+    # one statistic under a frozen head: its gradient in forward, 4 units of work instead of 6
+    alone = len(floats) == 1 and needs == [True, False, False]
+    unit = TokenStats._fields.index(floats[0]) if alone else -1
+    everything = not set(names) <= set(TokenStats._fields[:3])
+    found, argmax, *_ = ops.token_stats(*arguments, needs, everything, unit)
+    fields = dict(zip(TokenStats._fields, found.unbind(0), strict=False), argmax=argmax)
+    return TokenStats(**{name: fields[name].reshape(shape) for name in names})
+
+
+@torch._disable_dynamo  # torch.compiler.disable would import the compiler here and now
+def fused_token_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor | None,
+    loss_fn: Callable[[TokenStats, Tensor], Tensor],
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    chunk_bytes: int | None = None,
+    process_group: ProcessGroup | None = None,
+) -> Tensor:
+    """Sum of any loss that is a function of each token's own statistics: policy gradients, GRPO and
+    PPO with clip and entropy bonus, cross-entropy, z-loss, self-certainty.
+
+    Equals, at 3/4 of the work::
+
+        stats = fused_token_stats(hidden, weight, targets, stats=TokenStats._fields)
+        loss = (mask * loss_fn(stats, torch.arange(mask.numel()))).sum()
+
+    GRPO with clip and entropy bonus, over answers' tokens::
+
+        def loss_fn(stats, index):
+            ratio = torch.exp(stats.logprob - old_logprob[index])
+            clipped = ratio.clamp(1 - 0.2, 1 + 0.2)
+            gain = torch.minimum(ratio * advantage[index], clipped * advantage[index])
+            return -(gain + 0.01 * stats.entropy) / token_count
+
+        fused_token_loss(hidden, weight, tokens, loss_fn, mask=is_answer).backward()
+
+    Args:
+        hidden, weight, bias, temperature, logit_scale, softcap, chunk_bytes, process_group: as in
+            :func:`fused_entropy_loss`.
+        targets: (...) int64 as in :func:`fused_token_stats`, or None: no logprob.
+        loss_fn: (TokenStats of n tokens, each field (n,); index (n,) int64: which tokens, counted
+            over the flattened hidden) -> losses (n,). Called once a chunk, with whichever tokens it
+            holds; differentiated there by autograd. It may read other tensors, which must not
+            require grad.
+        mask: (...) weights of the losses, negative ones too. Tokens of weight 0 never reach
+            loss_fn.
+
+    Returns:
+        () fp32 (fp64 for fp64).
+
+    Gradient: for hidden, weight and bias, computed during the forward (GEMM work 3 times the
+        forward's, 2 with a frozen weight). No second derivatives.
+    Precision, memory: as in :func:`fused_entropy_loss`.
+    Raises: ValueError, TypeError naming the argument; RuntimeError on double backward. Under
+        torch.compile a graph break.
+    Source: equation (8) of ``em_kernels.reference``.
+    """
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn: expected a function, got {type(loss_fn).__name__}")
+    hidden, weight, bias, *settings = _op_arguments(
+        hidden,
+        weight,
+        bias,
+        targets,
+        mask,
+        (temperature, logit_scale, softcap),
+        chunk_bytes,
+        process_group,
+    )
+    needs = _needs(hidden, weight, bias)
+    return ops.TokenLoss.apply(hidden, weight, bias, loss_fn, needs, *settings)
 
 
 def entropy_from_logits(logits: Tensor, *, temperature: float | Tensor = 1.0) -> Tensor:
@@ -202,141 +276,41 @@ def entropy_from_logits(logits: Tensor, *, temperature: float | Tensor = 1.0) ->
     Raises: ValueError, TypeError naming the argument; RuntimeError on double backward.
     Source: equations (1)-(3) and (8) of ``em_kernels.reference``.
     """
-    _check_float("logits", logits)
+    check_float("logits", logits)
     if logits.dim() < 1 or logits.shape[-1] == 0:
         raise ValueError(f"logits: expected (..., V) with V > 0, got {tuple(logits.shape)}")
-    temperatures, scalars = _check_transform(temperature, 1.0, None, logits)
+    temperatures, scalars = check_transform(temperature, 1.0, None, logits)
     flat = logits.reshape(-1, logits.shape[-1])
     entropy, *_ = ops.entropy_from_logits(flat, temperatures, scalars[2])
     return entropy.reshape(logits.shape[:-1])
 
 
-def _check_float(name: str, x: Tensor) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
-    if hasattr(x, "full_tensor"):
-        raise TypeError(
-            f"{name}: is a DTensor; pass {name}.full_tensor(), or .to_local() of each rank's rows"
-        )
-    if x.dtype not in DTYPES:
-        raise TypeError(f"{name}: dtype {x.dtype} is not supported; use fp32, bf16, fp16 or fp64")
-
-
-def _check_head(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Hidden, weight and bias in one dtype: autocast's where it is on."""
-    _check_float("hidden", hidden)
-    _check_float("weight", weight)
-    if hidden.dim() < 1:
-        raise ValueError("hidden: expected (..., D), got a scalar")
-    if weight.dim() != 2:
-        raise ValueError(f"weight: expected (V, D), got {tuple(weight.shape)}")
-    if weight.shape[1] != hidden.shape[-1]:
-        raise ValueError(
-            f"weight: expected (V, {hidden.shape[-1]}) to match hidden {tuple(hidden.shape)}, "
-            f"got {tuple(weight.shape)}"
-        )
-    if weight.numel() == 0:
-        raise ValueError(f"weight: is empty: {tuple(weight.shape)}")
-    if bias is not None:
-        _check_float("bias", bias)
-        if bias.shape != weight.shape[:1]:
-            raise ValueError(f"bias: expected ({len(weight)},), got {tuple(bias.shape)}")
-    for name, x in (("weight", weight), ("bias", bias)):
-        if x is not None and x.device != hidden.device:
-            raise ValueError(
-                f"{name}: is on {x.device}, hidden on {hidden.device}; move one of them"
-            )
-    device_type = hidden.device.type
-    if torch.is_autocast_enabled(device_type) and hidden.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device_type)
-        return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    for name, x in (("weight", weight), ("bias", bias)):
-        if x is not None and x.dtype != hidden.dtype:
-            raise TypeError(
-                f"{name}: is {x.dtype}, hidden {hidden.dtype}; cast one, or use autocast"
-            )
-    return hidden, weight, bias
-
-
-def _check_per_token(name: str, x: Tensor, rows: Tensor) -> None:
-    """x holds one value for each of the rows (..., any), on their device, without grad."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
-    if x.shape != rows.shape[:-1]:
-        raise ValueError(f"{name}: expected exactly {tuple(rows.shape[:-1])}, got {tuple(x.shape)}")
-    if x.device != rows.device:
-        raise ValueError(f"{name}: is on {x.device}, expected {rows.device}")
-    if x.requires_grad:
-        raise ValueError(f"{name}: must not require grad; pass {name}.detach()")
-
-
-def _check_number(name: str, x: float) -> float:
-    if not isinstance(x, Real):  # a 0-dim tensor would silently lose its gradient
-        raise TypeError(f"{name}: expected a number, got {type(x).__name__}")
-    return float(x)
-
-
-def _check_transform(
-    temperature: float | Tensor, logit_scale: float, softcap: float | None, rows: Tensor
-) -> tuple[Tensor | None, list[float]]:
-    """Temperatures per row or None, and (logit_scale, softcap or 0, temperature)."""
-    scale = _check_number("logit_scale", logit_scale)
-    if not -inf < scale < inf or scale == 0:
-        raise ValueError(f"logit_scale: {logit_scale} is not a finite number other than 0")
-    cap = 0.0
-    if softcap is not None:
-        cap = _check_number("softcap", softcap)
-        if not 0 < cap < inf:
-            raise ValueError(f"softcap: {softcap} is not > 0 and finite; None is no cap")
-    if isinstance(temperature, Tensor):
-        if temperature.dim() == 0:
-            temperature = temperature.expand(rows.shape[:-1])
-        _check_per_token("temperature", temperature, rows)
-        if not temperature.is_floating_point():
-            raise TypeError(f"temperature: expected a floating dtype, got {temperature.dtype}")
-        return temperature.reshape(-1), [scale, cap, 1.0]
-    tau = _check_number("temperature", temperature)
-    if not 0 < tau < inf:
-        raise ValueError(f"temperature: {temperature} is not > 0 and finite")
-    return None, [scale, cap, tau]
-
-
-def _check_mask(mask: Tensor | None, hidden: Tensor) -> None:
-    if mask is None:
-        return
-    _check_per_token("mask", mask, hidden)
-    if mask.is_complex():
-        raise TypeError(f"mask: expected bool, int or float, got {mask.dtype}")
-
-
-def _check_targets(targets: Tensor | None, hidden: Tensor) -> None:
-    if targets is None:
-        return
-    _check_per_token("targets", targets, hidden)
-    if targets.dtype != torch.int64:
-        raise TypeError(f"targets: expected int64, got {targets.dtype}")
-
-
-def _check_chunk(chunk_bytes: int | None) -> int | None:
-    if chunk_bytes is None:
-        return None
-    if not isinstance(chunk_bytes, int):
-        raise TypeError(f"chunk_bytes: expected an int, got {type(chunk_bytes).__name__}")
-    if chunk_bytes <= 0:
-        raise ValueError(f"chunk_bytes: {chunk_bytes} is not > 0")
-    return chunk_bytes
-
-
-def _group_name(process_group: ProcessGroup | None) -> str | None:
-    if process_group is None:
-        return None
-    if not isinstance(process_group, ProcessGroup):
-        raise TypeError(
-            f"process_group: expected a ProcessGroup, got {type(process_group).__name__}"
-        )
-    return process_group.group_name
+def _op_arguments(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor | None,
+    mask: Tensor | None,
+    transform: tuple[float | Tensor, float, float | None],
+    chunk_bytes: int | None,
+    process_group: ProcessGroup | None,
+) -> list:
+    """All of them checked, and as the ops take them."""
+    hidden, weight, bias = check_head(hidden, weight, bias)
+    temperatures, scalars = check_transform(*transform, hidden)
+    check_mask(mask, hidden)
+    check_targets(targets, hidden)
+    return [
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        bias,
+        None if targets is None else targets.reshape(-1),
+        None if mask is None else mask.reshape(-1),
+        temperatures,
+        scalars,
+        check_chunk(chunk_bytes),
+        check_group(process_group),
+    ]
 
 
 def _needs(*tensors: Tensor | None) -> list[bool]:

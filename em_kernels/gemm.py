@@ -12,6 +12,11 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def operand_dtype(weight: Tensor) -> torch.dtype:
+    """What the row gradient is rounded to for the GEMMs with weight."""
+    return weight.dtype if weight.is_cuda else accumulation_dtype(weight.dtype)
+
+
 def gemm(out: Tensor, a: Tensor, b: Tensor, accumulate: bool = False) -> Tensor:
     """out (+)= a @ b, computed and returned in out's dtype whatever the operands' dtype."""
     beta = 1 if accumulate else 0

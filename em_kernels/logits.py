@@ -5,12 +5,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from . import reference
+from . import reference, rows
 from .checks import check_values
-from .chunked import Transform, inv_temperature
 from .gemm import accumulation_dtype
-from .reference import TokenStats
-from .rows import kernels_for
+from .problem import inv_temperature
+from .reference import RowTransform, TokenStats
 
 BLOCK_BYTES = 16 << 20  # of rows in the accumulation dtype
 
@@ -19,20 +18,19 @@ def entropy(logits: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor
     """Entropy (N,), and for the backward m and log s (N,), of logits (N, V)."""
     check_values(None, temperature, None, 0, True)
     wide = accumulation_dtype(logits.dtype)
-    found = logits.new_empty(3, len(logits), dtype=wide)
-    for rows in _blocks(logits):
-        y = logits[rows].to(wide).contiguous()
-        tau = inv_temperature(Transform(temperature=temperature), rows, y)
-        parts = kernels_for(y).row_statistics(y, None, tau, 1.0, None, None)
-        stats = reference.statistics(parts, logits.shape[1])
-        assert stats.entropy is not None
-        found[:, rows] = torch.stack([stats.entropy, parts.m, torch.log1p(parts.s1)])
-    return found[0].clone(), found[1].clone(), found[2].clone()
+    found, m, log_s = logits.new_empty(3, len(logits), dtype=wide)
+    for block in _blocks(logits):
+        y = logits[block].to(wide).contiguous()
+        row = RowTransform(None, inv_temperature(temperature, block, y))
+        parts = rows.row_statistics(y, row, everything=False)
+        found[block] = reference.statistics(parts, logits.shape[1]).entropy
+        m[block], log_s[block] = parts.m, torch.log1p(parts.s1)
+    return found.clone(), m.clone(), log_s.clone()
 
 
 def entropy_backward(
     upstream: Tensor,
-    found: Tensor,
+    entropy: Tensor,
     m: Tensor,
     log_s: Tensor,
     logits: Tensor,
@@ -40,15 +38,17 @@ def entropy_backward(
 ) -> Tensor:
     """dlogits (N, V), in the logits' dtype."""
     gradient = torch.empty_like(logits)
-    for rows in _blocks(logits):
-        y = logits[rows].to(found.dtype, copy=True).contiguous()
-        tau = inv_temperature(Transform(temperature=temperature), rows, y)
-        stats = TokenStats(entropy=found[rows], log_collision=torch.zeros_like(found[rows]))
-        factors = reference.coefficients(
-            stats, TokenStats(entropy=upstream[rows].to(y.dtype)), logits.shape[1]
-        )
-        gradient[rows] = kernels_for(y).row_gradient(
-            y, None, tau, 1.0, None, None, m[rows], log_s[rows], factors
+    for block in _blocks(logits):
+        y = logits[block].to(entropy.dtype, copy=True).contiguous()
+        gradient[block] = rows.row_gradient(
+            y,
+            RowTransform(None, inv_temperature(temperature, block, y)),
+            m[block],
+            log_s[block],
+            TokenStats(entropy[block]),
+            TokenStats(upstream[block].to(y.dtype)),
+            logits.shape[1],
+            y.dtype,
         )
     return gradient
 

@@ -1,36 +1,51 @@
-"""torch.library: schemas, fakes and autograd of the chunked loops. Opaque to torch.compile.
+"""torch.library: schemas, fakes and autograd of the loops. Opaque to torch.compile.
 
 At this boundary a transform is (logit_scale, softcap or 0, temperature) and, where it is per token,
 a tensor of temperatures; needs are (hidden, weight, bias); a process group travels by its name.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
-from . import chunked
+from . import chunked, slabs
 from . import logits as logits_entropy
-from .chunked import Needs, Transform
 from .gemm import accumulation_dtype
 from .parallel import VocabularyShard
+from .problem import Needs, Problem
+from .reference import TokenStats
 
 
-def _transform(
-    scalars: Sequence[float], bias: Tensor | None, temperatures: Tensor | None
-) -> Transform:
-    logit_scale, softcap, temperature = scalars
-    return Transform(
-        bias, temperature if temperatures is None else temperatures, logit_scale, softcap or None
+def _problem(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor | None,
+    mask: Tensor | None,
+    temperatures: Tensor | None,
+    transform: Sequence[float],
+    chunk_bytes: int | None,
+    group: str | None,
+) -> Problem:
+    logit_scale, softcap, temperature = transform
+    shard = None
+    if group is not None:
+        resolved = distributed_c10d._resolve_process_group(group)  # type: ignore[arg-type]
+        shard = VocabularyShard(resolved, len(weight), weight.device)
+    return Problem(
+        hidden,
+        weight,
+        bias,
+        temperature if temperatures is None else temperatures,
+        logit_scale,
+        softcap or None,
+        targets,
+        mask,
+        chunk_bytes,
+        shard,
     )
-
-
-def _shard(group: str | None, weight: Tensor) -> VocabularyShard | None:
-    if group is None:
-        return None
-    resolved = distributed_c10d._resolve_process_group(group)  # type: ignore[arg-type]
-    return VocabularyShard(resolved, len(weight), weight.device)
 
 
 def _refuse_double_backward() -> None:
@@ -49,23 +64,17 @@ def entropy_loss(
     mask: Tensor | None,
     temperatures: Tensor | None,
     transform: Sequence[float],
+    chunk_bytes: int | None,
+    group: str | None,
     mean: bool,
     needs: Sequence[bool],
     grad_tolerance: float,
-    chunk_bytes: int | None,
-    group: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss (), and its gradients dhidden, dweight, dbias in the accumulation dtype."""
-    return chunked.entropy_loss(
-        hidden,
-        weight,
-        _transform(transform, bias, temperatures),
-        mask,
-        mean=mean,
-        needs=Needs(*needs),
-        chunk_bytes=chunk_bytes,
-        shard=_shard(group, weight),
+    problem = _problem(
+        hidden, weight, bias, None, mask, temperatures, transform, chunk_bytes, group
     )
+    return chunked.entropy_loss(problem, mean, Needs(*needs))
 
 
 @entropy_loss.register_fake
@@ -76,11 +85,11 @@ def _(
     mask,
     temperatures,
     transform,
+    chunk_bytes,
+    group,
     mean,
     needs,
     grad_tolerance,
-    chunk_bytes,
-    group,
 ):
     wide = accumulation_dtype(hidden.dtype)
     shapes = ((), hidden.shape, weight.shape, weight.shape[:1])
@@ -92,30 +101,57 @@ def _(
 
 
 def _entropy_loss_setup(ctx, inputs, output) -> None:
-    hidden, weight, bias = inputs[:3]
-    _, dh, dw, db = output
-    ctx.mark_non_differentiable(dh, dw, db)
+    ctx.mark_non_differentiable(*output[1:])
+    _save_gradients(ctx, inputs[:3], inputs[9], output[1:])
+
+
+def _save_gradients(ctx, tensors, needs, gradients) -> None:
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(dh, dw, db)
-    ctx.needs = inputs[7]
-    ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
+    ctx.save_for_backward(*gradients)
+    ctx.needs = needs
+    ctx.dtypes = [None if x is None else x.dtype for x in tensors]
 
 
-def _scaled(saved: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
-    """saved * upstream, rounded once; on a GPU without an fp32 product of its size in memory."""
-    return torch.mul(saved, upstream, out=torch.empty_like(saved, dtype=dtype))
+def _saved_gradients(ctx, upstream):
+    """Those of hidden, weight and bias, times upstream: rounded once, and on a GPU without an fp32
+    product of their size in memory."""
+    _refuse_double_backward()
+    return [
+        torch.mul(saved, upstream, out=torch.empty_like(saved, dtype=dtype))
+        if need and upstream is not None
+        else None
+        for saved, need, dtype in zip(ctx.saved_tensors, ctx.needs, ctx.dtypes, strict=True)
+    ]
 
 
 def _entropy_loss_backward(ctx, upstream, *_):
-    _refuse_double_backward()
-    gradients = [
-        _scaled(saved, upstream, dtype) if need and upstream is not None else None
-        for saved, need, dtype in zip(ctx.saved_tensors, ctx.needs, ctx.dtypes, strict=True)
-    ]
-    return *gradients, *(None,) * 8
+    return *_saved_gradients(ctx, upstream), *(None,) * 8
 
 
 entropy_loss.register_autograd(_entropy_loss_backward, setup_context=_entropy_loss_setup)
+
+
+class TokenLoss(torch.autograd.Function):
+    """chunked.token_loss; no op of torch.library can take a function."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        loss_fn: Callable[[TokenStats, Tensor], Tensor],
+        needs: Sequence[bool],
+        *settings,
+    ) -> Tensor:
+        problem = _problem(hidden, weight, bias, *settings)
+        loss, *gradients = chunked.token_loss(problem, loss_fn, Needs(*needs))
+        _save_gradients(ctx, (hidden, weight, bias), needs, gradients)
+        return loss
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return *_saved_gradients(ctx, upstream), *(None,) * 8
 
 
 @torch.library.custom_op("em_kernels::token_stats", mutates_args=())
@@ -127,33 +163,50 @@ def token_stats(
     mask: Tensor | None,
     temperatures: Tensor | None,
     transform: Sequence[float],
-    needs: Sequence[bool],
     chunk_bytes: int | None,
     group: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Statistics (5, N) in TokenStats' order, argmax (N,), and for the backward m and log s
-    (N,).
+    needs: Sequence[bool],
+    everything: bool,
+    unit: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Statistics (5, N) in TokenStats' order and argmax (N,), without everything (3, N) and (0,);
+    and for the backward m and log s (N,), or with unit >= 0 the gradient (N, D) of that statistic
+    alone for hidden.
     """
-    return chunked.token_stats(
-        hidden,
-        weight,
-        _transform(transform, bias, temperatures),
-        targets,
-        mask,
-        chunk_bytes=chunk_bytes,
-        shard=_shard(group, weight),
+    problem = _problem(
+        hidden, weight, bias, targets, mask, temperatures, transform, chunk_bytes, group
     )
+    if unit < 0:
+        return *slabs.token_stats(problem, everything), hidden.new_empty(0, dtype=problem.dtype)
+    statistics, argmax, dh = chunked.token_stats_and_unit_gradient(
+        problem, TokenStats._fields[unit], everything
+    )
+    return statistics, argmax, statistics.new_empty(0), statistics.new_empty(0), dh
 
 
 @token_stats.register_fake
-def _(hidden, weight, bias, targets, mask, temperatures, transform, needs, chunk_bytes, group):
+def _(
+    hidden,
+    weight,
+    bias,
+    targets,
+    mask,
+    temperatures,
+    transform,
+    chunk_bytes,
+    group,
+    needs,
+    everything,
+    unit,
+):
     wide = accumulation_dtype(hidden.dtype)
     count = hidden.shape[0]
     return (
-        hidden.new_empty(5, count, dtype=wide),
-        hidden.new_empty(count, dtype=torch.int64),
-        hidden.new_empty(count, dtype=wide),
-        hidden.new_empty(count, dtype=wide),
+        hidden.new_empty(5 if everything else 3, count, dtype=wide),
+        hidden.new_empty(count if everything else 0, dtype=torch.int64),
+        hidden.new_empty(count if unit < 0 else 0, dtype=wide),
+        hidden.new_empty(count if unit < 0 else 0, dtype=wide),
+        hidden.new_empty(0 if unit < 0 else hidden.shape, dtype=wide),
     )
 
 
@@ -170,25 +223,15 @@ def token_stats_backward(
     mask: Tensor | None,
     temperatures: Tensor | None,
     transform: Sequence[float],
-    needs: Sequence[bool],
     chunk_bytes: int | None,
     group: str | None,
+    needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dhidden, dweight, dbias in the inputs' dtypes."""
-    return chunked.token_stats_backward(
-        upstream,
-        statistics,
-        m,
-        log_s,
-        hidden,
-        weight,
-        _transform(transform, bias, temperatures),
-        targets,
-        mask,
-        needs=Needs(*needs),
-        chunk_bytes=chunk_bytes,
-        shard=_shard(group, weight),
+    problem = _problem(
+        hidden, weight, bias, targets, mask, temperatures, transform, chunk_bytes, group
     )
+    return slabs.token_stats_backward(problem, upstream, statistics, m, log_s, Needs(*needs))
 
 
 @token_stats_backward.register_fake
@@ -204,9 +247,9 @@ def _(
     mask,
     temperatures,
     transform,
-    needs,
     chunk_bytes,
     group,
+    needs,
 ):
     shapes = (hidden.shape, weight.shape, weight.shape[:1])
     return tuple(
@@ -217,19 +260,27 @@ def _(
 
 def _token_stats_setup(ctx, inputs, output) -> None:
     hidden, weight, bias, targets, mask, temperatures, *ctx.settings = inputs
-    statistics, argmax, m, log_s = output
-    ctx.mark_non_differentiable(argmax, m, log_s)
+    statistics, *others = output
+    ctx.mark_non_differentiable(*others)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(statistics, m, log_s, hidden, weight, bias, targets, mask, temperatures)
+    _, m, log_s, dh = others
+    tensors = (hidden, weight, bias, targets, mask, temperatures)
+    ctx.save_for_backward(statistics, m, log_s, dh, *tensors)
 
 
 def _token_stats_backward(ctx, upstream, *_):
     _refuse_double_backward()
+    nothing = (None,) * 12
     if upstream is None:
-        return (None,) * 10
-    needs = ctx.settings[1]
-    gradients = token_stats_backward(upstream, *ctx.saved_tensors, *ctx.settings)
-    return *(g if need else None for g, need in zip(gradients, needs, strict=True)), *(None,) * 7
+        return nothing
+    *settings, needs, _, unit = ctx.settings
+    statistics, m, log_s, dh, *tensors = ctx.saved_tensors
+    if unit >= 0:
+        hidden = tensors[0]
+        scaled = torch.mul(dh, upstream[unit][:, None], out=torch.empty_like(hidden))
+        return scaled, *nothing[1:]
+    gradients = token_stats_backward(upstream, statistics, m, log_s, *tensors, *settings, needs)
+    return *(g if need else None for g, need in zip(gradients, needs, strict=True)), *nothing[3:]
 
 
 token_stats.register_autograd(_token_stats_backward, setup_context=_token_stats_setup)

@@ -32,18 +32,22 @@ class VocabularyShard:
 
     def merge(self, parts: RowParts) -> RowParts:
         """The whole rows' parts, the same on every rank, from this shard's."""
-        rows = parts.m.shape[0]
-        # argmax travels as fp64: exact up to 2^53 words
-        mine = torch.stack(
-            [field.double() for field in parts[:6]] + [(parts.argmax + self.start).double()]
-        )
-        gathered = mine.new_empty(len(self.sizes) * 7, rows)
+        if parts.argmax is not None:
+            parts = parts._replace(argmax=parts.argmax + self.start)
+        there = [name for name, field in parts._asdict().items() if field is not None]
+        # as fp64: an argmax is exact up to 2^53 words
+        mine = torch.stack([getattr(parts, name).double() for name in there])
+        gathered = mine.new_empty(len(self.sizes) * len(mine), mine.shape[1])
         dist.all_gather_into_tensor(gathered, mine, group=self.group)
-        shards = gathered.view(-1, 7, rows)
         merged = reference.merge(
-            [RowParts._make([*shard[:6], shard[6].long()]) for shard in shards]
+            [
+                RowParts(**dict(zip(there, shard, strict=True)))
+                for shard in gathered.view(len(self.sizes), *mine.shape)
+            ]
         )
-        return RowParts._make([*(x.to(parts.m.dtype) for x in merged[:6]), merged.argmax])
+        return parts._replace(
+            **{name: getattr(merged, name).to(getattr(parts, name).dtype) for name in there}
+        )
 
     def sum(self, partial: Tensor) -> None:
         """Add the shards' partial results, in place."""

@@ -45,45 +45,59 @@ class TokenStats(NamedTuple):
     argmax: Tensor | None = None
 
 
+class RowTransform(NamedTuple):
+    """How raw logits (rows, V) become z, and the words that count as targets."""
+
+    bias: Tensor | None  # (V,)
+    inv_temperature: Tensor  # (rows,)
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    targets: Tensor | None = None  # (rows,) int64; one outside [0, V) is in another part
+
+
 class RowParts(NamedTuple):
-    """What one pass over (a part of) a row of logits leaves; every field is (rows,)."""
+    """What one pass over (a part of) a row of logits leaves; every field is (rows,).
+
+    q1, total and argmax may be None where nobody asked for them.
+    """
 
     m: Tensor  # maximum
     s1: Tensor  # s' of (1)
     t: Tensor
-    q1: Tensor  # q without the argmax's 1
-    total: Tensor  # sum of z
     target_logit: Tensor  # z of the target, -inf where it is not in this part
-    argmax: Tensor  # int64
+    q1: Tensor | None = None  # q without the argmax's 1
+    total: Tensor | None = None  # sum of z
+    argmax: Tensor | None = None  # int64
 
 
 class Coefficients(NamedTuple):
-    """The factors of (8), each (rows,). gamma's own -p_j is not in alpha: see row_gradient."""
+    """The factors of (8), each (rows,). The target's own gamma (1 - p) is at_target, as -gamma
+    expm1(log p): it keeps its digits where the model is sure. All other words get gamma's -p_j.
+    """
 
     alpha: Tensor
     beta: Tensor
     gamma: Tensor
     delta: Tensor
     rho: Tensor
+    at_target: Tensor
 
 
-def transform(
-    y: Tensor, inv_temperature: Tensor | float, logit_scale: float, softcap: float | None
-) -> Tensor:
-    """z of raw logits y (rows, V); inv_temperature is a number or (rows, 1)."""
+def transform(y: Tensor, row: RowTransform) -> Tensor:
+    """z of raw logits y (rows, V)."""
+    if row.bias is not None:
+        y = y + row.bias.to(y.dtype)
     masked = y == -torch.inf  # before the softcap, which would turn -inf into -softcap
-    u = y.masked_fill(masked, 0) * logit_scale
-    c = u if softcap is None else softcap * torch.tanh(u / softcap)
-    return (c * inv_temperature).masked_fill(masked, -torch.inf)
+    u = y.masked_fill(masked, 0) * row.logit_scale
+    c = u if row.softcap is None else row.softcap * torch.tanh(u / row.softcap)
+    return (c * row.inv_temperature[:, None]).masked_fill(masked, -torch.inf)
 
 
 def row_parts(z: Tensor, targets: Tensor | None = None) -> RowParts:
-    """Equation (1), and the sums of (5) and (6). z is (rows, V); a target outside [0, V) is in
-    another part.
-    """
+    """Equation (1), and the sums of (5) and (6), of z (rows, V)."""
     if z.shape[1] == 0:  # a shard without words
         lowest, nought = z.new_full(z.shape[:1], -torch.inf), z.new_zeros(z.shape[:1])
-        return RowParts(lowest, nought, nought, nought, nought, lowest, nought.long())
+        return RowParts(lowest, nought, nought, lowest, nought, nought, nought.long())
     argmax = z.argmax(dim=1, keepdim=True)
     m = z.gather(1, argmax)
     masked = z == -torch.inf
@@ -99,9 +113,9 @@ def row_parts(z: Tensor, targets: Tensor | None = None) -> RowParts:
         m[:, 0],
         others.sum(1),
         (others * d).sum(1),
+        target_logit,
         (others * others).sum(1),
         z.sum(1),
-        target_logit,
         argmax[:, 0],
     )
 
@@ -110,8 +124,10 @@ def merge(parts: list[RowParts]) -> RowParts:
     """Equation (7); argmax must already count from the start of the whole vocabulary, parts in its
     order.
     """
-    m_i, s1, t, q1, total, target_logit, argmax = (
-        torch.stack(field) for field in zip(*parts, strict=True)
+    m_i, s1, t, target_logit = map(torch.stack, zip(*(part[:4] for part in parts), strict=True))
+    q1, total, argmax = (
+        None if field[0] is None else torch.stack(field)
+        for field in zip(*(part[4:] for part in parts), strict=True)
     )
     m = m_i.amax(0)
     winner = (m_i == m).int().argmax(0, keepdim=True)  # the first part that reaches m: lowest index
@@ -123,10 +139,10 @@ def merge(parts: list[RowParts]) -> RowParts:
         m,
         (r * (own + s1)).sum(0),
         (r * (t + (1 + s1) * shift)).sum(0),
-        (r * r * (own + q1)).sum(0),
-        total.sum(0),
         target_logit.amax(0),
-        argmax.gather(0, winner)[0],
+        None if q1 is None else (r * r * (own + q1)).sum(0),
+        None if total is None else total.sum(0),
+        None if argmax is None else argmax.gather(0, winner)[0],
     )
 
 
@@ -134,65 +150,63 @@ def statistics(parts: RowParts, vocab_size: int, targets: Tensor | None = None) 
     """Equations (2)-(6) of whole rows; NaN where a row has no finite logit, or a NaN."""
     nan_unless_finite = parts.m - parts.m
     log_s = torch.log1p(parts.s1) + nan_unless_finite
-    logprob = None
+    logprob = mean_logit = log_collision = argmax = None
     if targets is not None:
         ignored = targets == IGNORE_INDEX
         logprob = ((parts.target_logit.masked_fill(ignored, 0) - parts.m) - log_s).masked_fill(
             ignored, 0
         )
-    return TokenStats(
-        entropy=log_s - parts.t / (1 + parts.s1),
-        logprob=logprob,
-        logsumexp=parts.m + log_s,
-        mean_logit=parts.total / vocab_size + nan_unless_finite,
-        log_collision=torch.log1p(parts.q1) - 2 * log_s,
-        argmax=parts.argmax.masked_fill(nan_unless_finite.isnan(), 0),
-    )
+    if parts.total is not None:
+        mean_logit = parts.total / vocab_size + nan_unless_finite
+    if parts.q1 is not None:
+        log_collision = torch.log1p(parts.q1) - 2 * log_s
+    if parts.argmax is not None:
+        argmax = parts.argmax.masked_fill(nan_unless_finite.isnan(), 0)
+    entropy = log_s - parts.t / (1 + parts.s1)
+    return TokenStats(entropy, logprob, parts.m + log_s, mean_logit, log_collision, argmax)
 
 
 def coefficients(stats: TokenStats, upstream: TokenStats, vocab_size: int) -> Coefficients:
     """The factors of (8) from the upstream gradients of the statistics (None: no gradient)."""
-    assert stats.entropy is not None and stats.log_collision is not None
+    assert stats.entropy is not None
     zero = torch.zeros_like(stats.entropy)
     g_h, g_l, g_lse, g_a, g_r = (zero if g is None else g for g in upstream[:5])
+    rho = at_target = zero
+    if upstream.log_collision is not None:
+        assert stats.log_collision is not None
+        # finite, though log_collision is -inf nowhere, when nothing flows
+        rho = torch.where(g_r == 0, zero, 2 * g_r * torch.exp(-stats.log_collision))
+    if upstream.logprob is not None:
+        assert stats.logprob is not None
+        at_target = -g_l * torch.expm1(stats.logprob)
     return Coefficients(
         alpha=g_lse - g_h * stats.entropy - 2 * g_r,
         beta=-g_h,
         gamma=g_l,
         delta=g_a / vocab_size,
-        # finite, though log_collision is -inf nowhere, when nothing flows
-        rho=torch.where(g_r == 0, zero, 2 * g_r * torch.exp(-stats.log_collision)),
+        rho=rho,
+        at_target=at_target,
     )
 
 
 def row_gradient(
-    y: Tensor,
-    m: Tensor,
-    log_s: Tensor,
-    factors: Coefficients,
-    targets: Tensor | None,
-    inv_temperature: Tensor | float,
-    logit_scale: float,
-    softcap: float | None,
+    y: Tensor, row: RowTransform, m: Tensor, log_s: Tensor, factors: Coefficients
 ) -> Tensor:
-    """Equation (8): dy (rows, V) from raw logits y (rows, V); all the rest is (rows,),
-    inv_temperature (rows, 1).
-    """
-    masked = y == -torch.inf
-    z = transform(y, inv_temperature, logit_scale, softcap)
-    alpha, beta, gamma, delta, rho = (factor[:, None] for factor in factors)
+    """Equation (8): dy (rows, V) from raw logits y (rows, V); m and log_s are (rows,)."""
+    z = transform(y, row)
+    masked = z == -torch.inf
+    alpha, beta, gamma, delta, rho, at_target = (factor[:, None] for factor in factors)
     log_p = ((z - m[:, None]) - log_s[:, None]).masked_fill(masked, 0)
     p = torch.exp(log_p)
-    dz = p * (alpha + beta * log_p + rho * p) + delta
-    if targets is None:
-        dz = dz - gamma * p
-    else:
-        is_target = torch.arange(y.shape[1], device=y.device) == targets[:, None]
-        # gamma (1 - p): expm1 keeps its digits where the model is sure of the target
-        dz = dz - gamma * torch.where(is_target, torch.expm1(log_p), p)
-    dy = dz * inv_temperature * logit_scale
-    if softcap is not None:
-        dy = dy * (1 - torch.tanh(y.masked_fill(masked, 0) * (logit_scale / softcap)) ** 2)
+    own = -gamma * p
+    if row.targets is not None:
+        is_target = torch.arange(y.shape[1], device=y.device) == row.targets[:, None]
+        own = torch.where(is_target, at_target, own)
+    dz = p * (alpha + beta * log_p + rho * p) + own + delta
+    dy = dz * row.inv_temperature[:, None] * row.logit_scale
+    if row.softcap is not None:
+        u = y if row.bias is None else y + row.bias.to(y.dtype)
+        dy = dy * (1 - torch.tanh(u * (row.logit_scale / row.softcap)) ** 2)
     nan_unless_finite = m - m
     return dy.masked_fill(masked, 0) + nan_unless_finite[:, None]
 
@@ -217,13 +231,10 @@ def token_stats(
     if skip is not None:  # such a token may hold NaN
         rows = rows.masked_fill(skip[:, None], 0)
     y = torch.nn.functional.linear(rows, weight.to(wide), None if bias is None else bias.to(wide))
-    tau = torch.as_tensor(temperature, dtype=wide, device=y.device).reshape(-1, 1)
+    tau = torch.as_tensor(temperature, dtype=wide, device=y.device).reshape(-1).expand(len(y))
     flat_targets = None if targets is None else targets.reshape(-1)
-    stats = statistics(
-        row_parts(transform(y, 1 / tau, logit_scale, softcap), flat_targets),
-        len(weight),
-        flat_targets,
-    )
+    z = transform(y, RowTransform(None, 1 / tau, logit_scale, softcap))
+    stats = statistics(row_parts(z, flat_targets), len(weight), flat_targets)
     kept = (x if x is None or skip is None else x.masked_fill(skip, 0) for x in stats)
     return TokenStats(*(None if x is None else x.reshape(hidden.shape[:-1]) for x in kept))
 

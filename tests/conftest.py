@@ -2,7 +2,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from em_kernels import chunked
+from em_kernels import rows as row_kernels
 from em_kernels.rows import cpu, portable
 
 settings.register_profile("repeatable", deadline=None, derandomize=True)
@@ -24,5 +24,5 @@ def fixed_seed():
 def rows(request, monkeypatch):
     """The row kernels in use: those of fp32 on the CPU are the portable ones or the extension's."""
     if request.param is portable:
-        monkeypatch.setattr(chunked, "kernels_for", lambda y: portable)
+        monkeypatch.setattr(row_kernels, "kernels_for", lambda y: portable)
     return request.param

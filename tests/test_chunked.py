@@ -9,9 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from truth import draw
 
 import em_kernels.gemm
-from em_kernels import chunked
-from em_kernels.chunked import Needs, Transform, chunk_length
+from em_kernels import chunked, problem, rows, slabs
 from em_kernels.gemm import gemm
+from em_kernels.problem import Needs, Problem, chunk_length
 
 DTYPES = [torch.float32, torch.bfloat16]
 CPU = torch.device("cpu")
@@ -47,13 +47,10 @@ def test_chunks_fit_the_budget_and_are_even(total, budget):
 
 
 def test_default_budget_is_an_eighth_of_the_free_memory(monkeypatch):
-    monkeypatch.setattr(chunked, "free_bytes", lambda device: 8 * 40 * 7)
+    monkeypatch.setattr(problem, "free_bytes", lambda device: 8 * 40 * 7)
     assert chunk_length(12, 40, None, CPU) == 6  # 256 B, the power of two below 280 B
-    monkeypatch.setattr(chunked, "free_bytes", lambda device: 1 << 50)
+    monkeypatch.setattr(problem, "free_bytes", lambda device: 1 << 50)
     assert chunk_length(1 << 40, 1, None, CPU) == 1 << 30
-
-
-NEEDED = {(): 2, ("hidden",): 4, ("weight",): 4, ("hidden", "weight"): 6}
 
 
 def work(function):
@@ -63,38 +60,115 @@ def work(function):
     return counter.get_total_flops()
 
 
+NEEDED = {(): 2, ("hidden",): 4, ("weight",): 4, ("hidden", "weight"): 6}
+FP32_AND_BF16 = pytest.mark.parametrize("dtype", DTYPES)
+
+
+@pytest.fixture(params=[None, "half"])
+def head(request):
+    """A problem with small chunks, and the tokens that should cost something."""
+
+    def make(dtype):
+        n, d, v = 64, 16, 200
+        hidden, weight, _, targets = draw(n, d, v, dtype=dtype)
+        mask = None if request.param is None else torch.arange(n) % 2
+        settings = dict(targets=targets, mask=mask, chunk_bytes=9 * v * 4)
+        unit = (n if mask is None else n // 2) * d * v
+        return Problem(hidden.detach(), weight.detach(), **settings), unit
+
+    return make
+
+
+@FP32_AND_BF16
 @pytest.mark.parametrize("needed", NEEDED)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_work(needed, dtype):
-    """The README's table; tokens of weight 0 cost nothing."""
-    n, d, v = 64, 16, 200
-    hidden, weight, _, targets = draw(n, d, v, dtype=dtype)
-    hidden, weight = hidden.detach(), weight.detach()
+def test_work_of_losses_known_per_token(needed, dtype, head):
+    problem, unit = head(dtype)
     needs = Needs(**dict.fromkeys(needed, True))
-    half = torch.arange(n) % 2
-    for mask, tokens in ((None, n), (half, n // 2)):
-        unit = tokens * d * v
-
-        def loss(mask=mask):
-            arguments = hidden, weight, Transform(), mask
-            chunked.entropy_loss(*arguments, mean=True, needs=needs, chunk_bytes=9 * v * 4)
-
-        def stats(mask=mask):
-            head = hidden, weight, Transform(), targets, mask
-            found, _, m, log_s = chunked.token_stats(*head, chunk_bytes=9 * v * 4)
-            upstream = torch.ones_like(found)
-            if needed:
-                chunked.token_stats_backward(
-                    upstream, found, m, log_s, *head, needs=needs, chunk_bytes=9 * v * 4
-                )
-
+    for loss in (
+        lambda: chunked.entropy_loss(problem, True, needs),
+        lambda: chunked.token_loss(problem, lambda stats, index: -stats.logprob, needs),
+    ):
         assert work(loss) == pytest.approx(NEEDED[needed] * unit, rel=0.01)
-        recomputed = 2 if needed else 0
-        assert work(stats) == pytest.approx((NEEDED[needed] + recomputed) * unit, rel=0.01)
+
+
+@FP32_AND_BF16
+@pytest.mark.parametrize("needed", NEEDED)
+def test_work_of_statistics(needed, dtype, head):
+    problem, unit = head(dtype)
+    needs = Needs(**dict.fromkeys(needed, True))
+
+    def both_ways():
+        found, _, m, log_s = slabs.token_stats(problem, everything=True)
+        if needed:
+            slabs.token_stats_backward(problem, torch.ones_like(found), found, m, log_s, needs)
+
+    recomputed = 2 if needed else 0
+    assert work(both_ways) == pytest.approx((NEEDED[needed] + recomputed) * unit, rel=0.01)
+
+
+@FP32_AND_BF16
+def test_work_of_one_statistic_under_a_frozen_head(dtype, head):
+    problem, unit = head(dtype)
+    found = work(lambda: chunked.token_stats_and_unit_gradient(problem, "entropy", False))
+    assert found == pytest.approx(4 * unit, rel=0.01)
+
+
+@FP32_AND_BF16
+def test_work_with_a_sink(dtype, head):
+    problem, unit = head(dtype)
+    found = work(lambda: slabs.entropy_loss_by_slabs(problem, True, lambda words, dw: None))
+    assert found == pytest.approx(8 * unit, rel=0.01)
 
 
 def test_no_row_gradient_where_none_is_needed(monkeypatch):
-    monkeypatch.setattr(chunked, "_row_gradient", None)
+    monkeypatch.setattr(rows, "row_gradient", None)
     hidden, weight, _, _ = draw(5, 4, 9)
     with torch.no_grad():
-        chunked.entropy_loss(hidden, weight, Transform(), None, mean=True, needs=Needs())
+        chunked.entropy_loss(Problem(hidden, weight), True, Needs())
+
+
+@FP32_AND_BF16
+@pytest.mark.parametrize("mean", [True, False])
+def test_sink_gets_every_slab_of_dweight(mean, dtype):
+    hidden, weight, bias, _ = draw(40, 16, 200, dtype=dtype)
+    mask = torch.rand(40) * (torch.arange(40) % 3)
+    problem = Problem(hidden, weight, bias, mask=mask, chunk_bytes=9 * 200 * 4)
+    slabs_seen, dw = [], torch.zeros(weight.shape)
+
+    def sink(words, slab):
+        assert slab.dtype == torch.float32 and slab.shape == (words.stop - words.start, 16)
+        assert slab.nbytes <= problem.chunk_bytes
+        slabs_seen.append(words)
+        dw[words] = slab
+
+    with torch.no_grad():
+        loss, dh = slabs.entropy_loss_by_slabs(problem, mean, sink)
+        expected, *gradients = chunked.entropy_loss(problem, mean, Needs(hidden=True, weight=True))
+    assert len(slabs_seen) > 3
+    assert torch.equal(torch.cat([torch.arange(200)[w] for w in slabs_seen]), torch.arange(200))
+    assert_close(loss, expected)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    for ours, truth in zip((dh.float(), dw), gradients, strict=False):
+        assert (ours - truth).norm() <= tolerance * truth.norm()
+
+
+@pytest.mark.parametrize("sizes", [(1e-7, 1e-7), (1e7, 1e7), (1e-7, 1e7), (1e7, 1e-7)])
+def test_fp16_upstreams_of_any_size_keep_their_digits(sizes, monkeypatch):
+    """Rounded to fp16 as they are, 1e-7 would be 0 and 1e7 infinite."""
+    hidden, weight, bias, _ = draw(32, 16, 200, dtype=torch.float16)
+    factors = torch.tensor(sizes).repeat_interleave(16)
+
+    @torch.no_grad()
+    def gradients(*head):
+        problem = Problem(*head, chunk_bytes=4 * 200 * 8)
+        loss = chunked.token_loss(problem, lambda s, i: factors[i] * s.entropy, Needs(*3 * [True]))
+        return loss[1:]
+
+    truth = gradients(hidden.double(), weight.double(), bias.double())
+    narrow = rows.row_gradient
+    monkeypatch.setattr(rows, "row_gradient", lambda *a: narrow(*a).half().float())
+    found = gradients(hidden, weight, bias)
+    for ours, true in zip(found, truth, strict=True):
+        assert (ours - true).norm() <= 2e-3 * true.norm()
+    small = factors == factors.min()
+    assert (found[0] - truth[0])[small].norm() <= 2e-3 * truth[0][small].norm()

@@ -83,7 +83,7 @@ def test_peak_is_one_chunk_and_the_gradients(loss):
     inputs = draw(N, D, V)[:3]
     sizes = changes(lambda: LOSSES[loss](*inputs, chunk_bytes=CHUNK_BYTES).backward())
     gradients = sum(x.grad.nbytes for x in inputs)
-    per_token = 32 * N * 4  # statistics, upstreams, coefficients
+    per_token = 40 * N * 4  # statistics, upstreams, coefficients
     active = inputs[0].nbytes  # a copy of the tokens that the mask keeps
     assert max(itertools.accumulate(sizes)) <= CHUNK_BYTES + gradients + per_token + active
 

@@ -35,20 +35,18 @@ DTYPES = [torch.float32, torch.bfloat16]
 def test_opcheck(optional, needs, dtype):
     needs = [*needs[:2], needs[2] and optional]
     h, w, b, targets, mask, tau = arguments(needs, dtype, optional)
-    torch.library.opcheck(
-        ops.entropy_loss, (h, w, b, mask, tau, TRANSFORM, True, needs, 0.0, None, None)
-    )
-    torch.library.opcheck(
-        ops.token_stats, (h, w, b, targets, mask, tau, TRANSFORM, needs, None, None)
-    )
+    settings = (mask, tau, TRANSFORM, None, None)
+    torch.library.opcheck(ops.entropy_loss, (h, w, b, *settings, True, needs, 0.0))
+    everything = optional
+    for unit in (-1, 0) if needs == [True, False, False] else (-1,):
+        torch.library.opcheck(
+            ops.token_stats, (h, w, b, targets, *settings, needs, everything, unit)
+        )
     h, w, b = (None if x is None else x.detach() for x in (h, w, b))
-    statistics, _, m, log_s = ops.token_stats(
-        h, w, b, targets, mask, tau, TRANSFORM, needs, None, None
-    )
+    statistics, _, m, log_s, _ = ops.token_stats(h, w, b, targets, *settings, needs, everything, -1)
     torch.library.opcheck(
         ops.token_stats_backward,
-        (torch.randn(5, N), statistics, m, log_s)
-        + (h, w, b, targets, mask, tau, TRANSFORM, needs, None, None),
+        (torch.randn_like(statistics), statistics, m, log_s, h, w, b, targets, *settings, needs),
     )
 
 

@@ -9,7 +9,7 @@ import torch.multiprocessing as mp
 from torch.testing import assert_close
 from truth import draw
 
-from em_kernels import TokenStats, chunked, fused_entropy_loss, fused_token_stats
+from em_kernels import TokenStats, fused_entropy_loss, fused_token_stats, problem
 
 N, D, V = 9, 8, 61
 SPLITS = {"three": ([0, 1, 2], (20, 2, 39)), "two": ([1, 2], (60, 1))}  # ranks, their words
@@ -55,7 +55,7 @@ def worker(rank, folder):
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=3
     )
-    chunked_free_bytes = chunked.free_bytes
+    free_bytes = problem.free_bytes
     for split, (members, sizes) in SPLITS.items():
         group = dist.new_group(members)
         if rank not in members:
@@ -68,7 +68,7 @@ def worker(rank, folder):
             hidden, weight, bias, targets = inputs_of(name)
             shard = (x.detach()[words].clone().requires_grad_() for x in (weight, bias))
             memory = (lambda device: 8 * V * 4 * (rank + 1)) if name == "unequal memory" else None
-            chunked.free_bytes = memory or chunked_free_bytes
+            problem.free_bytes = memory or free_bytes
             results[name] = call(name, hidden, *shard, targets, group)
         torch.save(results, f"{folder}/{split}-{place}.pt")
     dist.destroy_process_group()

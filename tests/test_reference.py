@@ -49,10 +49,10 @@ def test_row_gradient_is_autograd_of_the_statistics(transform, targets):
     masked = y == -torch.inf
     y.requires_grad_()
     logit_scale, softcap = transform.get("logit_scale", 1.0), transform.get("softcap")
-    tau = torch.as_tensor(transform.get("temperature", 1.0), dtype=y.dtype).reshape(-1, 1)
+    tau = torch.as_tensor(transform.get("temperature", 1.0), dtype=y.dtype).expand(6)
     u = y.masked_fill(masked, 0) * logit_scale
     c = u if softcap is None else softcap * torch.tanh(u / softcap)
-    truth = stats_of((c / tau).masked_fill(masked, -torch.inf), targets)
+    truth = stats_of((c / tau[:, None]).masked_fill(masked, -torch.inf), targets)
     g = dict(zip(FLOAT_STATS, torch.randn(5, 6, dtype=y.dtype), strict=True))
     g["mean_logit"][masked.any(1)] = 0
     g["logprob"][3] = 0
@@ -62,13 +62,11 @@ def test_row_gradient_is_autograd_of_the_statistics(transform, targets):
     )
 
     with torch.no_grad():
-        z = reference.transform(y, 1 / tau, logit_scale, softcap)
-        parts = reference.row_parts(z, targets)
+        row = reference.RowTransform(None, 1 / tau, logit_scale, softcap, targets)
+        parts = reference.row_parts(reference.transform(y, row), targets)
         stats = reference.statistics(parts, y.shape[1], targets)
         factors = reference.coefficients(stats, TokenStats(**{k: g[k] for k in flowing}), 9)
-        found = reference.row_gradient(
-            y, parts.m, torch.log1p(parts.s1), factors, targets, 1 / tau, logit_scale, softcap
-        )
+        found = reference.row_gradient(y, row, parts.m, torch.log1p(parts.s1), factors)
     assert_close(found, expected.masked_fill(masked, 0), rtol=1e-11, atol=1e-12)
 
 

@@ -6,54 +6,59 @@ from conftest import ROWS
 from torch.testing import assert_close
 
 from em_kernels import reference
-from em_kernels.reference import Coefficients
+from em_kernels.reference import Coefficients, RowTransform
 from em_kernels.rows import cpu, kernels_for, portable
 
 ROW_COUNT = 5
 TRANSFORMS = [(1.0, None), (0.25, None), (1.0, 5.0), (-2.0, 30.0)]
 
 
-def problem(v, *, bias, seed=0):
-    """Raw logits, bias, inv_temperature, targets, m, log_s and factors, all in fp32."""
+def problem(v, *, bias=False, logit_scale=1.0, softcap=None, seed=0):
+    """Raw logits, their transform, and the factors of a gradient, all in fp32."""
     generator = torch.Generator().manual_seed(seed)
     y = torch.randn(ROW_COUNT, v, generator=generator) * 4
-    bias = torch.randn(v, generator=generator) if bias else None
-    inv_temperature = torch.tensor([2.0, 1.0, 0.7, 1.3, 0.1])
-    targets = torch.tensor([0, v - 1, -100, v, v // 2])  # v and -100 are elsewhere
-    factors = Coefficients(*torch.randn(5, ROW_COUNT, generator=generator))
-    return y, bias, inv_temperature, targets, factors
-
-
-def truth_of(y, bias, inv_temperature, logit_scale, softcap, targets):
-    y = y.double() if bias is None else y.double() + bias.double()
-    z = reference.transform(y, inv_temperature.double()[:, None], logit_scale, softcap)
-    return y, reference.row_parts(z, targets)
-
-
-def gradient_truth(y, parts, factors, targets, inv_temperature, logit_scale, softcap):
-    return reference.row_gradient(
-        y,
-        parts.m,
-        torch.log1p(parts.s1),
-        Coefficients(*(factor.double() for factor in factors)),
-        targets,
-        inv_temperature.double()[:, None],
+    row = RowTransform(
+        torch.randn(v, generator=generator) if bias else None,
+        torch.tensor([2.0, 1.0, 0.7, 1.3, 0.1]),
         logit_scale,
         softcap,
+        torch.tensor([0, v - 1, -100, v, v // 2]),  # v and -100 are elsewhere
     )
+    return y, row, Coefficients(*torch.randn(6, ROW_COUNT, generator=generator))
+
+
+def in_fp64(fields):
+    kept = {
+        k: x for k, x in fields._asdict().items() if torch.is_tensor(x) and x.is_floating_point()
+    }
+    return fields._replace(**{name: x.double() for name, x in kept.items()})
+
+
+def truth_of(y, row):
+    return reference.row_parts(reference.transform(y.double(), in_fp64(row)), row.targets)
+
+
+def gradient_of(kernels, y, row, parts, factors, dtype=torch.float32):
+    """Into y's own memory, as the loops do."""
+    out = y if y.dtype == dtype else y.view(dtype)[:, : y.shape[1]]
+    kernels.row_gradient(y, row, parts.m, parts.s1.log1p(), factors, out)
+    return out
+
+
+def plain(rows):
+    return RowTransform(None, torch.ones(rows))
 
 
 @pytest.mark.parametrize("kernels", ROWS)
 @pytest.mark.parametrize("logit_scale, softcap", TRANSFORMS)
 @pytest.mark.parametrize("with_bias", [False, True])
-# 2048: the extension's block; its remainders; 1 and less than a vector
+# 1024: the extension's block; its remainders; 1 and less than a vector
 @pytest.mark.parametrize("v", [1, 2, 13, 2047, 2048, 2049, 5003])
 def test_statistics_and_gradient(kernels, v, with_bias, logit_scale, softcap):
-    y, bias, inv_temperature, targets, factors = problem(v, bias=with_bias)
-    arguments = bias, inv_temperature, logit_scale, softcap, targets
-    wide_y, truth = truth_of(y, *arguments)
+    y, row, factors = problem(v, bias=with_bias, logit_scale=logit_scale, softcap=softcap)
+    truth = truth_of(y, row)
     before = y.clone()
-    parts = kernels.row_statistics(y, *arguments)
+    parts = kernels.row_statistics(y, row)
     assert torch.equal(y, before)  # row_gradient needs them again
     assert torch.equal(parts.argmax, truth.argmax)
     for name in ("m", "s1", "t", "q1", "total", "target_logit"):
@@ -62,44 +67,42 @@ def test_statistics_and_gradient(kernels, v, with_bias, logit_scale, softcap):
             getattr(parts, name).double(), getattr(truth, name),
             rtol=2e-5, atol=1e-5 * float(scale), msg=lambda m, name=name: f"{name}: {m}",
         )  # fmt: skip
-    expected = gradient_truth(
-        wide_y, truth, factors, targets, inv_temperature, logit_scale, softcap
+    expected = reference.row_gradient(
+        y.double(), in_fp64(row), truth.m, truth.s1.log1p(), in_fp64(factors)
     )
-    dy = kernels.row_gradient(y, *arguments, parts.m, parts.s1.log1p(), factors)
-    assert dy.data_ptr() == y.data_ptr()
-    assert ((dy.double() - expected).norm(dim=1) <= 2e-5 * expected.norm(dim=1) + 1e-9).all()
+    for dtype, tolerance in ((torch.bfloat16, 2**-8), (torch.float32, 2e-5)):
+        dy = gradient_of(kernels, y.clone(), row, parts, factors, dtype)
+        error = (dy.double() - expected).norm(dim=1)
+        assert (error <= tolerance * expected.norm(dim=1) + 1e-9).all()
+    # dy is now fp32's, of the very values that 16 bits are rounded from, ties to even
+    narrow = gradient_of(kernels, y.clone(), row, parts, factors, torch.bfloat16)
+    assert torch.equal(narrow, dy.bfloat16())
 
 
 @pytest.mark.parametrize("kernels", ROWS)
 def test_rows_of_a_wider_buffer(kernels):
-    y, _, inv_temperature, targets, factors = problem(77, bias=False)
+    y, row, factors = problem(77)
     buffer = torch.full((ROW_COUNT, 100), 1e4)
     view = buffer[:, :77]
     view.copy_(y)
-    arguments = None, inv_temperature, 1.0, None, targets
-    for found, whole in zip(
-        kernels.row_statistics(view, *arguments), kernels.row_statistics(y, *arguments), strict=True
-    ):
+    parts = kernels.row_statistics(view, row)
+    for found, whole in zip(parts, kernels.row_statistics(y, row), strict=True):
         assert torch.equal(found, whole)
-    _, truth = truth_of(y, *arguments)
-    rest = truth.m.float(), truth.s1.log1p().float(), factors
-    expected = kernels.row_gradient(y, *arguments, *rest)
-    assert torch.equal(kernels.row_gradient(view, *arguments, *rest), expected)
+    expected = gradient_of(kernels, y, row, parts, factors)
+    assert torch.equal(gradient_of(kernels, view, row, parts, factors), expected)
     assert (buffer[:, 77:] == 1e4).all()
 
 
 @pytest.mark.parametrize("kernels", ROWS)
 def test_threads_change_no_bit(kernels):
     y = torch.randn(64, 5000)
-    factors = Coefficients(*torch.randn(5, 64))
+    factors = Coefficients(*torch.randn(6, 64))
     threads, found = torch.get_num_threads(), []
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
-            parts = kernels.row_statistics(y, None, torch.ones(64), 1.0, None, None)
-            rest = parts.m, parts.s1.log1p(), factors
-            dy = kernels.row_gradient(y.clone(), None, torch.ones(64), 1.0, None, None, *rest)
-            found.append((*parts, dy))
+            parts = kernels.row_statistics(y, plain(64))
+            found.append((*parts, gradient_of(kernels, y.clone(), plain(64), parts, factors)))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
@@ -110,7 +113,7 @@ def test_argmax_is_the_lowest_index_of_a_tie(kernels):
     y = torch.zeros(3, 5000)
     y[0, [7, 8, 4999]] = 2.0
     y[1, [2100, 4500]] = 2.0
-    parts = kernels.row_statistics(y, None, torch.ones(3), 1.0, None, None)
+    parts = kernels.row_statistics(y, plain(3))
     assert parts.argmax.tolist() == [7, 2100, 0]
     assert_close(parts.s1[2], torch.tensor(4999.0))
 
@@ -124,29 +127,26 @@ def test_rows_without_a_distribution_are_nan_and_alone(kernels, v, softcap):
     y[0] = -torch.inf
     y[2, v - 1] = y[3, 0] = torch.nan
     y[4, 3] = torch.inf if softcap is None else torch.nan
-    one = torch.ones(5)
-    parts = kernels.row_statistics(y, None, one, 1.0, softcap, None)
+    row = plain(5)._replace(softcap=softcap)
+    parts = kernels.row_statistics(y, row)
     stats = reference.statistics(parts, v)
     for value in (stats.entropy, stats.logsumexp, stats.mean_logit, stats.log_collision):
         assert value.isnan().tolist() == [True, False, True, True, True]
-    factors = reference.coefficients(stats, reference.TokenStats(entropy=one), v)
-    dy = kernels.row_gradient(y, None, one, 1.0, softcap, None, parts.m, parts.s1.log1p(), factors)
+    factors = reference.coefficients(stats, reference.TokenStats(entropy=torch.ones(5)), v)
+    dy = gradient_of(kernels, y, row, parts, factors)
     assert dy[[0, 2, 3, 4]].isnan().all()
-    alone = kernels.row_statistics(clean, None, one[:1], 1.0, softcap, None)
-    expected = kernels.row_gradient(
-        clean, None, one[:1], 1.0, softcap, None,
-        alone.m, alone.s1.log1p(), Coefficients(*(f[1:2] for f in factors)),
-    )  # fmt: skip
-    assert torch.equal(dy[1:2], expected)
+    row = plain(1)._replace(softcap=softcap)
+    alone = kernels.row_statistics(clean, row)
+    factors = Coefficients(*(factor[1:2] for factor in factors))
+    assert torch.equal(dy[1:2], gradient_of(kernels, clean, row, alone, factors))
 
 
 @pytest.mark.parametrize("kernels", ROWS)
 def test_no_rows(kernels):
-    y, empty = torch.empty(0, 7), torch.empty(0)
-    parts = kernels.row_statistics(y, None, empty, 1.0, None, None)
+    y = torch.empty(0, 7)
+    parts = kernels.row_statistics(y, plain(0))
     assert all(field.shape == (0,) for field in parts) and parts.argmax.dtype == torch.int64
-    factors = Coefficients(*[empty] * 5)
-    assert kernels.row_gradient(y, None, empty, 1.0, None, None, empty, empty, factors) is y
+    gradient_of(kernels, y, plain(0), parts, Coefficients(*torch.empty(6, 0)))
 
 
 def test_choice_of_kernels():

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..reference import Coefficients, RowParts
+from ..reference import Coefficients, RowParts, RowTransform
 
 try:
     from .. import _C  # type: ignore[attr-defined]
@@ -26,51 +26,22 @@ def _contiguous(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if x is None else x.to(dtype).contiguous()
 
 
-def row_statistics(
-    y: Tensor,
-    bias: Tensor | None,
-    inv_temperature: Tensor,
-    logit_scale: float,
-    softcap: float | None,
-    targets: Tensor | None,
-) -> RowParts:
+def row_statistics(y: Tensor, row: RowTransform, everything: bool = True) -> RowParts:
     """Equation (1) and the sums of (5), (6)."""
-    parts = y.new_empty(6, y.shape[0])
+    found = y.new_empty(6, y.shape[0])
     argmax = torch.empty(y.shape[0], dtype=torch.int64)
-    torch.ops.em_kernels.row_statistics(
-        y,
-        _contiguous(bias, torch.float32),
-        inv_temperature,
-        logit_scale,
-        softcap,
-        _contiguous(targets, torch.int64),
-        parts,
-        argmax,
-    )
-    return RowParts._make([*parts, argmax])
+    torch.ops.em_kernels.row_statistics(y, *_arguments(row), found, argmax)
+    return RowParts._make([*found, argmax])
 
 
 def row_gradient(
-    y: Tensor,
-    bias: Tensor | None,
-    inv_temperature: Tensor,
-    logit_scale: float,
-    softcap: float | None,
-    targets: Tensor | None,
-    m: Tensor,
-    log_s: Tensor,
-    factors: Coefficients,
-) -> Tensor:
+    y: Tensor, row: RowTransform, m: Tensor, log_s: Tensor, factors: Coefficients, out: Tensor
+) -> None:
     """Equation (8)."""
-    torch.ops.em_kernels.row_gradient(
-        y,
-        _contiguous(bias, torch.float32),
-        inv_temperature,
-        logit_scale,
-        softcap,
-        _contiguous(targets, torch.int64),
-        m,
-        log_s,
-        torch.stack(factors),
+    torch.ops.em_kernels.row_gradient(y, *_arguments(row), m, log_s, torch.stack(factors), out)
+
+
+def _arguments(row: RowTransform) -> RowTransform:
+    return row._replace(
+        bias=_contiguous(row.bias, torch.float32), targets=_contiguous(row.targets, torch.int64)
     )
-    return y

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..reference import Coefficients, RowParts
+from ..reference import Coefficients, RowParts, RowTransform
 
 BLOCK_ELEMENTS = 1 << 21  # of logits; the formulas hold about eight temporaries of this size
 
@@ -18,27 +18,12 @@ def _blocks(y: Tensor) -> Iterator[slice]:
     return (slice(start, start + rows) for start in range(0, y.shape[0], rows))
 
 
-def _biased(y: Tensor, bias: Tensor | None) -> Tensor:
-    return y if bias is None else y + bias.to(y.dtype)
-
-
-def row_statistics(
-    y: Tensor,
-    bias: Tensor | None,
-    inv_temperature: Tensor,
-    logit_scale: float,
-    softcap: float | None,
-    targets: Tensor | None,
-) -> RowParts:
+def row_statistics(y: Tensor, row: RowTransform, everything: bool = True) -> RowParts:
     """Equation (1) and the sums of (5), (6)."""
     found = [
-        reference.row_parts(
-            reference.transform(
-                _biased(y[rows], bias), inv_temperature[rows, None], logit_scale, softcap
-            ),
-            None if targets is None else targets[rows],
-        )
+        reference.row_parts(reference.transform(y[rows], part), part.targets)
         for rows in _blocks(y)
+        for part in [_part(row, rows)]
     ]
     if not found:
         return RowParts._make([*y.new_empty(6, 0), y.new_empty(0, dtype=torch.int64)])
@@ -46,26 +31,21 @@ def row_statistics(
 
 
 def row_gradient(
-    y: Tensor,
-    bias: Tensor | None,
-    inv_temperature: Tensor,
-    logit_scale: float,
-    softcap: float | None,
-    targets: Tensor | None,
-    m: Tensor,
-    log_s: Tensor,
-    factors: Coefficients,
-) -> Tensor:
+    y: Tensor, row: RowTransform, m: Tensor, log_s: Tensor, factors: Coefficients, out: Tensor
+) -> None:
     """Equation (8)."""
     for rows in _blocks(y):
-        y[rows] = reference.row_gradient(
-            _biased(y[rows], bias),
+        out[rows] = reference.row_gradient(
+            y[rows],
+            _part(row, rows),
             m[rows],
             log_s[rows],
             Coefficients(*(factor[rows] for factor in factors)),
-            None if targets is None else targets[rows],
-            inv_temperature[rows, None],
-            logit_scale,
-            softcap,
         )
-    return y
+
+
+def _part(row: RowTransform, rows: slice) -> RowTransform:
+    return row._replace(
+        inv_temperature=row.inv_temperature[rows],
+        targets=None if row.targets is None else row.targets[rows],
+    )

@@ -1,0 +1,137 @@
+"""What the loops are given: logits that are never held whole, and the memory that pieces of them
+may take.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .checks import check_values
+from .gemm import accumulation_dtype, operand_dtype
+from .parallel import VocabularyShard
+from .reference import RowTransform
+
+MAX_CHUNK_BYTES = 1 << 30  # fp32 dW is read and written once a chunk: few, large chunks
+
+
+class Needs(NamedTuple):
+    """Which gradients the caller wants; one that is not wanted comes back with size 0."""
+
+    hidden: bool = False
+    weight: bool = False
+    bias: bool = False
+
+
+class Problem(NamedTuple):
+    """Logits hidden weight^T + bias, how they become z, and what is asked of which tokens."""
+
+    hidden: Tensor  # (N, D)
+    weight: Tensor  # (V, D), this rank's rows of it where there is a shard
+    bias: Tensor | None = None  # (V,)
+    temperature: float | Tensor = 1.0  # (N,)
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    targets: Tensor | None = None  # (N,) int64, counted over the whole vocabulary
+    mask: Tensor | None = None  # (N,)
+    chunk_bytes: int | None = None
+    shard: VocabularyShard | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of logits, statistics and sums."""
+        return accumulation_dtype(self.hidden.dtype)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Of the ranks' parts of the vocabulary."""
+        return [len(self.weight)] if self.shard is None else self.shard.sizes
+
+    @property
+    def vocab_size(self) -> int:
+        return sum(self.sizes)
+
+    def active(self, *, negative_mask_allowed: bool) -> Tensor | None:
+        """Check the values; the indices of the tokens of weight != 0, None for all."""
+        return check_values(
+            self.mask, self.temperature, self.targets, self.vocab_size, negative_mask_allowed
+        )
+
+    def row_transform(self, tokens: slice | Tensor, words: slice = slice(0, None)) -> RowTransform:
+        """Of these tokens' logits of these words of the weight."""
+        targets, first = self.targets, words.start
+        if targets is not None:
+            first += 0 if self.shard is None else self.shard.start
+            targets = targets[tokens] - first
+        bias = None if self.bias is None else self.bias[words]
+        tau = inv_temperature(self.temperature, tokens, self.hidden[tokens, :0].to(self.dtype))
+        return RowTransform(bias, tau, self.logit_scale, self.softcap, targets)
+
+    def token_weights(self, mean: bool) -> Tensor:
+        """(N,) factors of the tokens' losses: the mask's, over its sum for the mean."""
+        if self.mask is None:
+            weights = self.hidden.new_ones(len(self.hidden), dtype=self.dtype)
+        else:
+            weights = self.mask.to(self.dtype)
+        total = weights.sum()
+        return weights / torch.where(total == 0, 1, total) if mean else weights
+
+    def blank_statistics(self, everything: bool) -> tuple[Tensor, Tensor]:
+        """Zeros for statistics (5, N) in TokenStats' order and argmax (N,), or (3, N) and (0,)."""
+        count = len(self.hidden)
+        statistics = self.hidden.new_zeros(5 if everything else 3, count, dtype=self.dtype)
+        return statistics, self.hidden.new_zeros(count if everything else 0, dtype=torch.int64)
+
+    @property
+    def logit_bytes(self) -> int:
+        """Of one logit, and on a GPU of its gradient in the 16 bits that the GEMM wants."""
+        operand = operand_dtype(self.weight)
+        separate = self.hidden.is_cuda and operand != self.dtype
+        return self.dtype.itemsize + (operand.itemsize if separate else 0)
+
+
+def inv_temperature(temperature: float | Tensor, tokens: slice | Tensor, like: Tensor) -> Tensor:
+    """1 / temperature of these tokens, whose rows `like` holds, in its dtype."""
+    if isinstance(temperature, Tensor):
+        return 1 / temperature[tokens].to(like.dtype)
+    return like.new_full(like.shape[:1], 1 / temperature)
+
+
+def row_stride(columns: int, device: torch.device) -> int:
+    """Elements from one row of logits to the next: on a GPU rows begin where vector loads can."""
+    return columns if device.type == "cpu" else -(-columns // 16) * 16
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that a new tensor on this device could take now."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            kib = next(line.split()[1] for line in lines if line.startswith("MemAvailable"))
+        return int(kib) << 10
+    except (OSError, StopIteration):  # not Linux
+        return 8 * MAX_CHUNK_BYTES
+
+
+def chunk_length(total: int, bytes_each: int, chunk_bytes: int | None, device: torch.device) -> int:
+    """How many of `total` rows (or columns) of logits fit in the budget, split evenly.
+
+    The default is a power of two, so that what else runs seldom changes the order of sums.
+    """
+    if chunk_bytes is not None and chunk_bytes < bytes_each:
+        raise ValueError(
+            f"chunk_bytes: {chunk_bytes} is less than one row (or column) of logits takes; "
+            f"give at least {bytes_each}"
+        )
+    budget = chunk_bytes or 1 << (min(MAX_CHUNK_BYTES, free_bytes(device) // 8).bit_length() - 1)
+    fitting = max(1, budget // max(1, bytes_each))
+    pieces = max(1, -(-total // fitting))
+    return max(1, -(-total // pieces))
+
+
+def power_of_two_above(x: Tensor) -> Tensor:
+    """() fp64: 16-bit gradients divided by it stay in range, and lose no bit."""
+    largest = x.abs().amax() if x.numel() else x.new_ones(())
+    return torch.exp2(torch.frexp(largest.nan_to_num(posinf=1))[1].double())

@@ -1,0 +1,143 @@
+"""Vocabulary-major loops: some words at a time, all tokens; each slab of dweight is one GEMM.
+
+For losses that are known only when every token's statistics are: with m and log s saved, the
+gradient needs no whole row. The statistics come from the same slabs, as the very same logits must
+be computed again: rounded in another order they would cost a sure token's small probabilities their
+digits. Work is counted as in chunked.py.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import reference, rows
+from .gemm import gemm, operand_dtype
+from .problem import Needs, Problem, chunk_length, power_of_two_above, row_stride
+from .reference import RowTransform, TokenStats
+
+Sink = Callable[[slice, Tensor], None]
+
+
+class Slab(NamedTuple):
+    """Some words, and all tokens' raw logits of them."""
+
+    words: slice  # where they stand in the weight
+    weight: Tensor  # (v, D)
+    y: Tensor  # (N, v) raw logits, free to overwrite
+    row: RowTransform
+
+
+def _slabs(problem: Problem, hidden: Tensor, tokens: slice | Tensor) -> Iterator[Slab]:
+    """In one reused buffer; hidden holds the rows of `tokens`."""
+    weight, count, device = problem.weight, len(hidden), hidden.device
+    # in the backward also the slab's fp32 dweight
+    word_bytes = count * problem.logit_bytes + hidden.shape[1] * problem.dtype.itemsize
+    length = chunk_length(len(weight), word_bytes, problem.chunk_bytes, device)
+    longest = row_stride(min(length, len(weight)), device)
+    buffer = hidden.new_empty(count * longest, dtype=problem.dtype)
+    for start in range(0, len(weight), length):
+        words = slice(start, min(start + length, len(weight)))
+        w = weight[words]
+        stride = row_stride(len(w), device)
+        y = gemm(buffer[: count * stride].view(count, stride)[:, : len(w)], hidden, w.t())
+        yield Slab(words, w, y, problem.row_transform(tokens, words))
+
+
+def token_stats(problem: Problem, everything: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Statistics (5, N) in TokenStats' order and argmax (N,), without everything (3, N) and (0,);
+    and for the backward m, log s (N,).
+
+    Work: 2. Memory: one slab, and a copy of the tokens left where the mask leaves some out.
+    """
+    active = problem.active(negative_mask_allowed=True)
+    tokens: slice | Tensor = slice(None) if active is None else active
+    parts = None
+    for slab in _slabs(problem, problem.hidden[tokens], tokens):
+        found = rows.row_statistics(slab.y, slab.row, everything)
+        if found.argmax is not None:
+            found = found._replace(argmax=found.argmax + slab.words.start)
+        parts = found if parts is None else reference.merge([parts, found])
+    assert parts is not None  # functional.py refuses an empty vocabulary
+    if problem.shard is not None:
+        parts = problem.shard.merge(parts)
+    targets = None if problem.targets is None else problem.targets[tokens]
+    stats = reference.statistics(parts, problem.vocab_size, targets)
+    statistics, argmax = problem.blank_statistics(everything)
+    m, log_s = statistics.new_zeros(2, len(problem.hidden))
+    for row, value in zip(statistics, stats, strict=False):
+        if value is not None:
+            row[tokens] = value
+    if everything and stats.argmax is not None:
+        argmax[tokens] = stats.argmax
+    m[tokens], log_s[tokens] = parts.m, torch.log1p(parts.s1)
+    return statistics, argmax, m.clone(), log_s.clone()
+
+
+def token_stats_backward(
+    problem: Problem,
+    upstream: Tensor,
+    statistics: Tensor,
+    m: Tensor,
+    log_s: Tensor,
+    needs: Needs,
+    sink: Sink | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients for any upstream, shaped as the statistics, from logits computed again.
+
+    Returns dhidden, dweight, dbias in the inputs' dtypes. With a sink, sink(words, dweight of those
+    words) is called once a slab instead, in the accumulation dtype, and the tensor is free to be
+    overwritten when it returns.
+    Work: 2, +2 for hidden, +2 for weight: with the forward's 2, 8 in all. Memory: one slab, fp32
+    dhidden, and where the mask leaves tokens out a copy of the others.
+    """
+    hidden, weight, wide = problem.hidden, problem.weight, problem.dtype
+    active = None if problem.mask is None else problem.mask.nonzero()[:, 0]
+    tokens: slice | Tensor = slice(None) if active is None else active
+    h = hidden[tokens]
+    stats = TokenStats(*statistics[:, tokens])
+    scale = power_of_two_above(upstream).to(wide)
+    up = TokenStats(*(upstream[:, tokens].to(wide) / scale))
+    if problem.targets is None or up.logprob is None:
+        up = up._replace(logprob=None)
+    else:
+        ignored = problem.targets[tokens] == reference.IGNORE_INDEX
+        up = up._replace(logprob=up.logprob.masked_fill(ignored, 0))
+    dh = h.new_zeros(h.shape if needs.hidden else (0,), dtype=wide)
+    dw = weight.new_empty(weight.shape if needs.weight and sink is None else (0,))
+    db = weight.new_empty(len(weight) if needs.bias else 0)
+    for words, w, y, row in _slabs(problem, h, tokens):
+        dy = rows.row_gradient(
+            y, row, m[tokens], log_s[tokens], stats, up, problem.vocab_size, operand_dtype(weight)
+        )
+        if needs.hidden:
+            gemm(dh, dy, w, accumulate=True)
+        if needs.weight:
+            dw_slab = gemm(dh.new_empty(w.shape), dy.t(), h).mul_(scale)
+            if sink is None:
+                dw[words] = dw_slab
+            else:
+                sink(words, dw_slab)
+        if needs.bias:
+            db[words] = (dy.sum(0, dtype=wide) * scale).to(db.dtype)
+    if needs.hidden and problem.shard is not None:
+        problem.shard.sum(dh)
+    dh = dh.mul_(scale).to(hidden.dtype)
+    if needs.hidden and active is not None:
+        dh = hidden.new_zeros(hidden.shape).index_copy_(0, active, dh)
+    return dh, dw, db
+
+
+def entropy_loss_by_slabs(problem: Problem, mean: bool, sink: Sink) -> tuple[Tensor, Tensor]:
+    """Entropy loss () and dhidden (N, D); the weight's gradient goes to the sink, slab by slab, so
+    that no V x D gradient is ever in memory. Then call hidden.backward(dhidden). Work: 8.
+    """
+    weights = problem.token_weights(mean)
+    statistics, _, m, log_s = token_stats(problem, everything=False)
+    upstream = torch.zeros_like(statistics)
+    upstream[0] = weights
+    dh, _, _ = token_stats_backward(
+        problem, upstream, statistics, m, log_s, Needs(hidden=True, weight=True), sink
+    )
+    return (weights * statistics[0]).sum(), dh
