@@ -98,7 +98,7 @@ def gradients_in_forward(
             chunk.stats,
             upstream,
             problem.vocab_size,
-            operand_dtype(weight),
+            rows.gradient_buffer(chunk.y, operand_dtype(weight)),
         )
         if needs.hidden:
             dh[chunk.tokens] = gemm(dh.new_empty(chunk.hidden.shape), dy, weight).mul_(scale)

@@ -17,11 +17,8 @@ BLOCK_BYTES = 16 << 20  # of rows in the accumulation dtype
 def entropy(logits: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Entropy (N,), and for the backward m and log s (N,), of logits (N, V)."""
     check_values(None, temperature, None, 0, True)
-    wide = accumulation_dtype(logits.dtype)
-    found, m, log_s = logits.new_empty(3, len(logits), dtype=wide)
-    for block in _blocks(logits):
-        y = logits[block].to(wide).contiguous()
-        row = RowTransform(None, inv_temperature(temperature, block, y))
+    found, m, log_s = logits.new_empty(3, len(logits), dtype=accumulation_dtype(logits.dtype))
+    for block, y, row in _blocks(logits, temperature):
         parts = rows.row_statistics(y, row, everything=False)
         found[block] = reference.statistics(parts, logits.shape[1]).entropy
         m[block], log_s[block] = parts.m, torch.log1p(parts.s1)
@@ -37,23 +34,25 @@ def entropy_backward(
     temperature: float | Tensor,
 ) -> Tensor:
     """dlogits (N, V), in the logits' dtype."""
-    gradient = torch.empty_like(logits)
-    for block in _blocks(logits):
-        y = logits[block].to(entropy.dtype, copy=True).contiguous()
-        gradient[block] = rows.row_gradient(
-            y,
-            RowTransform(None, inv_temperature(temperature, block, y)),
-            m[block],
-            log_s[block],
-            TokenStats(entropy[block]),
-            TokenStats(upstream[block].to(y.dtype)),
-            logits.shape[1],
-            y.dtype,
+    gradient = logits.new_empty(logits.shape)
+    for block, y, row in _blocks(logits, temperature):
+        stats, up = TokenStats(entropy[block]), TokenStats(upstream[block].to(entropy.dtype))
+        rows.row_gradient(
+            y, row, m[block], log_s[block], stats, up, logits.shape[1], gradient[block]
         )
     return gradient
 
 
-def _blocks(logits: Tensor) -> Iterator[slice]:
-    row_bytes = accumulation_dtype(logits.dtype).itemsize * max(1, logits.shape[1])
-    length = max(1, BLOCK_BYTES // row_bytes)
-    return (slice(start, start + length) for start in range(0, len(logits), length))
+def _blocks(
+    logits: Tensor, temperature: float | Tensor
+) -> Iterator[tuple[slice, Tensor, RowTransform]]:
+    """Rows as the kernels take them: on a GPU all at once, as they are."""
+    wide = accumulation_dtype(logits.dtype)
+    whole = logits.is_cuda and logits.stride(1) == 1
+    row_bytes = wide.itemsize * max(1, logits.shape[1])
+    length = max(1, len(logits) if whole else BLOCK_BYTES // row_bytes)
+    for start in range(0, len(logits), length):
+        block = slice(start, start + length)
+        y = logits[block] if whole else logits[block].to(wide).contiguous()
+        tau = inv_temperature(temperature, block, logits[block, :0].to(wide))
+        yield block, y, RowTransform(None, tau)

@@ -108,9 +108,8 @@ def token_stats_backward(
     dw = weight.new_empty(weight.shape if needs.weight and sink is None else (0,))
     db = weight.new_empty(len(weight) if needs.bias else 0)
     for words, w, y, row in _slabs(problem, h, tokens):
-        dy = rows.row_gradient(
-            y, row, m[tokens], log_s[tokens], stats, up, problem.vocab_size, operand_dtype(weight)
-        )
+        out = rows.gradient_buffer(y, operand_dtype(weight))
+        dy = rows.row_gradient(y, row, m[tokens], log_s[tokens], stats, up, problem.vocab_size, out)
         if needs.hidden:
             gemm(dh, dy, w, accumulate=True)
         if needs.weight:

@@ -4,10 +4,11 @@ interface:
 row_statistics(y, row, everything) -> RowParts; q1, total and argmax may be None unless everything.
 row_gradient(y, row, m, log_s, factors, out) writes dy into out.
 
-y (rows, V) raw logits in fp32 or fp64, its columns contiguous; m, log_s and the factors (rows,) in
-y's dtype; out (rows, V) separate, y itself, or y's own memory in a narrower dtype.
+y (rows, V) raw logits in fp32 or fp64 (Triton: in 16 bits too), its columns contiguous; m, log_s
+and the factors (rows,) in the accumulation dtype; out (rows, V) separate, or a gradient_buffer.
 """
 
+from importlib.util import find_spec
 from types import ModuleType
 
 import torch
@@ -20,6 +21,10 @@ from . import cpu, portable
 
 def kernels_for(y: Tensor) -> ModuleType:
     """The fastest row kernels that this machine has for y."""
+    if y.is_cuda and y.dtype != torch.float64 and find_spec("triton"):
+        from . import triton  # slow to import
+
+        return triton
     return cpu if cpu.supports(y) else portable
 
 
@@ -36,17 +41,20 @@ def row_gradient(
     stats: TokenStats,
     upstream: TokenStats,
     vocab_size: int,
-    dtype: torch.dtype,
+    out: Tensor,
 ) -> Tensor:
-    """Equation (8) in this dtype, (rows, V). It overwrites y, but on a GPU, whose blocks of a row
-    run in any order, only where y has that dtype.
-    """
-    if y.dtype == dtype:
-        out = y
-    elif y.is_cuda:
-        out = torch.empty_like(y, dtype=dtype)
-    else:
-        out = y.view(dtype)[:, : y.shape[1]]  # each row in its own first bytes
+    """Equation (8) in out's dtype, (rows, V)."""
     factors = reference.coefficients(stats, upstream, vocab_size)
     kernels_for(y).row_gradient(y, row, m, log_s, factors, out)
     return out
+
+
+def gradient_buffer(y: Tensor, dtype: torch.dtype) -> Tensor:
+    """Memory for the gradient of y, (rows, V): y's own, each row's first bytes where the dtype is
+    narrower; but not on a GPU, whose blocks of a row run in any order.
+    """
+    if y.dtype == dtype:
+        return y
+    if y.is_cuda:
+        return y.new_empty(y.shape[0], y.stride(0), dtype=dtype)[:, : y.shape[1]]
+    return y.view(dtype)[:, : y.shape[1]]

@@ -38,6 +38,11 @@ def row_gradient(
     y: Tensor, row: RowTransform, m: Tensor, log_s: Tensor, factors: Coefficients, out: Tensor
 ) -> None:
     """Equation (8)."""
+    if out.dtype == torch.float16:
+        wide = torch.empty_like(y)
+        row_gradient(y, row, m, log_s, factors, wide)
+        out.copy_(wide)
+        return
     torch.ops.em_kernels.row_gradient(y, *_arguments(row), m, log_s, torch.stack(factors), out)
 
 

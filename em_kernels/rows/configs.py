@@ -1,0 +1,33 @@
+"""Launch settings of the Triton rows: one table, for every GPU."""
+
+from typing import NamedTuple
+
+
+class RowConfig(NamedTuple):
+    """Powers of two. A statistics program holds THREAD_V logits a thread at a time."""
+
+    statistics_warps: int
+    THREAD_V: int
+    gradient_warps: int
+    BLOCK_N: int  # rows and columns of a gradient program
+    BLOCK_V: int
+    programs_per_sm: int  # statistics of few rows are split by columns until there are as many
+
+
+# Chosen for registers and bytes in flight by the compile report; no GPU has timed it yet.
+DEFAULT = RowConfig(
+    statistics_warps=8,
+    THREAD_V=16,
+    gradient_warps=4,
+    BLOCK_N=4,
+    BLOCK_V=512,
+    programs_per_sm=16,
+)
+
+# (compute capability) -> settings measured on such a GPU
+TUNED: dict[tuple[int, int], RowConfig] = {}
+
+
+def config_for(capability: tuple[int, int]) -> RowConfig:
+    """The settings for a GPU of this compute capability."""
+    return TUNED.get(capability, DEFAULT)
