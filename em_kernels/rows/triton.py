@@ -1,4 +1,4 @@
-"""Row kernels in Triton for GPUs: equations (1)-(8) of reference.py, each in one read of the logits.
+"""Row kernels in Triton for GPUs: equations (1)-(8) of reference.py, one read of the logits each.
 
 The statistics keep a running (1) in every thread, over the columns that this thread loads, and meet
 by (7) only at the row's end: no thread waits for another inside the loop. Floating-point fusion is
