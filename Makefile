@@ -21,7 +21,7 @@ build: $(INSTALLED)
 	@$(BIN)/em-kernels info
 
 bench: $(INSTALLED)
-	@$(BIN)/python -m pytest benchmarks/bench_*.py --benchmark-columns=median,iqr,rounds
+	@$(BIN)/python -m pytest benchmarks/bench_*.py --benchmark-disable-gc --benchmark-columns=median,iqr,rounds
 
 # The stamp is written last; an interrupted installation is begun anew, from pip's cache.
 $(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)

@@ -113,15 +113,22 @@ def _save_gradients(ctx, tensors, needs, gradients) -> None:
 
 
 def _saved_gradients(ctx, upstream):
-    """Those of hidden, weight and bias, times upstream: rounded once, and on a GPU without an fp32
-    product of their size in memory."""
+    """Those of hidden, weight and bias, times upstream, each in its tensor's dtype."""
     _refuse_double_backward()
     return [
-        torch.mul(saved, upstream, out=torch.empty_like(saved, dtype=dtype))
-        if need and upstream is not None
-        else None
+        _scaled(saved, upstream, dtype) if need and upstream is not None else None
         for saved, need, dtype in zip(ctx.saved_tensors, ctx.needs, ctx.dtypes, strict=True)
     ]
+
+
+def _scaled(saved, upstream, dtype):
+    """saved * upstream, rounded once; no second fp32 tensor of its size where none is needed."""
+    keep = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+    if saved.dtype != dtype or type(saved) is not Tensor or keep():
+        return torch.mul(saved, upstream, out=torch.empty_like(saved, dtype=dtype))
+    # nobody can come back to these: the graph goes with this backward
+    is_one = upstream.device.type == "cpu" and upstream.item() == 1
+    return saved if is_one else saved.mul_(upstream)
 
 
 def _entropy_loss_backward(ctx, upstream, *_):

@@ -1,0 +1,105 @@
+"""Ratios of two things timed in turns, their table, and results/<device>.json."""
+
+import json
+import platform
+import re
+import statistics
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import em_kernels
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ROUNDS = 5
+RESULTS = Path(__file__).parent / "results"
+
+
+def device_name():
+    if DEVICE == "cuda":
+        return torch.cuda.get_device_name()
+    model = "unknown CPU"
+    if Path("/proc/cpuinfo").exists():
+        found = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.M)
+        model = found[1] if found else model
+    return f"{model}, {torch.get_num_threads()} threads"
+
+
+def synchronize():
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+@pytest.fixture
+def ratio(benchmark):
+    """ratio(function, baseline): both in turns, so that a neighbour's load meets both alike."""
+
+    def measure(function, baseline, **facts):
+        baseline_ms, function_ms = [], []
+
+        def timed(run, times):
+            synchronize()
+            start = time.perf_counter()
+            run()
+            synchronize()
+            times.append(1e3 * (time.perf_counter() - start))
+
+        timed(function, [])  # first calls compile and allocate
+        benchmark.pedantic(
+            lambda: timed(function, function_ms),
+            setup=lambda: timed(baseline, baseline_ms),
+            rounds=ROUNDS,
+        )
+        ratios = [a / b for a, b in zip(function_ms, baseline_ms, strict=True)]
+        quartiles = statistics.quantiles(ratios, n=4)
+        benchmark.extra_info.update(
+            facts,
+            ratio=round(statistics.median(ratios), 3),
+            ratio_quartiles=[round(quartiles[0], 3), round(quartiles[2], 3)],
+            time_ms=round(statistics.median(function_ms), 1),
+            baseline_ms=round(statistics.median(baseline_ms), 1),
+        )
+
+    return measure
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    session = getattr(config, "_benchmarksession", None)
+    rows = [b.extra_info | {"name": b.name} for b in session.benchmarks] if session else []
+    rows = [row for row in rows if "ratio" in row]
+    if not rows:
+        return
+    write = terminalreporter.write_line
+    write(f"\n{device_name()}; torch {torch.__version__}; medians of {ROUNDS} rounds in turns")
+    head = ("what", "over", "ms", "ms", "ratio", "quartiles", "must", "aim")
+    lines = [head] + [
+        (
+            row["what"],
+            row["over"],
+            f"{row['time_ms']:.0f}",
+            f"{row['baseline_ms']:.0f}",
+            f"{row['ratio']:.2f}",
+            "{:.2f}-{:.2f}".format(*row["ratio_quartiles"]),
+            row.get("must", ""),
+            row.get("aim", ""),
+        )
+        for row in rows
+    ]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    for line in lines:
+        write("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)))
+    path = RESULTS / (re.sub(r"\W+", "-", device_name()).strip("-").lower() + ".json")
+    path.parent.mkdir(exist_ok=True)
+    found = {
+        "device": device_name(),
+        "date": time.strftime("%Y-%m-%d"),
+        "em_kernels": em_kernels.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "rounds": ROUNDS,
+        "results": rows,
+    }
+    path.write_text(json.dumps(found, indent=1) + "\n")
+    write(f"written to {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
