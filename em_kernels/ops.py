@@ -9,12 +9,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.distributed import distributed_c10d
+from torch.utils.flop_counter import register_flop_formula
 
 from . import chunked
 from . import logits as logits_entropy
 from .chunked import Needs, Transform
 from .gemm import accumulation_dtype
 from .parallel import VocabularyShard
+from .rows.cpu import is_built
 
 
 def _transform(
@@ -287,3 +289,14 @@ def _entropy_from_logits_backward(ctx, upstream, *_):
 entropy_from_logits.register_autograd(
     _entropy_from_logits_backward, setup_context=_entropy_from_logits_setup
 )
+
+
+if is_built():  # the op itself is in csrc/gemm_bf16.cpp
+
+    @torch.library.register_fake("em_kernels::gemm_bf16")
+    def _(out, a, b, accumulate, isa):
+        return None
+
+    @register_flop_formula(torch.ops.em_kernels.gemm_bf16)
+    def _gemm_bf16_flops(written_shape, a_shape, b_shape, *_, **__) -> int:
+        return 2 * a_shape[0] * a_shape[1] * b_shape[1]
