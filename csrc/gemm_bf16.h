@@ -5,10 +5,14 @@
 // Both instruction sets read the same tiles. Their products flush denormals to zero.
 #pragma once
 
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc 12's _mm512_undefined
+#endif
 #include <immintrin.h>
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 
 namespace em {
 
@@ -21,8 +25,9 @@ constexpr int TILE = 16;        // rows or columns
 constexpr int TILE_K = 32;
 constexpr int TILE_SIZE = TILE * TILE_K;  // elements: 1 KiB
 constexpr int PANEL = 2 * TILE;
-constexpr int64_t BLOCK_K = 2048;
-constexpr int64_t BLOCK_B_SIZE = 3 << 18;  // elements of b that stay in L2 (1.5 MiB)
+// Measured (Xeon with AMX and 2 MiB of L2, 2026-11): benchmarks/LOG.md.
+constexpr int64_t BLOCK_K = 1024;
+constexpr int64_t BLOCK_B_SIZE = 3 << 17;  // elements of b that stay in L2: 768 KiB
 
 // One row of a, or one column of b, is a line: element (line, k) is at line * stride + k where
 // unit_k, else at line + k * stride.
@@ -43,13 +48,18 @@ struct Product {
   bool accumulate;
 };
 
-struct Workspace {  // a thread's: 1.6 MiB
+struct Workspace {  // a thread's: 840 KiB
   alignas(64) bf16 a[PANEL * BLOCK_K];
   alignas(64) bf16 b[BLOCK_B_SIZE];
-  alignas(64) float result[PANEL * PANEL];
+  alignas(64) float sums[2][PANEL * PANEL];
 };
 
 inline int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
+
+// The first `count` of 16 lanes.
+inline __mmask16 first(int64_t count) {
+  return count >= 16 ? 0xffff : (1u << std::max<int64_t>(count, 0)) - 1;
+}
 
 EM_AVX512_INLINE void transpose(__m512i (&x)[16]) {
   __m512i y[16];
@@ -95,7 +105,7 @@ EM_AVX512_INLINE void pack_tile(const bf16* from, int64_t stride, int64_t ahead,
       _mm_prefetch(reinterpret_cast<const char*>(from + i * stride + ahead), _MM_HINT_T1);
     }
   } else {
-    const __mmask16 mask = lines >= 16 ? 0xffff : (1u << lines) - 1;
+    const __mmask16 mask = first(lines);
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) {
       const bf16* pair = from + 2 * i * stride;
@@ -144,11 +154,45 @@ EM_AVX512 inline void pack_b(const Operand& b, int64_t column, int64_t columns, 
   else pack_as<false, false>(b, column, columns, k, count, to);
 }
 
+enum class Store { PLAIN, STREAM, ADD };
+
+// The product of two panels on its way to out: some rows at a time, while the next is computed.
+struct Result {
+  float* sums;  // (PANEL, PANEL)
+  float* out;
+  int64_t stride, rows;
+  __mmask16 left, right;
+  Store how;
+
+  EM_AVX512_INLINE void store_half(const float* from, float* to, __mmask16 mask) const {
+    __m512 x = _mm512_load_ps(from);
+    if (how == Store::ADD) x = _mm512_add_ps(x, _mm512_maskz_loadu_ps(mask, to));
+    if (how == Store::STREAM) _mm512_stream_ps(to, x);
+    else _mm512_mask_storeu_ps(to, mask, x);
+  }
+
+  EM_AVX512_INLINE void store_rows(int64_t count) {
+    for (; count > 0 && rows > 0; --count, --rows, sums += PANEL, out += stride) {
+      store_half(sums, out, left);
+      store_half(sums + TILE, out + TILE, right);
+    }
+  }
+
+  EM_AVX512_INLINE void prefetch_rows(int64_t begin, int64_t count) const {
+    if (how != Store::ADD) return;
+    for (int64_t row = begin; row < std::min(begin + count, rows); ++row) {
+      __builtin_prefetch(out + row * stride, 1, 2);
+      __builtin_prefetch(out + row * stride + TILE, 1, 2);
+    }
+  }
+};
+
 struct Avx512 {
   static void begin() {}
   static void end() {}
   __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16"))) static void multiply(
-      const bf16* a, const bf16* b, int64_t steps, float* result) {
+      const bf16* a, const bf16* b, int64_t steps, const Result& result, Result& previous) {
+    previous.store_rows(PANEL);
     constexpr int ROWS = 8;  // x 32 columns: 16 accumulators
     for (int row = 0; row < PANEL; row += ROWS) {
       const bf16* a_tile = a + row / TILE * TILE_SIZE + row % TILE * TILE_K;
@@ -158,12 +202,13 @@ struct Avx512 {
       for (int i = 0; i < ROWS; ++i) sum[i][0] = sum[i][1] = _mm512_setzero_ps();
       for (int64_t step = 0; step < steps; ++step) {
         for (int pair = 0; pair < TILE_K / 2; ++pair) {
-          const __m512bh left = (__m512bh)_mm512_load_si512(b_tile + pair * 32);
-          const __m512bh right = (__m512bh)_mm512_load_si512(b_tile + TILE_SIZE + pair * 32);
+          const __m512bh left = (__m512bh)_mm512_load_si512(b_tile + pair * 2 * TILE);
+          const __m512bh right = (__m512bh)_mm512_load_si512(b_tile + TILE_SIZE + pair * 2 * TILE);
 #pragma GCC unroll 8
           for (int i = 0; i < ROWS; ++i) {
-            const auto* both = reinterpret_cast<const int*>(a_tile + i * TILE_K) + pair;
-            const __m512bh x = (__m512bh)_mm512_set1_epi32(*both);
+            int both;
+            std::memcpy(&both, a_tile + i * TILE_K + pair * 2, sizeof both);
+            const __m512bh x = (__m512bh)_mm512_set1_epi32(both);
             sum[i][0] = _mm512_dpbf16_ps(sum[i][0], x, left);
             sum[i][1] = _mm512_dpbf16_ps(sum[i][1], x, right);
           }
@@ -173,34 +218,43 @@ struct Avx512 {
       }
 #pragma GCC unroll 8
       for (int i = 0; i < ROWS; ++i) {
-        _mm512_store_ps(result + (row + i) * PANEL, sum[i][0]);
-        _mm512_store_ps(result + (row + i) * PANEL + TILE, sum[i][1]);
+        _mm512_store_ps(result.sums + (row + i) * PANEL, sum[i][0]);
+        _mm512_store_ps(result.sums + (row + i) * PANEL + TILE, sum[i][1]);
       }
     }
   }
 };
 
+#define EM_AMX __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl")))
+// gcc 12 does not know that its tile intrinsics read and write memory.
+#define EM_MEMORY_BARRIER __asm__ volatile("" ::: "memory")
+
 struct Amx {
-  struct alignas(64) Config {
+  struct alignas(64) Config {  // of eight tiles, as the CPU reads it
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
     uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
     uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
   };
-#define EM_AMX __attribute__((target("amx-tile,amx-bf16")))
+
   EM_AMX static void begin() {
-    static const Config config;
-    __asm__ volatile("" ::: "memory");
+    const Config config;
+    EM_MEMORY_BARRIER;
     _tile_loadconfig(&config);
   }
+
   EM_AMX static void end() { _tile_release(); }
-  EM_AMX static void multiply(const bf16* a, const bf16* b, int64_t steps, float* result) {
-    // gcc 12's tile intrinsics do not tell it that they read memory.
-    __asm__ volatile("" ::: "memory");
+
+  EM_AMX static void multiply(const bf16* a, const bf16* b, int64_t steps, const Result& result,
+                              Result& previous) {
+    const int64_t rows = ceil_div(PANEL, std::max<int64_t>(steps, 1));
+    EM_MEMORY_BARRIER;
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
     for (int64_t step = 0; step < steps; ++step) {
+      previous.store_rows(rows);
+      result.prefetch_rows(step * rows, rows);
       _tile_loadd(4, a, 64);
       _tile_loadd(6, b, 64);
       _tile_loadd(5, a + TILE_SIZE, 64);
@@ -212,70 +266,56 @@ struct Amx {
       a += 2 * TILE_SIZE;
       b += 2 * TILE_SIZE;
     }
-    _tile_stored(0, result, 128);
-    _tile_stored(1, result + TILE, 128);
-    _tile_stored(2, result + TILE * PANEL, 128);
-    _tile_stored(3, result + TILE * PANEL + TILE, 128);
-    __asm__ volatile("" ::: "memory");
+    constexpr int STRIDE = PANEL * sizeof(float);
+    _tile_stored(0, result.sums, STRIDE);
+    _tile_stored(1, result.sums + TILE, STRIDE);
+    _tile_stored(2, result.sums + TILE * PANEL, STRIDE);
+    _tile_stored(3, result.sums + TILE * PANEL + TILE, STRIDE);
+    EM_MEMORY_BARRIER;
   }
 };
 
-enum class Store { PLAIN, STREAM, ADD };
-
-template <Store how>
-EM_AVX512 void store_as(const float* result, float* out, int64_t stride, int64_t rows,
-                        int64_t columns) {
-  const __mmask16 masks[2] = {
-      static_cast<__mmask16>(columns >= 16 ? 0xffff : (1u << columns) - 1),
-      static_cast<__mmask16>(columns >= 32 ? 0xffff : columns > 16 ? (1u << (columns - 16)) - 1 : 0)};
-  rows = std::min<int64_t>(rows, PANEL);
-  for (int64_t row = 0; row < rows; ++row) {
-    for (int half = 0; half < 2; ++half) {
-      float* to = out + row * stride + half * TILE;
-      __m512 x = _mm512_load_ps(result + row * PANEL + half * TILE);
-      if constexpr (how == Store::ADD) x = _mm512_add_ps(x, _mm512_maskz_loadu_ps(masks[half], to));
-      if constexpr (how == Store::STREAM) _mm512_stream_ps(to, x);
-      else _mm512_mask_storeu_ps(to, masks[half], x);
-    }
-  }
-}
-
-// The rows and columns [row, row_end) x [column, column_end) of out. The order of every sum depends
-// on K alone.
+// Rows [row_begin, row_end) and columns [column_begin, column_end) of out. The order of each sum
+// depends on K alone.
 template <class Isa>
 EM_AVX512 void multiply_part(const Product& product, int64_t row_begin, int64_t row_end,
                              int64_t column_begin, int64_t column_end, Workspace& workspace) {
   const int64_t blocks = std::max<int64_t>(1, ceil_div(product.inner, BLOCK_K));
   const int64_t block_k = ceil_div(ceil_div(product.inner, blocks), TILE_K) * TILE_K;
   const int64_t block_columns = BLOCK_B_SIZE / std::max<int64_t>(block_k, 1) / PANEL * PANEL;
-  const bool aligned = (reinterpret_cast<uintptr_t>(product.out) | (product.out_stride * 4)) % 64 == 0;
+  const int64_t stride = product.out_stride;
+  const uintptr_t address = reinterpret_cast<uintptr_t>(product.out);
+  const bool aligned = (address | stride * sizeof(float)) % sizeof(__m512) == 0;
+  Result previous = {};
+  int64_t k = 0, panels = 0;
   Isa::begin();
-  int64_t k = 0;
   do {  // once even where K is 0
     const int64_t count = std::min(block_k, product.inner - k), steps = ceil_div(count, TILE_K);
-    const bool add = product.accumulate || k > 0;
     for (int64_t left = column_begin; left < column_end; left += block_columns) {
       const int64_t right = std::min(column_end, left + block_columns);
       pack_b(product.b, left, right - left, k, count, workspace.b);
       for (int64_t row = row_begin; row < row_end; row += PANEL) {
-        const int64_t rows = std::min<int64_t>(PANEL, row_end - row);
-        pack_a(product.a, row, rows, k, count, workspace.a);
+        pack_a(product.a, row, std::min<int64_t>(PANEL, row_end - row), k, count, workspace.a);
+        const bf16* b_panel = workspace.b;
         for (int64_t column = left; column < right; column += PANEL) {
-          float* out = product.out + row * product.out_stride + column;
-          const bf16* b_panel = workspace.b + (column - left) / PANEL * steps * 2 * TILE_SIZE;
-          Isa::multiply(workspace.a, b_panel, steps, workspace.result);
-          const int64_t columns = right - column;
-          if (add) store_as<Store::ADD>(workspace.result, out, product.out_stride, rows, columns);
-          else if (aligned && columns >= PANEL)
-            store_as<Store::STREAM>(workspace.result, out, product.out_stride, rows, columns);
-          else store_as<Store::PLAIN>(workspace.result, out, product.out_stride, rows, columns);
+          const int64_t rows = std::min<int64_t>(PANEL, row_end - row), columns = right - column;
+          const Store how = product.accumulate || k > 0   ? Store::ADD
+                            : aligned && columns >= PANEL ? Store::STREAM
+                                                          : Store::PLAIN;
+          const Result result = {workspace.sums[panels++ % 2], product.out + row * stride + column,
+                                 stride, rows, first(columns), first(columns - TILE), how};
+          Isa::multiply(workspace.a, b_panel, steps, result, previous);
+          previous.store_rows(PANEL);
+          previous = result;
+          b_panel += steps * 2 * TILE_SIZE;
         }
       }
     }
     k += block_k;
   } while (k < product.inner);
+  previous.store_rows(PANEL);
   Isa::end();
-  _mm_sfence();
+  _mm_sfence();  // the streamed stores, before another thread reads them
 }
 
 }  // namespace em

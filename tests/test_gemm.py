@@ -78,10 +78,10 @@ SHAPES = [
     *((40, k, 50) for k in EDGES),
     *((50, 40, n) for n in EDGES),
     (0, 0, 0),
-    (70, 2048, 40),  # a block of K, and a little more
-    (70, 2049, 40),
-    (40, 5000, 400),  # blocks of b's columns
-    (3, 30, 30000),
+    (70, 1024, 40),  # a block of K, and a little more
+    (70, 1025, 40),
+    (20, 2100, 800),  # blocks of b's columns
+    (3, 30, 25000),
 ]
 
 
