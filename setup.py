@@ -1,4 +1,4 @@
-"""Builds em_kernels._C, the C++ rows for the CPU; all static metadata is in pyproject.toml."""
+"""Builds em_kernels._C, C++ rows and GEMM for the CPU; static metadata is in pyproject.toml."""
 
 import sys
 

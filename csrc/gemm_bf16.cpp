@@ -8,8 +8,12 @@
 #include <cstdint>
 #include <memory>
 
-#if defined(__x86_64__) && defined(__linux__) && __has_include(<amxbf16intrin.h>)
-#define EM_GEMM_BF16 1
+// AMX: gcc 11, clang 12; without it there are no instruction sets here.
+#if __has_include(<amxbf16intrin.h>) || __has_include(<amxintrin.h>)
+#define EM_HAS_AMX_HEADER
+#endif
+#if defined(__x86_64__) && defined(__linux__) && defined(EM_HAS_AMX_HEADER)
+#define EM_GEMM_BF16
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -25,7 +29,7 @@ using torch::stable::Tensor;
 enum Isa : int64_t { NONE, AVX512_BF16, AMX };  // as em_kernels/gemm.py names them
 
 #if defined(EM_GEMM_BF16)
-// Asks Linux for the tile registers, which a process has to do once.
+// Asks Linux for the tile registers too, which a process has to do once.
 bool has_amx() {
   // Not __builtin_cpu_supports: clang before 19 knows no "amx-bf16".
   unsigned eax, ebx, ecx, edx;
@@ -55,11 +59,12 @@ em::Operand operand_of(const Tensor& x, const char* name, int k_dim) {
           unit_k};
 }
 
-// One part of out a thread; both operands are packed anew for each, so the squarest parts.
+// One part of out a thread. Each packs its operands itself, hence parts as square as can be.
 void multiply(const em::Product& product, int64_t rows, int64_t columns, Isa isa) {
-  constexpr int64_t GRAIN_SIZE = 1 << 20;  // multiplications a thread is worth
-  const int64_t threads = std::clamp<int64_t>(
-      rows * columns / GRAIN_SIZE * product.inner + 1, 1, torch::stable::get_num_threads());
+  constexpr double GRAIN_SIZE = 1 << 20;  // multiplications a thread is worth
+  const double work = static_cast<double>(rows) * columns * product.inner / GRAIN_SIZE;
+  const int64_t most = torch::stable::get_num_threads();
+  const int64_t threads = work < most ? static_cast<int64_t>(work) + 1 : most;
   int64_t down = 1, least = INT64_MAX;
   for (int64_t i = 1; i <= threads; ++i) {
     const int64_t packed = em::ceil_div(rows, i) + em::ceil_div(columns, threads / i);

@@ -21,13 +21,12 @@ namespace em {
 
 using bf16 = uint16_t;
 
-constexpr int TILE = 16;        // rows or columns
-constexpr int TILE_K = 32;
-constexpr int TILE_SIZE = TILE * TILE_K;  // elements: 1 KiB
+constexpr int TILE = 16, TILE_K = 32;
+constexpr int TILE_SIZE = TILE * TILE_K;  // 1 KiB
 constexpr int PANEL = 2 * TILE;
 // Measured (Xeon with AMX and 2 MiB of L2, 2026-11): benchmarks/LOG.md.
 constexpr int64_t BLOCK_K = 1024;
-constexpr int64_t BLOCK_B_SIZE = 3 << 17;  // elements of b that stay in L2: 768 KiB
+constexpr int64_t BLOCK_B_SIZE = 3 << 17;  // of b, in L2: 768 KiB
 
 // One row of a, or one column of b, is a line: element (line, k) is at line * stride + k where
 // unit_k, else at line + k * stride.
@@ -122,8 +121,7 @@ EM_AVX512_INLINE void pack_tile(const bf16* from, int64_t stride, int64_t ahead,
   for (int i = 0; i < 16; ++i) _mm512_store_si512(to + i * TILE_K, x[i]);
 }
 
-// Panels of `lines` lines from (line, k) on, `panel_size` elements apart; contiguous memory is
-// read in its order.
+// The panels of `lines` lines and `count` k from (line, k) on, read along contiguous memory.
 template <bool unit_k, bool transposed>
 EM_AVX512 void pack_as(const Operand& operand, int64_t line, int64_t lines, int64_t k,
                        int64_t count, bf16* to) {

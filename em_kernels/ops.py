@@ -9,7 +9,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.distributed import distributed_c10d
-from torch.utils.flop_counter import register_flop_formula
 
 from . import chunked
 from . import logits as logits_entropy
@@ -296,7 +295,3 @@ if is_built():  # the op itself is in csrc/gemm_bf16.cpp
     @torch.library.register_fake("em_kernels::gemm_bf16")
     def _(out, a, b, accumulate, isa):
         return None
-
-    @register_flop_formula(torch.ops.em_kernels.gemm_bf16)
-    def _gemm_bf16_flops(written_shape, a_shape, b_shape, *_, **__) -> int:
-        return 2 * a_shape[0] * a_shape[1] * b_shape[1]

@@ -5,6 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from truth import draw
 
+import em_kernels.flops  # noqa: F401  # FlopCounterMode counts the extension's GEMM
 from em_kernels import chunked
 from em_kernels.chunked import Needs, Transform, chunk_length
 

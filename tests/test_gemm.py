@@ -8,6 +8,7 @@ from conftest import needs_extension
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
+import em_kernels.flops
 import em_kernels.gemm
 from em_kernels.gemm import BF16_ISAS, bf16_isa, gemm
 
