@@ -79,6 +79,7 @@ void multiply(const em::Product& product, int64_t rows, int64_t columns, Isa isa
       const int64_t row = part / across * part_rows, column = part % across * part_columns;
       const int64_t row_end = std::min(rows, row + part_rows);
       const int64_t column_end = std::min(columns, column + part_columns);
+      if (row >= row_end || column >= column_end) continue;
       const auto multiply_part = isa == AMX ? em::multiply_part<em::Amx>
                                             : em::multiply_part<em::Avx512>;
       multiply_part(product, row, row_end, column, column_end, *workspace);
