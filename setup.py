@@ -1,4 +1,4 @@
-"""Builds em_kernels._C, the C++ rows for the CPU; all static metadata is in pyproject.toml."""
+"""Builds em_kernels._C, C++ rows and GEMM for the CPU; static metadata is in pyproject.toml."""
 
 import sys
 
@@ -42,8 +42,8 @@ setup(
     ext_modules=[
         CppExtension(
             "em_kernels._C",
-            ["csrc/entropy_rows.cpp"],
-            depends=["csrc/entropy_rows.h"],
+            ["csrc/entropy_rows.cpp", "csrc/gemm_bf16.cpp"],
+            depends=["csrc/entropy_rows.h", "csrc/gemm_bf16.h"],
             extra_compile_args=COMPILE_ARGS,
             py_limited_api=True,
         )

@@ -1,10 +1,15 @@
 """The one GEMM: 16-bit operands, fp32 accumulation and result."""
 
+import functools
+
 import torch
 from torch import Tensor
 
+from .rows.cpu import is_built
+
 # of a weight slab, where a GEMM cannot take 16 bits and return fp32
 UPCAST_BYTES = 16 << 20
+BF16_ISAS = ("none", "avx512_bf16", "amx")  # as csrc/gemm_bf16.cpp numbers them
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -12,9 +17,20 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+@functools.cache
+def bf16_isa() -> int:
+    """Which of BF16_ISAS csrc/gemm_bf16.cpp uses on this CPU; 0 where it cannot run."""
+    return torch.ops.em_kernels.gemm_bf16_isa() if is_built() else 0
+
+
 def operand_dtype(weight: Tensor) -> torch.dtype:
     """What the row gradient is rounded to for the GEMMs with weight."""
-    return weight.dtype if weight.is_cuda else accumulation_dtype(weight.dtype)
+    takes_16_bits = weight.is_cuda or (weight.dtype == torch.bfloat16 and bf16_isa() > 0)
+    return weight.dtype if takes_16_bits else accumulation_dtype(weight.dtype)
+
+
+def _has_unit_stride(x: Tensor) -> bool:
+    return 1 in x.stride() or min(x.shape) <= 1
 
 
 def gemm(out: Tensor, a: Tensor, b: Tensor, accumulate: bool = False) -> Tensor:
@@ -24,6 +40,10 @@ def gemm(out: Tensor, a: Tensor, b: Tensor, accumulate: bool = False) -> Tensor:
         return torch.addmm(out, a, b, beta=beta, out=out)
     if out.is_cuda and a.dtype == b.dtype:
         return torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, out=out)
+    in_bf16 = a.dtype == b.dtype == torch.bfloat16 and out.dtype == torch.float32
+    if in_bf16 and out.is_cpu and bf16_isa() and _has_unit_stride(a) and _has_unit_stride(b):
+        torch.ops.em_kernels.gemm_bf16(out, a, b, accumulate, bf16_isa())
+        return out
     a = a.to(out.dtype)
     inner, columns = b.shape
     step = max(1, UPCAST_BYTES // (out.element_size() * max(1, min(inner, columns))))
