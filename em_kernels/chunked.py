@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import reference, rows
 from .gemm import gemm, operand_dtype
-from .problem import Needs, Problem, chunk_length, power_of_two_above, row_stride
+from .problem import Needs, Problem, chunk_length, large_empty, power_of_two_above, row_stride
 from .reference import RowTransform, TokenStats
 
 LossAndGradients = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -41,7 +41,7 @@ def _chunks(problem: Problem, active: Tensor | None, everything: bool) -> Iterat
     if shard is not None:
         length = shard.smallest(length)  # free memory differs, and every chunk is a collective call
     stride = row_stride(len(weight), hidden.device)
-    buffer = hidden.new_empty(min(length, count), stride, dtype=problem.dtype)[:, : len(weight)]
+    buffer = large_empty((min(length, count), stride), problem.dtype, hidden)[:, : len(weight)]
     for start in range(0, count, length):
         tokens = slice(start, start + length) if active is None else active[start : start + length]
         h = hidden[tokens]
@@ -72,8 +72,8 @@ def gradients_in_forward(
     hidden, weight, wide = problem.hidden, problem.weight, problem.dtype
     loss = hidden.new_zeros((), dtype=wide)
     dh = hidden.new_zeros(hidden.shape if needs.hidden else (0,), dtype=wide)
-    dw = hidden.new_empty(weight.shape if needs.weight else (0,), dtype=wide)  # first: stored
-    first = True
+    dw = large_empty(weight.shape if needs.weight else (0,), wide, hidden)
+    first = True  # of the chunks: stored, not added
     db = hidden.new_zeros(len(weight) if needs.bias else 0, dtype=wide)
     scale = 1.0  # dw and db so far are divided by it
     for chunk in _chunks(problem, active, everything):

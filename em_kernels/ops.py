@@ -14,7 +14,7 @@ from . import chunked, slabs
 from . import logits as logits_entropy
 from .gemm import accumulation_dtype
 from .parallel import VocabularyShard
-from .problem import Needs, Problem
+from .problem import Needs, Problem, large_empty
 from .reference import TokenStats
 from .rows.cpu import is_built
 
@@ -123,13 +123,19 @@ def _saved_gradients(ctx, upstream):
 
 
 def _scaled(saved, upstream, dtype):
-    """saved * upstream, rounded once; no second fp32 tensor of its size where none is needed."""
-    keep = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
-    if saved.dtype != dtype or type(saved) is not Tensor or keep():
+    """saved * upstream, rounded once, without an fp32 product of its size."""
+    if type(saved) is not Tensor or saved.is_cuda and saved.dtype != dtype:
         return torch.mul(saved, upstream, out=torch.empty_like(saved, dtype=dtype))
-    # nobody can come back to these: the graph goes with this backward
-    is_one = upstream.device.type == "cpu" and upstream.item() == 1
-    return saved if is_one else saved.mul_(upstream)
+    keep = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+    is_last = saved.dtype == dtype and not keep()  # nobody can come back to `saved`
+    if is_last and saved.is_cpu and upstream.item() == 1:
+        return saved
+    scaled = saved if is_last else large_empty(saved.shape, dtype, saved)
+    for source, to in zip(
+        saved.view(-1).split(1 << 20), scaled.view(-1).split(1 << 20), strict=True
+    ):
+        torch.mul(source, upstream, out=to)
+    return scaled
 
 
 def _entropy_loss_backward(ctx, upstream, *_):

@@ -11,6 +11,7 @@ from .checks import check_values
 from .gemm import accumulation_dtype, operand_dtype
 from .parallel import VocabularyShard
 from .reference import RowTransform
+from .rows.cpu import is_built
 
 MAX_CHUNK_BYTES = 1 << 30  # fp32 dW is read and written once a chunk: few, large chunks
 
@@ -115,20 +116,39 @@ def free_bytes(device: torch.device) -> int:
         return 8 * MAX_CHUNK_BYTES
 
 
-def chunk_length(total: int, bytes_each: int, chunk_bytes: int | None, device: torch.device) -> int:
+def chunk_length(
+    total: int,
+    bytes_each: int,
+    chunk_bytes: int | None,
+    device: torch.device,
+    enough: int = MAX_CHUNK_BYTES,
+) -> int:
     """How many of `total` rows (or columns) of logits fit in the budget, split evenly.
 
-    The default is a power of two, so that what else runs seldom changes the order of sums.
+    The default is `enough` or what is free, a power of two, so that what else runs seldom changes
+    the order of sums.
     """
     if chunk_bytes is not None and chunk_bytes < bytes_each:
         raise ValueError(
             f"chunk_bytes: {chunk_bytes} is less than one row (or column) of logits takes; "
             f"give at least {bytes_each}"
         )
-    budget = chunk_bytes or 1 << (min(MAX_CHUNK_BYTES, free_bytes(device) // 8).bit_length() - 1)
+    most = min(enough, MAX_CHUNK_BYTES, free_bytes(device) // 8)
+    budget = chunk_bytes or 1 << (most.bit_length() - 1)
     fitting = max(1, budget // max(1, bytes_each))
     pieces = max(1, -(-total // fitting))
     return max(1, -(-total // pieces))
+
+
+def large_empty(shape: torch.Size | tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
+    """torch.empty on like's device; on a CPU in pages of 2 MiB.
+
+    Measured (Xeon, 2026-11): 300,000 page faults of 4 KiB were half of a bf16 loss's time.
+    """
+    x = like.new_empty(shape, dtype=dtype)
+    if x.is_cpu and is_built():
+        torch.ops.em_kernels.advise_huge_pages(x)
+    return x
 
 
 def power_of_two_above(x: Tensor) -> Tensor:

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from . import reference, rows
 from .gemm import gemm, operand_dtype
-from .problem import Needs, Problem, chunk_length, power_of_two_above, row_stride
+from .problem import Needs, Problem, chunk_length, large_empty, power_of_two_above, row_stride
 from .reference import RowTransform, TokenStats
+
+MIN_SLAB_BYTES = 64 << 20  # measured on a CPU; GEMMs of fewer words are slow
 
 Sink = Callable[[slice, Tensor], None]
 
@@ -34,9 +36,11 @@ def _slabs(problem: Problem, hidden: Tensor, tokens: slice | Tensor) -> Iterator
     weight, count, device = problem.weight, len(hidden), hidden.device
     # in the backward also the slab's fp32 dweight
     word_bytes = count * problem.logit_bytes + hidden.shape[1] * problem.dtype.itemsize
-    length = chunk_length(len(weight), word_bytes, problem.chunk_bytes, device)
+    # dhidden is read and written once a slab
+    enough = max(MIN_SLAB_BYTES, 16 * hidden.numel() * problem.dtype.itemsize)
+    length = chunk_length(len(weight), word_bytes, problem.chunk_bytes, device, enough)
     longest = row_stride(min(length, len(weight)), device)
-    buffer = hidden.new_empty(count * longest, dtype=problem.dtype)
+    buffer = large_empty((count * longest,), problem.dtype, hidden)
     for start in range(0, len(weight), length):
         words = slice(start, min(start + length, len(weight)))
         w = weight[words]
@@ -105,7 +109,8 @@ def token_stats_backward(
         ignored = problem.targets[tokens] == reference.IGNORE_INDEX
         up = up._replace(logprob=up.logprob.masked_fill(ignored, 0))
     dh = h.new_zeros(h.shape if needs.hidden else (0,), dtype=wide)
-    dw = weight.new_empty(weight.shape if needs.weight and sink is None else (0,))
+    dw = large_empty(weight.shape if needs.weight and sink is None else (0,), weight.dtype, weight)
+    dw_slab = dh.new_empty(0)
     db = weight.new_empty(len(weight) if needs.bias else 0)
     for words, w, y, row in _slabs(problem, h, tokens):
         out = rows.gradient_buffer(y, operand_dtype(weight))
@@ -113,11 +118,13 @@ def token_stats_backward(
         if needs.hidden:
             gemm(dh, dy, w, accumulate=True)
         if needs.weight:
-            dw_slab = gemm(dh.new_empty(w.shape), dy.t(), h).mul_(scale)
+            if dw_slab.numel() == 0:  # the first is the longest
+                dw_slab = large_empty(w.shape, wide, w)
+            slab = gemm(dw_slab[: len(w)], dy.t(), h).mul_(scale)
             if sink is None:
-                dw[words] = dw_slab
+                dw[words] = slab
             else:
-                sink(words, dw_slab)
+                sink(words, slab)
         if needs.bias:
             db[words] = (dy.sum(0, dtype=wide) * scale).to(db.dtype)
     if needs.hidden and problem.shard is not None:
