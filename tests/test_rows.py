@@ -56,8 +56,8 @@ def gradient_of(kernels, y, row, parts, factors, dtype=torch.float32):
     return out
 
 
-def plain(rows):
-    return RowTransform(None, torch.ones(rows))
+def plain(rows, device="cpu"):
+    return RowTransform(None, torch.ones(rows, device=device))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from truth import FLOAT_STATS, draw, entropy_of, leaves, relative_error, stats_o
 from em_kernels import entropy_from_logits, fused_entropy_loss, fused_token_stats, reference
 from em_kernels.reference import Coefficients, TokenStats
 
-pytestmark = TRITON.marks
+pytestmark = list(TRITON.marks)
 kernels = interpreted_triton
 
 
