@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 
 from .rows import triton as kernels
 from .rows.configs import config_for
@@ -153,8 +153,8 @@ class Cost(NamedTuple):
         return [str(self.variant), *map(str, numbers), f"{self.occupancy:.0%}", per_logit]
 
 
-def cost(variant: Variant, arch: int) -> Cost:
-    """Compile, and read the code."""
+def compiled(variant: Variant, arch: int) -> CompiledKernel:
+    """As on the first launch on such a GPU."""
     signature, constants, options = variant.source(arch)
     divisible = [i for i, name in enumerate(signature) if variant.is_divisible(name)]
     source = ASTSource(
@@ -163,7 +163,13 @@ def cost(variant: Variant, arch: int) -> Cost:
         constexprs=constants,
         attrs={(i,): DIVISIBLE for i in divisible},
     )
-    code = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def cost(variant: Variant, arch: int) -> Cost:
+    """Read from the code."""
+    code = compiled(variant, arch)
+    _, constants, options = variant.source(arch)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(code.asm["cubin"])
         file.flush()

@@ -4,11 +4,14 @@ from itertools import product
 
 import pytest
 import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 from triton.runtime.jit import mangle_type
 
 from em_kernels import compile_report
 from em_kernels.cli import main
-from em_kernels.compile_report import ARCHS, cost, variants
+from em_kernels.compile_report import ARCHS, Variant, compiled, cost, variants
 from em_kernels.reference import Coefficients, RowTransform
 from em_kernels.rows import triton as kernels
 
@@ -50,6 +53,29 @@ def test_loop_costs_no_more_than_memory():
     assert (plain.bias, plain.softcap, plain.everything) == (None, False, False)
     found = cost(plain, 90)
     assert 5 < found.per_logit < 20 and found.occupancy >= 0.5
+
+
+@pytest.mark.parametrize("kernel", ["statistics", "gradient"])
+def test_arguments_of_1_are_constants(kernel):
+    """One row of one logit: Triton makes constants of such integers."""
+    signature, constants, options = next(
+        v for v in variants() if v.kernel == kernel and v.bias
+    ).source(90)  # fmt: skip
+    ones = {name: 1 for name in signature if name in ("rows", "columns", "stride_yn", "stride_on")}
+    source = ASTSource(
+        getattr(kernels, f"row_{kernel}_kernel"),
+        signature=signature | dict.fromkeys(ones, "constexpr"),
+        constexprs=constants | ones,
+    )
+    assert triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["cubin"]
+
+
+@pytest.mark.parametrize("kind", ["bf16", "f16"])
+def test_16_bits_are_rounded_to_nearest(kind):
+    """As torch does; the interpreter truncates to bf16."""
+    narrow = {"bf16": torch.bfloat16, "f16": torch.float16}[kind]
+    found = compiled(Variant("gradient", torch.float32, None, narrow), 90).asm["ptx"]
+    assert f"cvt.rn.{kind}" in found and f"cvt.rz.{kind}" not in found
 
 
 def hashable(signature, constants, options):

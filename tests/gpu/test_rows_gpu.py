@@ -67,7 +67,8 @@ def test_statistics_and_gradient(v, logit_scale, softcap, bias, layout):
     plainer = kernels.row_statistics(y, row, everything=False)
     parts = kernels.row_statistics(y, row)
     assert torch.equal(y, before)
-    assert plainer.argmax is None and torch.equal(plainer.s1, parts.s1)
+    assert plainer.argmax is None
+    assert_close(plainer.s1, parts.s1)
     assert torch.equal(parts.argmax, truth.argmax)
     for name in ("m", "s1", "t", "q1", "total", "target_logit"):
         scale = truth.m.abs().max() * v**0.5 if name == "total" else 1
