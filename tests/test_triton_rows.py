@@ -1,0 +1,166 @@
+"""What is the Triton rows' own: splits of a row, 16-bit logits, padding, blocks, the whole way."""
+
+import math
+
+import pytest
+import torch
+from conftest import TRITON, interpreted_triton
+from interpreted import DEFAULT
+from test_rows import gradient_of, plain, problem, truth_of
+from torch.testing import assert_close
+from truth import FLOAT_STATS, draw, entropy_of, leaves, relative_error, stats_of
+
+from em_kernels import entropy_from_logits, fused_entropy_loss, fused_token_stats, reference
+from em_kernels.reference import Coefficients, TokenStats
+
+pytestmark = list(TRITON.marks)
+kernels = interpreted_triton
+
+
+def entropy_and_gradient(kernels, y, row):
+    """Entropy (rows,) and its gradient, in a buffer of its own, as for logits that exist."""
+    parts = kernels.row_statistics(y, row, everything=False)
+    stats = reference.statistics(parts, y.shape[1])
+    upstream = TokenStats(entropy=torch.ones_like(parts.m))
+    factors = reference.coefficients(stats, upstream, y.shape[1])
+    out = torch.empty_like(y)
+    kernels.row_gradient(y, row, parts.m, parts.s1.log1p(), factors, out)
+    return stats.entropy, out
+
+
+@pytest.mark.parametrize("splits", [1, 2, 4])
+def test_splits_of_a_row(splits, monkeypatch):
+    monkeypatch.setattr(kernels, "_splits", lambda rows, blocks, programs: splits)
+    v = 4 * 512 + 5
+    y, row, _ = problem(v, bias=True)
+    y[0, : v // 2] = -torch.inf  # a part without finite logits
+    y[1, [3, 600, 2050]] = y.max() + 9  # a tie in three parts
+    row.bias[[3, 600, 2050]] = 0.0
+    row = row._replace(targets=torch.tensor([v - 1, 600, -100, 0, v]))
+    parts, truth = kernels.row_statistics(y, row), truth_of(y, row)
+    assert torch.equal(parts.argmax, truth.argmax) and parts.argmax[1] == 3
+    for name in ("m", "s1", "t", "q1", "total", "target_logit"):
+        assert_close(
+            getattr(parts, name).double(), getattr(truth, name), rtol=1e-5,
+            atol=1e-2 if name == "total" else 1e-5,
+        )  # fmt: skip
+
+
+def test_splits_of_few_rows_keep_four_blocks_each():
+    assert [kernels._splits(rows, 38, 64) for rows in (1, 8, 63, 64, 1000)] == [9, 8, 2, 1, 1]
+    assert kernels._splits(1, 3, 64) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("v", [512, 531])  # rows begin at multiples of 16, and anywhere
+def test_logits_that_exist(dtype, v):
+    y = (torch.randn(3, v) * 4).to(dtype)
+    row = plain(3)._replace(inv_temperature=torch.tensor([1.0, 0.5, 2.0]))
+    entropy, gradient = entropy_and_gradient(kernels, y, row)
+    wide = y.double().requires_grad_()
+    true_entropy = stats_of(wide * row.inv_temperature[:, None])["entropy"]
+    (true_gradient,) = torch.autograd.grad(true_entropy.sum(), wide)
+    assert_close(entropy.double(), true_entropy, rtol=2e-6, atol=0)
+    # the interpreter truncates to bf16
+    tolerance = {torch.float32: 5e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}[dtype]
+    assert gradient.dtype == dtype and relative_error(gradient, true_gradient) < tolerance
+
+
+@pytest.mark.parametrize("start, v", [(0, 500), (0, 512), (80, 517), (115, 525)])
+def test_nothing_beside_the_columns_is_read_or_written(start, v):
+    """Up to the last element of the storage."""
+    buffer = torch.full((3, 640), torch.nan)
+    view = buffer[:, start : start + v]
+    y, row, factors = problem(v)
+    view.copy_(y[:3])
+    row = row._replace(inv_temperature=torch.ones(3), targets=None)
+    factors = Coefficients(*(factor[:3] for factor in factors))
+    parts = kernels.row_statistics(view, row)
+    assert not any(field.isnan().any() for field in parts)
+    assert not gradient_of(kernels, view, row, parts, factors).isnan().any()
+    assert buffer.isnan().sum() == 3 * (640 - v)
+
+
+def test_strided_bias_temperature_and_targets():
+    y, row, factors = problem(530, bias=True)
+    strided = row._replace(
+        **{
+            name: torch.stack([getattr(row, name)] * 2, 1)[:, 0]
+            for name in ("bias", "inv_temperature", "targets")
+        }
+    )
+    parts, same = (kernels.row_statistics(y, either) for either in (row, strided))
+    for field, other in zip(parts, same, strict=True):
+        assert torch.equal(field, other)
+    dy = (gradient_of(kernels, y.clone(), either, parts, factors) for either in (row, strided))
+    assert torch.equal(*dy)
+
+
+def test_vocabulary_of_qwen_in_the_real_blocks(monkeypatch):
+    monkeypatch.setattr(kernels, "config_for", lambda capability: DEFAULT)
+    y = torch.randn(2, 151_936)
+    y[1] *= 0.01
+    y[0, 77_777] = 30.0
+    entropy, gradient = entropy_and_gradient(kernels, y, plain(2))
+    wide = y.double().requires_grad_()
+    truth = stats_of(wide)["entropy"]
+    assert_close(entropy.double(), truth, rtol=2e-6, atol=0)
+    assert truth[0] < 1e-4 and truth[1] > 0.99 * math.log(151_936)
+    (true_gradient,) = torch.autograd.grad(truth.sum(), wide)
+    error = (gradient.double() - true_gradient).norm(dim=1)
+    # a flat row's gradient is the small difference of H and -log p
+    assert (error <= torch.tensor([1e-5, 1e-4]) * true_gradient.norm(dim=1)).all()
+
+
+def test_the_same_bits_again():
+    y, row, factors = problem(1541, bias=True, softcap=30.0)
+    parts, again = (kernels.row_statistics(y, row) for _ in range(2))
+    for field, other in zip(parts, again, strict=True):
+        assert torch.equal(field, other)
+    assert torch.equal(*(gradient_of(kernels, y.clone(), row, parts, factors) for _ in range(2)))
+
+
+@pytest.fixture
+def in_use(monkeypatch):
+    monkeypatch.setattr("em_kernels.rows.kernels_for", lambda y: kernels)
+
+
+@pytest.mark.parametrize("n", [0, 1, 5])
+def test_entropy_loss(n, in_use):
+    hidden, weight, bias, _ = draw(n, 8, 530)
+    transform = {"temperature": 0.7, "softcap": 20.0, "logit_scale": -1.1}
+    loss = fused_entropy_loss(hidden, weight, bias=bias, **transform)
+    inputs = leaves(hidden, weight, bias, dtype=torch.float64)
+    truth = entropy_of(*inputs, **transform).sum() / max(n, 1)
+    assert_close(loss.double(), truth, rtol=2e-6, atol=0)
+    found = torch.autograd.grad(loss, (hidden, weight, bias))
+    for mine, true in zip(found, torch.autograd.grad(truth, inputs), strict=True):
+        assert (mine.double() - true).norm() <= 1e-5 * true.norm()
+
+
+def test_token_stats(in_use):
+    hidden, weight, bias, targets = draw(4, 8, 530)
+    targets[2] = -100
+    tau = torch.tensor([0.5, 1.0, 2.0, 1.3])
+    names = (*FLOAT_STATS, "argmax")
+    stats = fused_token_stats(hidden, weight, targets, bias=bias, temperature=tau, stats=names)
+    inputs = leaves(hidden, weight, bias, dtype=torch.float64)
+    truth = stats_of(torch.nn.functional.linear(*inputs) / tau[:, None], targets)
+    assert torch.equal(stats.argmax, truth["argmax"])
+    mine = true = 0
+    for factor, name in enumerate(FLOAT_STATS, 1):
+        assert_close(getattr(stats, name).double(), truth[name], rtol=5e-6, atol=5e-6)
+        mine, true = mine + factor * getattr(stats, name), true + factor * truth[name]
+    found = torch.autograd.grad(mine.sum(), (hidden, weight, bias))
+    for gradient, expected in zip(found, torch.autograd.grad(true.sum(), inputs), strict=True):
+        assert relative_error(gradient, expected) < 1e-5
+
+
+def test_entropy_from_logits(in_use):
+    logits = (torch.randn(3, 700) * 5).requires_grad_()
+    entropy = entropy_from_logits(logits, temperature=0.5)
+    (wide,) = leaves(logits, dtype=torch.float64)
+    truth = stats_of(wide / 0.5)["entropy"]
+    assert_close(entropy.double(), truth, rtol=2e-6, atol=0)
+    (found,) = torch.autograd.grad(entropy.sum(), logits)
+    assert relative_error(found, torch.autograd.grad(truth.sum(), wide)[0]) < 1e-5
