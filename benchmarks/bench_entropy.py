@@ -27,20 +27,12 @@ def head(request):
     return [x.to(DEVICE, dtype).requires_grad_() for x in (hidden, weight)]
 
 
-@pytest.fixture(scope="module")
-def products(head):
-    """The matrix products alone, into memory that is there: 1 of a forward, 3 with gradients."""
-    hidden, weight = (x.detach() for x in head)
-    logits = hidden.new_empty(TOKENS, VOCAB)
-    dhidden, dweight = torch.empty_like(hidden), torch.empty_like(weight)
-
-    def run(count):
-        torch.mm(hidden, weight.t(), out=logits)
-        if count == 3:
-            torch.mm(logits, weight, out=dhidden)
-            torch.mm(logits.t(), hidden, out=dweight)
-
-    return run
+@torch.no_grad()
+def products(hidden, weight, count):
+    """The matrix products alone: 1 of a forward, 3 with gradients."""
+    logits = torch.mm(hidden, weight.t())
+    if count == 3:
+        _ = torch.mm(logits, weight), torch.mm(logits.t(), hidden)
 
 
 def backward(loss, hidden, weight):
@@ -82,24 +74,24 @@ def facts(what, over, kind, dtype):
     return dict(what=f"{what}, {dtype}", over=over, shape=SHAPE, must=must, aim=aim)
 
 
-def test_loss_with_gradients(ratio, head, products):
+def test_loss_with_gradients(ratio, head):
     ratio(
         lambda: backward(entropy, *head),
-        lambda: products(3),
+        lambda: products(*head, 3),
         **facts("loss + gradients", "3 GEMMs", "loss", dtype_of(head)),
     )
 
 
-def test_forward_only(ratio, head, products):
+def test_forward_only(ratio, head):
     with torch.no_grad():
         ratio(
             lambda: entropy(*head),
-            lambda: products(1),
+            lambda: products(*head, 1),
             **facts("forward only", "1 GEMM", "forward", dtype_of(head)),
         )
 
 
-def test_statistics_with_any_upstream(ratio, head, products):
+def test_statistics_with_any_upstream(ratio, head):
     targets = torch.arange(TOKENS, device=DEVICE)
     upstream = torch.linspace(-1, 1, TOKENS, device=DEVICE)
 
@@ -109,7 +101,7 @@ def test_statistics_with_any_upstream(ratio, head, products):
 
     ratio(
         lambda: backward(loss, *head),
-        lambda: products(3),
+        lambda: products(*head, 3),
         **facts("token stats + gradients", "3 GEMMs", "statistics", dtype_of(head)),
     )
 

@@ -1,5 +1,6 @@
 """Ratios of two things timed in turns, their table, and results/<device>.json."""
 
+import ctypes
 import json
 import platform
 import re
@@ -15,6 +16,19 @@ import em_kernels
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROUNDS = 5
 RESULTS = Path(__file__).parent / "results"
+
+
+def keep_freed_memory():
+    """glibc keeps what is freed, as a GPU's allocator does: else a virtual machine that takes
+    free pages back makes every large allocation cost as much as a GEMM, now and then.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if DEVICE == "cpu" and mallopt:
+        mallopt(-4, 0)  # M_MMAP_MAX: nothing from mmap, which goes back at once
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+keep_freed_memory()
 
 
 def device_name():
