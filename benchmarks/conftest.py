@@ -106,14 +106,15 @@ def pytest_terminal_summary(terminalreporter, config):
         write("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)))
     path = RESULTS / (re.sub(r"\W+", "-", device_name()).strip("-").lower() + ".json")
     path.parent.mkdir(exist_ok=True)
-    found = {
-        "device": device_name(),
+    facts = {
         "date": time.strftime("%Y-%m-%d"),
         "em_kernels": em_kernels.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "rounds": ROUNDS,
-        "results": rows,
     }
-    path.write_text(json.dumps(found, indent=1) + "\n")
+    found = {row.pop("name"): row | facts for row in rows}
+    if path.exists():  # a run of some benchmarks leaves the others' figures
+        found = json.loads(path.read_text())["results"] | found
+    path.write_text(json.dumps({"device": device_name(), "results": found}, indent=1) + "\n")
     write(f"written to {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
