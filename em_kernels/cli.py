@@ -170,6 +170,7 @@ def info(arguments: list[str]) -> int:
     import torch
 
     from . import __version__
+    from .gemm import bf16_isa
     from .rows import cpu, kernels_for
 
     def installed(package: str) -> str:
@@ -193,9 +194,11 @@ def info(arguments: list[str]) -> int:
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         kernels = kernels_for(torch.empty(0, 1, device=device)).__name__.rsplit(".", 1)[1]
         text = {"cpu": "C++ (em_kernels._C)", "portable": "portable, plain torch"}.get(
-            kernels, kernels
+            kernels, "Triton"
         )
         rows.append((f"row kernels, {device}", text))
+    isa = {0: "none: slabs of the weight are upcast", 1: "AVX512-BF16", 2: "AMX"}[bf16_isa()]
+    rows.append(("bf16 GEMM, cpu", isa))
     for package in ("accelerate", "flash-attn", "vllm", "deepspeed", "bitsandbytes"):
         rows.append((f"optional: {package}", installed(package)))
     width = max(len(name) for name, _ in rows)
