@@ -98,6 +98,18 @@ def test_frozen_weight_has_no_gradient_in_memory(loss):
     assert V * D * 4 not in found
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("retain_graph", [False, True])
+def test_backward_holds_no_second_fp32_dweight(dtype, retain_graph):
+    """The saved one becomes the gradient, or is rounded into it; unless somebody may come back."""
+    inputs = draw(N, 4096, V, dtype=dtype)[:2]
+    loss = fused_entropy_loss(*inputs, reduction="sum")
+    found = allocations(lambda: loss.backward(retain_graph=retain_graph))
+    of_dweight = [size for size in found if size >= V * 4096 * 2]
+    fresh = dtype == torch.bfloat16 or retain_graph
+    assert of_dweight == ([V * 4096 * dtype.itemsize] if fresh else [])
+
+
 @torch.no_grad()
 def test_no_grad_makes_no_gradient():
     inputs = draw(N, D, V)[:3]
