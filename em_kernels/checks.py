@@ -1,15 +1,17 @@
 """Checks of arguments, each error naming the argument and the remedy."""
 
-from math import inf
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 from torch.distributed import ProcessGroup
 
 from . import reference
 
+LEAST, MOST = 1e-37, 1e37  # of a scale and its inverse in fp32
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MASK_DTYPES = (*DTYPES, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def check_values(
@@ -33,7 +35,7 @@ def check_values(
         elif mask.dtype != torch.bool and not negative_mask_allowed:
             questions["mask"] = (mask < 0).sum()
     if isinstance(temperature, Tensor):
-        questions["temperature"] = (~((temperature > 0) & temperature.isfinite())).sum()
+        questions["temperature"] = (~((temperature >= LEAST) & (temperature <= MOST))).sum()
     if targets is not None:
         in_range = (targets >= 0) & (targets < vocab_size)
         questions["targets"] = (~(in_range | (targets == reference.IGNORE_INDEX))).sum()
@@ -41,8 +43,9 @@ def check_values(
         return None
     answers = dict(zip(questions, torch.stack(list(questions.values())).tolist(), strict=True))
     remedy = {
-        "mask": "weights must be finite, and with reduction='mean' not negative",
-        "temperature": "must be finite and > 0",
+        "mask": "must be finite"
+        + ("" if negative_mask_allowed else ", and for a mean not negative"),
+        "temperature": f"must be > 0 and finite, between {LEAST:g} and {MOST:g}",
         "targets": f"must be in [0, {vocab_size}), or {reference.IGNORE_INDEX} to be ignored",
     }
     for name, text in remedy.items():
@@ -90,6 +93,11 @@ def check_head(
             raise ValueError(
                 f"{name}: is on {x.device}, hidden on {hidden.device}; move one of them"
             )
+    for name, x in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if x is not None and unpack_dual(x).tangent is not None:
+            raise RuntimeError(
+                f"{name}: has a forward-mode tangent, which would be lost; use em_kernels.reference"
+            )
     device_type = hidden.device.type
     if torch.is_autocast_enabled(device_type) and hidden.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
@@ -125,13 +133,13 @@ def check_transform(
 ) -> tuple[Tensor | None, list[float]]:
     """Temperatures per row or None, and (logit_scale, softcap or 0, temperature)."""
     scale = check_number("logit_scale", logit_scale)
-    if not -inf < scale < inf or scale == 0:
-        raise ValueError(f"logit_scale: {logit_scale} is not a finite number other than 0")
+    if not LEAST <= abs(scale) <= MOST:
+        raise ValueError(f"logit_scale: {logit_scale} is not a finite number other than 0 in fp32")
     cap = 0.0
     if softcap is not None:
         cap = check_number("softcap", softcap)
-        if not 0 < cap < inf:
-            raise ValueError(f"softcap: {softcap} is not > 0 and finite; None is no cap")
+        if not LEAST <= cap <= MOST:
+            raise ValueError(f"softcap: {softcap} is not > 0 and finite in fp32; None is no cap")
     if isinstance(temperature, Tensor):
         if temperature.dim() == 0:
             temperature = temperature.expand(rows.shape[:-1])
@@ -140,8 +148,10 @@ def check_transform(
             raise TypeError(f"temperature: expected a floating dtype, got {temperature.dtype}")
         return temperature.reshape(-1), [scale, cap, 1.0]
     tau = check_number("temperature", temperature)
-    if not 0 < tau < inf:
-        raise ValueError(f"temperature: {temperature} is not > 0 and finite")
+    if not LEAST <= tau <= MOST:
+        raise ValueError(
+            f"temperature: {temperature} is not > 0 and finite, between {LEAST:g} and {MOST:g}"
+        )
     return None, [scale, cap, tau]
 
 
@@ -149,7 +159,7 @@ def check_mask(mask: Tensor | None, hidden: Tensor) -> None:
     if mask is None:
         return
     check_per_token("mask", mask, hidden)
-    if mask.is_complex():
+    if mask.dtype not in MASK_DTYPES:
         raise TypeError(f"mask: expected bool, int or float, got {mask.dtype}")
 
 
@@ -164,11 +174,11 @@ def check_targets(targets: Tensor | None, hidden: Tensor) -> None:
 def check_chunk(chunk_bytes: int | None) -> int | None:
     if chunk_bytes is None:
         return None
-    if not isinstance(chunk_bytes, int):
+    if not isinstance(chunk_bytes, Integral) or isinstance(chunk_bytes, bool):
         raise TypeError(f"chunk_bytes: expected an int, got {type(chunk_bytes).__name__}")
     if chunk_bytes <= 0:
         raise ValueError(f"chunk_bytes: {chunk_bytes} is not > 0")
-    return chunk_bytes
+    return int(chunk_bytes)
 
 
 def check_group(process_group: ProcessGroup | None) -> str | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import reference, rows
 from .gemm import gemm, operand_dtype
-from .problem import Needs, Problem, chunk_length, large_empty, power_of_two_above, row_stride
+from .problem import Needs, Problem, chunk_length, in_range_of, large_empty, row_stride
 from .reference import RowTransform, TokenStats
 
 LossAndGradients = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -75,21 +75,13 @@ def gradients_in_forward(
     dw = large_empty(weight.shape if needs.weight else (0,), wide, hidden)
     first = True  # of the chunks: stored, not added
     db = hidden.new_zeros(len(weight) if needs.bias else 0, dtype=wide)
-    scale = 1.0  # dw and db so far are divided by it
+    operand = operand_dtype(weight)
     for chunk in _chunks(problem, active, everything):
         losses, upstream = per_token(chunk.stats, chunk.tokens)
-        loss += losses.sum()
+        loss += losses.sum(dtype=wide)
         if not any(needs):
             continue
-        if weight.dtype == torch.float16:  # the one dtype with too small a range
-            largest = torch.stack([x for x in upstream if x is not None])
-            wanted = float(power_of_two_above(largest))
-            if not scale / 256 <= wanted <= scale * 256:
-                if not first:
-                    dw *= scale / wanted
-                    db *= scale / wanted
-                scale = wanted
-            upstream = TokenStats(*(None if x is None else x / scale for x in upstream))
+        upstream, scale = in_range_of(operand, upstream)
         dy = rows.row_gradient(
             chunk.y,
             chunk.row,
@@ -98,20 +90,22 @@ def gradients_in_forward(
             chunk.stats,
             upstream,
             problem.vocab_size,
-            rows.gradient_buffer(chunk.y, operand_dtype(weight)),
+            rows.gradient_buffer(chunk.y, operand),
         )
         if needs.hidden:
-            dh[chunk.tokens] = gemm(dh.new_empty(chunk.hidden.shape), dy, weight).mul_(scale)
+            if isinstance(chunk.tokens, slice):
+                gemm(dh[chunk.tokens], dy, weight, alpha=scale)
+            else:
+                part = dh.new_empty(chunk.hidden.shape)
+                dh[chunk.tokens] = gemm(part, dy, weight, alpha=scale)
         if needs.weight:
-            gemm(dw, dy.t(), chunk.hidden, accumulate=not first)
+            gemm(dw, dy.t(), chunk.hidden, accumulate=not first, alpha=scale)
         if needs.bias:
-            db += dy.sum(0, dtype=wide)
+            db += dy.sum(0, dtype=wide) * scale
+        del dy  # on a GPU its memory is the next chunk's
         first = False
     if first:
         dw.zero_()
-    if scale != 1:
-        dw *= scale
-        db *= scale
     if needs.hidden and problem.shard is not None:
         problem.shard.sum(dh)
     return loss, dh, dw, db
@@ -137,54 +131,59 @@ def token_loss(
     """
     active = problem.active(negative_mask_allowed=True)
     everywhere = torch.arange(len(problem.hidden), device=problem.hidden.device)
+    depends: list[bool] = []
 
     def per_token(stats: TokenStats, tokens: slice | Tensor) -> tuple[Tensor, TokenStats]:
-        index = everywhere[tokens]
-        leaves = TokenStats(*(None if x is None else x.detach() for x in stats))
+        leaves = TokenStats(*(None if x is None else x.detach().clone() for x in stats))
         floats = [x for x in leaves[:5] if x is not None]
         with torch.set_grad_enabled(any(needs)):
             for x in floats:
                 x.requires_grad_(any(needs))
-            losses = loss_fn(leaves, index)
-            _check_losses(losses, index, floats if any(needs) else None)
+            losses = loss_fn(leaves, everywhere[tokens].clone())
+            _check_losses(losses, len(floats[0]), floats)
+            losses = losses.to(problem.dtype)
             if problem.mask is not None:
-                losses = losses * problem.mask[index].to(problem.dtype)
-            if not any(needs):
-                return losses, TokenStats()
-            gradients = iter(torch.autograd.grad(losses.sum(), floats, allow_unused=True))
-        upstream = TokenStats(*(None if x is None else next(gradients) for x in leaves[:5]))
+                losses = losses * problem.mask[tokens].to(problem.dtype)
+            gradients: tuple[Tensor | None, ...] = (None,) * len(floats)
+            if losses.requires_grad:
+                gradients = torch.autograd.grad(losses.sum(), floats, allow_unused=True)
+        depends.append(any(x is not None for x in gradients))
+        found = iter(gradients)
+        upstream = TokenStats(*(None if x is None else next(found) for x in leaves[:5]))
         if upstream.logprob is not None and problem.targets is not None:
-            ignored = problem.targets[index] == reference.IGNORE_INDEX
+            ignored = problem.targets[tokens] == reference.IGNORE_INDEX
             upstream = upstream._replace(logprob=upstream.logprob.masked_fill(ignored, 0))
         return losses.detach(), upstream
 
-    return gradients_in_forward(problem, per_token, needs, active, everything=True)
+    results = gradients_in_forward(problem, per_token, needs, active, everything=True)
+    if any(needs) and depends and not any(depends):
+        raise ValueError("loss_fn: its losses do not depend on the statistics it was given")
+    return results
 
 
-def _check_losses(losses: Tensor, index: Tensor, leaves: list[Tensor] | None) -> None:
+def _check_losses(losses: Tensor, count: int, leaves: list[Tensor]) -> None:
     """One loss a token, and no gradient that would be lost."""
     if not isinstance(losses, Tensor):
         raise TypeError(f"loss_fn: expected to return a tensor, got {type(losses).__name__}")
-    if losses.shape != index.shape:
+    if losses.shape != (count,):
         raise ValueError(
-            f"loss_fn: expected one loss per token, {tuple(index.shape)}, got {tuple(losses.shape)}"
+            f"loss_fn: expected one loss per token, ({count},), got {tuple(losses.shape)}"
         )
-    if leaves is None:
-        return
-    if not losses.requires_grad:
-        raise ValueError("loss_fn: its losses do not depend on the statistics it was given")
+    if losses.is_complex():
+        raise TypeError(f"loss_fn: expected real losses, got {losses.dtype}")
     seen, ahead = set(), [losses.grad_fn]
     while ahead:
         node = ahead.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        variable = getattr(node, "variable", None)
-        if variable is not None and not any(variable is leaf for leaf in leaves):
-            raise ValueError(
-                f"loss_fn: uses a tensor {tuple(variable.shape)} that requires grad and would get "
-                "none; detach it, or take fused_token_stats"
-            )
+        if node.name().endswith("AccumulateGrad"):
+            variable = node.variable  # type: ignore[attr-defined]
+            if not any(variable is leaf for leaf in leaves):
+                raise ValueError(
+                    f"loss_fn: uses a tensor {tuple(variable.shape)} that requires grad and would "
+                    "get none; detach it, or take fused_token_stats"
+                )
         ahead += [parent for parent, _ in node.next_functions]
 
 

@@ -13,6 +13,7 @@ from .checks import (
     check_group,
     check_head,
     check_mask,
+    check_number,
     check_targets,
     check_transform,
 )
@@ -57,16 +58,18 @@ def fused_entropy_loss(
         grad_tolerance: in [0, 1): the share of the gradient's L1 mass that a backward may leave
             out; 0 is exact. An upper bound: today's kernels leave nothing out.
         chunk_bytes: memory for the logits held at a time; default 1 GiB or an eighth of the free
-            memory, rounded down to a power of two.
+            memory, rounded down to a power of two. It sets the order of sums: give it where the
+            same bits are wanted again on a fuller machine.
         process_group: ranks that hold consecutive rows of the weight each, bias split alike; every
-            rank passes the same hidden and gets the same loss and dhidden.
+            rank passes the same hidden, with the same requires_grad, and gets the same loss and
+            dhidden.
 
     Returns:
         The loss in nats, fp32 (fp64 for fp64): (), or (...) for "none".
 
     Gradient: for hidden, weight and bias, equation (8) of ``em_kernels.reference``; computed during
         the forward for "mean" and "sum" (GEMM work 3 times the forward's, 2 with a frozen weight),
-        recomputed for "none" (4 times). No second derivatives.
+        recomputed for "none" (4 times; 2 with a frozen weight). No second derivatives.
     Precision: logits, statistics and accumulated gradients are fp32 whatever the inputs' dtype;
         gradients are rounded once, to the inputs' dtype (under autocast its own, as nn.Linear's).
     Memory: one chunk, and fp32 gradients of what requires grad; no gradient is kept for what does
@@ -76,7 +79,7 @@ def fused_entropy_loss(
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: {reduction!r} is unknown; use one of {', '.join(REDUCTIONS)}")
-    if not 0 <= grad_tolerance < 1:
+    if not 0 <= check_number("grad_tolerance", grad_tolerance) < 1:
         raise ValueError(f"grad_tolerance: {grad_tolerance} is not in [0, 1)")
     if reduction == "none":
         entropy = fused_token_stats(
@@ -150,15 +153,19 @@ def fused_token_stats(
 
     Gradient: for hidden, weight and bias, with any upstream per token and statistic; argmax has
         none. The logits are computed again in the backward (GEMM work in all 4 times the
-        forward's). No second derivatives.
+        forward's), but for one statistic with weight and bias frozen: its gradient is kept from
+        the forward (2 times). No second derivatives.
     Precision: as in :func:`fused_entropy_loss`.
-    Memory: chunk_bytes for a slab (all tokens, some words) of logits and of dweight; in the
-        backward also an fp32 dhidden beside the returned gradients.
+    Memory: chunk_bytes for a slab (all tokens, some words) of logits and of dweight, by default 64
+        MiB or, where more, 16 times an fp32 hidden; in the backward also an fp32 dhidden beside the
+        returned gradients, which one statistic with a frozen head keeps from the forward on.
     Raises: ValueError, TypeError naming the argument; RuntimeError on double backward.
     Source: equations (1)-(8) of ``em_kernels.reference``.
     """
     default = ("entropy",) if targets is None else ("entropy", "logprob")
     names = default if stats is None else tuple(stats)
+    if not names or isinstance(stats, str):
+        raise ValueError(f"stats: {stats!r} is not a sequence of names; give some, or None")
     for name in names:
         if name not in TokenStats._fields:
             known = ", ".join(TokenStats._fields)
@@ -224,9 +231,9 @@ def fused_token_loss(
             :func:`fused_entropy_loss`.
         targets: (...) int64 as in :func:`fused_token_stats`, or None: no logprob.
         loss_fn: (TokenStats of n tokens, each field (n,); index (n,) int64: which tokens, counted
-            over the flattened hidden) -> losses (n,). Called once a chunk, with whichever tokens it
-            holds; differentiated there by autograd. It may read other tensors, which must not
-            require grad.
+            over the flattened hidden) -> losses (n,), real. Called once a chunk, with whichever
+            tokens it holds; differentiated there by autograd. It may read other tensors, which must
+            not require grad.
         mask: (...) weights of the losses, negative ones too. Tokens of weight 0 never reach
             loss_fn.
 

@@ -33,14 +33,14 @@ def _has_unit_stride(x: Tensor) -> bool:
     return 1 in x.stride() or min(x.shape) <= 1
 
 
-def gemm(out: Tensor, a: Tensor, b: Tensor, accumulate: bool = False) -> Tensor:
-    """out (+)= a @ b, computed and returned in out's dtype whatever the operands' dtype."""
+def gemm(out: Tensor, a: Tensor, b: Tensor, accumulate: bool = False, alpha: float = 1.0) -> Tensor:
+    """out (+)= alpha a @ b, computed and returned in out's dtype whatever the operands' dtype."""
     beta = 1 if accumulate else 0
     if a.dtype == b.dtype == out.dtype:
-        return torch.addmm(out, a, b, beta=beta, out=out)
+        return torch.addmm(out, a, b, beta=beta, alpha=alpha, out=out)
     if out.is_cuda and a.dtype == b.dtype:
-        return torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, out=out)
-    in_bf16 = a.dtype == b.dtype == torch.bfloat16 and out.dtype == torch.float32
+        return torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, alpha=alpha, out=out)
+    in_bf16 = a.dtype == b.dtype == torch.bfloat16 and out.dtype == torch.float32 and alpha == 1
     if in_bf16 and out.is_cpu and bf16_isa() and _has_unit_stride(a) and _has_unit_stride(b):
         torch.ops.em_kernels.gemm_bf16(out, a, b, accumulate, bf16_isa())
         return out
@@ -49,8 +49,8 @@ def gemm(out: Tensor, a: Tensor, b: Tensor, accumulate: bool = False) -> Tensor:
     step = max(1, UPCAST_BYTES // (out.element_size() * max(1, min(inner, columns))))
     if columns >= inner:
         for i in range(0, columns, step):
-            gemm(out[:, i : i + step], a, b[:, i : i + step].to(out.dtype), accumulate)
+            gemm(out[:, i : i + step], a, b[:, i : i + step].to(out.dtype), accumulate, alpha)
     else:
         for i in range(0, inner, step):
-            gemm(out, a[:, i : i + step], b[i : i + step].to(out.dtype), accumulate or i > 0)
+            gemm(out, a[:, i : i + step], b[i : i + step].to(out.dtype), accumulate or i > 0, alpha)
     return out

@@ -15,7 +15,7 @@ from . import logits as logits_entropy
 from .gemm import accumulation_dtype
 from .parallel import VocabularyShard
 from .problem import Needs, Problem, large_empty
-from .reference import TokenStats
+from .reference import IGNORE_INDEX, TokenStats
 from .rows.cpu import is_built
 
 
@@ -124,16 +124,16 @@ def _saved_gradients(ctx, upstream):
 
 def _scaled(saved, upstream, dtype):
     """saved * upstream, rounded once, without an fp32 product of its size."""
-    if type(saved) is not Tensor or saved.is_cuda and saved.dtype != dtype:
+    if type(saved) is not Tensor:  # traced
         return torch.mul(saved, upstream, out=torch.empty_like(saved, dtype=dtype))
     keep = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
     is_last = saved.dtype == dtype and not keep()  # nobody can come back to `saved`
     if is_last and saved.is_cpu and upstream.item() == 1:
         return saved
     scaled = saved if is_last else large_empty(saved.shape, dtype, saved)
-    for source, to in zip(
-        saved.view(-1).split(1 << 20), scaled.view(-1).split(1 << 20), strict=True
-    ):
+    # a CPU would make the product in fp32 first, all of what it is given
+    length = max(1, saved.numel()) if saved.is_cuda or saved.dtype == dtype else 1 << 20
+    for source, to in zip(saved.view(-1).split(length), scaled.view(-1).split(length), strict=True):
         torch.mul(source, upstream, out=to)
     return scaled
 
@@ -290,8 +290,13 @@ def _token_stats_backward(ctx, upstream, *_):
     *settings, needs, _, unit = ctx.settings
     statistics, m, log_s, dh, *tensors = ctx.saved_tensors
     if unit >= 0:
-        hidden = tensors[0]
-        scaled = torch.mul(dh, upstream[unit][:, None], out=torch.empty_like(hidden))
+        hidden, _, _, targets, mask, _ = tensors
+        factors = upstream[unit]
+        if mask is not None:  # not even NaN reaches a token that was left out
+            factors = factors.masked_fill(mask == 0, 0)
+        if targets is not None and TokenStats._fields[unit] == "logprob":
+            factors = factors.masked_fill(targets == IGNORE_INDEX, 0)
+        scaled = torch.mul(dh, factors[:, None], out=torch.empty_like(hidden))
         return scaled, *nothing[1:]
     gradients = token_stats_backward(upstream, statistics, m, log_s, *tensors, *settings, needs)
     return *(g if need else None for g, need in zip(gradients, needs, strict=True)), *nothing[3:]

@@ -2,6 +2,7 @@
 may take.
 """
 
+from math import frexp
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from .checks import check_values
 from .gemm import accumulation_dtype, operand_dtype
 from .parallel import VocabularyShard
-from .reference import RowTransform
+from .reference import RowTransform, TokenStats
 from .rows.cpu import is_built
 
 MAX_CHUNK_BYTES = 1 << 30  # fp32 dW is read and written once a chunk: few, large chunks
@@ -73,9 +74,14 @@ class Problem(NamedTuple):
         if self.mask is None:
             weights = self.hidden.new_ones(len(self.hidden), dtype=self.dtype)
         else:
-            weights = self.mask.to(self.dtype)
-        total = weights.sum()
-        return weights / torch.where(total == 0, 1, total) if mean else weights
+            weights = self.mask
+        if not mean or len(weights) == 0:
+            return weights.to(self.dtype)
+        if weights.is_floating_point():  # their sum might overflow
+            largest = weights.amax()
+            weights = weights / torch.where(largest == 0, 1, largest)
+        total = weights.sum(dtype=self.dtype)
+        return weights.to(self.dtype) / torch.where(total == 0, 1, total)
 
     def blank_statistics(self, everything: bool) -> tuple[Tensor, Tensor]:
         """Zeros for statistics (5, N) in TokenStats' order and argmax (N,), or (3, N) and (0,)."""
@@ -133,9 +139,10 @@ def chunk_length(
             f"chunk_bytes: {chunk_bytes} is less than one row (or column) of logits takes; "
             f"give at least {bytes_each}"
         )
-    most = min(enough, MAX_CHUNK_BYTES, free_bytes(device) // 8)
-    budget = chunk_bytes or 1 << (most.bit_length() - 1)
-    fitting = max(1, budget // max(1, bytes_each))
+    if chunk_bytes is None:
+        most = max(1, min(enough, MAX_CHUNK_BYTES, free_bytes(device) // 8))
+        chunk_bytes = 1 << (most.bit_length() - 1)
+    fitting = max(1, chunk_bytes // max(1, bytes_each))
     pieces = max(1, -(-total // fitting))
     return max(1, -(-total // pieces))
 
@@ -151,7 +158,15 @@ def large_empty(shape: torch.Size | tuple[int, ...], dtype: torch.dtype, like: T
     return x
 
 
-def power_of_two_above(x: Tensor) -> Tensor:
-    """() fp64: 16-bit gradients divided by it stay in range, and lose no bit."""
-    largest = x.abs().amax() if x.numel() else x.new_ones(())
-    return torch.exp2(torch.frexp(largest.nan_to_num(posinf=1))[1].double())
+def in_range_of(dtype: torch.dtype, upstream: TokenStats) -> tuple[TokenStats, float]:
+    """The upstream divided by a power of two, and that: fp16, the one operand of small range, then
+    loses neither small gradients nor large ones, whatever the loss's scale.
+    """
+    there = [x for x in upstream if x is not None]
+    if dtype != torch.float16 or not there or there[0].numel() == 0:
+        return upstream, 1.0
+    sizes = torch.stack(there).abs().float()
+    largest = float(sizes.masked_fill(~sizes.isfinite(), 0).amax())
+    exponent = min(max(frexp(largest)[1], -120), 120)
+    scaled = (None if x is None else x * 2.0**-exponent for x in upstream)
+    return TokenStats(*scaled), 2.0**exponent

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import reference, rows
 from .gemm import gemm, operand_dtype
-from .problem import Needs, Problem, chunk_length, large_empty, power_of_two_above, row_stride
+from .problem import Needs, Problem, chunk_length, in_range_of, large_empty, row_stride
 from .reference import RowTransform, TokenStats
 
 MIN_SLAB_BYTES = 64 << 20  # measured on a CPU; GEMMs of fewer words are slow
@@ -98,38 +98,42 @@ def token_stats_backward(
     """
     hidden, weight, wide = problem.hidden, problem.weight, problem.dtype
     active = None if problem.mask is None else problem.mask.nonzero()[:, 0]
+    if active is not None and len(active) == len(hidden):
+        active = None
     tokens: slice | Tensor = slice(None) if active is None else active
     h = hidden[tokens]
     stats = TokenStats(*statistics[:, tokens])
-    scale = power_of_two_above(upstream).to(wide)
-    up = TokenStats(*(upstream[:, tokens].to(wide) / scale))
+    up = TokenStats(*upstream[:, tokens].to(wide))
     if problem.targets is None or up.logprob is None:
         up = up._replace(logprob=None)
     else:
         ignored = problem.targets[tokens] == reference.IGNORE_INDEX
         up = up._replace(logprob=up.logprob.masked_fill(ignored, 0))
+    operand = operand_dtype(weight)
+    up, scale = in_range_of(operand, up)
     dh = h.new_zeros(h.shape if needs.hidden else (0,), dtype=wide)
     dw = large_empty(weight.shape if needs.weight and sink is None else (0,), weight.dtype, weight)
     dw_slab = dh.new_empty(0)
     db = weight.new_empty(len(weight) if needs.bias else 0)
     for words, w, y, row in _slabs(problem, h, tokens):
-        out = rows.gradient_buffer(y, operand_dtype(weight))
+        out = rows.gradient_buffer(y, operand)
         dy = rows.row_gradient(y, row, m[tokens], log_s[tokens], stats, up, problem.vocab_size, out)
         if needs.hidden:
-            gemm(dh, dy, w, accumulate=True)
+            gemm(dh, dy, w, accumulate=True, alpha=scale)
         if needs.weight:
             if dw_slab.numel() == 0:  # the first is the longest
                 dw_slab = large_empty(w.shape, wide, w)
-            slab = gemm(dw_slab[: len(w)], dy.t(), h).mul_(scale)
+            slab = gemm(dw_slab[: len(w)], dy.t(), h, alpha=scale)
             if sink is None:
                 dw[words] = slab
             else:
                 sink(words, slab)
         if needs.bias:
             db[words] = (dy.sum(0, dtype=wide) * scale).to(db.dtype)
+        del out, dy  # on a GPU their memory is the next slab's
     if needs.hidden and problem.shard is not None:
         problem.shard.sum(dh)
-    dh = dh.mul_(scale).to(hidden.dtype)
+    dh = dh.to(hidden.dtype)
     if needs.hidden and active is not None:
         dh = hidden.new_zeros(hidden.shape).index_copy_(0, active, dh)
     return dh, dw, db

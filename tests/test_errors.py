@@ -37,6 +37,7 @@ OF_BOTH = [
     ("mask", torch.tensor(1.0), ValueError, "(4,)"),
     ("mask", torch.ones(N, requires_grad=True), ValueError, "detach"),
     ("mask", torch.ones(N).cfloat(), TypeError, "complex"),
+    ("mask", torch.ones(N, dtype=torch.uint16), TypeError, "uint16"),
     ("mask", torch.tensor([1, 1, NAN, 1]), ValueError, "finite"),
     ("mask", torch.tensor([1, 1, INF, 1]), ValueError, "finite"),
     ("mask", ON_META, ValueError, "meta"),
@@ -44,6 +45,8 @@ OF_BOTH = [
     ("temperature", -1, ValueError, "-1"),
     ("temperature", NAN, ValueError, "nan"),
     ("temperature", INF, ValueError, "inf"),
+    ("temperature", 1e-39, ValueError, "1e-37"),
+    ("temperature", torch.full((N,), 1e-39), ValueError, "1e-37"),
     ("temperature", None, TypeError, "None"),
     ("temperature", "hot", TypeError, "str"),
     ("temperature", BROADCASTABLE, ValueError, "(4,)"),
@@ -57,16 +60,19 @@ OF_BOTH = [
     ("temperature", torch.tensor(0.0), ValueError, "> 0"),
     ("temperature", ON_META, ValueError, "meta"),
     ("logit_scale", 0, ValueError, "0"),
+    ("logit_scale", 1e39, ValueError, "fp32"),
     ("logit_scale", NAN, ValueError, "nan"),
     ("logit_scale", -INF, ValueError, "inf"),
     ("logit_scale", torch.tensor(1.0, requires_grad=True), TypeError, "number"),
     ("softcap", 0.0, ValueError, "None"),
     ("softcap", -30.0, ValueError, "-30"),
+    ("softcap", 1e39, ValueError, "fp32"),
     ("softcap", NAN, ValueError, "nan"),
     ("softcap", torch.tensor(1.0, requires_grad=True), TypeError, "number"),
     ("chunk_bytes", 0, ValueError, "0"),
     ("chunk_bytes", -5, ValueError, "-5"),
     ("chunk_bytes", 1e6, TypeError, "float"),
+    ("chunk_bytes", True, TypeError, "bool"),
     ("process_group", "tensor parallel", TypeError, "str"),
 ]
 OF_LOSS = [
@@ -76,6 +82,7 @@ OF_LOSS = [
     ("grad_tolerance", 1.0, ValueError, "[0, 1)"),
     ("grad_tolerance", -1e-9, ValueError, "[0, 1)"),
     ("grad_tolerance", NAN, ValueError, "[0, 1)"),
+    ("grad_tolerance", "none", TypeError, "str"),
     ("mask", torch.tensor([1.0, 1, -1, 1]), ValueError, "not negative"),
     ("mask", torch.tensor([1, 1, -1, 1]), ValueError, "not negative"),
 ]
@@ -92,7 +99,8 @@ OF_STATS = [
     ("chunk_bytes", (N + D) * 4 - 1, ValueError, f"at least {(N + D) * 4}"),
     ("stats", ["entropi"], ValueError, "'entropi'"),
     ("stats", ["logprob"], ValueError, "targets"),
-    ("stats", "entropy", ValueError, "unknown"),
+    ("stats", "entropy", ValueError, "sequence"),
+    ("stats", (), ValueError, "sequence"),
 ]
 
 
@@ -156,3 +164,18 @@ def test_dtensors_are_refused_with_the_way_out(tmp_path):
             fused_entropy_loss(torch.ones(N, D), weight)
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("loss", [fused_entropy_loss, lambda h, w: fused_token_stats(h, w).entropy])
+def test_no_silent_zero_in_forward_mode(loss):
+    hidden, weight = torch.randn(N, D), torch.randn(V, D)
+    with pytest.raises(RuntimeError, match="^hidden: has a forward-mode tangent"):
+        torch.func.jvp(lambda h: loss(h, weight), (hidden,), (torch.ones_like(hidden),))
+
+
+def test_means_of_weights_of_any_size():
+    hidden, weight, _, _ = draw(N, D, V)
+    plain = fused_entropy_loss(hidden, weight)
+    for size in (2e38, 1e-38, 1e300, 1e-200):
+        mask = torch.full((N,), size, dtype=torch.float32 if 1e-40 < size < 1e39 else torch.float64)
+        torch.testing.assert_close(fused_entropy_loss(hidden, weight, mask=mask), plain)

@@ -148,3 +148,18 @@ def test_all_tokens_masked(loss):
     assert value == 0
     for gradient in torch.autograd.grad(value, inputs):
         assert_close(gradient, torch.zeros_like(gradient), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_no_nan_reaches_tokens_that_were_left_out(frozen):
+    """Their entropy is 0, whose logarithm has an infinite derivative."""
+    hidden, weight, _, targets = draw(6, 16, 300)
+    weight.requires_grad_(not frozen)
+    mask = torch.tensor([1, 0, 1, 1, 0, 1])
+    targets[2] = -100
+    entropy = fused_token_stats(hidden, weight, mask=mask).entropy
+    logprob = fused_token_stats(hidden, weight, targets, stats=["logprob"], mask=mask).logprob
+    for loss, left_out in ((entropy.log(), [1, 4]), ((-logprob).sqrt(), [1, 2, 4])):
+        upstream = torch.zeros(6).index_fill(0, torch.tensor(left_out), 0) + (mask > 0)
+        (dh,) = torch.autograd.grad((upstream * loss.nan_to_num(neginf=0)).sum(), hidden)
+        assert (dh[left_out] == 0).all() and dh.isfinite().all()

@@ -151,6 +151,10 @@ def detached(stats, index):
     return stats.entropy.detach()
 
 
+def complex_losses(stats, index):
+    return stats.entropy.to(torch.complex64)
+
+
 def with_a_parameter(stats, index):
     return stats.entropy * torch.ones(1, requires_grad=True)
 
@@ -163,6 +167,7 @@ def with_a_parameter(stats, index):
         (not_a_tensor, TypeError, "loss_fn: expected to return a tensor, got float"),
         (of_nothing, ValueError, "loss_fn: its losses do not depend on the statistics"),
         (detached, ValueError, "loss_fn: its losses do not depend on the statistics"),
+        (complex_losses, TypeError, "loss_fn: expected real losses, got torch.complex64"),
         (with_a_parameter, ValueError, r"loss_fn: uses a tensor \(1,\) that requires grad"),
     ],
 )
@@ -186,3 +191,63 @@ def test_compile_breaks_the_graph_and_says_where():
     torch._dynamo.reset()
     with pytest.raises(torch._dynamo.exc.Unsupported, match="fused_token_loss"):
         torch.compile(loss_of, backend="aot_eager", fullgraph=True)(hidden, weight)
+
+
+def test_what_loss_fn_does_to_its_arguments_stays_there():
+    hidden, weight, _, targets = draw(N, D, V)
+    mask = torch.arange(N) % 3
+
+    def careful(stats, index):
+        return 2 * stats.entropy + stats.logsumexp
+
+    def vandal(stats, index):
+        losses = careful(stats, index)
+        for x in stats[:5]:
+            x.detach().fill_(7)
+        index.zero_()
+        return losses
+
+    found = []
+    for loss_fn in (vandal, careful):
+        loss = fused_token_loss(hidden, weight, targets, loss_fn, mask=mask)
+        found.append((loss, *torch.autograd.grad(loss, (hidden, weight))))
+    for ours, truth in zip(*found, strict=True):
+        assert torch.equal(ours, truth)
+
+
+def test_16_bit_losses_are_summed_in_fp32():
+    hidden, weight, _, targets = draw(N, D, V)
+    rough = fused_token_loss(hidden, weight, None, lambda s, i: (1e4 * s.entropy).half())
+    exact = fused_token_loss(hidden, weight, None, lambda s, i: 1e4 * s.entropy)
+    assert_close(rough, exact, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("rows_in_a_chunk", [4, 100])
+def test_chunks_with_nothing_to_score(rows_in_a_chunk):
+    """What counts is the whole, not how it was cut."""
+    hidden, weight, _, targets = draw(N, D, V)
+    advantage = (torch.arange(N) < 5).float()
+
+    def loss_fn(stats, index):
+        scored = advantage[index] > 0
+        return advantage[index] * stats.entropy if scored.any() else torch.zeros(len(index))
+
+    loss = fused_token_loss(hidden, weight, None, loss_fn, chunk_bytes=rows_in_a_chunk * V * 4)
+    (dh,) = torch.autograd.grad(loss, hidden)
+    assert dh.abs().sum(1).gt(0).tolist() == [i < 5 for i in range(N)]
+
+
+def test_a_function_that_keeps_a_variable():
+    class Doubled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.variable = torch.ones(1, requires_grad=True)
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, upstream):
+            return 2 * upstream
+
+    hidden, weight, _, _ = draw(N, D, V)
+    ours = fused_token_loss(hidden, weight, None, lambda s, i: Doubled.apply(s.entropy))
+    assert_close(ours, 2 * fused_token_loss(hidden, weight, None, lambda s, i: s.entropy))
