@@ -217,3 +217,18 @@ def test_on_a_device_that_is_not_the_current_one():
     entropy, gradient = entropy_and_gradient(kernels, y, plain(3, device="cuda:1"))
     assert_close(entropy.double(), stats_of(y.double())["entropy"], rtol=5e-6, atol=0)
     assert gradient.device == y.device
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_chunk_bytes_bounds_the_peak(reduction, dtype):
+    """One chunk of logits and of their gradient at a time, whatever the operands' dtype."""
+    n, d, v, chunk_bytes = 2048, 64, 32768, 32 << 20
+    inputs = [x.detach().cuda().requires_grad_() for x in draw(n, d, v, dtype=dtype)[:2]]
+    gradients = sum(x.numel() * (4 + x.element_size()) for x in inputs)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    fused_entropy_loss(*inputs, reduction=reduction, chunk_bytes=chunk_bytes).sum().backward()
+    peak = torch.cuda.max_memory_allocated() - before
+    cublas_workspace, per_token = 33 << 20, 64 * n * 4  # Hopper's workspace is 32 MiB
+    assert peak <= chunk_bytes + gradients + per_token + cublas_workspace
