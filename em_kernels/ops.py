@@ -29,12 +29,13 @@ def _problem(
     transform: Sequence[float],
     chunk_bytes: int | None,
     group: str | None,
+    path: int,
 ) -> Problem:
     logit_scale, softcap, temperature = transform
     shard = None
     if group is not None:
         resolved = distributed_c10d._resolve_process_group(group)  # type: ignore[arg-type]
-        shard = VocabularyShard(resolved, len(weight), weight.device)
+        shard = VocabularyShard(resolved, len(weight), weight.device, path)
     return Problem(
         hidden,
         weight,
@@ -73,7 +74,7 @@ def entropy_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss (), and its gradients dhidden, dweight, dbias in the accumulation dtype."""
     problem = _problem(
-        hidden, weight, bias, None, mask, temperatures, transform, chunk_bytes, group
+        hidden, weight, bias, None, mask, temperatures, transform, chunk_bytes, group, int(needs[0])
     )
     return chunked.entropy_loss(problem, mean, Needs(*needs))
 
@@ -158,7 +159,7 @@ class TokenLoss(torch.autograd.Function):
         needs: Sequence[bool],
         *settings,
     ) -> Tensor:
-        problem = _problem(hidden, weight, bias, *settings)
+        problem = _problem(hidden, weight, bias, *settings, path=int(needs[0]))
         loss, *gradients = chunked.token_loss(problem, loss_fn, Needs(*needs))
         _save_gradients(ctx, (hidden, weight, bias), needs, gradients)
         return loss
@@ -188,7 +189,16 @@ def token_stats(
     alone for hidden.
     """
     problem = _problem(
-        hidden, weight, bias, targets, mask, temperatures, transform, chunk_bytes, group
+        hidden,
+        weight,
+        bias,
+        targets,
+        mask,
+        temperatures,
+        transform,
+        chunk_bytes,
+        group,
+        2 * (unit + 1) + needs[0],
     )
     if unit < 0:
         return *slabs.token_stats(problem, everything), hidden.new_empty(0, dtype=problem.dtype)
@@ -243,7 +253,16 @@ def token_stats_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dhidden, dweight, dbias in the inputs' dtypes."""
     problem = _problem(
-        hidden, weight, bias, targets, mask, temperatures, transform, chunk_bytes, group
+        hidden,
+        weight,
+        bias,
+        targets,
+        mask,
+        temperatures,
+        transform,
+        chunk_bytes,
+        group,
+        int(needs[0]),
     )
     return slabs.token_stats_backward(problem, upstream, statistics, m, log_s, Needs(*needs))
 

@@ -13,15 +13,22 @@ from .reference import RowParts
 
 class VocabularyShard:
     """This rank's rows of the weight within the whole vocabulary. A collective call: every rank
-    makes it.
+    makes it, with the same path: which collective calls will follow.
     """
 
-    def __init__(self, group: ProcessGroup, local_size: int, device: torch.device):
+    def __init__(self, group: ProcessGroup, local_size: int, device: torch.device, path: int):
         self.group = group
         self.device = device
-        sizes = torch.zeros(dist.get_world_size(group), dtype=torch.int64, device=device)
-        dist.all_gather(list(sizes.split(1)), torch.tensor([local_size], device=device), group)
-        self.sizes: list[int] = sizes.tolist()
+        mine = torch.tensor([[local_size, path]], device=device)
+        gathered = mine.new_empty(dist.get_world_size(group), 2)
+        dist.all_gather_into_tensor(gathered, mine, group)
+        sizes, paths = gathered.t().tolist()
+        if len(set(paths)) > 1:  # else they would wait for each other
+            raise ValueError(
+                "process_group: its ranks differ in requires_grad of hidden, or of the head where "
+                "one statistic is asked for; give all ranks the same"
+            )
+        self.sizes: list[int] = sizes
         self.start = sum(self.sizes[: dist.get_rank(group)])
 
     def smallest(self, count: int) -> int:

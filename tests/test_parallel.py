@@ -9,7 +9,13 @@ import torch.multiprocessing as mp
 from torch.testing import assert_close
 from truth import draw
 
-from em_kernels import TokenStats, fused_entropy_loss, fused_token_stats, problem
+from em_kernels import (
+    TokenStats,
+    fused_entropy_loss,
+    fused_token_loss,
+    fused_token_stats,
+    problem,
+)
 
 N, D, V = 9, 8, 61
 SPLITS = {"three": ([0, 1, 2], (20, 2, 39)), "two": ([1, 2], (60, 1))}  # ranks, their words
@@ -17,7 +23,16 @@ TIMEOUT_S = 120
 MASK = torch.tensor([1.0, 0.0, 2.0, 1.0, 0.5, 0.0, 1.0, 1.0, 3.0])
 TAU = torch.linspace(0.4, 1.6, N)
 UPSTREAM = torch.linspace(-1.0, 1.0, 5 * N).reshape(5, N)
-CALLS = ["mean", "none", "token_stats", "masked words", "small chunks", "unequal memory"]
+CALLS = [
+    "mean",
+    "none",
+    "token_stats",
+    "token_loss",
+    "frozen head",
+    "masked words",
+    "small chunks",
+    "unequal memory",
+]
 
 
 def call(name, hidden, weight, bias, targets, group):
@@ -28,6 +43,16 @@ def call(name, hidden, weight, bias, targets, group):
     if name in ("mean", "none"):
         outputs = (fused_entropy_loss(hidden, weight, mask=MASK, reduction=name, **head),)
         total = (outputs[0] * UPSTREAM[0]).sum()
+    elif name == "token_loss":
+        loss_fn = lambda s, i: (s.logprob.exp() + s.entropy) * UPSTREAM[0, i]  # noqa: E731
+        total = fused_token_loss(hidden, weight, targets, loss_fn, mask=MASK, **head)
+        outputs = (total,)
+    elif name == "frozen head":
+        weight, bias = weight.detach(), bias.detach()
+        head["bias"] = bias
+        stats = fused_token_stats(hidden, weight, stats=["entropy"], mask=MASK, **head)
+        (dh,) = torch.autograd.grad(stats.entropy, hidden, UPSTREAM[0])
+        return (stats.entropy.detach(),), (dh, torch.zeros_like(weight), torch.zeros_like(bias))
     else:
         stats = fused_token_stats(hidden, weight, targets, stats=TokenStats._fields, **head)
         loss = fused_entropy_loss(hidden, weight, **head)
@@ -70,6 +95,12 @@ def worker(rank, folder):
             memory = (lambda device: 8 * V * 4 * (rank + 1)) if name == "unequal memory" else None
             problem.free_bytes = memory or free_bytes
             results[name] = call(name, hidden, *shard, targets, group)
+        hidden, weight, *_ = inputs_of("mean")
+        hidden.requires_grad_(place > 0)  # the ranks would wait for each other
+        try:
+            fused_entropy_loss(hidden, weight[words], process_group=group)
+        except ValueError as error:
+            results["refusal"] = str(error)
         torch.save(results, f"{folder}/{split}-{place}.pt")
     dist.destroy_process_group()
 
@@ -100,3 +131,10 @@ def test_shards_equal_the_whole(split, name, folder):
         assert all(torch.equal(a, b) for a, b in zip(ours, found[0][0], strict=True))
     assert_close(torch.cat([gradients[1] for _, gradients in found]), dw, rtol=1e-5, atol=2e-6)
     assert_close(torch.cat([gradients[2] for _, gradients in found]), db, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_ranks_that_differ_are_refused_on_every_rank(split, folder):
+    for i in range(len(SPLITS[split][0])):
+        refusal = torch.load(folder / f"{split}-{i}.pt")["refusal"]
+        assert refusal.startswith("process_group: its ranks differ in requires_grad of hidden")
