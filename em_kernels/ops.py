@@ -20,6 +20,7 @@ from .rows.cpu import is_built
 
 
 def _problem(
+    path: int,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -29,7 +30,6 @@ def _problem(
     transform: Sequence[float],
     chunk_bytes: int | None,
     group: str | None,
-    path: int,
 ) -> Problem:
     logit_scale, softcap, temperature = transform
     shard = None
@@ -74,7 +74,7 @@ def entropy_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss (), and its gradients dhidden, dweight, dbias in the accumulation dtype."""
     problem = _problem(
-        hidden, weight, bias, None, mask, temperatures, transform, chunk_bytes, group, int(needs[0])
+        int(needs[0]), hidden, weight, bias, None, mask, temperatures, transform, chunk_bytes, group
     )
     return chunked.entropy_loss(problem, mean, Needs(*needs))
 
@@ -159,7 +159,7 @@ class TokenLoss(torch.autograd.Function):
         needs: Sequence[bool],
         *settings,
     ) -> Tensor:
-        problem = _problem(hidden, weight, bias, *settings, path=int(needs[0]))
+        problem = _problem(int(needs[0]), hidden, weight, bias, *settings)
         loss, *gradients = chunked.token_loss(problem, loss_fn, Needs(*needs))
         _save_gradients(ctx, (hidden, weight, bias), needs, gradients)
         return loss
@@ -189,6 +189,7 @@ def token_stats(
     alone for hidden.
     """
     problem = _problem(
+        2 * (unit + 1) + needs[0],
         hidden,
         weight,
         bias,
@@ -198,7 +199,6 @@ def token_stats(
         transform,
         chunk_bytes,
         group,
-        2 * (unit + 1) + needs[0],
     )
     if unit < 0:
         return *slabs.token_stats(problem, everything), hidden.new_empty(0, dtype=problem.dtype)
@@ -253,6 +253,7 @@ def token_stats_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dhidden, dweight, dbias in the inputs' dtypes."""
     problem = _problem(
+        int(needs[0]),
         hidden,
         weight,
         bias,
@@ -262,7 +263,6 @@ def token_stats_backward(
         transform,
         chunk_bytes,
         group,
-        int(needs[0]),
     )
     return slabs.token_stats_backward(problem, upstream, statistics, m, log_s, Needs(*needs))
 
