@@ -42,6 +42,16 @@ def truth_of(y, row):
     return reference.row_parts(reference.transform(y.double(), in_fp64(row)), row.targets)
 
 
+def assert_parts_close(parts, truth, v):
+    assert torch.equal(parts.argmax, truth.argmax)
+    for name in ("m", "s1", "t", "q1", "total", "target_logit"):
+        scale = truth.m.abs().max() * v**0.5 if name == "total" else 1
+        assert_close(
+            getattr(parts, name).double(), getattr(truth, name),
+            rtol=2e-5, atol=1e-5 * float(scale), msg=lambda m, name=name: f"{name}: {m}",
+        )  # fmt: skip
+
+
 def gradient_of(kernels, y, row, parts, factors, dtype=torch.float32):
     """Into y's own memory, as the loops do; but for Triton no narrower type, as blocks run in any
     order.
@@ -72,13 +82,7 @@ def test_statistics_and_gradient(kernels, v, with_bias, logit_scale, softcap):
     before = y.clone()
     parts = kernels.row_statistics(y, row)
     assert torch.equal(y, before)  # row_gradient needs them again
-    assert torch.equal(parts.argmax, truth.argmax)
-    for name in ("m", "s1", "t", "q1", "total", "target_logit"):
-        scale = truth.m.abs().max() * v**0.5 if name == "total" else 1
-        assert_close(
-            getattr(parts, name).double(), getattr(truth, name),
-            rtol=2e-5, atol=1e-5 * float(scale), msg=lambda m, name=name: f"{name}: {m}",
-        )  # fmt: skip
+    assert_parts_close(parts, truth, v)
     expected = reference.row_gradient(
         y.double(), in_fp64(row), truth.m, truth.s1.log1p(), in_fp64(factors)
     )

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from test_rows import TRANSFORMS, gradient_of, in_fp64, plain, problem, truth_of
+from test_rows import TRANSFORMS, assert_parts_close, gradient_of, in_fp64, plain, problem, truth_of
 from test_triton_rows import entropy_and_gradient
 from torch.testing import assert_close
 from truth import (
@@ -69,13 +69,7 @@ def test_statistics_and_gradient(v, logit_scale, softcap, bias, layout):
     assert torch.equal(y, before)
     assert plainer.argmax is None
     assert_close(plainer.s1, parts.s1)
-    assert torch.equal(parts.argmax, truth.argmax)
-    for name in ("m", "s1", "t", "q1", "total", "target_logit"):
-        scale = truth.m.abs().max() * v**0.5 if name == "total" else 1
-        assert_close(
-            getattr(parts, name).double(), getattr(truth, name),
-            rtol=2e-5, atol=1e-5 * float(scale), msg=lambda m, name=name: f"{name}: {m}",
-        )  # fmt: skip
+    assert_parts_close(parts, truth, v)
     expected = reference.row_gradient(
         y.double(), in_fp64(row), truth.m, truth.s1.log1p(), in_fp64(factors)
     )
