@@ -1,4 +1,4 @@
-// Registers em_kernels::row_statistics and em_kernels::row_gradient for fp32 logits on the CPU.
+// Registers em_kernels::row_statistics, row_gradient and column_mass for fp32 logits on the CPU.
 #include <Python.h>
 
 #include <torch/csrc/stable/library.h>
@@ -11,6 +11,7 @@
 #include <optional>
 #include <string>
 #include <type_traits>
+#include <vector>
 
 #include "entropy_rows.h"
 
@@ -72,28 +73,28 @@ em::Logits checked_logits(const Tensor& y, const std::optional<Tensor>& bias,
 }
 
 template <class Operation>
-EM_INLINE void run_rows(const Operation& operation, int64_t begin, int64_t end) {
+EM_INLINE void run_all(const Operation& operation, int64_t begin, int64_t end) {
   const bool has_bias = operation.bias != nullptr, has_softcap = operation.softcap != 0.0f;
-  for (int64_t row = begin; row < end; ++row) {
-    if (has_bias && has_softcap) operation.template run<true, true>(row);
-    else if (has_bias) operation.template run<true, false>(row);
-    else if (has_softcap) operation.template run<false, true>(row);
-    else operation.template run<false, false>(row);
+  for (int64_t i = begin; i < end; ++i) {
+    if (has_bias && has_softcap) operation.template run<true, true>(i);
+    else if (has_bias) operation.template run<true, false>(i);
+    else if (has_softcap) operation.template run<false, true>(i);
+    else operation.template run<false, false>(i);
   }
 }
 
 #if defined(__x86_64__)
 // Not target_clones: that needs glibc's ifunc, and its arch=haswell leaves AMD on the baseline.
 template <class Operation>
-__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))) void run_rows_avx512(
+__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))) void run_avx512(
     const Operation& operation, int64_t begin, int64_t end) {
-  run_rows(operation, begin, end);
+  run_all(operation, begin, end);
 }
 
 template <class Operation>
-__attribute__((target("avx2,fma"))) void run_rows_avx2(const Operation& operation, int64_t begin,
-                                                       int64_t end) {
-  run_rows(operation, begin, end);
+__attribute__((target("avx2,fma"))) void run_avx2(const Operation& operation, int64_t begin,
+                                                  int64_t end) {
+  run_all(operation, begin, end);
 }
 #endif
 
@@ -107,24 +108,25 @@ struct FlushDenormals {
 };
 
 template <class Operation>
-void run_rows_on_this_cpu(const Operation& operation, int64_t begin, int64_t end) {
+void run_on_this_cpu(const Operation& operation, int64_t begin, int64_t end) {
   [[maybe_unused]] const FlushDenormals flush_denormals;
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512bw"))
-    return run_rows_avx512(operation, begin, end);
+    return run_avx512(operation, begin, end);
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-    return run_rows_avx2(operation, begin, end);
+    return run_avx2(operation, begin, end);
 #endif
-  run_rows(operation, begin, end);
+  run_all(operation, begin, end);
 }
 
+// Runs `count` parts of so many elements each.
 template <class Operation>
-void for_all_rows(const Operation& operation) {
+void for_all(const Operation& operation, int64_t count, int64_t elements) {
   constexpr int64_t GRAIN_SIZE = 32768;  // elements a thread is worth: at::internal::GRAIN_SIZE
-  const int64_t rows_per_task = std::max<int64_t>(1, GRAIN_SIZE / (operation.columns + 1));
-  torch::stable::parallel_for(0, operation.rows, rows_per_task, [&](int64_t begin, int64_t end) {
-    run_rows_on_this_cpu(operation, begin, end);
+  const int64_t per_task = std::max<int64_t>(1, GRAIN_SIZE / (elements + 1));
+  torch::stable::parallel_for(0, count, per_task, [&](int64_t begin, int64_t end) {
+    run_on_this_cpu(operation, begin, end);
   });
 }
 
@@ -135,40 +137,66 @@ void row_statistics(Tensor y, std::optional<Tensor> bias, Tensor inv_temperature
       checked_logits(y, bias, inv_temperature, logit_scale, softcap, targets)};
   operation.parts = data_of<float>(parts, "parts", {6, operation.rows});
   operation.argmax = data_of<int64_t>(argmax, "argmax", {operation.rows});
-  for_all_rows(operation);
+  for_all(operation, operation.rows, operation.columns);
+}
+
+em::RowTerms checked_terms(const em::Logits& logits, const Tensor& m, const Tensor& log_s,
+                           const Tensor& coefficients) {
+  em::RowTerms terms{logits};
+  terms.m = data_of<const float>(m, "m", {terms.rows});
+  terms.log_s = data_of<const float>(log_s, "log_s", {terms.rows});
+  terms.coefficients = data_of<const float>(coefficients, "coefficients", {6, terms.rows});
+  return terms;
 }
 
 template <class Out>
-void run_row_gradient(const em::Logits& logits, const Tensor& m, const Tensor& log_s,
-                      const Tensor& coefficients, const Tensor& out) {
-  em::RowGradient<Out> operation{logits};
+void run_row_gradient(const em::RowTerms& terms, const Tensor& out) {
+  em::RowGradient<Out> operation{terms};
   operation.out = static_cast<Out*>(out.mutable_data_ptr());
   operation.out_stride = out.stride(0);
-  operation.m = data_of<const float>(m, "m", {operation.rows});
-  operation.log_s = data_of<const float>(log_s, "log_s", {operation.rows});
-  operation.coefficients = data_of<const float>(coefficients, "coefficients", {6, operation.rows});
-  for_all_rows(operation);
+  for_all(operation, operation.rows, operation.columns);
 }
 
 void row_gradient(Tensor y, std::optional<Tensor> bias, Tensor inv_temperature, double logit_scale,
                   std::optional<double> softcap, std::optional<Tensor> targets, Tensor m,
                   Tensor log_s, Tensor coefficients, Tensor out) {
-  const em::Logits logits =
-      checked_logits(y, bias, inv_temperature, logit_scale, softcap, targets);
+  const em::RowTerms terms =
+      checked_terms(checked_logits(y, bias, inv_temperature, logit_scale, softcap, targets), m,
+                    log_s, coefficients);
   const auto y_sizes = y.sizes(), sizes = out.sizes();
   STD_TORCH_CHECK(std::equal(sizes.begin(), sizes.end(), y_sizes.begin(), y_sizes.end()),
                   "out must have y's shape ", shape_text(y_sizes), ", not ", shape_text(sizes));
-  STD_TORCH_CHECK(logits.columns <= 1 || out.stride(1) == 1,
+  STD_TORCH_CHECK(terms.columns <= 1 || out.stride(1) == 1,
                   "out must have stride 1 along its columns, not ", out.stride(1));
-  STD_TORCH_CHECK(logits.rows <= 1 || out.stride(0) >= logits.columns,
+  STD_TORCH_CHECK(terms.rows <= 1 || out.stride(0) >= terms.columns,
                   "out's rows must not overlap: row stride ", out.stride(0), " with ",
-                  logits.columns, " columns");
+                  terms.columns, " columns");
   if (out.scalar_type() == ScalarType::Float)
-    return run_row_gradient<float>(logits, m, log_s, coefficients, out);
+    return run_row_gradient<float>(terms, out);
   STD_TORCH_CHECK(out.scalar_type() == ScalarType::BFloat16,
                   "out must be float32 or bfloat16, not ",
                   torch::headeronly::toString(out.scalar_type()));
-  run_row_gradient<em::Bfloat16>(logits, m, log_s, coefficients, out);
+  run_row_gradient<em::Bfloat16>(terms, out);
+}
+
+void column_mass(Tensor y, std::optional<Tensor> bias, Tensor inv_temperature, double logit_scale,
+                 std::optional<double> softcap, std::optional<Tensor> targets, Tensor m,
+                 Tensor log_s, Tensor coefficients, Tensor mass, Tensor row_sums) {
+  em::ColumnMass operation{
+      checked_terms(checked_logits(y, bias, inv_temperature, logit_scale, softcap, targets), m,
+                    log_s, coefficients)};
+  const int64_t rows = operation.rows;
+  const int64_t blocks = (operation.columns + em::BLOCK_V - 1) / em::BLOCK_V;
+  std::vector<float> partial(blocks * rows);
+  operation.mass = data_of<float>(mass, "mass", {operation.columns});
+  operation.row_sums = partial.data();
+  for_all(operation, blocks, rows * em::BLOCK_V);
+  float* sums = data_of<float>(row_sums, "row_sums", {rows});
+  for (int64_t row = 0; row < rows; ++row) {  // in one order, however many threads there were
+    double sum = 0.0;
+    for (int64_t block = 0; block < blocks; ++block) sum += partial[block * rows + row];
+    sums[row] = static_cast<float>(sum);
+  }
 }
 
 // Fresh memory in pages of 2 MiB: 4 KiB pages cost more time at their first use than a GEMM.
@@ -192,12 +220,17 @@ STABLE_TORCH_LIBRARY_FRAGMENT(em_kernels, library) {
       "row_gradient(Tensor y, Tensor? bias, Tensor inv_temperature, float logit_scale, "
       "float? softcap, Tensor? targets, Tensor m, Tensor log_s, Tensor coefficients, "
       "Tensor(a!) out) -> ()");
+  library.def(
+      "column_mass(Tensor y, Tensor? bias, Tensor inv_temperature, float logit_scale, "
+      "float? softcap, Tensor? targets, Tensor m, Tensor log_s, Tensor coefficients, "
+      "Tensor(a!) mass, Tensor(b!) row_sums) -> ()");
   library.def("advise_huge_pages(Tensor(a!) x) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(em_kernels, CPU, library) {
   library.impl("row_statistics", TORCH_BOX(&row_statistics));
   library.impl("row_gradient", TORCH_BOX(&row_gradient));
+  library.impl("column_mass", TORCH_BOX(&column_mass));
   library.impl("advise_huge_pages", TORCH_BOX(&advise_huge_pages));
 }
 

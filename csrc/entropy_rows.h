@@ -211,49 +211,80 @@ EM_INLINE void store(float value, Bfloat16& to) {
 
 EM_INLINE void store(float value, float& to) { to = value; }
 
-// A row of `out` may begin where its row of y does: no element is written before it was read.
-template <class Out>
-struct RowGradient : Logits {
-  Out* out;
-  int64_t out_stride;
+// Equation (8) of rows whose m and log s are known.
+struct RowTerms : Logits {
   const float *m, *log_s;     // (rows,)
   const float* coefficients;  // (6, rows): alpha, beta, gamma, delta, rho, at_target
 
-  template <bool has_bias, bool has_softcap>
-  EM_INLINE void run(int64_t row) const {
-    const float* y_row = y + row * row_stride;
-    Out* out_row = out + row * out_stride;
+  // dy of `count` columns from `start` on. Writes each element after all reads of it.
+  template <bool has_bias, bool has_softcap, class Out>
+  EM_INLINE void gradient_block(int64_t row, int64_t start, int count, Out* __restrict dy) const {
     const float max = m[row], log_sum = log_s[row];
     if (!std::isfinite(max) || !std::isfinite(log_sum)) {
-      for (int64_t j = 0; j < columns; ++j) store(NAN, out_row[j]);
+      for (int j = 0; j < count; ++j) store(NAN, dy[j]);
       return;
     }
     const float alpha = coefficients[row], beta = coefficients[rows + row];
     const float gamma = coefficients[2 * rows + row], delta = coefficients[3 * rows + row];
     const float rho = coefficients[4 * rows + row], at_target = coefficients[5 * rows + row];
     const float scale = inv_temperature[row] * logit_scale;
-    const int64_t k = targets ? targets[row] : -1;
     alignas(64) float z[BLOCK_V], slope[has_softcap ? BLOCK_V : 1];
+    transform<has_bias, has_softcap, true>(*this, y + row * row_stride + start, start, count,
+                                           inv_temperature[row], z, slope);
+#pragma omp simd
+    for (int j = 0; j < count; ++j) {
+      const float log_p = (z[j] - max) - log_sum;
+      const float dz = p_terms(log_p, alpha - gamma, beta, rho) + delta;
+      const float dc = has_softcap ? dz * scale * slope[j] : dz * scale;
+      store(z[j] == -INFINITY ? 0.0f : dc, dy[j]);
+    }
+    const int64_t k = targets ? targets[row] : -1;
+    if (k < start || k >= start + count || z[k - start] == -INFINITY) return;
+    const int j = static_cast<int>(k - start);
+    const float log_p = (z[j] - max) - log_sum;
+    const float dz = p_terms(log_p, alpha, beta, rho) + at_target + delta;
+    store(dz * scale * (has_softcap ? slope[j] : 1.0f), dy[j]);
+  }
+};
+
+// A row of `out` may begin where its row of y does: no element is written before it was read.
+template <class Out>
+struct RowGradient : RowTerms {
+  Out* out;
+  int64_t out_stride;
+
+  template <bool has_bias, bool has_softcap>
+  EM_INLINE void run(int64_t row) const {
     for (int64_t start = 0; start < columns; start += BLOCK_V) {
       const int count = static_cast<int>(std::min<int64_t>(BLOCK_V, columns - start));
-      const float* y_block = y_row + start;
-      Out* __restrict dy = out_row + start;
-      transform<has_bias, has_softcap, true>(*this, y_block, start, count, inv_temperature[row], z,
-                                             slope);
-      prefetch(y_block + count, columns - start - count);
-#pragma omp simd
-      for (int j = 0; j < count; ++j) {
-        const float log_p = (z[j] - max) - log_sum;
-        const float dz = p_terms(log_p, alpha - gamma, beta, rho) + delta;
-        const float dc = has_softcap ? dz * scale * slope[j] : dz * scale;
-        store(z[j] == -INFINITY ? 0.0f : dc, dy[j]);
-      }
-      if (k < start || k >= start + count || z[k - start] == -INFINITY) continue;
-      const int j = static_cast<int>(k - start);
-      const float log_p = (z[j] - max) - log_sum;
-      const float dz = p_terms(log_p, alpha, beta, rho) + at_target + delta;
-      store(dz * scale * (has_softcap ? slope[j] : 1.0f), dy[j]);
+      prefetch(y + row * row_stride + start + count, columns - start - count);
+      gradient_block<has_bias, has_softcap>(row, start, count, out + row * out_stride + start);
     }
+  }
+};
+
+// Sums of |dy| over the rows, and of dy over one block of columns; dy itself is never stored.
+struct ColumnMass : RowTerms {
+  float* mass;      // (columns,)
+  float* row_sums;  // (blocks of columns, rows)
+
+  template <bool has_bias, bool has_softcap>
+  EM_INLINE void run(int64_t block) const {
+    const int64_t start = block * BLOCK_V;
+    const int count = static_cast<int>(std::min<int64_t>(BLOCK_V, columns - start));
+    alignas(64) float dy[BLOCK_V], total[BLOCK_V] = {};
+    for (int64_t row = 0; row < rows; ++row) {
+      if (row + 1 < rows) prefetch(y + (row + 1) * row_stride + start, count);
+      gradient_block<has_bias, has_softcap>(row, start, count, dy);
+      float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+      for (int j = 0; j < count; ++j) {
+        total[j] += std::fabs(dy[j]);
+        sum += dy[j];
+      }
+      row_sums[block * rows + row] = sum;
+    }
+    for (int j = 0; j < count; ++j) mass[start + j] = total[j];
   }
 };
 

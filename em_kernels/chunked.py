@@ -82,16 +82,9 @@ def gradients_in_forward(
         if not any(needs):
             continue
         upstream, scale = in_range_of(operand, upstream)
-        dy = rows.row_gradient(
-            chunk.y,
-            chunk.row,
-            chunk.m,
-            chunk.log_s,
-            chunk.stats,
-            upstream,
-            problem.vocab_size,
-            rows.gradient_buffer(chunk.y, operand),
-        )
+        factors = reference.coefficients(chunk.stats, upstream, problem.vocab_size)
+        out = rows.gradient_buffer(chunk.y, operand)
+        dy = rows.row_gradient(chunk.y, chunk.row, chunk.m, chunk.log_s, factors, out)
         if needs.hidden:
             if isinstance(chunk.tokens, slice):
                 gemm(dh[chunk.tokens], dy, weight, alpha=scale)
@@ -102,7 +95,7 @@ def gradients_in_forward(
             gemm(dw, dy.t(), chunk.hidden, accumulate=not first, alpha=scale)
         if needs.bias:
             db += dy.sum(0, dtype=wide) * scale
-        del dy  # on a GPU its memory is the next chunk's
+        del out, dy  # on a GPU their memory is the next chunk's
         first = False
     if first:
         dw.zero_()

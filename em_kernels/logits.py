@@ -37,9 +37,8 @@ def entropy_backward(
     gradient = logits.new_empty(logits.shape)
     for block, y, row in _blocks(logits, temperature):
         stats, up = TokenStats(entropy[block]), TokenStats(upstream[block].to(entropy.dtype))
-        rows.row_gradient(
-            y, row, m[block], log_s[block], stats, up, logits.shape[1], gradient[block]
-        )
+        factors = reference.coefficients(stats, up, logits.shape[1])
+        rows.row_gradient(y, row, m[block], log_s[block], factors, gradient[block])
     return gradient
 
 

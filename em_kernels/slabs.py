@@ -111,13 +111,14 @@ def token_stats_backward(
         up = up._replace(logprob=up.logprob.masked_fill(ignored, 0))
     operand = operand_dtype(weight)
     up, scale = in_range_of(operand, up)
+    factors = reference.coefficients(stats, up, problem.vocab_size)
     dh = h.new_zeros(h.shape if needs.hidden else (0,), dtype=wide)
     dw = large_empty(weight.shape if needs.weight and sink is None else (0,), weight.dtype, weight)
     dw_slab = dh.new_empty(0)
     db = weight.new_empty(len(weight) if needs.bias else 0)
     for words, w, y, row in _slabs(problem, h, tokens):
         out = rows.gradient_buffer(y, operand)
-        dy = rows.row_gradient(y, row, m[tokens], log_s[tokens], stats, up, problem.vocab_size, out)
+        dy = rows.row_gradient(y, row, m[tokens], log_s[tokens], factors, out)
         if needs.hidden:
             gemm(dh, dy, w, accumulate=True, alpha=scale)
         if needs.weight:

@@ -97,6 +97,26 @@ def test_statistics_and_gradient(kernels, v, with_bias, logit_scale, softcap):
     assert torch.equal(narrow, dy.to(sixteen))
 
 
+@pytest.mark.parametrize("kernels", ROWS)
+@pytest.mark.parametrize("v", [3, 13, 1537, 2049])
+@pytest.mark.parametrize("logit_scale, softcap", TRANSFORMS)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_column_mass(kernels, v, with_bias, logit_scale, softcap):
+    y, row, factors = problem(v, bias=with_bias, logit_scale=logit_scale, softcap=softcap)
+    y[:, v // 3] = -torch.inf
+    parts, truth = kernels.row_statistics(y, row), truth_of(y, row)
+    before = y.clone()
+    mass, row_sums = kernels.column_mass(y, row, parts.m, parts.s1.log1p(), factors)
+    assert torch.equal(y, before)  # what is kept is computed from them
+    dy = reference.row_gradient(
+        y.double(), in_fp64(row), truth.m, truth.s1.log1p(), in_fp64(factors)
+    )
+    assert_close(mass.double(), dy.abs().sum(0), rtol=5e-5, atol=1e-7)
+    assert mass[v // 3] == 0
+    error = (row_sums.double() - dy.sum(1)).abs()  # of a sum that nearly cancels
+    assert (error <= 2e-5 * dy.abs().sum(1) + 1e-7).all()
+
+
 @pytest.mark.parametrize("kernels", ALL_ROWS)
 def test_rows_of_a_wider_buffer(kernels):
     y, row, factors = problem(77)
@@ -120,7 +140,9 @@ def test_threads_change_no_bit(kernels):
         for count in (1, 3):
             torch.set_num_threads(count)
             parts = kernels.row_statistics(y, plain(64))
-            found.append((*parts, gradient_of(kernels, y.clone(), plain(64), parts, factors)))
+            sums = kernels.column_mass(y, plain(64), parts.m, parts.s1.log1p(), factors)
+            dy = gradient_of(kernels, y.clone(), plain(64), parts, factors)
+            found.append((*parts, *sums, dy))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

@@ -3,6 +3,7 @@ interface:
 
 row_statistics(y, row, everything) -> RowParts; q1, total and argmax may be None unless everything.
 row_gradient(y, row, m, log_s, factors, out) writes dy into out.
+column_mass(y, row, m, log_s, factors) -> sums of |dy| by column (V,), of dy by row (rows,).
 
 y (rows, V) raw logits in fp32 or fp64 (Triton: in 16 bits too), its columns contiguous; m, log_s
 and the factors (rows,) in the accumulation dtype; out (rows, V) separate, or a gradient_buffer.
@@ -14,8 +15,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .. import reference
-from ..reference import RowParts, RowTransform, TokenStats
+from ..reference import Coefficients, RowParts, RowTransform
 from . import cpu, portable
 
 
@@ -34,19 +34,20 @@ def row_statistics(y: Tensor, row: RowTransform, everything: bool) -> RowParts:
 
 
 def row_gradient(
-    y: Tensor,
-    row: RowTransform,
-    m: Tensor,
-    log_s: Tensor,
-    stats: TokenStats,
-    upstream: TokenStats,
-    vocab_size: int,
-    out: Tensor,
+    y: Tensor, row: RowTransform, m: Tensor, log_s: Tensor, factors: Coefficients, out: Tensor
 ) -> Tensor:
     """Equation (8) in out's dtype, (rows, V)."""
-    factors = reference.coefficients(stats, upstream, vocab_size)
     kernels_for(y).row_gradient(y, row, m, log_s, factors, out)
     return out
+
+
+def column_mass(
+    y: Tensor, row: RowTransform, m: Tensor, log_s: Tensor, factors: Coefficients
+) -> tuple[Tensor, Tensor]:
+    """Of equation (8)'s dy, which is not stored: sums of |dy| over the rows (V,), and of dy over
+    the columns (rows,).
+    """
+    return kernels_for(y).column_mass(y, row, m, log_s, factors)
 
 
 def gradient_buffer(y: Tensor, dtype: torch.dtype) -> Tensor:

@@ -46,6 +46,17 @@ def row_gradient(
     torch.ops.em_kernels.row_gradient(y, *_arguments(row), m, log_s, torch.stack(factors), out)
 
 
+def column_mass(
+    y: Tensor, row: RowTransform, m: Tensor, log_s: Tensor, factors: Coefficients
+) -> tuple[Tensor, Tensor]:
+    """Sums of (8): of |dy| by column, of dy by row; the same bits for any number of threads."""
+    mass, row_sums = y.new_empty(y.shape[1]), torch.empty_like(m)
+    torch.ops.em_kernels.column_mass(
+        y, *_arguments(row), m, log_s, torch.stack(factors), mass, row_sums
+    )
+    return mass, row_sums
+
+
 def _arguments(row: RowTransform) -> RowTransform:
     return row._replace(
         bias=_contiguous(row.bias, torch.float32), targets=_contiguous(row.targets, torch.int64)

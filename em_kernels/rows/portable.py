@@ -35,13 +35,26 @@ def row_gradient(
 ) -> None:
     """Equation (8)."""
     for rows in _blocks(y):
-        out[rows] = reference.row_gradient(
-            y[rows],
-            _part(row, rows),
-            m[rows],
-            log_s[rows],
-            Coefficients(*(factor[rows] for factor in factors)),
-        )
+        out[rows] = _gradient(y, row, m, log_s, factors, rows)
+
+
+def column_mass(
+    y: Tensor, row: RowTransform, m: Tensor, log_s: Tensor, factors: Coefficients
+) -> tuple[Tensor, Tensor]:
+    """Sums of (8): of |dy| by column, of dy by row."""
+    mass, row_sums = y.new_zeros(y.shape[1]), torch.empty_like(m)
+    for rows in _blocks(y):
+        dy = _gradient(y, row, m, log_s, factors, rows)
+        row_sums[rows] = dy.sum(1)
+        mass += dy.abs_().sum(0)
+    return mass, row_sums
+
+
+def _gradient(
+    y: Tensor, row: RowTransform, m: Tensor, log_s: Tensor, factors: Coefficients, rows: slice
+) -> Tensor:
+    part = Coefficients(*(factor[rows] for factor in factors))
+    return reference.row_gradient(y[rows], _part(row, rows), m[rows], log_s[rows], part)
 
 
 def _part(row: RowTransform, rows: slice) -> RowTransform:
