@@ -1,18 +1,22 @@
 """Entropy, log-probability and their gradients over huge vocabularies, without the logits."""
 
 from .functional import (
+    GradientReport,
     entropy_from_logits,
     fused_entropy_loss,
     fused_token_loss,
     fused_token_stats,
+    gradient_report,
 )
 from .reference import TokenStats
 
 __version__ = "0.1.0"
 __all__ = [
+    "GradientReport",
     "TokenStats",
     "entropy_from_logits",
     "fused_entropy_loss",
     "fused_token_loss",
     "fused_token_stats",
+    "gradient_report",
 ]

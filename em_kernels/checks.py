@@ -128,6 +128,13 @@ def check_number(name: str, x: float) -> float:
     return float(x)
 
 
+def check_tolerance(grad_tolerance: float) -> float:
+    tolerance = check_number("grad_tolerance", grad_tolerance)
+    if not 0 <= tolerance < 1:
+        raise ValueError(f"grad_tolerance: {grad_tolerance} is not in [0, 1)")
+    return tolerance
+
+
 def check_transform(
     temperature: float | Tensor, logit_scale: float, softcap: float | None, rows: Tensor
 ) -> tuple[Tensor | None, list[float]]:

@@ -1,22 +1,24 @@
 """Token-major loops: GEMM -> row statistics -> row gradient -> GEMMs, some tokens at a time.
 
 Losses that are known token by token get their gradients in the same pass. Work is counted in units
-of N*D*V; one GEMM over the whole vocabulary costs 2. Gradients come back in the accumulation dtype,
-unmultiplied by the caller's upstream.
+of N*D*V; one GEMM over the whole vocabulary costs 2.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator
+from itertools import cycle
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import reference, rows
-from .gemm import gemm, operand_dtype
+from .gemm import gemm
+from .gradients import Gradients, Pending, Sums
 from .problem import Needs, Problem, chunk_length, in_range_of, large_empty, row_stride
 from .reference import RowTransform, TokenStats
+from .rows import RowTerms
 
-LossAndGradients = tuple[Tensor, Tensor, Tensor, Tensor]
 PerToken = Callable[[TokenStats, slice | Tensor], tuple[Tensor, TokenStats]]
 
 
@@ -25,24 +27,28 @@ class Chunk(NamedTuple):
 
     tokens: slice | Tensor  # where they stand among the N
     hidden: Tensor  # (n, D)
-    y: Tensor  # (n, V) raw logits, free to overwrite
+    y: Tensor  # (n, V) raw logits, free to overwrite until the buffer's next turn
     row: RowTransform
     m: Tensor  # (n,)
     log_s: Tensor  # (n,)
     stats: TokenStats
 
 
-def _chunks(problem: Problem, active: Tensor | None, everything: bool) -> Iterator[Chunk]:
-    """In one reused buffer."""
+def _chunks(
+    problem: Problem, active: Tensor | None, everything: bool, buffers: int
+) -> Iterator[Chunk]:
+    """In so many buffers, in turn."""
     hidden, weight, shard = problem.hidden, problem.weight, problem.shard
     count = len(hidden) if active is None else len(active)
     stride = row_stride(max(problem.sizes), hidden.device)
-    length = chunk_length(count, stride * problem.logit_bytes, problem.chunk_bytes, hidden.device)
+    logit_bytes = problem.logit_bytes + (buffers - 1) * problem.dtype.itemsize
+    length = chunk_length(count, stride * logit_bytes, problem.chunk_bytes, hidden.device)
     if shard is not None:
         length = shard.smallest(length)  # free memory differs, and every chunk is a collective call
     stride = row_stride(len(weight), hidden.device)
-    buffer = large_empty((min(length, count), stride), problem.dtype, hidden)[:, : len(weight)]
-    for start in range(0, count, length):
+    shape = (min(length, count), stride)
+    turns = [large_empty(shape, problem.dtype, hidden)[:, : len(weight)] for _ in range(buffers)]
+    for buffer, start in zip(cycle(turns), range(0, count, length), strict=False):
         tokens = slice(start, start + length) if active is None else active[start : start + length]
         h = hidden[tokens]
         y = gemm(buffer[: len(h)], h, weight.t())
@@ -61,50 +67,36 @@ def gradients_in_forward(
     needs: Needs,
     active: Tensor | None = None,
     everything: bool = False,
-) -> LossAndGradients:
-    """Sum of per-token losses (), dhidden (N, D), dweight (V, D), dbias (V,), in one pass over the
-    tokens.
+) -> tuple[Tensor, Gradients]:
+    """Sum of per-token losses (), and its gradients, in one pass over the tokens.
 
     per_token(statistics of some tokens, which) -> their losses (n,), and the losses' derivatives as
     TokenStats; everything: q, sums of z and argmax are computed too.
-    Work: 2 without gradients, +2 for hidden, +2 for weight. Memory: one chunk and what is returned.
+    Work: 2 without gradients, +2 for hidden, +2 for weight; with a tolerance, +2 times the share of
+    the columns that are multiplied. Memory: one chunk and what is returned.
     """
-    hidden, weight, wide = problem.hidden, problem.weight, problem.dtype
-    loss = hidden.new_zeros((), dtype=wide)
-    dh = hidden.new_zeros(hidden.shape if needs.hidden else (0,), dtype=wide)
-    dw = large_empty(weight.shape if needs.weight else (0,), wide, hidden)
-    first = True  # of the chunks: stored, not added
-    db = hidden.new_zeros(len(weight) if needs.bias else 0, dtype=wide)
-    operand = operand_dtype(weight)
-    for chunk in _chunks(problem, active, everything):
+    loss = problem.hidden.new_zeros((), dtype=problem.dtype)
+    sums = Sums(problem, needs)
+    # on a GPU the next chunk is begun before the number of this one's columns is waited for
+    buffers = 2 if problem.grad_tolerance and problem.hidden.is_cuda and any(needs) else 1
+    waiting: deque[Pending] = deque()
+    for chunk in _chunks(problem, active, everything, buffers):
         losses, upstream = per_token(chunk.stats, chunk.tokens)
-        loss += losses.sum(dtype=wide)
+        loss += losses.sum(dtype=problem.dtype)
         if not any(needs):
             continue
-        upstream, scale = in_range_of(operand, upstream)
+        upstream, scale = in_range_of(problem.operand, upstream)
         factors = reference.coefficients(chunk.stats, upstream, problem.vocab_size)
-        out = rows.gradient_buffer(chunk.y, operand)
-        dy = rows.row_gradient(chunk.y, chunk.row, chunk.m, chunk.log_s, factors, out)
-        if needs.hidden:
-            if isinstance(chunk.tokens, slice):
-                gemm(dh[chunk.tokens], dy, weight, alpha=scale)
-            else:
-                part = dh.new_empty(chunk.hidden.shape)
-                dh[chunk.tokens] = gemm(part, dy, weight, alpha=scale)
-        if needs.weight:
-            gemm(dw, dy.t(), chunk.hidden, accumulate=not first, alpha=scale)
-        if needs.bias:
-            db += dy.sum(0, dtype=wide) * scale
-        del out, dy  # on a GPU their memory is the next chunk's
-        first = False
-    if first:
-        dw.zero_()
-    if needs.hidden and problem.shard is not None:
-        problem.shard.sum(dh)
-    return loss, dh, dw, db
+        terms = RowTerms(chunk.y, chunk.row, chunk.m, chunk.log_s, factors)
+        waiting.append(sums.begin(chunk.tokens, chunk.hidden, terms, scale))
+        if len(waiting) == buffers:
+            sums.finish(waiting.popleft())
+    for pending in waiting:
+        sums.finish(pending)
+    return loss, sums.result()
 
 
-def entropy_loss(problem: Problem, mean: bool, needs: Needs) -> LossAndGradients:
+def entropy_loss(problem: Problem, mean: bool, needs: Needs) -> tuple[Tensor, Gradients]:
     """gradients_in_forward of entropy (3), weighted by the mask; summed, or over the mask's sum."""
     active = problem.active(negative_mask_allowed=not mean)
     weights = problem.token_weights(mean)
@@ -118,7 +110,7 @@ def entropy_loss(problem: Problem, mean: bool, needs: Needs) -> LossAndGradients
 
 def token_loss(
     problem: Problem, loss_fn: Callable[[TokenStats, Tensor], Tensor], needs: Needs
-) -> LossAndGradients:
+) -> tuple[Tensor, Gradients]:
     """gradients_in_forward of loss_fn's losses, weighted by the mask: autograd gives their
     derivatives inside the chunk.
     """
@@ -202,5 +194,6 @@ def token_stats_and_unit_gradient(
             one[problem.targets[tokens] == reference.IGNORE_INDEX] = 0
         return value, TokenStats(**{name: one})
 
-    _, dh, _, _ = gradients_in_forward(problem, per_token, Needs(hidden=True), active, everything)
-    return statistics, argmax, dh
+    needs = Needs(hidden=True)
+    _, gradients = gradients_in_forward(problem, per_token, needs, active, everything)
+    return statistics, argmax, gradients.hidden

@@ -1,6 +1,7 @@
 """The public functions: check the arguments, cast under autocast, flatten, call the op, reshape."""
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +14,8 @@ from .checks import (
     check_group,
     check_head,
     check_mask,
-    check_number,
     check_targets,
+    check_tolerance,
     check_transform,
 )
 from .reference import TokenStats
@@ -55,8 +56,10 @@ def fused_entropy_loss(
         reduction: "mean" (divided by the mask's sum; 0 where that is 0), "sum", or "none". Negative
             weights are for "sum" and "none" only.
         logit_scale, softcap: of models that have them (Cohere, Granite; Gemma 2).
-        grad_tolerance: in [0, 1): the share of the gradient's L1 mass that a backward may leave
-            out; 0 is exact. An upper bound: today's kernels leave nothing out.
+        grad_tolerance: in [0, 1): the share of the L1 mass of a chunk's d loss / d logits that the
+            backward may leave out, and with it most of the GEMM work where distributions are
+            peaked: words whose gradient is next to nothing. 0 is exact; 2**-9 is bf16's own
+            rounding. For "mean" and "sum"; see :func:`gradient_report`.
         chunk_bytes: memory for the logits held at a time; default 1 GiB or an eighth of the free
             memory, rounded down to a power of two. It sets the order of sums: give it where the
             same bits are wanted again on a fuller machine.
@@ -68,19 +71,20 @@ def fused_entropy_loss(
         The loss in nats, fp32 (fp64 for fp64): (), or (...) for "none".
 
     Gradient: for hidden, weight and bias, equation (8) of ``em_kernels.reference``; computed during
-        the forward for "mean" and "sum" (GEMM work 3 times the forward's, 2 with a frozen weight),
-        recomputed for "none" (4 times; 2 with a frozen weight). No second derivatives.
+        the forward for "mean" and "sum" (GEMM work 3 times the forward's, 2 with a frozen weight;
+        with a tolerance 1 + 2 A, or 1 + A, where a share A of the words is kept), recomputed for
+        "none" (4 times; 2 with a frozen weight). No second derivatives.
     Precision: logits, statistics and accumulated gradients are fp32 whatever the inputs' dtype;
         gradients are rounded once, to the inputs' dtype (under autocast its own, as nn.Linear's).
-    Memory: one chunk, and fp32 gradients of what requires grad; no gradient is kept for what does
-        not.
+    Memory: one chunk, and fp32 gradients of what requires grad, with a tolerance only of the words
+        that are kept; no gradient is kept for what does not.
     Raises: ValueError, TypeError naming the argument; RuntimeError on double backward.
-    Source: One-shot Entropy Minimization, arXiv 2505.20282.
+    Source: One-shot Entropy Minimization, arXiv 2505.20282; the tolerance's certificate is proven
+        in ``em_kernels/sparse.py``.
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: {reduction!r} is unknown; use one of {', '.join(REDUCTIONS)}")
-    if not 0 <= check_number("grad_tolerance", grad_tolerance) < 1:
-        raise ValueError(f"grad_tolerance: {grad_tolerance} is not in [0, 1)")
+    grad_tolerance = check_tolerance(grad_tolerance)
     if reduction == "none":
         entropy = fused_token_stats(
             hidden,
@@ -107,7 +111,7 @@ def fused_entropy_loss(
     )
     needs = _needs(hidden, weight, bias)
     mean = reduction == "mean"
-    loss, *_ = ops.entropy_loss(hidden, weight, bias, *settings, mean, needs, grad_tolerance)
+    loss, *_ = ops.entropy_loss(hidden, weight, bias, *settings, grad_tolerance, mean, needs)
     return loss
 
 
@@ -205,6 +209,7 @@ def fused_token_loss(
     temperature: float | Tensor = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    grad_tolerance: float = 0.0,
     chunk_bytes: int | None = None,
     process_group: ProcessGroup | None = None,
 ) -> Tensor:
@@ -227,8 +232,8 @@ def fused_token_loss(
         fused_token_loss(hidden, weight, tokens, loss_fn, mask=is_answer).backward()
 
     Args:
-        hidden, weight, bias, temperature, logit_scale, softcap, chunk_bytes, process_group: as in
-            :func:`fused_entropy_loss`.
+        hidden, weight, bias, temperature, logit_scale, softcap, grad_tolerance, chunk_bytes,
+            process_group: as in :func:`fused_entropy_loss`.
         targets: (...) int64 as in :func:`fused_token_stats`, or None: no logprob.
         loss_fn: (TokenStats of n tokens, each field (n,); index (n,) int64: which tokens, counted
             over the flattened hidden) -> losses (n,), real. Called once a chunk, with whichever
@@ -249,6 +254,7 @@ def fused_token_loss(
     """
     if not callable(loss_fn):
         raise TypeError(f"loss_fn: expected a function, got {type(loss_fn).__name__}")
+    grad_tolerance = check_tolerance(grad_tolerance)
     hidden, weight, bias, *settings = _op_arguments(
         hidden,
         weight,
@@ -260,7 +266,36 @@ def fused_token_loss(
         process_group,
     )
     needs = _needs(hidden, weight, bias)
-    return ops.TokenLoss.apply(hidden, weight, bias, loss_fn, needs, *settings)
+    return ops.TokenLoss.apply(hidden, weight, bias, loss_fn, needs, *settings, grad_tolerance)
+
+
+class GradientReport(NamedTuple):
+    """What a tolerance saved and cost, (), on the loss's device: reading one waits for that. With a
+    process_group of this rank's words.
+    """
+
+    active_share: Tensor
+    """Share of the words that the backward multiplied, A: its GEMM work over the exact one's."""
+    dropped_share: Tensor
+    """Share of the L1 mass of d loss / d logits left out, of chunks that left any out."""
+
+
+def gradient_report(loss: Tensor) -> GradientReport:
+    """What the gradients of a loss leave out.
+
+    Args:
+        loss: as :func:`fused_entropy_loss` ("mean" or "sum") or :func:`fused_token_loss` returned
+            it, with grad.
+
+    Raises: ValueError for any other tensor, such as one that torch.compile returned.
+    """
+    report = getattr(loss.grad_fn, "report", None)
+    if report is None:
+        raise ValueError(
+            "loss: carries no report; give what fused_entropy_loss or fused_token_loss returned, "
+            "before any other operation, with grad, and not compiled"
+        )
+    return GradientReport(*report.unbind(0))
 
 
 def entropy_from_logits(logits: Tensor, *, temperature: float | Tensor = 1.0) -> Tensor:

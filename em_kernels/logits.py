@@ -10,6 +10,7 @@ from .checks import check_values
 from .gemm import accumulation_dtype
 from .problem import inv_temperature
 from .reference import RowTransform, TokenStats
+from .rows import RowTerms
 
 BLOCK_BYTES = 16 << 20  # of rows in the accumulation dtype
 
@@ -38,7 +39,7 @@ def entropy_backward(
     for block, y, row in _blocks(logits, temperature):
         stats, up = TokenStats(entropy[block]), TokenStats(upstream[block].to(entropy.dtype))
         factors = reference.coefficients(stats, up, logits.shape[1])
-        rows.row_gradient(y, row, m[block], log_s[block], factors, gradient[block])
+        rows.row_gradient(RowTerms(y, row, m[block], log_s[block], factors), gradient[block])
     return gradient
 
 

@@ -30,6 +30,7 @@ def _problem(
     transform: Sequence[float],
     chunk_bytes: int | None,
     group: str | None,
+    grad_tolerance: float = 0.0,
 ) -> Problem:
     logit_scale, softcap, temperature = transform
     shard = None
@@ -46,6 +47,7 @@ def _problem(
         targets,
         mask,
         chunk_bytes,
+        grad_tolerance,
         shard,
     )
 
@@ -68,15 +70,26 @@ def entropy_loss(
     transform: Sequence[float],
     chunk_bytes: int | None,
     group: str | None,
+    grad_tolerance: float,
     mean: bool,
     needs: Sequence[bool],
-    grad_tolerance: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss (), and its gradients dhidden, dweight, dbias in the accumulation dtype."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss (), and gradients.Gradients: dhidden, dweight, dbias, words, report."""
     problem = _problem(
-        int(needs[0]), hidden, weight, bias, None, mask, temperatures, transform, chunk_bytes, group
+        int(needs[0]),
+        hidden,
+        weight,
+        bias,
+        None,
+        mask,
+        temperatures,
+        transform,
+        chunk_bytes,
+        group,
+        grad_tolerance,
     )
-    return chunked.entropy_loss(problem, mean, Needs(*needs))
+    loss, gradients = chunked.entropy_loss(problem, mean, Needs(*needs))
+    return loss, *gradients
 
 
 @entropy_loss.register_fake
@@ -89,54 +102,97 @@ def _(
     transform,
     chunk_bytes,
     group,
+    grad_tolerance,
     mean,
     needs,
-    grad_tolerance,
 ):
     wide = accumulation_dtype(hidden.dtype)
-    shapes = ((), hidden.shape, weight.shape, weight.shape[:1])
-    wanted = (True, *needs)
-    return tuple(
-        hidden.new_empty(shape if want else (0,), dtype=wide)
-        for shape, want in zip(shapes, wanted, strict=True)
+    rows, words = weight.shape[0], 0
+    if grad_tolerance > 0 and needs[1]:
+        context = torch.library.get_ctx()
+        rows, words = context.new_dynamic_size(), context.new_dynamic_size()
+    shapes = (hidden.shape, (rows, weight.shape[1]), weight.shape[:1])
+    return (
+        hidden.new_empty((), dtype=wide),
+        *(
+            hidden.new_empty(shape if need else (0,), dtype=wide)
+            for shape, need in zip(shapes, needs, strict=True)
+        ),
+        hidden.new_empty(words, dtype=torch.int64),
+        hidden.new_empty(2, dtype=wide),
     )
 
 
 def _entropy_loss_setup(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(*output[1:])
-    _save_gradients(ctx, inputs[:3], inputs[9], output[1:])
+    tolerance, _, needs = inputs[8:]
+    _save_gradients(ctx, inputs[:3], needs, tolerance, output[1:])
 
 
-def _save_gradients(ctx, tensors, needs, gradients) -> None:
+def _save_gradients(ctx, tensors, needs, grad_tolerance, gradients) -> None:
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*gradients)
-    ctx.needs = needs
+    *saved, ctx.report = gradients
+    ctx.save_for_backward(*saved)
+    ctx.needs, ctx.is_sparse, ctx.vocab_size = needs, grad_tolerance > 0, len(tensors[1])
     ctx.dtypes = [None if x is None else x.dtype for x in tensors]
 
 
 def _saved_gradients(ctx, upstream):
     """Those of hidden, weight and bias, times upstream, each in its tensor's dtype."""
     _refuse_double_backward()
-    return [
-        _scaled(saved, upstream, dtype) if need and upstream is not None else None
-        for saved, need, dtype in zip(ctx.saved_tensors, ctx.needs, ctx.dtypes, strict=True)
-    ]
+    if upstream is None:
+        return [None] * 3
+    *saved, words = ctx.saved_tensors
+    found = []
+    for x, need, dtype in zip(saved, ctx.needs, ctx.dtypes, strict=True):
+        if not need:
+            found.append(None)
+        elif x is saved[1] and ctx.is_sparse and (_is_traced(x) or len(x) < ctx.vocab_size):
+            found.append(scaled_rows(x, words, upstream, ctx.vocab_size, dtype))
+        else:
+            found.append(_scaled(x, upstream, dtype))
+    return found
+
+
+def _is_traced(x) -> bool:
+    return type(x) is not Tensor
 
 
 def _scaled(saved, upstream, dtype):
     """saved * upstream, rounded once, without an fp32 product of its size."""
-    if type(saved) is not Tensor:  # traced
+    if _is_traced(saved):
         return torch.mul(saved, upstream, out=torch.empty_like(saved, dtype=dtype))
     keep = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
     is_last = saved.dtype == dtype and not keep()  # nobody can come back to `saved`
     if is_last and saved.is_cpu and upstream.item() == 1:
         return saved
-    scaled = saved if is_last else large_empty(saved.shape, dtype, saved)
+    return _product(saved, upstream, saved if is_last else large_empty(saved.shape, dtype, saved))
+
+
+def _product(x: Tensor, upstream: Tensor, out: Tensor) -> Tensor:
     # a CPU would make the product in fp32 first, all of what it is given
-    length = max(1, saved.numel()) if saved.is_cuda or saved.dtype == dtype else 1 << 20
-    for source, to in zip(saved.view(-1).split(length), scaled.view(-1).split(length), strict=True):
-        torch.mul(source, upstream, out=to)
-    return scaled
+    length = max(1, x.numel()) if x.is_cuda or x.dtype == out.dtype else 1 << 20
+    for part, to in zip(x.view(-1).split(length), out.view(-1).split(length), strict=True):
+        torch.mul(part, upstream, out=to)
+    return out
+
+
+@torch.library.custom_op("em_kernels::scaled_rows", mutates_args=())
+def scaled_rows(
+    values: Tensor, words: Tensor, upstream: Tensor, vocab_size: int, dtype: torch.dtype
+) -> Tensor:
+    """(V, D) in dtype: values (K, D) times upstream at the rows `words`, all where K = V; else 0."""
+    whole = large_empty((vocab_size, values.shape[1]), dtype, values)
+    if len(values) == vocab_size:
+        return _product(values, upstream, whole)
+    return whole.zero_().index_copy_(
+        0, words, _product(values, upstream, torch.empty_like(values, dtype=dtype))
+    )
+
+
+@scaled_rows.register_fake
+def _(values, words, upstream, vocab_size, dtype):
+    return values.new_empty((vocab_size, values.shape[1]), dtype=dtype)
 
 
 def _entropy_loss_backward(ctx, upstream, *_):
@@ -160,13 +216,13 @@ class TokenLoss(torch.autograd.Function):
         *settings,
     ) -> Tensor:
         problem = _problem(int(needs[0]), hidden, weight, bias, *settings)
-        loss, *gradients = chunked.token_loss(problem, loss_fn, Needs(*needs))
-        _save_gradients(ctx, (hidden, weight, bias), needs, gradients)
+        loss, gradients = chunked.token_loss(problem, loss_fn, Needs(*needs))
+        _save_gradients(ctx, (hidden, weight, bias), needs, problem.grad_tolerance, gradients)
         return loss
 
     @staticmethod
     def backward(ctx, upstream):
-        return *_saved_gradients(ctx, upstream), *(None,) * 8
+        return *_saved_gradients(ctx, upstream), *(None,) * 9
 
 
 @torch.library.custom_op("em_kernels::token_stats", mutates_args=())

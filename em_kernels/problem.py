@@ -37,12 +37,18 @@ class Problem(NamedTuple):
     targets: Tensor | None = None  # (N,) int64, counted over the whole vocabulary
     mask: Tensor | None = None  # (N,)
     chunk_bytes: int | None = None
+    grad_tolerance: float = 0.0
     shard: VocabularyShard | None = None
 
     @property
     def dtype(self) -> torch.dtype:
         """Of logits, statistics and sums."""
         return accumulation_dtype(self.hidden.dtype)
+
+    @property
+    def operand(self) -> torch.dtype:
+        """Of dy in the GEMMs."""
+        return operand_dtype(self.weight)
 
     @property
     def sizes(self) -> list[int]:
@@ -92,9 +98,8 @@ class Problem(NamedTuple):
     @property
     def logit_bytes(self) -> int:
         """Of one logit, and on a GPU of its gradient in the 16 bits that the GEMM wants."""
-        operand = operand_dtype(self.weight)
-        separate = self.hidden.is_cuda and operand != self.dtype
-        return self.dtype.itemsize + (operand.itemsize if separate else 0)
+        separate = self.hidden.is_cuda and self.operand != self.dtype
+        return self.dtype.itemsize + (self.operand.itemsize if separate else 0)
 
 
 def inv_temperature(temperature: float | Tensor, tokens: slice | Tensor, like: Tensor) -> Tensor:

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from . import reference, rows
-from .gemm import gemm, operand_dtype
+from .gemm import gemm
 from .problem import Needs, Problem, chunk_length, in_range_of, large_empty, row_stride
 from .reference import RowTransform, TokenStats
+from .rows import RowTerms
 
 MIN_SLAB_BYTES = 64 << 20  # measured on a CPU; GEMMs of fewer words are slow
 
@@ -109,16 +110,15 @@ def token_stats_backward(
     else:
         ignored = problem.targets[tokens] == reference.IGNORE_INDEX
         up = up._replace(logprob=up.logprob.masked_fill(ignored, 0))
-    operand = operand_dtype(weight)
-    up, scale = in_range_of(operand, up)
+    up, scale = in_range_of(problem.operand, up)
     factors = reference.coefficients(stats, up, problem.vocab_size)
     dh = h.new_zeros(h.shape if needs.hidden else (0,), dtype=wide)
     dw = large_empty(weight.shape if needs.weight and sink is None else (0,), weight.dtype, weight)
     dw_slab = dh.new_empty(0)
     db = weight.new_empty(len(weight) if needs.bias else 0)
     for words, w, y, row in _slabs(problem, h, tokens):
-        out = rows.gradient_buffer(y, operand)
-        dy = rows.row_gradient(y, row, m[tokens], log_s[tokens], factors, out)
+        out = rows.gradient_buffer(y, problem.operand)
+        dy = rows.row_gradient(RowTerms(y, row, m[tokens], log_s[tokens], factors), out)
         if needs.hidden:
             gemm(dh, dy, w, accumulate=True, alpha=scale)
         if needs.weight:

@@ -122,7 +122,7 @@ def test_sink_gets_every_slab_of_dweight(mean, dtype):
 
     with torch.no_grad():
         loss, dh = slabs.entropy_loss_by_slabs(problem, mean, sink)
-        expected, *gradients = chunked.entropy_loss(problem, mean, Needs(hidden=True, weight=True))
+        expected, gradients = chunked.entropy_loss(problem, mean, Needs(hidden=True, weight=True))
     assert len(slabs_seen) > 3
     assert torch.equal(torch.cat([torch.arange(200)[w] for w in slabs_seen]), torch.arange(200))
     assert_close(loss, expected)
@@ -141,12 +141,14 @@ def test_fp16_upstreams_of_any_size_keep_their_digits(sizes, monkeypatch):
 
     @torch.no_grad()
     def gradients(*head):
-        problem = Problem(*head, chunk_bytes=4 * 200 * 8)
-        loss = chunked.token_loss(problem, lambda s, i: factors[i] * s.entropy, Needs(*3 * [True]))
-        return loss[1:]
+        chunks = Problem(*head, chunk_bytes=4 * 200 * 8)
+        _, found = chunked.token_loss(
+            chunks, lambda s, i: factors[i] * s.entropy, Needs(*3 * [True])
+        )
+        return found[:3]
 
     truth = gradients(hidden.double(), weight.double(), bias.double())
-    monkeypatch.setattr(chunked, "operand_dtype", lambda weight: torch.float16)  # as on a GPU
+    monkeypatch.setattr(problem, "operand_dtype", lambda weight: torch.float16)  # as on a GPU
     found = gradients(hidden, weight, bias)
     for ours, true in zip(found, truth, strict=True):
         assert (ours - true).norm() <= 2e-3 * true.norm()

@@ -8,7 +8,7 @@ from conftest import ROWS, TRITON
 from torch.testing import assert_close
 from truth import draw, entropy_of, leaves, logits_of, relative_error, stats_of
 
-from em_kernels import entropy_from_logits, fused_entropy_loss, fused_token_stats, slabs
+from em_kernels import entropy_from_logits, fused_entropy_loss, fused_token_stats, problem
 
 pytestmark = pytest.mark.usefixtures("rows")
 on_triton_too = pytest.mark.parametrize("rows", [*ROWS, TRITON], indirect=True)
@@ -263,7 +263,7 @@ def test_mean_of_statistics_over_many_tokens(dtype, monkeypatch):
         return torch.autograd.grad(entropy.mean(), (hidden, weight, bias))
 
     true = gradients(*exact)
-    monkeypatch.setattr(slabs, "operand_dtype", lambda weight: weight.dtype)  # as on a GPU
+    monkeypatch.setattr(problem, "operand_dtype", lambda weight: weight.dtype)  # as on a GPU
     for mine, reference in zip(gradients(*inputs), true, strict=True):
         assert relative_error(mine, reference) < 1e-2  # else 0.125 in fp16
 

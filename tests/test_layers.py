@@ -29,7 +29,7 @@ def test_reference_stands_alone():
 
 
 def test_imports_go_one_way():
-    order = ["functional", "ops", "chunked", "slabs", "problem", "rows", "reference"]
+    order = "functional ops chunked slabs gradients sparse problem rows reference".split()
     for path in CORE:
         layer = path.relative_to(ROOT).parts[0].removesuffix(".py")
         if layer in order:

@@ -36,7 +36,8 @@ def test_opcheck(optional, needs, dtype):
     needs = [*needs[:2], needs[2] and optional]
     h, w, b, targets, mask, tau = arguments(needs, dtype, optional)
     settings = (mask, tau, TRANSFORM, None, None)
-    torch.library.opcheck(ops.entropy_loss, (h, w, b, *settings, True, needs, 0.0))
+    for tolerance in (0.0, 0.1):
+        torch.library.opcheck(ops.entropy_loss, (h, w, b, *settings, tolerance, True, needs))
     everything = optional
     for unit in (-1, 0) if needs == [True, False, False] else (-1,):
         torch.library.opcheck(

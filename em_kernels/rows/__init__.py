@@ -2,8 +2,8 @@
 interface:
 
 row_statistics(y, row, everything) -> RowParts; q1, total and argmax may be None unless everything.
-row_gradient(y, row, m, log_s, factors, out) writes dy into out.
-column_mass(y, row, m, log_s, factors) -> sums of |dy| by column (V,), of dy by row (rows,).
+row_gradient(*RowTerms, out) writes dy into out.
+column_mass(*RowTerms) -> sums of |dy| by column (V,), of dy by row (rows,).
 
 y (rows, V) raw logits in fp32 or fp64 (Triton: in 16 bits too), its columns contiguous; m, log_s
 and the factors (rows,) in the accumulation dtype; out (rows, V) separate, or a gradient_buffer.
@@ -11,12 +11,23 @@ and the factors (rows,) in the accumulation dtype; out (rows, V) separate, or a 
 
 from importlib.util import find_spec
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..reference import Coefficients, RowParts, RowTransform
 from . import cpu, portable
+
+
+class RowTerms(NamedTuple):
+    """All that (8) is made of."""
+
+    y: Tensor  # (rows, V) raw logits
+    row: RowTransform
+    m: Tensor  # (rows,)
+    log_s: Tensor  # (rows,)
+    factors: Coefficients
 
 
 def kernels_for(y: Tensor) -> ModuleType:
@@ -33,21 +44,17 @@ def row_statistics(y: Tensor, row: RowTransform, everything: bool) -> RowParts:
     return kernels_for(y).row_statistics(y, row, everything)
 
 
-def row_gradient(
-    y: Tensor, row: RowTransform, m: Tensor, log_s: Tensor, factors: Coefficients, out: Tensor
-) -> Tensor:
+def row_gradient(terms: RowTerms, out: Tensor) -> Tensor:
     """Equation (8) in out's dtype, (rows, V)."""
-    kernels_for(y).row_gradient(y, row, m, log_s, factors, out)
+    kernels_for(terms.y).row_gradient(*terms, out)
     return out
 
 
-def column_mass(
-    y: Tensor, row: RowTransform, m: Tensor, log_s: Tensor, factors: Coefficients
-) -> tuple[Tensor, Tensor]:
+def column_mass(terms: RowTerms) -> tuple[Tensor, Tensor]:
     """Of equation (8)'s dy, which is not stored: sums of |dy| over the rows (V,), and of dy over
     the columns (rows,).
     """
-    return kernels_for(y).column_mass(y, row, m, log_s, factors)
+    return kernels_for(terms.y).column_mass(*terms)
 
 
 def gradient_buffer(y: Tensor, dtype: torch.dtype) -> Tensor:

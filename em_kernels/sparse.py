@@ -1,0 +1,113 @@
+"""The certified sparse gradient: which words of the vocabulary a chunk's backward needs.
+
+A language model's distributions are peaked, so that most columns of dy hold next to nothing. By
+column mass M_j = sum_i |dy_ij| of the dy that is multiplied, token weights included, the lightest
+columns are left out, together at most `tolerance` of all mass; both GEMMs run on the others.
+
+Certificate, for any input:
+    M_j is a sum of |dy_ij|, so ||dy - kept||_1 is the sum of M_j over the columns left out;
+    that sum, taken directly over them, is at most tolerance * sum_j M_j = tolerance * ||dy||_1;
+    so ||dy - kept||_1 <= tolerance * ||dy||_1 over the chunk.
+The budget is lessened by what fp32 sums of so many rows can be off; a mass that is not finite
+leaves nothing out; a column without mass is always left out. The bound is the chunk's: a token of
+little weight may lose most of its own gradient (a bound per token would need 88 % of the columns
+where the chunk's needs 37 %: SmolLM2-135M at temperature 1).
+
+What is left out is one-sided, so it would be a bias of dhidden: each row's part of it, r_i, is
+known, and r_i times a mean of the words left out, weighted by their mass, puts it back. As that
+adds at most sum_i |r_i|, the dy that dhidden implies is within 2 tolerance. Measured on 1024 tokens
+of SmolLM2-135M: the relative error of dhidden falls from 3.3 to 1.1 of the tolerance at temperature
+0.5, from 3.8 to 0.7 at 1.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import rows
+from .gemm import gemm
+from .rows import RowTerms
+
+STEPS = 6  # thresholds in each of two rounds: 1 to 5 % more columns than sorting would leave
+SAMPLE = 8192  # words of which the mean is taken; of all words it is no better
+
+
+class Choice(NamedTuple):
+    """Which columns of a chunk are multiplied, and what that leaves out."""
+
+    kept: Tensor  # (V,) bool
+    mass: Tensor  # (V,)
+    row_sums: Tensor  # (n,) of dy
+    total: Tensor  # () mass of all columns
+    dropped: Tensor  # () mass of those left out
+
+
+def choose(terms: RowTerms, tolerance: float) -> Choice:
+    """The heaviest columns, all but `tolerance` of the mass."""
+    mass, row_sums = rows.column_mass(terms)
+    total = mass.sum()
+    exactness = 1 - (len(row_sums) + 64) * torch.finfo(mass.dtype).eps
+    budget = tolerance * max(0.0, exactness) * total
+    # all columns below budget / V can go, none of more than the budget; between these by powers
+    ratio = max(2, len(mass)) ** (1 / STEPS**2)
+    powers = torch.arange(STEPS, device=mass.device, dtype=mass.dtype)
+    threshold = torch.where(total.isfinite(), budget / len(mass), 0)
+    for step in (STEPS, 1):
+        tried = threshold * ratio ** (step * powers)
+        below = torch.where(mass < tried[:, None], mass, 0).sum(1)
+        threshold = torch.where(below <= budget, tried, 0).amax()
+    kept = ~(mass < threshold) & (mass != 0)
+    return Choice(kept, mass, row_sums, total, torch.where(kept, 0, mass).sum())
+
+
+def mean_word(choice: Choice, weight: Tensor) -> Tensor:
+    """Mean (1, D) of the words left out, of every so manieth of these."""
+    step = max(1, len(weight) // SAMPLE)
+    mass = torch.where(choice.kept[::step], 0, choice.mass[::step])
+    shares = (mass / torch.where(mass.sum() > 0, mass.sum(), 1))[None]
+    out = shares.new_empty(1, weight.shape[1])
+    return gemm(out, shares.to(weight.dtype), weight[::step])
+
+
+def every(terms: RowTerms, step: int) -> RowTerms:
+    """Every so manieth row."""
+    y, row, m, log_s, factors = terms
+    row = row._replace(
+        inv_temperature=row.inv_temperature[::step].contiguous(),
+        targets=None if row.targets is None else row.targets[::step],
+    )
+    m, log_s = m[::step].contiguous(), log_s[::step].contiguous()
+    factors = type(factors)(*(factor[::step] for factor in factors))
+    return RowTerms(y[::step], row, m, log_s, factors)
+
+
+def of_words(terms: RowTerms, words: Tensor) -> RowTerms:
+    """These columns, copied, as if there were no others; `words` ascend."""
+    row, targets = terms.row, terms.row.targets
+    if targets is not None:
+        place = torch.searchsorted(words, targets)
+        there = words[place.clamp(max=len(words) - 1)] == targets
+        targets = torch.where(there, place, -1)
+    bias = None if row.bias is None else row.bias[words]
+    return terms._replace(
+        y=terms.y.index_select(1, words), row=row._replace(bias=bias, targets=targets)
+    )
+
+
+class Counts:
+    """Integers on their way from the device; a GPU goes on with the work that is queued."""
+
+    def __init__(self, *counts: Tensor) -> None:
+        self.values = torch.stack(counts)
+        self.arrived = None
+        if self.values.is_cuda:
+            host = torch.empty(len(counts), dtype=self.values.dtype, pin_memory=True)
+            self.values = host.copy_(self.values, non_blocking=True)
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+
+    def read(self) -> list[int]:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.values.tolist()
