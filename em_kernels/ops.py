@@ -181,7 +181,7 @@ def _product(x: Tensor, upstream: Tensor, out: Tensor) -> Tensor:
 def scaled_rows(
     values: Tensor, words: Tensor, upstream: Tensor, vocab_size: int, dtype: torch.dtype
 ) -> Tensor:
-    """(V, D) in dtype: values (K, D) times upstream at the rows `words`, all where K = V; else 0."""
+    """(V, D) in dtype: values (K, D) times upstream at the rows `words`, or all (K = V); else 0."""
     whole = large_empty((vocab_size, values.shape[1]), dtype, values)
     if len(values) == vocab_size:
         return _product(values, upstream, whole)
