@@ -14,6 +14,7 @@ from em_kernels import (
     fused_entropy_loss,
     fused_token_loss,
     fused_token_stats,
+    gradient_report,
     problem,
 )
 
@@ -62,6 +63,16 @@ def call(name, hidden, weight, bias, targets, group):
     return outputs, torch.autograd.grad(total, (hidden, weight, bias))
 
 
+def sparse(hidden, weight, bias, group, tolerance=0.03):
+    """Gradients of few words, chunk by chunk, and what share of this rank's words they are."""
+    inputs = [(4 * hidden).detach(), weight.detach(), bias.detach()]
+    h, w, b = (x.requires_grad_() for x in inputs)
+    loss = fused_entropy_loss(
+        h, w, bias=b, process_group=group, grad_tolerance=tolerance, chunk_bytes=4 * V * 4
+    )
+    return torch.autograd.grad(loss, inputs), gradient_report(loss).active_share
+
+
 def inputs_of(name):
     hidden, weight, bias, targets = draw(N, D, V)
     targets[4] = -100
@@ -95,6 +106,9 @@ def worker(rank, folder):
             memory = (lambda device: 8 * V * 4 * (rank + 1)) if name == "unequal memory" else None
             problem.free_bytes = memory or free_bytes
             results[name] = call(name, hidden, *shard, targets, group)
+        problem.free_bytes = free_bytes
+        hidden, *head, _ = inputs_of("mean")
+        results["sparse"] = sparse(hidden, *(x.detach()[words].clone() for x in head), group)
         hidden, weight, *_ = inputs_of("mean")
         hidden.requires_grad_(place > 0)  # the ranks would wait for each other
         try:
@@ -131,6 +145,18 @@ def test_shards_equal_the_whole(split, name, folder):
         assert all(torch.equal(a, b) for a, b in zip(ours, found[0][0], strict=True))
     assert_close(torch.cat([gradients[1] for _, gradients in found]), dw, rtol=1e-5, atol=2e-6)
     assert_close(torch.cat([gradients[2] for _, gradients in found]), db, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_sparse_gradients_are_each_shards_own(split, folder):
+    (dh, *whole), _ = sparse(*inputs_of("mean")[:3], None, tolerance=0.0)
+    found = [torch.load(folder / f"{split}-{i}.pt")["sparse"] for i in range(len(SPLITS[split][0]))]
+    assert min(share for _, share in found) < 0.7
+    assert all(torch.equal(gradients[0], found[0][0][0]) for gradients, _ in found)
+    assert 0 < (found[0][0][0] - dh).norm() <= 0.09 * dh.norm()
+    for i, true in enumerate(whole, 1):
+        ours = torch.cat([gradients[i] for gradients, _ in found])
+        assert 0 < (ours - true).norm() <= 0.06 * true.norm()
 
 
 @pytest.mark.parametrize("split", SPLITS)

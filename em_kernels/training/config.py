@@ -109,6 +109,10 @@ class TrainConfig(_Settings):
     """Completions sampled side by side: their KV cache is the memory of the sampling phase."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward: less memory, about a third more time."""
+    grad_tolerance: Annotated[float, Field(ge=0, lt=1)] = 2**-9
+    """Share of the mass of the logits' gradient that may be left out, and with it most of the
+    head's backward; 2^-9 is bf16's own rounding, 0 is exact.
+    """
     attention: str = "sdpa"
     """transformers' attn_implementation: sdpa, eager, flash_attention_2."""
     chunk_bytes: Positive | None = None

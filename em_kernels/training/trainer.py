@@ -21,7 +21,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..functional import fused_entropy_loss
+from ..functional import fused_entropy_loss, gradient_report
 from ..hf import Head, check_head, head_of, hidden_states
 from .checkpoint import save_checkpoint
 from .config import TrainConfig, UserError
@@ -93,6 +93,14 @@ def padded(batch: Sequence[Rollout], device: torch.device) -> tuple[Tensor, Tens
     return ids.to(device), attention.to(device), scores.to(device)
 
 
+class StepLoss(NamedTuple):
+    """Of one update, over its response tokens."""
+
+    entropy: float  # mean, in nats
+    active_share: float  # of the vocabulary that the head's backward multiplied
+    dropped_share: float  # of the mass of the logits' gradient that was left out
+
+
 def entropy_step(
     model: PreTrainedModel,
     head: Head,
@@ -100,10 +108,10 @@ def entropy_step(
     config: TrainConfig,
     accelerator: Accelerator,
     stop: StopRequest,
-) -> float:
-    """Add the gradient of the mean entropy over all response tokens; return that mean in nats."""
+) -> StepLoss:
+    """Add the gradient of the mean entropy over all response tokens."""
     total = sum(len(rollout.response_ids) for rollout in rollouts)
-    mean = 0.0
+    mean, reports = 0.0, []
     for batch in micro_batches(rollouts, config.micro_batch_tokens):
         stop.check()
         ids, attention, scores = padded(batch, accelerator.device)
@@ -114,13 +122,16 @@ def entropy_step(
                 mask=scores,
                 temperature=config.temperature,
                 reduction="sum",
+                grad_tolerance=config.grad_tolerance,
                 chunk_bytes=config.chunk_bytes,
                 **head.arguments(),
             )
+        reports.append(torch.stack(gradient_report(loss)) * (scores.sum() / total))
         loss = loss / total
         accelerator.backward(loss)
         mean += loss.item()
-    return mean
+    active, dropped = torch.stack(reports).sum(0).tolist()
+    return StepLoss(mean, active, dropped)
 
 
 def train(
@@ -243,7 +254,7 @@ def _update(run: _Run, update: int, stop: StopRequest) -> None:
             )
         sampled = time.perf_counter()
         progress.update(bar, description=f"{name} training")
-        entropy = entropy_step(model, head, rollouts, config, accelerator, stop)
+        loss = entropy_step(model, head, rollouts, config, accelerator, stop)
         norm = float(accelerator.clip_grad_norm_(model.parameters(), config.clip))
         if not math.isfinite(norm):
             raise UserError(f"lr: the gradient of update {update} is not finite; lower it")
@@ -259,9 +270,11 @@ def _update(run: _Run, update: int, stop: StopRequest) -> None:
     tokens = sum(len(rollout.response_ids) for rollout in rollouts)
     row = {
         "update": update,
-        "entropy": entropy,
+        "entropy": loss.entropy,
         "accuracy": sum(graded) / len(graded) if graded else None,
         "grad_norm": norm,
+        "active_share": loss.active_share,
+        "dropped_share": loss.dropped_share,
         "tokens": tokens,
         "mean_length": tokens / len(rollouts),
         "ended": sum(rollout.ended for rollout in rollouts) / len(rollouts),

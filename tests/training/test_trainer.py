@@ -87,7 +87,7 @@ def test_loss_and_gradient(name, temperature, micro_batch_tokens, batches, tmp_p
         "-", tmp_path, micro_batch_tokens=micro_batch_tokens, loss_temperature=temperature
     )
     assert len(list(micro_batches(ROLLOUTS, micro_batch_tokens))) == batches
-    loss = step(model, ROLLOUTS, config)
+    loss = step(model, ROLLOUTS, config).entropy
     ours = gradients(model)
     model.zero_grad()
     sequences = [(rollout.prompt_ids, rollout.response_ids) for rollout in ROLLOUTS]
@@ -327,7 +327,7 @@ def test_gradient_checkpointing_recomputes_to_the_same_gradient(folder, tmp_path
         calls = []
         layer = model.model.layers[0].mlp
         layer.register_forward_pre_hook(lambda *args, calls=calls: calls.append(args))
-        loss = step(model, ROLLOUTS, config)
+        loss = step(model, ROLLOUTS, config).entropy
         found[on] = loss, gradients(model), len(calls)
     assert (found[False][2], found[True][2]) == (1, 2)
     assert found[False][0] == found[True][0]
@@ -360,7 +360,7 @@ def test_real_model(demo, tmp_path):
     model, tokenizer = demo
     prompt = tokenizer("2 + 3 =").input_ids
     rollouts = [Rollout(prompt, tokenizer(text).input_ids, True) for text in (" 5\n", " five. So")]
-    loss = step(model, rollouts, settings("-", tmp_path, micro_batch_tokens=1))
+    loss = step(model, rollouts, settings("-", tmp_path, micro_batch_tokens=1)).entropy
     ours = gradients(model)
     model.zero_grad()
     expected = plain_loss(model, [(r.prompt_ids, r.response_ids) for r in rollouts], 1.0)

@@ -71,6 +71,7 @@ PLAIN = Sampling(temperature=1, top_k=0, top_p=1, repetition_penalty=1, max_new_
 
 def settings(folder, output, **changes):
     base = {"prompt": TRAINING_TEXT, "steps": 2, "rollouts": 6, "sampling": PLAIN, "lr": 1e-3}
+    base["grad_tolerance"] = 0.0  # what is compared with plain torch is exact
     return TrainConfig(
         **{"model": str(folder), "output": output, "device": "cpu", **base, **changes}
     )
