@@ -23,9 +23,14 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 REGISTERS_PER_SM = 65536  # of 32 bits, given to a warp in units of 256: all generations here
 BLOCK_OVERHEAD = 1024  # bytes of shared memory that CUDA takes of each block
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-INTEGERS = ("rows", "columns", "split_length", "stride_yn", "stride_on")
+INTEGERS = ("rows", "columns", "split_length", "split_rows", "stride_yn", "stride_on")
 HEADINGS = ["variant", "sm", "registers", "spilled", "shared", "warps", "occupancy", "SASS/logit"]
 DIVISIBLE = [["tt.divisibility", 16]]
+FUNCTIONS = {
+    "statistics": "row_statistics_kernel",
+    "gradient": "row_gradient_kernel",
+    "mass": "column_mass_kernel",
+}
 
 
 class Arch(NamedTuple):
@@ -56,24 +61,29 @@ class Variant(NamedTuple):
     bias: torch.dtype | None
     out: torch.dtype | None  # of the gradient
     softcap: bool = False
-    everything: bool = False
+    everything: bool = False  # of the statistics
+    targets: bool = False  # of the column masses; the others look for them always
     aligned: bool = True
 
     def __str__(self) -> str:
         out = f" -> {TYPES[self.out]}" if self.out else ""
         bias = f" bias:{TYPES[self.bias]}" if self.bias else ""
-        flags = [name for name in ("softcap", "everything") if getattr(self, name)]
+        flags = [name for name in ("softcap", "everything", "targets") if getattr(self, name)]
         flags += [] if self.aligned else ["unaligned"]
         return " ".join([f"{self.kernel} {TYPES[self.y]}{out}{bias}", *flags])
 
     def source(self, arch: int) -> tuple[dict[str, str], dict, dict]:
         """Signature, constants and compiler options, as the launchers of rows/triton.py give."""
         config = config_for(divmod(arch, 10))
-        settings = kernels.gradient_settings(config)
         constants = {"HAS_BIAS": self.bias is not None, "HAS_SOFTCAP": self.softcap}
         if self.kernel == "statistics":
             settings = kernels.statistics_settings(config, self.y, self.aligned)
             constants["EVERYTHING"] = self.everything
+        elif self.kernel == "mass":
+            settings = kernels.mass_settings(config, self.y, self.aligned)
+            constants["HAS_TARGETS"] = self.targets
+        else:
+            settings = kernels.gradient_settings(config)
         names = self.function.arg_names
         constants |= {name: value for name, value in settings.items() if name in names}
         options = {name: value for name, value in settings.items() if name not in names}
@@ -92,7 +102,7 @@ class Variant(NamedTuple):
 
     @property
     def function(self) -> triton.JITFunction:
-        return getattr(kernels, f"row_{self.kernel}_kernel")
+        return getattr(kernels, FUNCTIONS[self.kernel])
 
     def is_divisible(self, name: str) -> bool:
         """Whether Triton may assume 16 as a divisor: our buffers, and nothing of odd logits."""
@@ -107,12 +117,16 @@ def variants() -> Iterator[Variant]:
         yield Variant("statistics", fp32, bias, None, softcap, everything)
     for out, has_bias, softcap in product((fp32, *narrow), flags, flags):
         yield Variant("gradient", fp32, out if has_bias else None, out, softcap)
-    for dtype in narrow:  # entropy of logits that exist
+    for bias, softcap, targets in product((None, fp32, *narrow), flags, flags):
+        yield Variant("mass", fp32, bias, None, softcap, targets=targets)
+    for dtype in narrow:  # logits that exist
         yield Variant("statistics", dtype, None, None)
         yield Variant("gradient", dtype, None, dtype)
+        yield Variant("mass", dtype, None, None)
     for dtype in (fp32, *narrow):
         yield Variant("statistics", dtype, None, None, aligned=False)
         yield Variant("gradient", dtype, None, dtype, aligned=False)
+        yield Variant("mass", dtype, None, None, aligned=False)
 
 
 class Cost(NamedTuple):
@@ -124,7 +138,7 @@ class Cost(NamedTuple):
     spilled: int  # bytes a thread
     shared: int  # bytes a block
     warps_per_sm: int  # that fit at once
-    per_logit: float | None  # SASS instructions of the statistics' loop
+    per_logit: float | None  # SASS instructions of the loop; the gradient has none
     vector_load: bool  # 16 bytes
     barrier_in_loop: bool
 
@@ -176,7 +190,7 @@ def cost(variant: Variant, arch: int) -> Cost:
         usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", _run("cuobjdump", "-res-usage", file)))
         sass = _run("nvdisasm", "-c", file)
     registers, shared = int(usage["REG"]), code.metadata.shared
-    has_loop = variant.kernel == "statistics"
+    has_loop = variant.kernel != "gradient"
     body = _loop(sass) if has_loop else sass.splitlines()
     instructions = sum(bool(re.match(r"\s+/\*[0-9a-f]+\*/", line)) for line in body)
     logits = constants.get("UNROLL", 1) * constants.get("VECTOR", 1)

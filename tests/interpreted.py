@@ -1,4 +1,4 @@
-"""rows/triton.py on the CPU: a second copy of the module, run by the interpreter of Triton."""
+"""rows/triton.py on the CPU: a second copy of it and its kernels, run by Triton's interpreter."""
 
 import functools
 import importlib.util
@@ -9,6 +9,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 import em_kernels.rows.triton as compiled
+import em_kernels.rows.triton_kernels as kernels
 from em_kernels.rows.configs import DEFAULT
 
 # of few lanes, as the interpreter merges them one by one, and few columns, so that rows have blocks
@@ -31,15 +32,21 @@ def _in_interpreter(function):
     return run
 
 
-def load():
-    """The copy, at the settings SMALL; it counts one multiprocessor."""
-    spec = importlib.util.spec_from_file_location(f"{compiled.__name__}_copy", compiled.__file__)
+def _copy(module):
+    spec = importlib.util.spec_from_file_location(f"{module.__name__}_copy", module.__file__)
     copy = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         spec.loader.exec_module(copy)
-    for name in ("row_statistics", "row_gradient"):
+    return copy
+
+
+def load():
+    """The copy, at the settings SMALL; it counts one multiprocessor."""
+    copy, copied_kernels = _copy(compiled), _copy(kernels)
+    copied_kernels.core = tl.core  # what a kernel's module names is changed for the interpreter
+    for name in ("row_statistics", "row_gradient", "column_mass"):
         setattr(copy, name, _in_interpreter(getattr(copy, name)))
-    copy.core = tl.core  # what a kernel's module names is changed for the interpreter
+        setattr(copy, f"{name}_kernel", getattr(copied_kernels, f"{name}_kernel"))
     copy.config_for = lambda capability: SMALL
     return copy

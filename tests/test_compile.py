@@ -11,12 +11,17 @@ from triton.runtime.jit import mangle_type
 
 from em_kernels import compile_report
 from em_kernels.cli import main
-from em_kernels.compile_report import ARCHS, Variant, compiled, cost, variants
+from em_kernels.compile_report import ARCHS, FUNCTIONS, Variant, compiled, cost, variants
 from em_kernels.reference import Coefficients, RowTransform
 from em_kernels.rows import triton as kernels
 
 ALL = [pytest.param(v, arch, id=f"{v} sm{arch}") for v in variants() for arch in ARCHS]
-HEAVIEST = ("bias:bf16 softcap everything", "-> bf16 bias:bf16 softcap")
+HEAVIEST = (
+    "bias:bf16 softcap everything",
+    "-> bf16 bias:bf16 softcap",
+    "mass fp32 bias:bf16 softcap targets",
+)
+ONES = ("rows", "columns", "stride_yn", "stride_on", "split_rows")
 TENTH = [
     param
     for param in ALL
@@ -55,15 +60,24 @@ def test_loop_costs_no_more_than_memory():
     assert 5 < found.per_logit < 20 and found.occupancy >= 0.5
 
 
-@pytest.mark.parametrize("kernel", ["statistics", "gradient"])
+def test_column_masses_cost_no_more_than_memory():
+    """26 on an H200, as above; on a B200 it is 18 (148 SMs at 1.9 GHz, 8 TB/s)."""
+    plain = next(variant for variant in variants() if variant.kernel == "mass")
+    assert (plain.bias, plain.softcap, plain.targets) == (None, False, False)
+    found, on_b200 = cost(plain, 90), cost(plain, 100)
+    assert 5 < found.per_logit < 20 and 5 < on_b200.per_logit < 18
+    assert found.occupancy >= 0.5 and not found.barrier_in_loop
+
+
+@pytest.mark.parametrize("kernel", ["statistics", "gradient", "mass"])
 def test_arguments_of_1_are_constants(kernel):
     """One row of one logit: Triton makes constants of such integers."""
     signature, constants, options = next(
         v for v in variants() if v.kernel == kernel and v.bias
     ).source(90)  # fmt: skip
-    ones = {name: 1 for name in signature if name in ("rows", "columns", "stride_yn", "stride_on")}
+    ones = {name: 1 for name in signature if name in ONES}
     source = ASTSource(
-        getattr(kernels, f"row_{kernel}_kernel"),
+        getattr(kernels, FUNCTIONS[kernel]),
         signature=signature | dict.fromkeys(ones, "constexpr"),
         constexprs=constants | ones,
     )
@@ -84,7 +98,7 @@ def hashable(signature, constants, options):
 
 def test_variants_are_what_is_launched(monkeypatch):
     enumerated = [hashable(*variant.source(90)) for variant in variants()]
-    assert len(enumerated) == 38
+    assert len(enumerated) == 59
     launched = set()
 
     class Recorder:
@@ -102,7 +116,7 @@ def test_variants_are_what_is_launched(monkeypatch):
             signature |= dict.fromkeys(constants, "constexpr")
             launched.add(hashable(signature, constants, options))
 
-    for name in ("row_statistics_kernel", "row_gradient_kernel"):
+    for name in FUNCTIONS.values():
         monkeypatch.setattr(kernels, name, Recorder(getattr(kernels, name)))
 
     def launch(dtype, bias, out, softcap, everything, columns=32):
@@ -110,9 +124,10 @@ def test_variants_are_what_is_launched(monkeypatch):
         bias = None if bias is None else torch.zeros(columns, dtype=bias)
         row = RowTransform(bias, torch.ones(3), 2, softcap, torch.zeros(3, dtype=torch.int64))
         kernels.row_statistics(y, row, everything)
-        factors = Coefficients(*torch.zeros(6, 3))
-        if out is not None:
-            kernels.row_gradient(y, row, *torch.zeros(2, 3), factors, torch.zeros_like(y).to(out))
+        per_row = (*torch.zeros(2, 3), Coefficients(*torch.zeros(6, 3)))
+        kernels.row_gradient(y, row, *per_row, torch.zeros_like(y).to(out))
+        targets = row.targets if everything else None
+        kernels.column_mass(y, row._replace(targets=targets), *per_row)
 
     narrow = (torch.bfloat16, torch.float16)
     for weight, has_bias, softcap, everything in product(

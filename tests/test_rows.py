@@ -97,7 +97,7 @@ def test_statistics_and_gradient(kernels, v, with_bias, logit_scale, softcap):
     assert torch.equal(narrow, dy.to(sixteen))
 
 
-@pytest.mark.parametrize("kernels", ROWS)
+@pytest.mark.parametrize("kernels", ALL_ROWS)
 @pytest.mark.parametrize("v", [3, 13, 1537, 2049])
 @pytest.mark.parametrize("logit_scale, softcap", TRANSFORMS)
 @pytest.mark.parametrize("with_bias", [False, True])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import TRITON, interpreted_triton
 from interpreted import DEFAULT
-from test_rows import gradient_of, plain, problem, truth_of
+from test_rows import gradient_of, in_fp64, plain, problem, truth_of
 from torch.testing import assert_close
 from truth import FLOAT_STATS, draw, entropy_of, leaves, relative_error, stats_of
 
@@ -30,7 +30,7 @@ def entropy_and_gradient(kernels, y, row):
 
 @pytest.mark.parametrize("splits", [1, 2, 4])
 def test_splits_of_a_row(splits, monkeypatch):
-    monkeypatch.setattr(kernels, "_splits", lambda rows, blocks, programs: splits)
+    monkeypatch.setattr(kernels, "_splits", lambda blocks, most, programs: splits)
     v = 4 * 512 + 5
     y, row, _ = problem(v, bias=True)
     y[0, : v // 2] = -torch.inf  # a part without finite logits
@@ -47,8 +47,58 @@ def test_splits_of_a_row(splits, monkeypatch):
 
 
 def test_splits_of_few_rows_keep_four_blocks_each():
-    assert [kernels._splits(rows, 38, 64) for rows in (1, 8, 63, 64, 1000)] == [9, 8, 2, 1, 1]
-    assert kernels._splits(1, 3, 64) == 1
+    assert [kernels._splits(rows, 38 // 4, 64) for rows in (1, 8, 63, 64, 1000)] == [9, 8, 2, 1, 1]
+    assert kernels._splits(1, 0, 64) == 1
+
+
+def mass_and_truth(y, row, factors):
+    """Both results, and in fp64 the sums that they stand for and the row sums' own scale."""
+    parts, truth = kernels.row_statistics(y, row), truth_of(y, row)
+    found = kernels.column_mass(y, row, parts.m, parts.s1.log1p(), factors)
+    dy = reference.row_gradient(
+        y.double(), in_fp64(row), truth.m, truth.s1.log1p(), in_fp64(factors)
+    )
+    return *found, dy.abs().sum(0), dy.sum(1), dy.abs().sum(1)
+
+
+@pytest.mark.parametrize("splits", [1, 2, 4])  # of 7 rows; three of 4 would leave one empty
+@pytest.mark.parametrize("v", [3, 512, 2 * 512 + 133])  # whole blocks and narrow ones
+def test_blocks_of_column_masses(splits, v, monkeypatch):
+    monkeypatch.setattr(kernels, "_splits", lambda blocks, most, programs: splits)
+    y = torch.randn(7, v) * 4
+    row = plain(7)._replace(
+        bias=torch.randn(v), targets=torch.tensor([0, v - 1, v // 2, -100, v, v // 3, 1])
+    )
+    factors = Coefficients(*torch.randn(6, 7))
+    mass, row_sums, true_mass, true_sums, scale = mass_and_truth(y, row, factors)
+    assert mass.shape == (v,) and row_sums.shape == (7,)
+    assert_close(mass.double(), true_mass, rtol=5e-5, atol=1e-7)
+    assert ((row_sums.double() - true_sums).abs() <= 2e-5 * scale + 1e-7).all()
+
+
+def test_masked_words_and_broken_rows_of_column_masses():
+    y, row, factors = problem(700, bias=True)
+    y[:, 3], row.bias[600] = -torch.inf, -torch.inf
+    y[:, 4] = torch.finfo(torch.float32).min  # times logit_scale / tau: infinite
+    for softcap in (None, 5.0):
+        part = row._replace(logit_scale=-1.5 if softcap else 1.5, softcap=softcap)
+        mass, row_sums, true_mass, *_ = mass_and_truth(y, part, factors)
+        assert (mass[[3, 600]] == 0).all() and mass.isfinite().all() and row_sums.isfinite().all()
+        others = [j for j in range(700) if j != 4]
+        assert_close(mass[others].double(), true_mass[others], rtol=5e-5, atol=1e-7)
+    y[2, 650] = torch.nan
+    mass, row_sums, *_ = mass_and_truth(y, row, factors)
+    assert mass.isnan().all() and row_sums.isnan().tolist() == [False, False, True, False, False]
+
+
+@pytest.mark.parametrize("shape", [(0, 7), (3, 0), (0, 0)])
+def test_column_masses_of_nothing(shape):
+    per_row = torch.ones(8, shape[0])
+    mass, row_sums = kernels.column_mass(
+        torch.empty(shape), plain(shape[0]), *per_row[:2], Coefficients(*per_row[2:])
+    )
+    assert torch.equal(mass, torch.zeros(shape[1]))
+    assert torch.equal(row_sums, torch.zeros(shape[0]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -64,6 +114,11 @@ def test_logits_that_exist(dtype, v):
     # the interpreter truncates to bf16
     tolerance = {torch.float32: 5e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}[dtype]
     assert gradient.dtype == dtype and relative_error(gradient, true_gradient) < tolerance
+    factors = Coefficients(*torch.randn(6, 3))
+    mass, row_sums, true_mass, true_sums, scale = mass_and_truth(y, row, factors)
+    assert mass.dtype == row_sums.dtype == torch.float32
+    assert_close(mass.double(), true_mass, rtol=5e-5, atol=1e-7)
+    assert ((row_sums.double() - true_sums).abs() <= 2e-5 * scale + 1e-7).all()
 
 
 @pytest.mark.parametrize("start, v", [(0, 500), (0, 512), (80, 517), (115, 525)])
@@ -77,6 +132,11 @@ def test_nothing_beside_the_columns_is_read_or_written(start, v):
     factors = Coefficients(*(factor[:3] for factor in factors))
     parts = kernels.row_statistics(view, row)
     assert not any(field.isnan().any() for field in parts)
+    of_view, of_copy = (
+        kernels.column_mass(logits, row, parts.m, parts.s1.log1p(), factors)
+        for logits in (view, y[:3])
+    )
+    assert_close(of_view, of_copy, rtol=1e-5, atol=1e-6)  # of other blocks, where not aligned
     assert not gradient_of(kernels, view, row, parts, factors).isnan().any()
     assert buffer.isnan().sum() == 3 * (640 - v)
 
@@ -94,6 +154,11 @@ def test_strided_bias_temperature_and_targets():
         assert torch.equal(field, other)
     dy = (gradient_of(kernels, y.clone(), either, parts, factors) for either in (row, strided))
     assert torch.equal(*dy)
+    (mass, sums), (other_mass, other_sums) = (
+        kernels.column_mass(y, either, parts.m, parts.s1.log1p(), factors)
+        for either in (row, strided)
+    )
+    assert torch.equal(mass, other_mass) and torch.equal(sums, other_sums)
 
 
 def test_vocabulary_of_qwen_in_the_real_blocks(monkeypatch):
@@ -112,12 +177,31 @@ def test_vocabulary_of_qwen_in_the_real_blocks(monkeypatch):
     assert (error <= torch.tensor([1e-5, 1e-4]) * true_gradient.norm(dim=1)).all()
 
 
+def test_column_masses_of_qwen_in_the_real_blocks(monkeypatch):
+    monkeypatch.setattr(kernels, "config_for", lambda capability: DEFAULT)
+    y = torch.randn(1, 151_936)
+    y[0, 77_777] = 15.0
+    upstream = TokenStats(entropy=torch.ones(1, dtype=torch.float64))
+    parts = truth_of(y, plain(1))
+    factors = reference.coefficients(reference.statistics(parts, 151_936), upstream, 151_936)
+    dy = reference.row_gradient(y.double(), in_fp64(plain(1)), parts.m, parts.s1.log1p(), factors)
+    per_row = (parts.m, parts.s1.log1p(), *factors)
+    m, log_s, *factors = (field.float() for field in per_row)
+    mass, row_sums = kernels.column_mass(y, plain(1), m, log_s, Coefficients(*factors))
+    assert relative_error(mass, dy.abs().sum(0)) < 1e-5
+    assert row_sums.abs() <= 1e-5 * dy.abs().sum()  # it is 0
+
+
 def test_the_same_bits_again():
     y, row, factors = problem(1541, bias=True, softcap=30.0)
     parts, again = (kernels.row_statistics(y, row) for _ in range(2))
     for field, other in zip(parts, again, strict=True):
         assert torch.equal(field, other)
     assert torch.equal(*(gradient_of(kernels, y.clone(), row, parts, factors) for _ in range(2)))
+    (mass, sums), (mass_again, sums_again) = (
+        kernels.column_mass(y, row, parts.m, parts.s1.log1p(), factors) for _ in range(2)
+    )
+    assert torch.equal(mass, mass_again) and torch.equal(sums, sums_again)
 
 
 @pytest.fixture

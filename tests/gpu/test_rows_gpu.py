@@ -21,6 +21,7 @@ from truth import (
 from em_kernels import entropy_from_logits, fused_entropy_loss, fused_token_stats, reference
 from em_kernels.cli import main
 from em_kernels.problem import row_stride
+from em_kernels.reference import Coefficients
 from em_kernels.rows import gradient_buffer, kernels_for, portable
 from em_kernels.rows import triton as kernels
 
@@ -39,7 +40,8 @@ def on_gpu(fields):
 
 def in_padded_rows(y):
     """As the loops hold them: rows begin at multiples of 16, with NaN between."""
-    buffer = torch.full((len(y), row_stride(y.shape[1], y.device)), torch.nan, device=y.device)
+    shape = len(y), row_stride(y.shape[1], y.device)
+    buffer = torch.full(shape, torch.nan, dtype=y.dtype, device=y.device)
     view = buffer[:, : y.shape[1]]
     view.copy_(y)
     return view
@@ -81,6 +83,62 @@ def test_statistics_and_gradient(v, logit_scale, softcap, bias, layout):
         kernels.row_gradient(y, row, parts.m, parts.s1.log1p(), factors, out)
         assert torch.equal(out, dy.to(dtype))
     assert torch.equal(y, before)
+
+
+@pytest.mark.parametrize("layout", [in_padded_rows, torch.clone])
+@pytest.mark.parametrize("bias", [None, torch.float32, *NARROW])
+@pytest.mark.parametrize("logit_scale, softcap", TRANSFORMS)
+@pytest.mark.parametrize("n", [5, 300])  # in one part and in several
+@pytest.mark.parametrize("v", [1, 13, 512, 4099, 50_257])
+def test_column_mass(v, n, logit_scale, softcap, bias, layout):
+    given = problem(v, bias=bias is not None, logit_scale=logit_scale, softcap=softcap)
+    again = torch.arange(n) % len(given[0])
+    y = given[0][again].cuda() + torch.randn(n, v, device="cuda")
+    row = given[1]._replace(
+        inv_temperature=given[1].inv_temperature[again], targets=given[1].targets[again]
+    )
+    row, factors = map(on_gpu, (row, Coefficients(*(factor[again] for factor in given[2]))))
+    if bias is not None:
+        row = row._replace(bias=row.bias.to(bias))
+    if v > 1:
+        y[:, v // 3] = -torch.inf
+    y = layout(y)
+    before = y.clone()
+    parts, truth = kernels.row_statistics(y, row), truth_of(y, row)
+    for part in (row, row._replace(targets=None)):
+        per_row = (parts.m, parts.s1.log1p(), factors)
+        (mass, row_sums), repeated = (kernels.column_mass(y, part, *per_row) for _ in range(2))
+        assert torch.equal(mass, repeated[0]) and torch.equal(row_sums, repeated[1])
+        dy = reference.row_gradient(
+            y.double(), in_fp64(part), truth.m, truth.s1.log1p(), in_fp64(factors)
+        )
+        assert_close(mass.double(), dy.abs().sum(0), rtol=1e-4, atol=1e-6)
+        assert v == 1 or mass[v // 3] == 0
+        error = (row_sums.double() - dy.sum(1)).abs()
+        assert (error <= 5e-5 * dy.abs().sum(1) + 1e-6).all()
+    assert torch.equal(y, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *NARROW])
+@pytest.mark.parametrize("n", [1, 64, 2048])
+def test_column_mass_of_a_vocabulary(n, dtype):
+    y = in_padded_rows((torch.randn(n, 151_936, device="cuda") * 4).to(dtype))
+    row = plain(n, device="cuda")
+    parts = kernels.row_statistics(y, row)
+    stats = reference.statistics(parts, 151_936)
+    upstream = reference.TokenStats(entropy=torch.ones(n, device="cuda"))
+    factors = reference.coefficients(stats, upstream, 151_936)
+    mass, row_sums = kernels.column_mass(y, row, parts.m, parts.s1.log1p(), factors)
+    true_mass = torch.zeros(151_936, dtype=torch.float64, device="cuda")
+    for i in range(0, n, 64):
+        wide = y[i : i + 64].double()
+        p = wide.softmax(1)
+        log_p = wide.log_softmax(1)
+        dy = -p * (log_p - (p * log_p).sum(1, keepdim=True))
+        true_mass += dy.abs().sum(0)
+        assert (row_sums[i : i + 64].abs() <= 2e-5 * dy.abs().sum(1)).all()
+    assert mass.dtype == row_sums.dtype == torch.float32
+    assert relative_error(mass, true_mass) < 2e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *NARROW])
