@@ -98,13 +98,12 @@ class Counts:
     """Integers on their way from the device; a GPU goes on with the work that is queued."""
 
     def __init__(self, *counts: Tensor) -> None:
-        self.values = torch.stack(counts)
-        self.arrived = None
+        self.values, self.arrived = torch.stack(counts), None
         if self.values.is_cuda:
+            stream = torch.cuda.current_stream(self.values.device)
             host = torch.empty(len(counts), dtype=self.values.dtype, pin_memory=True)
             self.values = host.copy_(self.values, non_blocking=True)
-            self.arrived = torch.cuda.Event()
-            self.arrived.record()
+            self.arrived = stream.record_event()
 
     def read(self) -> list[int]:
         if self.arrived is not None:

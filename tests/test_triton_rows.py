@@ -222,6 +222,23 @@ def test_entropy_loss(n, in_use):
         assert (mine.double() - true).norm() <= 1e-5 * true.norm()
 
 
+def test_sparse_gradient(in_use):
+    weight = torch.randn(600, 16, requires_grad=True)
+    hidden = (1.5 * weight[:40:5]).detach().requires_grad_()
+    found, exact = (
+        torch.autograd.grad(
+            fused_entropy_loss(
+                hidden, weight, temperature=0.5, grad_tolerance=tolerance, chunk_bytes=5 * 600 * 4
+            ),
+            (hidden, weight),
+        )
+        for tolerance in (0.01, 0.0)
+    )
+    assert (found[1] == 0).all(1).sum() > 300
+    for mine, true in zip(found, exact, strict=True):
+        assert 0 < relative_error(mine, true) < 0.03
+
+
 def test_token_stats(in_use):
     hidden, weight, bias, targets = draw(4, 8, 530)
     targets[2] = -100

@@ -64,4 +64,3 @@ def test_tolerance_does_not_change_training(demo):
     difference = {name: ends[2**-9][name] - x for name, x in ends[0.0].items()}
     rounded = {name: x - x.bfloat16().float() for name, x in ends[0.0].items()}
     assert 0 < norm(difference) < 0.2 * norm(rounded)
-    print(exact, sparse, norm(difference) / norm(ends[0.0]), norm(rounded) / norm(ends[0.0]))
