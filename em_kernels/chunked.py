@@ -34,24 +34,21 @@ class Chunk(NamedTuple):
     stats: TokenStats
 
 
-def _chunks(
-    problem: Problem, active: Tensor | None, everything: bool, buffers: int
-) -> Iterator[Chunk]:
-    """In so many buffers, in turn."""
+def _chunks(problem: Problem, active: Tensor | None, everything: bool) -> Iterator[Chunk]:
+    """In one reused buffer, or in several in turn."""
     hidden, weight, shard = problem.hidden, problem.weight, problem.shard
     count = len(hidden) if active is None else len(active)
     stride = row_stride(max(problem.sizes), hidden.device)
-    logit_bytes = problem.logit_bytes + (buffers - 1) * problem.dtype.itemsize
-    length = chunk_length(count, stride * logit_bytes, problem.chunk_bytes, hidden.device)
+    length = chunk_length(count, stride * problem.logit_bytes, problem.chunk_bytes, hidden.device)
     if shard is not None:
         length = shard.smallest(length)  # free memory differs, and every chunk is a collective call
     stride = row_stride(len(weight), hidden.device)
     shape = (min(length, count), stride)
-    turns = [large_empty(shape, problem.dtype, hidden)[:, : len(weight)] for _ in range(buffers)]
-    for buffer, start in zip(cycle(turns), range(0, count, length), strict=False):
+    buffers = [large_empty(shape, problem.dtype, hidden) for _ in range(problem.buffers)]
+    for buffer, start in zip(cycle(buffers), range(0, count, length), strict=False):
         tokens = slice(start, start + length) if active is None else active[start : start + length]
         h = hidden[tokens]
-        y = gemm(buffer[: len(h)], h, weight.t())
+        y = gemm(buffer[: len(h), : len(weight)], h, weight.t())
         row = problem.row_transform(tokens)
         parts = rows.row_statistics(y, row, everything)
         if shard is not None:
@@ -77,10 +74,8 @@ def gradients_in_forward(
     """
     loss = problem.hidden.new_zeros((), dtype=problem.dtype)
     sums = Sums(problem, needs)
-    # on a GPU the next chunk is begun before the number of this one's columns is waited for
-    buffers = 2 if problem.grad_tolerance and problem.hidden.is_cuda and any(needs) else 1
     waiting: deque[Pending] = deque()
-    for chunk in _chunks(problem, active, everything, buffers):
+    for chunk in _chunks(problem, active, everything):
         losses, upstream = per_token(chunk.stats, chunk.tokens)
         loss += losses.sum(dtype=problem.dtype)
         if not any(needs):
@@ -89,7 +84,7 @@ def gradients_in_forward(
         factors = reference.coefficients(chunk.stats, upstream, problem.vocab_size)
         terms = RowTerms(chunk.y, chunk.row, chunk.m, chunk.log_s, factors)
         waiting.append(sums.begin(chunk.tokens, chunk.hidden, terms, scale))
-        if len(waiting) == buffers:
+        if len(waiting) == problem.buffers:
             sums.finish(waiting.popleft())
     for pending in waiting:
         sums.finish(pending)

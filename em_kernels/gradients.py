@@ -9,13 +9,12 @@ from torch import Tensor
 
 from . import rows, sparse
 from .gemm import gemm
-from .problem import Needs, Problem, large_empty
+from .problem import MOST_COLUMNS, Needs, Problem, large_empty
 from .rows import RowTerms
 from .sparse import Choice, Counts
 
 PROBE_ROWS = 64  # of the first chunk: whether a look at all its rows can pay
-PROBE_SHARE = 0.5  # of the columns; all rows together need more
-MOST = 0.8  # of the columns: with more, the dense GEMMs are as fast
+PROBE_SHARE = 0.4  # of the columns; all rows together need more
 UNION = 0.5  # of the words: with more, dweight is held whole
 GROWTH = 1.5
 
@@ -77,7 +76,7 @@ class Sums:
         kept = columns
         if self.is_sparse and chunk.choice is not None and chunk.counts is not None:
             kept, fresh = chunk.counts.read()
-            self.is_sparse = kept <= MOST * columns  # else so are the next chunks, which are alike
+            self.is_sparse = kept <= MOST_COLUMNS * columns  # this chunk, and so those after it
             if self.is_sparse:
                 self._add_some(chunk, chunk.choice, kept, fresh)
         if not self.is_sparse:

@@ -82,16 +82,15 @@ def every(terms: RowTerms, step: int) -> RowTerms:
 
 
 def of_words(terms: RowTerms, words: Tensor) -> RowTerms:
-    """These columns, copied, as if there were no others; `words` ascend."""
+    """These columns, which ascend, as if there were no others; the terms' own y is lost."""
     row, targets = terms.row, terms.row.targets
     if targets is not None:
         place = torch.searchsorted(words, targets)
         there = words[place.clamp(max=len(words) - 1)] == targets
         targets = torch.where(there, place, -1)
     bias = None if row.bias is None else row.bias[words]
-    return terms._replace(
-        y=terms.y.index_select(1, words), row=row._replace(bias=bias, targets=targets)
-    )
+    y = rows.take_columns(terms.y, words)
+    return terms._replace(y=y, row=row._replace(bias=bias, targets=targets))
 
 
 class Counts:

@@ -57,6 +57,12 @@ def column_mass(terms: RowTerms) -> tuple[Tensor, Tensor]:
     return kernels_for(terms.y).column_mass(*terms)
 
 
+def take_columns(y: Tensor, words: Tensor) -> Tensor:
+    """Columns `words`, which ascend, of a y that nobody reads again: a copy, or y's own memory."""
+    kernels = kernels_for(y)
+    return kernels.take_columns(y, words) if kernels is cpu else y.index_select(1, words)
+
+
 def gradient_buffer(y: Tensor, dtype: torch.dtype) -> Tensor:
     """Memory for the gradient of y, (rows, V): y's own, each row's first bytes where the dtype is
     narrower; but not on a GPU, whose blocks of a row run in any order.

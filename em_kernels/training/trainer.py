@@ -164,7 +164,7 @@ def train(
         check_cache(model)
     except TypeError as error:
         raise UserError(str(error)) from error
-    least = 6 * len(head.weight)  # bytes of one token's logits and their 16-bit gradient
+    least = 10 * len(head.weight)  # one token's logits in two buffers, and their 16-bit gradient
     if config.chunk_bytes is not None and config.chunk_bytes < least:
         raise UserError(f"chunk_bytes: {config.chunk_bytes} is too small; give at least {least}")
     optimizer = torch.optim.AdamW(

@@ -29,7 +29,7 @@ def on_gpu(dtype):
 def test_near_the_exact_gradient_and_the_same_bits_again(chunk_bytes, dtype):
     inputs = on_gpu(dtype)
     report, found = gradients(inputs, 2**-9, chunk_bytes=chunk_bytes)
-    assert report.active_share < 0.3 and 0 < report.dropped_share <= 2**-9
+    assert report.active_share < 0.5 and 0 < report.dropped_share <= 2**-9
     for other, mine in zip(
         gradients(inputs, 2**-9, chunk_bytes=chunk_bytes)[1], found, strict=True
     ):
