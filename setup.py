@@ -42,7 +42,7 @@ setup(
     ext_modules=[
         CppExtension(
             "em_kernels._C",
-            ["csrc/entropy_rows.cpp", "csrc/gemm_bf16.cpp"],
+            ["csrc/entropy_rows.cpp", "csrc/gemm_bf16.cpp", "csrc/vocabulary.cpp"],
             depends=["csrc/entropy_rows.h", "csrc/gemm_bf16.h"],
             extra_compile_args=COMPILE_ARGS,
             py_limited_api=True,

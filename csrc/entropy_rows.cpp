@@ -1,5 +1,4 @@
-// Registers em_kernels::row_statistics, row_gradient, column_mass and take_columns for fp32 logits
-// on the CPU.
+// Registers em_kernels::row_statistics, row_gradient and column_mass for fp32 logits on the CPU.
 #include <Python.h>
 
 #include <torch/csrc/stable/library.h>
@@ -18,9 +17,6 @@
 
 #if defined(__x86_64__)
 #include <xmmintrin.h>
-#endif
-#if defined(__linux__)
-#include <sys/mman.h>
 #endif
 
 namespace {
@@ -200,33 +196,6 @@ void column_mass(Tensor y, std::optional<Tensor> bias, Tensor inv_temperature, d
   }
 }
 
-// Moves columns `words`, which ascend, to the front: none is overwritten before it has moved.
-void take_columns(Tensor y, Tensor words) {
-  STD_TORCH_CHECK(y.dim() == 2 && y.scalar_type() == ScalarType::Float && y.stride(1) == 1,
-                  "y must be float32 (rows, columns) with stride 1 along its columns");
-  const int64_t count = words.numel(), stride = y.stride(0);
-  const int64_t* from = data_of<const int64_t>(words, "words", {count});
-  for (int64_t j = 0; j < count; ++j)
-    STD_TORCH_CHECK(from[j] >= j && from[j] < y.size(1) && (j == 0 || from[j] > from[j - 1]),
-                    "words must ascend within [0, ", y.size(1), ")");
-  float* const data = static_cast<float*>(y.mutable_data_ptr());
-  torch::stable::parallel_for(0, y.size(0), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row)
-      for (int64_t j = 0; j < count; ++j) data[row * stride + j] = data[row * stride + from[j]];
-  });
-}
-
-// Fresh memory in pages of 2 MiB: 4 KiB pages cost more time at their first use than a GEMM.
-void advise_huge_pages([[maybe_unused]] Tensor x) {
-#if defined(__linux__)
-  constexpr uintptr_t PAGE = 2 << 20;
-  const auto begin = reinterpret_cast<uintptr_t>(x.mutable_data_ptr());
-  const uintptr_t end = begin + x.numel() * x.element_size();
-  const uintptr_t first = (begin + PAGE - 1) / PAGE * PAGE, last = end / PAGE * PAGE;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(em_kernels, library) {
@@ -241,16 +210,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(em_kernels, library) {
       "column_mass(Tensor y, Tensor? bias, Tensor inv_temperature, float logit_scale, "
       "float? softcap, Tensor? targets, Tensor m, Tensor log_s, Tensor coefficients, "
       "Tensor(a!) mass, Tensor(b!) row_sums) -> ()");
-  library.def("take_columns(Tensor(a!) y, Tensor words) -> ()");
-  library.def("advise_huge_pages(Tensor(a!) x) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(em_kernels, CPU, library) {
   library.impl("row_statistics", TORCH_BOX(&row_statistics));
   library.impl("row_gradient", TORCH_BOX(&row_gradient));
   library.impl("column_mass", TORCH_BOX(&column_mass));
-  library.impl("take_columns", TORCH_BOX(&take_columns));
-  library.impl("advise_huge_pages", TORCH_BOX(&advise_huge_pages));
 }
 
 // Importing em_kernels._C is what loads the registrations above; the module itself is empty.

@@ -16,7 +16,7 @@ from .gemm import accumulation_dtype
 from .parallel import VocabularyShard
 from .problem import Needs, Problem, large_empty
 from .reference import IGNORE_INDEX, TokenStats
-from .rows.cpu import is_built
+from .rows.cpu import is_built, supports
 
 
 def _problem(
@@ -185,9 +185,11 @@ def scaled_rows(
     whole = large_empty((vocab_size, values.shape[1]), dtype, values)
     if len(values) == vocab_size:
         return _product(values, upstream, whole)
-    return whole.zero_().index_copy_(
-        0, words, _product(values, upstream, torch.empty_like(values, dtype=dtype))
-    )
+    if supports(values) and dtype != torch.float16:
+        torch.ops.em_kernels.spread_rows(values, words, upstream.item(), whole)
+        return whole
+    product = _product(values, upstream, torch.empty_like(values, dtype=dtype))
+    return whole.zero_().index_copy_(0, words, product)
 
 
 @scaled_rows.register_fake
