@@ -1,5 +1,4 @@
-// Registers em_kernels::take_columns, spread_rows and advise_huge_pages for the CPU: moves of whole
-// words, and memory for them.
+// Registers em_kernels::spread_rows and advise_huge_pages for the CPU.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -10,6 +9,9 @@
 
 #include "entropy_rows.h"
 
+#if defined(__x86_64__)
+#include <emmintrin.h>
+#endif
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -19,27 +21,16 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-const int64_t* words_of(const Tensor& words) {
-  STD_TORCH_CHECK(words.scalar_type() == ScalarType::Long && words.dim() == 1 &&
-                      words.is_contiguous(),
-                  "words must be int64 (K,), contiguous");
-  return static_cast<const int64_t*>(words.const_data_ptr());
-}
-
-// Moves columns `words`, which ascend, to the front: none is overwritten before it has moved.
-void take_columns(Tensor y, Tensor words) {
-  STD_TORCH_CHECK(y.dim() == 2 && y.scalar_type() == ScalarType::Float && y.stride(1) == 1,
-                  "y must be float32 (rows, columns) with stride 1 along its columns");
-  const int64_t count = words.numel(), stride = y.stride(0);
-  const int64_t* from = words_of(words);
-  for (int64_t j = 0; j < count; ++j)
-    STD_TORCH_CHECK(from[j] >= j && from[j] < y.size(1) && (j == 0 || from[j] > from[j - 1]),
-                    "words must ascend within [0, ", y.size(1), ")");
-  float* const data = static_cast<float*>(y.mutable_data_ptr());
-  torch::stable::parallel_for(0, y.size(0), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row)
-      for (int64_t j = 0; j < count; ++j) data[row * stride + j] = data[row * stride + from[j]];
-  });
+// Zeros that nobody reads soon, past the caches: else what they overwrite is read first.
+void stream_zeros(char* to, int64_t bytes) {
+#if defined(__x86_64__)
+  const auto misaligned = reinterpret_cast<uintptr_t>(to) % 16;
+  const int64_t head = misaligned ? std::min<int64_t>(bytes, 16 - misaligned) : 0;
+  std::memset(to, 0, head);
+  for (to += head, bytes -= head; bytes >= 16; to += 16, bytes -= 16)
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to), _mm_setzero_si128());
+#endif
+  std::memset(to, 0, bytes);
 }
 
 template <class Out>
@@ -57,19 +48,25 @@ void spread(const Tensor& values, const int64_t* words, float factor, const Tens
     for (int64_t word = begin; word < end; ++word) {
       Out* __restrict row = to + word * size;
       if (place[word] < 0) {
-        std::memset(static_cast<void*>(row), 0, size * sizeof(Out));
+        stream_zeros(reinterpret_cast<char*>(row), size * sizeof(Out));
         continue;
       }
       const float* __restrict value = from + place[word] * size;
 #pragma omp simd
       for (int64_t i = 0; i < size; ++i) em::store(value[i] * factor, row[i]);
     }
+#if defined(__x86_64__)
+    _mm_sfence();
+#endif
   });
 }
 
 // Rows `words` of out are those of values times the factor, the others 0: each is written once.
 void spread_rows(Tensor values, Tensor words, double factor, Tensor out) {
-  const int64_t* index = words_of(words);
+  STD_TORCH_CHECK(words.scalar_type() == ScalarType::Long && words.dim() == 1 &&
+                      words.is_contiguous(),
+                  "words must be int64 (K,), contiguous");
+  const int64_t* index = static_cast<const int64_t*>(words.const_data_ptr());
   STD_TORCH_CHECK(values.dim() == 2 && values.scalar_type() == ScalarType::Float &&
                       values.is_contiguous() && values.size(0) == words.numel(),
                   "values must be float32 (K, D), contiguous");
@@ -95,13 +92,11 @@ void advise_huge_pages([[maybe_unused]] Tensor x) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(em_kernels, library) {
-  library.def("take_columns(Tensor(a!) y, Tensor words) -> ()");
   library.def("spread_rows(Tensor values, Tensor words, float factor, Tensor(a!) out) -> ()");
   library.def("advise_huge_pages(Tensor(a!) x) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(em_kernels, CPU, library) {
-  library.impl("take_columns", TORCH_BOX(&take_columns));
   library.impl("spread_rows", TORCH_BOX(&spread_rows));
   library.impl("advise_huge_pages", TORCH_BOX(&advise_huge_pages));
 }

@@ -15,9 +15,9 @@ from torch import Tensor
 from . import reference, rows
 from .gemm import gemm
 from .gradients import Gradients, Pending, Sums
-from .problem import Needs, Problem, chunk_length, in_range_of, large_empty, row_stride
+from .problem import Needs, Problem, chunk_length, in_range_of, large_empty
 from .reference import RowTransform, TokenStats
-from .rows import RowTerms
+from .rows import RowTerms, row_stride
 
 PerToken = Callable[[TokenStats, slice | Tensor], tuple[Tensor, TokenStats]]
 
@@ -34,19 +34,33 @@ class Chunk(NamedTuple):
     stats: TokenStats
 
 
-def _chunks(problem: Problem, active: Tensor | None, everything: bool) -> Iterator[Chunk]:
-    """In one reused buffer, or in several in turn."""
+def _chunks(
+    problem: Problem, active: Tensor | None, everything: bool, buffers: Callable[[], int]
+) -> Iterator[Chunk]:
+    """In so many buffers in turn, or later in fewer and larger ones of the same memory."""
     hidden, weight, shard = problem.hidden, problem.weight, problem.shard
     count = len(hidden) if active is None else len(active)
-    stride = row_stride(max(problem.sizes), hidden.device)
-    length = chunk_length(count, stride * problem.logit_bytes, problem.chunk_bytes, hidden.device)
-    if shard is not None:
-        length = shard.smallest(length)  # free memory differs, and every chunk is a collective call
+    widest = row_stride(max(problem.sizes), hidden.device)
     stride = row_stride(len(weight), hidden.device)
-    shape = (min(length, count), stride)
-    buffers = [large_empty(shape, problem.dtype, hidden) for _ in range(problem.buffers)]
-    for buffer, start in zip(cycle(buffers), range(0, count, length), strict=False):
-        tokens = slice(start, start + length) if active is None else active[start : start + length]
+    memory = hidden.new_empty(0)
+    start = held = 0
+    while start < count:
+        if held != buffers():
+            held, left = buffers(), count - start
+            row_bytes = widest * (problem.logit_bytes + (held - 1) * problem.dtype.itemsize)
+            length = chunk_length(left, row_bytes, problem.chunk_bytes, hidden.device)
+            if shard is not None:
+                length = shard.smallest(length)  # free memory differs, chunks are collective calls
+            if start == 0:
+                rows_held = min(held * length, left)
+                memory = large_empty((rows_held * stride,), problem.dtype, hidden)
+            length = min(length, rows_held)
+            number = rows_held // length
+            turns = cycle(memory[: number * length * stride].view(number, length, stride))
+        buffer = next(turns)
+        end = min(count, start + length)
+        tokens = slice(start, end) if active is None else active[start:end]
+        start = end
         h = hidden[tokens]
         y = gemm(buffer[: len(h), : len(weight)], h, weight.t())
         row = problem.row_transform(tokens)
@@ -75,7 +89,7 @@ def gradients_in_forward(
     loss = problem.hidden.new_zeros((), dtype=problem.dtype)
     sums = Sums(problem, needs)
     waiting: deque[Pending] = deque()
-    for chunk in _chunks(problem, active, everything):
+    for chunk in _chunks(problem, active, everything, lambda: sums.buffers):
         losses, upstream = per_token(chunk.stats, chunk.tokens)
         loss += losses.sum(dtype=problem.dtype)
         if not any(needs):
@@ -84,7 +98,7 @@ def gradients_in_forward(
         factors = reference.coefficients(chunk.stats, upstream, problem.vocab_size)
         terms = RowTerms(chunk.y, chunk.row, chunk.m, chunk.log_s, factors)
         waiting.append(sums.begin(chunk.tokens, chunk.hidden, terms, scale))
-        if len(waiting) == problem.buffers:
+        while len(waiting) >= sums.buffers:
             sums.finish(waiting.popleft())
     for pending in waiting:
         sums.finish(pending)

@@ -56,13 +56,15 @@ def fused_entropy_loss(
         reduction: "mean" (divided by the mask's sum; 0 where that is 0), "sum", or "none". Negative
             weights are for "sum" and "none" only.
         logit_scale, softcap: of models that have them (Cohere, Granite; Gemma 2).
-        grad_tolerance: in [0, 1): the share of the L1 mass of a chunk's d loss / d logits that the
-            backward may leave out, and with it most of the GEMM work where distributions are
-            peaked: words whose gradient is next to nothing. 0 is exact; 2**-9 is bf16's own
-            rounding. For "mean" and "sum"; see :func:`gradient_report`.
+        grad_tolerance: in [0, 1): the share of the L1 mass of d loss / d logits that the backward
+            may leave out, and with it most of the GEMM work where distributions are peaked: words
+            whose gradient is next to nothing. 0 is exact; 2**-9 is bf16's own rounding. Of each
+            chunk (and rank's words), not of each token: one of little weight may lose more. At
+            the words left out the gradients of weight and bias are 0; dhidden gets their mean back,
+            and so is that of a d loss / d logits within twice the share. "none" is exact always.
         chunk_bytes: memory for the logits held at a time; default 1 GiB or an eighth of the free
-            memory, rounded down to a power of two. It sets the order of sums: give it where the
-            same bits are wanted again on a fuller machine.
+            memory, rounded down to a power of two. It sets the order of sums, and which words a
+            tolerance leaves out: give it where the same bits are wanted again on a fuller machine.
         process_group: ranks that hold consecutive rows of the weight each, bias split alike; every
             rank passes the same hidden, with the same requires_grad, and gets the same loss and
             dhidden.
@@ -76,8 +78,9 @@ def fused_entropy_loss(
         "none" (4 times; 2 with a frozen weight). No second derivatives.
     Precision: logits, statistics and accumulated gradients are fp32 whatever the inputs' dtype;
         gradients are rounded once, to the inputs' dtype (under autocast its own, as nn.Linear's).
-    Memory: one chunk, and fp32 gradients of what requires grad, with a tolerance only of the words
-        that are kept; no gradient is kept for what does not.
+    Memory: one chunk, and fp32 gradients of what requires grad; no gradient is kept for what does
+        not. With a tolerance dweight's is of the words that any chunk kept, and 64 MiB more are
+        used at most; on a GPU a chunk is two halves, of which one is computed ahead.
     Raises: ValueError, TypeError naming the argument; RuntimeError on double backward.
     Source: One-shot Entropy Minimization, arXiv 2505.20282; the tolerance's certificate is proven
         in ``em_kernels/sparse.py``.
@@ -275,9 +278,11 @@ class GradientReport(NamedTuple):
     """
 
     active_share: Tensor
-    """Share of the words that the backward multiplied, A: its GEMM work over the exact one's."""
+    """Share of the words that the backward multiplied, A: its GEMM work over the exact one's. At 1
+    the tolerance saves nothing: distributions are too flat for it.
+    """
     dropped_share: Tensor
-    """Share of the L1 mass of d loss / d logits left out, of chunks that left any out."""
+    """Share of the L1 mass of d loss / d logits left out, of the chunks that left any out."""
 
 
 def gradient_report(loss: Tensor) -> GradientReport:
@@ -289,11 +294,11 @@ def gradient_report(loss: Tensor) -> GradientReport:
 
     Raises: ValueError for any other tensor, such as one that torch.compile returned.
     """
-    report = getattr(loss.grad_fn, "report", None)
+    report = getattr(getattr(loss, "grad_fn", None), "report", None)
     if report is None:
         raise ValueError(
-            "loss: carries no report; give what fused_entropy_loss or fused_token_loss returned, "
-            "before any other operation, with grad, and not compiled"
+            'loss: carries no report; give what fused_entropy_loss ("mean" or "sum") or '
+            "fused_token_loss returned, before any other operation, with grad, and not compiled"
         )
     return GradientReport(*report.unbind(0))
 

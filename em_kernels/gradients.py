@@ -9,14 +9,16 @@ from torch import Tensor
 
 from . import rows, sparse
 from .gemm import gemm
-from .problem import MOST_COLUMNS, Needs, Problem, large_empty
+from .problem import Needs, Problem, large_empty
 from .rows import RowTerms
 from .sparse import Choice, Counts
 
-PROBE_ROWS = 64  # of the first chunk: whether a look at all its rows can pay
+PROBE_ROWS = 64  # of a chunk: whether a look at all its rows can pay
 PROBE_SHARE = 0.4  # of the columns; all rows together need more
+MOST_COLUMNS = 0.5  # that pay: at 0.48 a CPU took 0.7 of the dense time, at 0.6 1.3 (LOG.md)
 UNION = 0.5  # of the words: with more, dweight is held whole
 GROWTH = 1.5
+SLAB_BYTES = 64 << 20  # of a slab of columns: logits, dy, rows of weight and dweight
 
 
 class Gradients(NamedTuple):
@@ -37,7 +39,7 @@ class Pending(NamedTuple):
     terms: RowTerms
     scale: float  # of its gradients, which dy lacks
     choice: Choice | None  # None: all columns
-    fresh: Tensor  # (V,) bool, columns chosen for the first time
+    fresh: Tensor | None  # (V,) bool, columns chosen for the first time
     counts: Counts | None  # of both
 
 
@@ -52,36 +54,50 @@ class Sums:
         self.dh = hidden.new_zeros(hidden.shape if needs.hidden else (0,), dtype=wide)
         self.db = hidden.new_zeros(len(weight) if needs.bias else 0, dtype=wide)
         self.dw = WordSum(weight.shape, wide, hidden)
-        self.is_sparse = problem.grad_tolerance > 0
+        self.tolerance = problem.grad_tolerance if needs.hidden or needs.weight else 0.0
+        # in_range_of waits for fp16
+        overlaps = self.tolerance > 0 and hidden.is_cuda and problem.operand != torch.float16
+        self.buffers = 2 if overlaps else 1  # chunks between begin() and finish()
         self.seen: Tensor | None = None  # (V,) bool
+        self.failures = self.dense_ahead = 0
         self.multiplied = self.of = 0  # columns times rows
         self.dropped, self.mass = hidden.new_zeros(2, dtype=wide)
 
     def begin(
         self, tokens: slice | Tensor, hidden: Tensor, terms: RowTerms, scale: float
     ) -> Pending:
-        if self.is_sparse and self.seen is None:
+        dense = Pending(tokens, hidden, terms, scale, None, None, None)
+        if self.tolerance == 0:
+            return dense
+        if self.dense_ahead > 0:
+            self.dense_ahead -= 1
+            return dense
+        if (self.seen is None or self.failures > 0) and not self._can_pay(terms):
+            self._fail()
+            return dense
+        if self.seen is None:
             self.seen = torch.zeros(terms.y.shape[1], dtype=torch.bool, device=terms.y.device)
-            self.is_sparse = self._can_pay(terms)
-        if self.seen is None or not self.is_sparse:
-            return Pending(tokens, hidden, terms, scale, None, hidden.new_empty(0), None)
-        choice = sparse.choose(terms, self.problem.grad_tolerance)
+        choice = sparse.choose(terms, self.tolerance)
         fresh = choice.kept & ~self.seen
         self.seen |= choice.kept
         counts = Counts(choice.kept.sum(), fresh.sum())
-        return Pending(tokens, hidden, terms, scale, choice, fresh, counts)
+        return dense._replace(choice=choice, fresh=fresh, counts=counts)
 
     def finish(self, chunk: Pending) -> None:
         count, columns = chunk.terms.y.shape
         kept = columns
-        if self.is_sparse and chunk.choice is not None and chunk.counts is not None:
+        if chunk.choice is not None:
+            assert chunk.counts is not None and chunk.fresh is not None
             kept, fresh = chunk.counts.read()
-            self.is_sparse = kept <= MOST_COLUMNS * columns  # this chunk, and so those after it
-            if self.is_sparse:
-                self._add_some(chunk, chunk.choice, kept, fresh)
-        if not self.is_sparse:
-            self._add_all(chunk)
+        if chunk.choice is not None and kept <= MOST_COLUMNS * columns:
+            self.failures = 0
+            words = torch.nonzero_static(chunk.choice.kept, size=kept)[:, 0]
+            self._add_some(chunk, chunk.choice, words, chunk.fresh, fresh)
+        else:
+            if chunk.choice is not None:
+                self._fail()
             kept = columns
+            self._add_all(chunk)
         self.multiplied += count * kept
         self.of += count * columns
 
@@ -94,7 +110,7 @@ class Sums:
             if self.problem.grad_tolerance == 0:
                 self.dw.make_whole()
             dw, words = self.dw.result()
-        share = self.dh.new_tensor(self.multiplied / max(1, self.of))
+        share = self.dh.new_full((), self.multiplied / max(1, self.of))
         dropped = self.dropped / torch.where(self.mass > 0, self.mass, 1)
         return Gradients(self.dh, dw, self.db, words, torch.stack([share, dropped]))
 
@@ -102,52 +118,76 @@ class Sums:
         step = len(terms.m) // PROBE_ROWS
         if step < 4:  # a look at all rows costs little more
             return True
-        probe = sparse.choose(sparse.every(terms, step), self.problem.grad_tolerance)
+        probe = sparse.choose(sparse.of_rows(terms, step), self.tolerance)
         return int(probe.kept.sum()) <= PROBE_SHARE * len(probe.kept)
+
+    def _fail(self) -> None:
+        """Some chunks go without a look, twice as many each time, so that looks cost next to
+        nothing; a GPU then has one larger buffer instead of two.
+        """
+        self.dense_ahead = 1 << self.failures
+        self.failures += 1
+        if self.problem.shard is None:  # ranks must have chunks alike
+            self.buffers = 1
 
     def _add_all(self, chunk: Pending) -> None:
         out = rows.gradient_buffer(chunk.terms.y, self.problem.operand)
         dy = rows.row_gradient(chunk.terms, out)
         if self.needs.hidden:
-            self._dh_of(chunk, dy, self.problem.weight)
+            dh = self._dh_of(chunk)
+            self._put(chunk, gemm(dh, dy, self.problem.weight, alpha=chunk.scale))
         if self.needs.weight:
-            self.dw.add_product(dy, chunk.hidden, chunk.scale)
+            self.dw.add_all(dy, chunk.hidden, chunk.scale)
         if self.needs.bias:
             self.db += dy.sum(0, dtype=self.db.dtype) * chunk.scale
 
-    def _add_some(self, chunk: Pending, choice: Choice, kept: int, fresh: int) -> None:
-        words = torch.nonzero_static(choice.kept, size=kept)[:, 0]
-        weight = self.problem.weight[words]
-        terms = sparse.of_words(chunk.terms, words)
-        left_out = choice.row_sums - rows.column_mass(terms)[1]
-        dy = rows.row_gradient(terms, rows.gradient_buffer(terms.y, self.problem.operand))
-        if self.needs.hidden:
-            correction = left_out[:, None] * sparse.mean_word(choice, self.problem.weight)
-            self._dh_of(chunk, dy, weight, correction)
+    def _add_some(
+        self, chunk: Pending, choice: Choice, words: Tensor, fresh: Tensor | None, new: int
+    ) -> None:
+        """By slabs of words, so that beside the chunk little memory is needed."""
+        weight, wide, operand = self.problem.weight, self.problem.dtype, self.problem.operand
+        word_bytes = len(chunk.hidden) * (wide.itemsize + operand.itemsize)
+        word_bytes += weight.shape[1] * (wide.itemsize + weight.dtype.itemsize)
+        length = max(1, min(SLAB_BYTES, chunk.terms.y.nbytes) // word_bytes)
+        dh = self._dh_of(chunk).zero_() if self.needs.hidden else self.dh
+        left_out = choice.row_sums.clone()
+        is_first = False
         if self.needs.weight:
-            first_seen = torch.nonzero_static(chunk.fresh, size=fresh)[:, 0]
-            product = self.dw.empty(kept)
-            self.dw.add(words, first_seen, gemm(product, dy.t(), chunk.hidden, alpha=chunk.scale))
-        if self.needs.bias:
-            self.db.index_add_(0, words, dy.sum(0, dtype=self.db.dtype), alpha=chunk.scale)
+            assert fresh is not None
+            is_first = self.dw.extend(torch.nonzero_static(fresh, size=new)[:, 0])
+        for start in range(0, len(words), length):
+            some = words[start : start + length]
+            terms = sparse.of_words(chunk.terms, some)
+            if self.needs.hidden:
+                left_out -= rows.column_mass(terms)[1]
+            dy = rows.row_gradient(terms, rows.gradient_buffer(terms.y, operand))
+            if self.needs.hidden:
+                gemm(dh, dy, weight[some], accumulate=True, alpha=chunk.scale)
+            if self.needs.weight:
+                at = slice(start, start + length) if is_first else None
+                self.dw.add_some(dy, chunk.hidden, chunk.scale, some, at)
+            if self.needs.bias:
+                self.db.index_add_(0, some, dy.sum(0, dtype=wide), alpha=chunk.scale)
+        if self.needs.hidden:
+            dh.addr_(left_out, sparse.mean_word(choice, weight), alpha=chunk.scale)
+            self._put(chunk, dh)
         self.dropped += choice.dropped * chunk.scale
         self.mass += choice.total * chunk.scale
 
-    def _dh_of(
-        self, chunk: Pending, dy: Tensor, weight: Tensor, correction: Tensor | None = None
-    ) -> None:
-        whole = isinstance(chunk.tokens, slice)
-        dh = self.dh[chunk.tokens] if whole else self.dh.new_empty(chunk.hidden.shape)
-        gemm(dh, dy, weight, alpha=chunk.scale)
-        if correction is not None:
-            dh.add_(correction, alpha=chunk.scale)
-        if not whole:
+    def _dh_of(self, chunk: Pending) -> Tensor:
+        """Memory for a chunk's dhidden: the whole's own where its tokens are neighbours."""
+        if isinstance(chunk.tokens, slice):
+            return self.dh[chunk.tokens]
+        return self.dh.new_empty(chunk.hidden.shape)
+
+    def _put(self, chunk: Pending, dh: Tensor) -> None:
+        if not isinstance(chunk.tokens, slice):
             self.dh[chunk.tokens] = dh
 
 
 class WordSum:
-    """Sum (V, D) of matrices that have rows for some words each, held for all that any of them has;
-    whole once these are many.
+    """Sum (V, D) of products dy^T hidden that have rows for some words each, held for all words
+    that any of them has; whole once these are many.
     """
 
     def __init__(self, shape: torch.Size, dtype: torch.dtype, like: Tensor) -> None:
@@ -155,7 +195,7 @@ class WordSum:
         self.whole: Tensor | None = None
         self.words = like.new_empty(0, dtype=torch.int64)  # (K,), as they came
         self.values = self.empty(0)  # (K or more, D)
-        self.place = like.new_empty(0, dtype=torch.int64)  # (V,) of a word in values
+        self.place = self.words  # (V,) of a word in values
 
     def empty(self, count: int) -> Tensor:
         return large_empty((count, self.shape[1]), self.dtype, self.like)
@@ -164,37 +204,51 @@ class WordSum:
         if self.whole is None:
             self.whole = self.empty(self.shape[0]).zero_()
             self.whole.index_copy_(0, self.words, self.values[: len(self.words)])
-            self.values, self.words = self.values[:0], self.words[:0]
+            self.values, self.words = self.empty(0), self.words.new_empty(0)
         return self.whole
 
-    def add_product(self, dy: Tensor, hidden: Tensor, alpha: float) -> None:
+    def add_all(self, dy: Tensor, hidden: Tensor, alpha: float) -> None:
         """dy^T hidden, all words."""
         is_first = self.whole is None and len(self.words) == 0
         if is_first:
             self.whole = self.empty(self.shape[0])
         gemm(self.make_whole(), dy.t(), hidden, accumulate=not is_first, alpha=alpha)
 
-    def add(self, words: Tensor, fresh: Tensor, values: Tensor) -> None:
-        """Rows of these words, of which `fresh` come for the first time."""
+    def extend(self, fresh: Tensor) -> bool:
+        """Make room for words that come for the first time; whether they are the very first, which
+        then have the first rows, not yet written.
+        """
         before, count = len(self.words), len(self.words) + len(fresh)
         if self.whole is None and count > UNION * self.shape[0]:
             self.make_whole()
         if self.whole is not None:
-            self.whole.index_add_(0, words, values)
-            return
+            return False
         if before == 0:
-            self.place = words.new_empty(self.shape[0])
-        self.place[fresh] = torch.arange(before, count, device=fresh.device)
-        self.words = torch.cat([self.words, fresh])
-        if before == 0:
+            self.words, self.values = fresh, self.empty(count)
+            self.place = fresh.new_empty(self.shape[0])
+        elif count > len(self.values):
+            size = max(count, int(min(GROWTH * count, UNION * self.shape[0])))
+            values = self.empty(size)
+            values[:before] = self.values[:before]
             self.values = values
+        if before > 0:
+            self.words = torch.cat([self.words, fresh])
+            self.values[before:count] = 0
+        self.place[fresh] = torch.arange(before, count, device=fresh.device)
+        return before == 0
+
+    def add_some(
+        self, dy: Tensor, hidden: Tensor, alpha: float, words: Tensor, at: slice | None
+    ) -> None:
+        """dy^T hidden of words that extend() has seen; `at`: the rows of the very first."""
+        if at is not None:
+            gemm(self.values[at], dy.t(), hidden, alpha=alpha)
             return
-        if count > len(self.values):
-            grown = self.empty(int(GROWTH * count))
-            grown[:before] = self.values[:before]
-            self.values = grown
-        self.values[before:count] = 0
-        self.values.index_add_(0, self.place[words], values)
+        product = gemm(self.empty(len(words)), dy.t(), hidden, alpha=alpha)
+        if self.whole is not None:
+            self.whole.index_add_(0, words, product)
+        else:
+            self.values.index_add_(0, self.place[words], product)
 
     def result(self) -> tuple[Tensor, Tensor]:
         """All rows (V, D) and (0,); or those of some words (K, D), others being 0, and these

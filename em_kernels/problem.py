@@ -15,7 +15,6 @@ from .reference import RowTransform, TokenStats
 from .rows.cpu import is_built
 
 MAX_CHUNK_BYTES = 1 << 30  # fp32 dW is read and written once a chunk: few, large chunks
-MOST_COLUMNS = 0.5  # share of them up to which the sparse gradient pays
 
 
 class Needs(NamedTuple):
@@ -97,21 +96,10 @@ class Problem(NamedTuple):
         return statistics, self.hidden.new_zeros(count if everything else 0, dtype=torch.int64)
 
     @property
-    def buffers(self) -> int:
-        """Of logits: on a GPU a chunk begins before the last one's columns are counted."""
-        return 2 if self.grad_tolerance > 0 and self.hidden.is_cuda else 1
-
-    @property
     def logit_bytes(self) -> int:
-        """Of one logit in every buffer; on a GPU also of its gradient in the 16 bits that the GEMM
-        wants, or of its share in the copy of some columns.
-        """
-        beside = 0
-        if self.hidden.is_cuda:
-            dense = self.operand.itemsize if self.operand != self.dtype else 0
-            sparse = int(MOST_COLUMNS * self.dtype.itemsize) if self.grad_tolerance > 0 else 0
-            beside = max(dense, sparse)
-        return self.buffers * self.dtype.itemsize + beside
+        """Of one logit, and on a GPU of its gradient in the 16 bits that the GEMM wants."""
+        separate = self.hidden.is_cuda and self.operand != self.dtype
+        return self.dtype.itemsize + (self.operand.itemsize if separate else 0)
 
 
 def inv_temperature(temperature: float | Tensor, tokens: slice | Tensor, like: Tensor) -> Tensor:
@@ -119,11 +107,6 @@ def inv_temperature(temperature: float | Tensor, tokens: slice | Tensor, like: T
     if isinstance(temperature, Tensor):
         return 1 / temperature[tokens].to(like.dtype)
     return like.new_full(like.shape[:1], 1 / temperature)
-
-
-def row_stride(columns: int, device: torch.device) -> int:
-    """Elements from one row of logits to the next: on a GPU rows begin where vector loads can."""
-    return columns if device.type == "cpu" else -(-columns // 16) * 16
 
 
 def free_bytes(device: torch.device) -> int:

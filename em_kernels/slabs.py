@@ -14,9 +14,9 @@ from torch import Tensor
 
 from . import reference, rows
 from .gemm import gemm
-from .problem import Needs, Problem, chunk_length, in_range_of, large_empty, row_stride
+from .problem import Needs, Problem, chunk_length, in_range_of, large_empty
 from .reference import RowTransform, TokenStats
-from .rows import RowTerms
+from .rows import RowTerms, row_stride
 
 MIN_SLAB_BYTES = 64 << 20  # measured on a CPU; GEMMs of fewer words are slow
 

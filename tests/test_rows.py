@@ -7,7 +7,7 @@ from torch.testing import assert_close
 
 from em_kernels import reference
 from em_kernels.reference import Coefficients, RowTransform
-from em_kernels.rows import cpu, kernels_for, portable, take_columns
+from em_kernels.rows import cpu, kernels_for, portable
 
 ROW_COUNT = 5
 TRANSFORMS = [(1.0, None), (0.25, None), (1.0, 5.0), (-2.0, 30.0)]
@@ -194,20 +194,3 @@ def test_choice_of_kernels():
     assert kernels_for(fp32) is (portable if cpu._C is None else cpu)
     assert kernels_for(fp32.double()) is portable
     assert kernels_for(fp32.to("meta")) is portable
-
-
-@pytest.mark.usefixtures("rows")
-@pytest.mark.parametrize("words", [[], [0], [99], [0, 1, 2, 50, 51, 99], range(100)])
-def test_take_columns(words):
-    buffer = torch.randn(7, 120)
-    y, words = buffer[:, :100], torch.tensor(list(words), dtype=torch.int64)
-    expected, beside = y[:, words], buffer[:, 100:].clone()
-    assert torch.equal(take_columns(y, words), expected)
-    assert torch.equal(buffer[:, 100:], beside)
-
-
-@pytest.mark.skipif(cpu._C is None, reason="em_kernels._C is not built")
-@pytest.mark.parametrize("words", [[3, 2], [2, 2], [-1], [7]])
-def test_columns_that_do_not_ascend_are_refused(words):
-    with pytest.raises(RuntimeError, match="words must ascend within"):
-        cpu.take_columns(torch.zeros(2, 7), torch.tensor(words))

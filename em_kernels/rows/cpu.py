@@ -57,12 +57,6 @@ def column_mass(
     return mass, row_sums
 
 
-def take_columns(y: Tensor, words: Tensor) -> Tensor:
-    """In y's own memory, which is lost."""
-    torch.ops.em_kernels.take_columns(y, words)
-    return y[:, : len(words)]
-
-
 def _arguments(row: RowTransform) -> RowTransform:
     return row._replace(
         bias=_contiguous(row.bias, torch.float32), targets=_contiguous(row.targets, torch.int64)

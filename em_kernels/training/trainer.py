@@ -98,7 +98,21 @@ class StepLoss(NamedTuple):
 
     entropy: float  # mean, in nats
     active_share: float  # of the vocabulary that the head's backward multiplied
-    dropped_share: float  # of the mass of the logits' gradient that was left out
+    dropped_share: float  # of the mass of the logits' gradient, where any was left out
+
+
+def _loss(hidden: Tensor, head: Head, config: TrainConfig, mask: Tensor | None = None) -> Tensor:
+    """Sum of the tokens' entropies."""
+    return fused_entropy_loss(
+        hidden,
+        head.weight,
+        mask=mask,
+        temperature=config.temperature,
+        reduction="sum",
+        grad_tolerance=config.grad_tolerance,
+        chunk_bytes=config.chunk_bytes,
+        **head.arguments(),
+    )
 
 
 def entropy_step(
@@ -116,16 +130,7 @@ def entropy_step(
         stop.check()
         ids, attention, scores = padded(batch, accelerator.device)
         with accelerator.autocast():
-            loss = fused_entropy_loss(
-                hidden_states(model, ids, attention),
-                head.weight,
-                mask=scores,
-                temperature=config.temperature,
-                reduction="sum",
-                grad_tolerance=config.grad_tolerance,
-                chunk_bytes=config.chunk_bytes,
-                **head.arguments(),
-            )
+            loss = _loss(hidden_states(model, ids, attention), head, config, scores)
         reports.append(torch.stack(gradient_report(loss)) * (scores.sum() / total))
         loss = loss / total
         accelerator.backward(loss)
@@ -164,9 +169,12 @@ def train(
         check_cache(model)
     except TypeError as error:
         raise UserError(str(error)) from error
-    least = 10 * len(head.weight)  # one token's logits in two buffers, and their 16-bit gradient
-    if config.chunk_bytes is not None and config.chunk_bytes < least:
-        raise UserError(f"chunk_bytes: {config.chunk_bytes} is too small; give at least {least}")
+    try:
+        with accelerator.autocast():
+            token = head.weight.new_zeros(1, head.weight.shape[1], requires_grad=True)
+            _loss(token, head._replace(weight=head.weight.detach()), config)
+    except ValueError as error:  # chunk_bytes, most likely
+        raise UserError(str(error)) from error
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=config.lr,

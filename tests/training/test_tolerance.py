@@ -14,7 +14,7 @@ def test_default_tolerance_is_reported(tmp_path):
     model = make_model(initializer_range=1.0)
     found = {}
     for tolerance in (0.0, TrainConfig().grad_tolerance):
-        config = settings("-", tmp_path, grad_tolerance=tolerance)
+        config = settings("-", tmp_path, grad_tolerance=tolerance, loss_temperature=0.25)
         found[tolerance] = step(model, ROLLOUTS, config), gradients(model)
         model.zero_grad()
     (exact, true), (sparse, ours) = found.values()
