@@ -64,9 +64,8 @@ def pytest_terminal_summary(terminalreporter, config):
     if not rows:
         return
     write = terminalreporter.write_line
-    write(
-        f"\n{store.device_name(DEVICE)}; torch {torch.__version__}; medians of {ROUNDS} rounds in turns"
-    )
+    name = store.device_name(DEVICE)
+    write(f"\n{name}; torch {torch.__version__}; medians of {ROUNDS} rounds in turns")
     head = ("what", "over", "ms", "ms", "ratio", "quartiles", "must", "aim")
     lines = [head] + [
         (

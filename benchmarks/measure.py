@@ -124,8 +124,8 @@ def wide_logits(hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def truth(case: Case, problem: Problem) -> dict[str, dict[str, Tensor]]:
-    """In fp64, by quantity: the loss, dhidden of a sample of tokens, dweight of a sample of words."""
+def truth(case: Case, problem: Problem) -> dict[str, dict]:
+    """In fp64, by quantity: the loss, and gradients of a sample of tokens and of words."""
     n, v, device = case.tokens, case.vocab_size, case.device
     tokens = torch.linspace(0, n - 1, min(SAMPLE, n), device=device).long().unique()
     words = torch.linspace(0, v - 1, min(SAMPLE, v), device=device).long()
@@ -138,7 +138,7 @@ def truth(case: Case, problem: Problem) -> dict[str, dict[str, Tensor]]:
     if case.task == "stats":
         u = upstream(case, device).double()
         given = {"entropy": TokenStats(entropy=u, logprob=u)}
-    found = {name: {"loss": 0.0, "hidden": [], "weight": 0.0} for name in given}
+    found = {name: {"loss": 0.0, "scale": 0.0, "hidden": [], "weight": 0.0} for name in given}
     for index in torch.arange(n, device=device).split(max(1, 2**27 // (8 * v))):
         hidden, targets = problem.hidden[index].double(), problem.targets[index]
         y = wide_logits(hidden, problem.weight)
@@ -152,8 +152,9 @@ def truth(case: Case, problem: Problem) -> dict[str, dict[str, Tensor]]:
             mine = TokenStats(*(None if g is None else g[index] for g in weights))
             factors = reference.coefficients(stats, mine, v)
             here = found[name]
-            pairs = zip(mine, stats, strict=True)
-            here["loss"] += sum((g @ s).item() for g, s in pairs if g is not None)
+            terms = [g * s for g, s in zip(mine, stats, strict=True) if g is not None]
+            here["loss"] += sum(term.sum().item() for term in terms)
+            here["scale"] += sum(term.abs().sum().item() for term in terms)
             columns = row._replace(targets=at.amax(1))
             dy = reference.row_gradient(y[:, words], columns, m, log_s, factors)
             here["weight"] += dy.t() @ hidden
@@ -171,7 +172,8 @@ def truth(case: Case, problem: Problem) -> dict[str, dict[str, Tensor]]:
             here["hidden"].append(sum(part @ block.double() for part, block in blocks))
     return {
         name: {
-            "loss": torch.tensor(here["loss"], dtype=torch.float64),
+            "loss": here["loss"],
+            "scale": here["scale"],  # of the loss's terms, which may cancel
             "hidden": torch.cat(here["hidden"]).cpu(),
             "weight": here["weight"].cpu(),
             "tokens": tokens.cpu(),
@@ -181,17 +183,14 @@ def truth(case: Case, problem: Problem) -> dict[str, dict[str, Tensor]]:
     }
 
 
-def errors(true: dict[str, Tensor], loss: Tensor, problem: Problem) -> dict[str, float]:
-    """Relative to the truth's own norm, over the sample."""
-
-    def relative(mine: Tensor, exact: Tensor) -> float:
-        return ((mine.double().cpu() - exact).norm() / exact.norm()).item()
-
-    found = {"loss": relative(loss, true["loss"])}
+def errors(true: dict, loss: Tensor, problem: Problem) -> dict[str, float]:
+    """Relative to the truth's own size, over the sample."""
+    found = {"loss": abs(loss.item() - true["loss"]) / true["scale"]}
     for name, index in (("hidden", "tokens"), ("weight", "words")):
         leaf = getattr(problem, name)
         if leaf.requires_grad:
-            found[name] = relative(leaf.grad[true[index].to(leaf.device)], true[name])
+            mine = leaf.grad[true[index].to(leaf.device)].double().cpu()
+            found[name] = ((mine - true[name]).norm() / true[name].norm()).item()
     return found
 
 
@@ -289,7 +288,7 @@ def in_turns(device: str, run: Callable, floor: Callable) -> dict[str, object]:
     return found
 
 
-def measure(case: Case, true: dict[str, dict[str, Tensor]]) -> dict[str, object]:
+def measure(case: Case, true: dict[str, dict]) -> dict[str, object]:
     """Everything of one case; of a wrong provider its error only."""
     provider = PROVIDERS[case.provider]
     return_freed_memory()

@@ -40,7 +40,7 @@ SCALING_WIDTH = {"cpu": 128, "cuda": 2048}
 SCALING_TOKENS = (256, 1024, 4096, 16384, 32768)
 SCALING_VOCABS = (32768, 65536, 131072, 262144)
 SPARE_BYTES = 2**30  # libraries, and a chunk
-DESCRIPTION = f"""Time, peak memory, GEMM work and error of entropy losses, each in a process of its own.
+DESCRIPTION = f"""Time, peak memory, GEMM work and error of losses, each in a process of its own.
 
 Without flags: {" and ".join(f"{shape} on {kind}" for shape, kind in DEFAULTS)}, bfloat16, loss
 with all gradients, every provider but {", ".join(SLOW_ON_A_CPU)} on a CPU (80 s a call).
