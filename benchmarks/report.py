@@ -149,6 +149,7 @@ def plots(path: Path, theme: str) -> list[Path]:
         "svg.hashsalt": "em_kernels",  # the same results give the same file
         "axes.spines.top": False,
         "axes.spines.right": False,
+        "axes.facecolor": "none",
         "savefig.transparent": True,
     }
     inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")

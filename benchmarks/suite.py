@@ -31,15 +31,27 @@ SHAPES = {  # D, V, softcap of real heads
     "gemma2-2b": (2304, 256000, 30.0),
 }
 DTYPES = ("float32", "bfloat16")
-INPUTS = ("lm-0.5", "lm-1", "uniform-1", "real-0.5", "real-1")
 TOKENS = {"cpu": 512, "cuda": 8192}
 REAL = "smollm2-135m"  # the one shape that `real` inputs exist for
+INPUTS = {  # kind and temperature
+    "lm-0.5": "LM-like at temperature 0.5, calibrated on SmolLM2 (--calibration)",
+    "lm-1": "the same at 1",
+    "uniform-1": "near-uniform: the worst case of a gradient with a tolerance",
+    "real-0.5": f"states of SmolLM2's own text sampled at 0.5 (--shape {REAL})",
+    "real-1": "the same at 1",
+}
 DEFAULTS = report.FEATURED  # of a run without flags
 SCALING_PROVIDERS = ("ours-sparse", "ours", "trl", "stable-eager")
 SCALING_WIDTH = {"cpu": 128, "cuda": 2048}
 SCALING_TOKENS = (256, 1024, 4096, 16384, 32768)
 SCALING_VOCABS = (32768, 65536, 131072, 262144)
 SPARE_BYTES = 2**30  # libraries, and a chunk
+
+
+def _listed(texts: dict[str, str]) -> str:
+    return "\n".join(f"  {name:<22}{text}" for name, text in texts.items())
+
+
 DESCRIPTION = f"""Time, peak memory, GEMM work and error of losses, each in a process of its own.
 
 Without flags: {" and ".join(f"{shape} on {kind}" for shape, kind in DEFAULTS)}, bfloat16, loss
@@ -52,10 +64,12 @@ Results merge into benchmarks/results/<device>.json after each case; Ctrl-C keep
   work    GEMMs in units of tokens x hidden x vocabulary: 2 a product
   error   relative, against fp64 on a sample: the worst of loss and gradients
 
-Tasks: {"; ".join(f"{name}: {text}" for name, text in TASKS.items())}.
-Inputs: lm-TAU LM-like at a temperature, calibrated on SmolLM2 (--calibration); uniform-1 the worst
-case of a sparse gradient; real-TAU SmolLM2's own states ({REAL} only).
-Providers: {"; ".join(f"{name}: {p.title}" for name, p in PROVIDERS.items())}."""
+tasks:
+{_listed(TASKS)}
+inputs:
+{_listed(INPUTS)}
+providers:
+{_listed({name: provider.title for name, provider in PROVIDERS.items()})}"""
 EXAMPLES = """examples:
   em-kernels bench --shape gemma2-2b llama3-8b --provider ours ours-sparse compile
   em-kernels bench --shape 2048x32000 --tokens 1024 --input lm-1 uniform-1
@@ -232,8 +246,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--dtype", default=["bfloat16"], help=f"{', '.join(DTYPES)}, all", **several
     )
     parser.add_argument("--provider", default=[], help="names as above, or all", **several)
-    parser.add_argument("--tokens", type=int, help=f"default {TOKENS}")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--tokens", type=int, help="default 512 on a CPU, 8192 on a GPU")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda"
+    )
     parser.add_argument("--results", type=Path, help="file, instead of the device's")
     parser.add_argument(
         "--scaling",
@@ -273,6 +289,13 @@ def main(arguments: list[str]) -> int:
         return 0
     except BenchError as error:
         print(f"em-kernels bench: error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        print(
+            f"em-kernels bench: error: {error.name} is not installed; "
+            "pip install --editable '.[train,bench]'",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("em-kernels bench: interrupted; finished cases are kept", file=sys.stderr)
