@@ -28,7 +28,7 @@ from em_kernels import reference
 from em_kernels.reference import RowTransform, TokenStats
 
 ROUNDS = 7  # of floor and provider in turns; fewer where they take longer than SECONDS
-SECONDS = 60.0
+SECONDS = 30.0
 SAMPLE = 32  # tokens, and twice so many words, that are compared with fp64
 BLOCK = 8192  # words upcast to fp64 at a time
 # A gradient of a sample that is off by more, relatively, is wrong. Rounding logits of 20 to bf16

@@ -17,7 +17,7 @@ import report
 import store
 import torch
 from measure import GEMMS, TASKS, Case
-from providers import PROVIDERS, SLOW_ON_A_CPU
+from providers import ASIDE, PROVIDERS
 from store import BenchError
 
 from em_kernels.problem import free_bytes
@@ -41,7 +41,7 @@ INPUTS = {  # kind and temperature
     "real-1": "the same at 1",
 }
 DEFAULTS = report.FEATURED  # of a run without flags
-SCALING_PROVIDERS = ("ours-sparse", "ours", "trl", "stable-eager")
+SCALING_PROVIDERS = ("ours-sparse", "ours", "ours-64mib", "trl", "stable-eager")
 SCALING_WIDTH = {"cpu": 128, "cuda": 2048}
 SCALING_TOKENS = (256, 1024, 4096, 16384, 32768)
 SCALING_VOCABS = (32768, 65536, 131072, 262144)
@@ -55,7 +55,7 @@ def _listed(texts: dict[str, str]) -> str:
 DESCRIPTION = f"""Time, peak memory, GEMM work and error of losses, each in a process of its own.
 
 Without flags: {" and ".join(f"{shape} on {kind}" for shape, kind in DEFAULTS)}, bfloat16, loss
-with all gradients, every provider but {", ".join(SLOW_ON_A_CPU)} on a CPU (80 s a call).
+with all gradients, every provider but {" and ".join(ASIDE["cpu"])} (80 s a call on a CPU).
 Results merge into benchmarks/results/<device>.json after each case; Ctrl-C keeps them.
 
   time    median (quartiles) of rounds taken in turns with the bare matrix products, the floor;
@@ -121,8 +121,7 @@ def cases_of(options: argparse.Namespace) -> Iterator[Case]:
         problems = [("scaling", n, width, v, None, "lm-0.5") for n, v in grid]
     else:
         if providers is None:
-            slow = SLOW_ON_A_CPU if device == "cpu" else ()
-            providers = [name for name in PROVIDERS if name not in slow]
+            providers = [name for name in PROVIDERS if name not in ASIDE[device]]
         wanted = list(product(shapes, kinds))
         if not shapes:
             wanted = list(product([DEFAULTS[0][0]], kinds)) if options.input else list(DEFAULTS)
