@@ -7,6 +7,7 @@ out, and nothing that was measured holds of a model.
 
 import math
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -138,11 +139,13 @@ def real(
 def _generated(folder: Path, temperature: float, tokens: int) -> Tensor:
     """(tokens, D) final hidden states, each that from which a sampled token was drawn."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
     from em_kernels.hf import hidden_states
     from em_kernels.training.config import Sampling
     from em_kernels.training.rollout import generate
 
+    disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
     chat = tokenizer.apply_chat_template(
@@ -205,26 +208,29 @@ def figures(given: Input) -> Figures:
     return Figures(*(entropy[tau] / n for tau in TEMPERATURES), std / n, margin / n, *active)
 
 
-def calibration(shapes: dict[str, tuple[int, int]], tokens: int = 1024) -> str:
-    """Table of real figures and lm_like's at each shape (D, V)."""
-    lines = [
-        f"{'':<42}{'entropy [nats]':>16}{'logits':>9}{'top-1':>8}{'columns with 99.8 %':>21}",
+def calibration(shapes: dict[str, tuple[int, int]], tokens: int = 1024) -> Iterator[str]:
+    """Lines of a table, as they are found: the real figures, and lm_like's at each shape (D, V)."""
+
+    def line(name: str, row: Figures) -> str:
+        half, one, std, margin, active_half, active_one = row
+        text = (
+            f"{half:8.2f}{one:8.2f}{std:9.2f}{margin:8.2f}{active_half:9.1f} %{active_one:8.0f} %"
+        )
+        return f"{name:<42}{text.replace('nan', '  -')}"
+
+    yield f"{'':<42}{'entropy [nats]':>16}{'logits':>9}{'top-1':>8}{'columns with 99.8 %':>21}"
+    yield (
         f"{f'{tokens} tokens':<42}{'tau 0.5':>8}{'tau 1':>8}{'std':>9}{'margin':>8}"
-        f"{'tau 0.5':>11}{'tau 1':>10}",
-    ]
-
-    def add(name: str, row: Figures) -> None:
-        a, b, std, margin, half, one = row
-        text = f"{a:8.2f}{b:8.2f}{std:9.2f}{margin:8.2f}{half:9.1f} %{one:8.0f} %"
-        lines.append(f"{name:<42}{text.replace('nan', '  -')}")
-
-    add("SmolLM2-135M, stated", STATED)
+        f"{'tau 0.5':>11}{'tau 1':>10}"
+    )
+    yield line("SmolLM2-135M, stated", STATED)
     for tau in TEMPERATURES:
-        add(f"SmolLM2-135M, text sampled at {tau}", figures(real(tau, tokens)))
+        yield line(f"SmolLM2-135M, text sampled at {tau}", figures(real(tau, tokens)))
     for name, (hidden_size, vocab_size) in shapes.items():
-        add(f"lm_like {name}", figures(lm_like(tokens, hidden_size, vocab_size)))
-    return "\n".join(lines)
+        given = lm_like(tokens, hidden_size, vocab_size)
+        yield line(f"lm_like, {name}: {hidden_size} x {vocab_size}", figures(given))
 
 
 if __name__ == "__main__":
-    print(calibration({f"576 x {VOCAB}": (576, VOCAB), "1536 x 151936": (1536, 151936)}))
+    for text in calibration({"SmolLM2": (576, VOCAB), "Qwen2.5 1.5B": (1536, 151936)}):
+        print(text, flush=True)

@@ -276,7 +276,8 @@ def main(arguments: list[str]) -> int:
     try:
         options = parse(arguments)
         if options.calibration:
-            print(inputs.calibration({name: SHAPES[name][:2] for name in SHAPES}))
+            for line in inputs.calibration({name: SHAPES[name][:2] for name in SHAPES}):
+                print(line, flush=True)
             return 0
         path = options.results or store.path_of(options.device)
         if options.report:
