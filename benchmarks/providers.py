@@ -125,11 +125,11 @@ PROVIDERS = {
         "torch.compile of stable eager",
         _compiled(stable_loss),
         _compiled(stable_statistics),
-        bytes_per_logit=4,
+        bytes_per_logit=8,
     ),
-    "stable-eager": Provider("stable eager", stable_loss, stable_statistics, bytes_per_logit=14),
+    "stable-eager": Provider("stable eager", stable_loss, stable_statistics, bytes_per_logit=20),
     "official-eager": Provider(
-        "eager as in One-shot EM's train.py", official_loss, bytes_per_logit=8
+        "eager as in One-shot EM's train.py", official_loss, bytes_per_logit=10
     ),
     "trl": Provider(
         "TRL chunked_logprob",

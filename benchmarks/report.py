@@ -243,6 +243,7 @@ def memory_figure(plt, content: dict, theme: str):
     panels[1].set_xlabel(f"words (D={width}, N={max(tokens, default=0)})")
     panels[0].set_ylabel("peak MiB beyond the gradients")
     panels[0].yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    panels[0].legend(frameon=False, fontsize=9)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.14, 1, 1))
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=3, frameon=False, fontsize=9)
     return figure
