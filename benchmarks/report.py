@@ -13,8 +13,8 @@ BEGIN, END = "<!-- em-kernels bench --report: begin -->", "<!-- end -->"
 THEMES = {"light": ("#1f2328", "#8c959f"), "dark": ("#e6edf3", "#7d8590")}  # text, others' marks
 OURS = ("#2f81f7", "#db6d28", "#8957e5")  # readable on white and on black
 LINES = {  # of the memory plot
-    "ours-sparse": (OURS[2], "-"),
     "ours": (OURS[0], "-"),
+    "ours-sparse": (OURS[2], "--"),  # after ours, which it may lie on
     "ours-64mib": (OURS[1], "-"),
     "trl": (None, "--"),
     "stable-eager": (None, ":"),
