@@ -3,6 +3,7 @@
 Work and time: GEMM floor = the same products by torch alone, logits whole, in the inputs' dtype.
 """
 
+import inputs
 import pytest
 import torch
 
@@ -18,13 +19,9 @@ SHAPE = f"N={TOKENS} D={HIDDEN} V={VOCAB}"
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def head(request):
-    """Peaked rows, as a language model's: each hidden state lies near one word's row."""
-    dtype = getattr(torch, request.param)
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(VOCAB, HIDDEN, generator=generator) / HIDDEN**0.5
-    words = torch.randint(VOCAB, (TOKENS,), generator=generator)
-    hidden = 10 * weight[words] + 2 * torch.randn(TOKENS, HIDDEN, generator=generator)
-    return [x.to(DEVICE, dtype).requires_grad_() for x in (hidden, weight)]
+    """LM-like, as em-kernels bench's."""
+    given = inputs.lm_like(TOKENS, HIDDEN, VOCAB, getattr(torch, request.param), DEVICE)
+    return [x.requires_grad_() for x in (given.hidden, given.weight)]
 
 
 @torch.no_grad()

@@ -1,44 +1,22 @@
 """Ratios of two things timed in turns, their table, and results/<device>.json."""
 
-import ctypes
-import json
-import platform
-import re
 import statistics
 import time
 from pathlib import Path
 
 import pytest
+import store
 import torch
+from measure import keep_freed_memory
 
 import em_kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROUNDS = 5
-RESULTS = Path(__file__).parent / "results"
 
 
-def keep_freed_memory():
-    """glibc keeps what is freed, as a GPU's allocator does: else a virtual machine that takes
-    free pages back makes every large allocation cost as much as a GEMM, now and then.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if DEVICE == "cpu" and mallopt:
-        mallopt(-4, 0)  # M_MMAP_MAX: nothing from mmap, which goes back at once
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-
-
-keep_freed_memory()
-
-
-def device_name():
-    if DEVICE == "cuda":
-        return torch.cuda.get_device_name()
-    model = "unknown CPU"
-    if Path("/proc/cpuinfo").exists():
-        found = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.M)
-        model = found[1] if found else model
-    return f"{model}, {torch.get_num_threads()} threads"
+if DEVICE == "cpu":
+    keep_freed_memory()
 
 
 def synchronize():
@@ -86,7 +64,8 @@ def pytest_terminal_summary(terminalreporter, config):
     if not rows:
         return
     write = terminalreporter.write_line
-    write(f"\n{device_name()}; torch {torch.__version__}; medians of {ROUNDS} rounds in turns")
+    name = store.device_name(DEVICE)
+    write(f"\n{name}; torch {torch.__version__}; medians of {ROUNDS} rounds in turns")
     head = ("what", "over", "ms", "ms", "ratio", "quartiles", "must", "aim")
     lines = [head] + [
         (
@@ -104,17 +83,7 @@ def pytest_terminal_summary(terminalreporter, config):
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     for line in lines:
         write("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)))
-    path = RESULTS / (re.sub(r"\W+", "-", device_name()).strip("-").lower() + ".json")
-    path.parent.mkdir(exist_ok=True)
-    facts = {
-        "date": time.strftime("%Y-%m-%d"),
-        "em_kernels": em_kernels.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "rounds": ROUNDS,
-    }
-    found = {row.pop("name"): row | facts for row in rows}
-    if path.exists():  # a run of some benchmarks leaves the others' figures
-        found = json.loads(path.read_text())["results"] | found
-    path.write_text(json.dumps({"device": device_name(), "results": found}, indent=1) + "\n")
+    facts = {"em_kernels": em_kernels.__version__, "torch": torch.__version__, "rounds": ROUNDS}
+    path = store.path_of(DEVICE)
+    store.merge(path, DEVICE, "ratios", {row.pop("name"): row | facts for row in rows})
     write(f"written to {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")

