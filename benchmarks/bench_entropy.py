@@ -3,11 +3,13 @@
 Work and time: GEMM floor = the same products by torch alone, logits whole, in the inputs' dtype.
 """
 
+from functools import partial
+
 import inputs
 import pytest
 import torch
 
-from em_kernels import fused_entropy_loss, fused_token_stats, reference
+from em_kernels import fused_entropy_loss, fused_token_stats, gradient_report, reference
 from em_kernels.reference import RowTransform, TokenStats
 from em_kernels.rows import kernels_for
 
@@ -37,8 +39,12 @@ def backward(loss, hidden, weight):
     loss(hidden, weight).backward()
 
 
-def entropy(hidden, weight):
-    return fused_entropy_loss(hidden, weight, temperature=0.5)
+def entropy(hidden, weight, temperature=0.5):
+    return fused_entropy_loss(hidden, weight, temperature=temperature)
+
+
+def sparse(hidden, weight, temperature=0.5):
+    return fused_entropy_loss(hidden, weight, temperature=temperature, grad_tolerance=2**-9)
 
 
 def stable_eager(hidden, weight):
@@ -51,16 +57,23 @@ def dtype_of(head):
     return str(head[0].dtype).removeprefix("torch.")
 
 
+BF16 = pytest.mark.parametrize("head", ["bfloat16"], indirect=True)
 LIMITS = {  # of the ratio: must, aim
     ("loss", "float32"): ("1.20", "1.08"),
     ("loss", "bfloat16"): ("1.8", "1.25"),
     ("forward", "float32"): ("1.15", "1.05"),
     ("eager", "bfloat16"): (">= 1.1", ">= 1.6"),
+    ("sparse", "bfloat16"): ("0.9", "0.5"),
+    ("eager over sparse", "bfloat16"): (">= 2.2", ">= 4"),
+    ("compiled over sparse", "bfloat16"): (">= 1.2", ">= 2.2"),
+    ("switch", "bfloat16"): ("1.03", ""),
     ("rows", "float32"): ("4", "2.5"),
 }
 if DEVICE == "cuda":  # planned: no GPU has run these
     LIMITS = {
         ("loss", "bfloat16"): ("", "1.20"),
+        ("sparse", "bfloat16"): ("", "0.50"),
+        ("switch", "bfloat16"): ("1.03", ""),
         ("statistics", "bfloat16"): ("", "1.55"),
         ("forward", "bfloat16"): ("", "1.12"),
     }
@@ -103,12 +116,46 @@ def test_statistics_with_any_upstream(ratio, head):
     )
 
 
-@pytest.mark.parametrize("head", ["bfloat16"], indirect=True)
+@BF16
 def test_stable_eager(ratio, head):
     ratio(
         lambda: backward(stable_eager, *head),
         lambda: backward(entropy, *head),
         **facts("stable eager, loss + gradients", "ours", "eager", dtype_of(head)),
+    )
+
+
+@BF16
+def test_sparse_loss_with_gradients(ratio, head):
+    ratio(
+        lambda: backward(sparse, *head),
+        lambda: products(*head, 3),
+        **facts("sparse loss + gradients", "3 GEMMs", "sparse", "bfloat16"),
+    )
+
+
+@BF16
+@pytest.mark.parametrize("kind", ["eager", "compiled"])
+def test_whole_logits_over_sparse(ratio, head, kind):
+    other = stable_eager if kind == "eager" else torch.compile(stable_eager)
+    ratio(
+        lambda: backward(other, *head),
+        lambda: backward(sparse, *head),
+        **facts(f"stable {kind}", "ours sparse", f"{kind} over sparse", "bfloat16"),
+    )
+
+
+@BF16
+@pytest.mark.parametrize("temperature", [0.8, 1.0, 1.05, 1.1, 1.2, 1.5, 10.0])
+def test_sparse_over_dense(ratio, head, temperature):
+    """Where it pays, and what it costs where it does not."""
+    loss = sparse(*head, temperature)
+    share = float(gradient_report(loss).active_share)
+    what = f"sparse, temperature {temperature}: {share:.0%} of the words"
+    ratio(
+        lambda: backward(partial(sparse, temperature=temperature), *head),
+        lambda: backward(partial(entropy, temperature=temperature), *head),
+        **facts(what, "ours exact", "switch", "bfloat16"),
     )
 
 

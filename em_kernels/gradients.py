@@ -19,6 +19,7 @@ MOST_COLUMNS = 0.5  # that pay: at 0.48 a CPU took 0.7 of the dense time, at 0.6
 UNION = 0.5  # of the words: with more, dweight is held whole
 GROWTH = 1.5
 SLAB_BYTES = 64 << 20  # of a slab of columns: logits, dy, rows of weight and dweight
+SLAB_WORDS = 512  # at least
 
 
 class Gradients(NamedTuple):
@@ -115,6 +116,7 @@ class Sums:
         return Gradients(self.dh, dw, self.db, words, torch.stack([share, dropped]))
 
     def _can_pay(self, terms: RowTerms) -> bool:
+        """By some of the rows."""
         step = len(terms.m) // PROBE_ROWS
         if step < 4:  # a look at all rows costs little more
             return True
@@ -148,7 +150,7 @@ class Sums:
         weight, wide, operand = self.problem.weight, self.problem.dtype, self.problem.operand
         word_bytes = len(chunk.hidden) * (wide.itemsize + operand.itemsize)
         word_bytes += weight.shape[1] * (wide.itemsize + weight.dtype.itemsize)
-        length = max(1, min(SLAB_BYTES, chunk.terms.y.nbytes) // word_bytes)
+        length = max(SLAB_WORDS, min(SLAB_BYTES, chunk.terms.y.nbytes) // word_bytes)
         dh = self._dh_of(chunk).zero_() if self.needs.hidden else self.dh
         left_out = choice.row_sums.clone()
         is_first = False

@@ -106,7 +106,8 @@ def test_one_flat_chunk_costs_the_others_little(flat):
 @pytest.mark.parametrize("operand", [torch.float32, torch.float16])
 def test_two_chunks_at_a_time_as_on_a_gpu(operand, flat_from, monkeypatch):
     """And by slabs of few words; an fp16 dy is scaled."""
-    monkeypatch.setattr(gradients, "SLAB_BYTES", 1000 * 40)
+    monkeypatch.setattr(gradients, "SLAB_WORDS", 40)
+    monkeypatch.setattr(gradients, "SLAB_BYTES", 0)
     monkeypatch.setattr(problem, "operand_dtype", lambda weight: operand)
     hidden, weight = (x.detach().to(operand).requires_grad_() for x in peaked(1000, 1000))
     hidden.data[100 * flat_from :] *= 0.01
