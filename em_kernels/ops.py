@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
-from . import chunked, slabs
+from . import chunked, saved, slabs
 from . import logits as logits_entropy
 from .gemm import accumulation_dtype
 from .parallel import VocabularyShard
-from .problem import Needs, Problem, large_empty
+from .problem import Needs, Problem
 from .reference import IGNORE_INDEX, TokenStats
-from .rows.cpu import is_built, supports
+from .rows.cpu import is_built
 
 
 def _problem(
@@ -50,14 +50,6 @@ def _problem(
         grad_tolerance,
         shard,
     )
-
-
-def _refuse_double_backward() -> None:
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "em_kernels has no second derivatives: call backward without create_graph, "
-            "or use em_kernels.reference"
-        )
 
 
 @torch.library.custom_op("em_kernels::entropy_loss", mutates_args=())
@@ -126,70 +118,15 @@ def _(
 def _entropy_loss_setup(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(*output[1:])
     tolerance, _, needs = inputs[8:]
-    _save_gradients(ctx, inputs[:3], needs, tolerance, output[1:])
-
-
-def _save_gradients(ctx, tensors, needs, grad_tolerance, gradients) -> None:
-    ctx.set_materialize_grads(False)
-    *saved, ctx.report = gradients
-    ctx.save_for_backward(*saved)
-    ctx.needs, ctx.is_sparse, ctx.vocab_size = needs, grad_tolerance > 0, len(tensors[1])
-    ctx.dtypes = [None if x is None else x.dtype for x in tensors]
-
-
-def _saved_gradients(ctx, upstream):
-    """Those of hidden, weight and bias, times upstream, each in its tensor's dtype."""
-    _refuse_double_backward()
-    if upstream is None:
-        return [None] * 3
-    *saved, words = ctx.saved_tensors
-    found = []
-    for x, need, dtype in zip(saved, ctx.needs, ctx.dtypes, strict=True):
-        if not need:
-            found.append(None)
-        elif x is saved[1] and ctx.is_sparse and (_is_traced(x) or len(x) < ctx.vocab_size):
-            found.append(scaled_rows(x, words, upstream, ctx.vocab_size, dtype))
-        else:
-            found.append(_scaled(x, upstream, dtype))
-    return found
-
-
-def _is_traced(x) -> bool:
-    return type(x) is not Tensor
-
-
-def _scaled(saved, upstream, dtype):
-    """saved * upstream, rounded once, without an fp32 product of its size."""
-    if _is_traced(saved):
-        return torch.mul(saved, upstream, out=torch.empty_like(saved, dtype=dtype))
-    keep = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
-    is_last = saved.dtype == dtype and not keep()  # nobody can come back to `saved`
-    if is_last and saved.is_cpu and upstream.item() == 1:
-        return saved
-    return _product(saved, upstream, saved if is_last else large_empty(saved.shape, dtype, saved))
-
-
-def _product(x: Tensor, upstream: Tensor, out: Tensor) -> Tensor:
-    # a CPU would make the product in fp32 first, all of what it is given
-    length = max(1, x.numel()) if x.is_cuda or x.dtype == out.dtype else 1 << 20
-    for part, to in zip(x.view(-1).split(length), out.view(-1).split(length), strict=True):
-        torch.mul(part, upstream, out=to)
-    return out
+    saved.save_gradients(ctx, inputs[:3], needs, tolerance, output[1:])
 
 
 @torch.library.custom_op("em_kernels::scaled_rows", mutates_args=())
 def scaled_rows(
     values: Tensor, words: Tensor, upstream: Tensor, vocab_size: int, dtype: torch.dtype
 ) -> Tensor:
-    """(V, D) in dtype: values (K, D) times upstream at the rows `words`, or all (K = V); else 0."""
-    whole = large_empty((vocab_size, values.shape[1]), dtype, values)
-    if len(values) == vocab_size:
-        return _product(values, upstream, whole)
-    if supports(values) and dtype != torch.float16:
-        torch.ops.em_kernels.spread_rows(values, words, upstream.item(), whole)
-        return whole
-    product = _product(values, upstream, torch.empty_like(values, dtype=dtype))
-    return whole.zero_().index_copy_(0, words, product)
+    """saved.scaled_rows, of which the compiler knows no K."""
+    return saved.scaled_rows(values, words, upstream, vocab_size, dtype)
 
 
 @scaled_rows.register_fake
@@ -198,7 +135,7 @@ def _(values, words, upstream, vocab_size, dtype):
 
 
 def _entropy_loss_backward(ctx, upstream, *_):
-    return *_saved_gradients(ctx, upstream), *(None,) * 8
+    return *saved.saved_gradients(ctx, upstream), *(None,) * 8
 
 
 entropy_loss.register_autograd(_entropy_loss_backward, setup_context=_entropy_loss_setup)
@@ -219,12 +156,12 @@ class TokenLoss(torch.autograd.Function):
     ) -> Tensor:
         problem = _problem(int(needs[0]), hidden, weight, bias, *settings)
         loss, gradients = chunked.token_loss(problem, loss_fn, Needs(*needs))
-        _save_gradients(ctx, (hidden, weight, bias), needs, problem.grad_tolerance, gradients)
+        saved.save_gradients(ctx, (hidden, weight, bias), needs, problem.grad_tolerance, gradients)
         return loss
 
     @staticmethod
     def backward(ctx, upstream):
-        return *_saved_gradients(ctx, upstream), *(None,) * 9
+        return *saved.saved_gradients(ctx, upstream), *(None,) * 9
 
 
 @torch.library.custom_op("em_kernels::token_stats", mutates_args=())
@@ -360,7 +297,7 @@ def _token_stats_setup(ctx, inputs, output) -> None:
 
 
 def _token_stats_backward(ctx, upstream, *_):
-    _refuse_double_backward()
+    saved.refuse_double_backward()
     nothing = (None,) * 12
     if upstream is None:
         return nothing
@@ -425,7 +362,7 @@ def _entropy_from_logits_setup(ctx, inputs, output) -> None:
 
 
 def _entropy_from_logits_backward(ctx, upstream, *_):
-    _refuse_double_backward()
+    saved.refuse_double_backward()
     if upstream is None:
         return None, None, None
     return entropy_from_logits_backward(upstream, *ctx.saved_tensors, ctx.temperature), None, None
