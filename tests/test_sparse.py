@@ -5,12 +5,12 @@ import torch
 from torch.testing import assert_close
 from truth import entropy_of, leaves
 
-import em_kernels.flops  # noqa: F401  # FlopCounterMode counts the extension's GEMM
 from em_kernels import (
     fused_entropy_loss,
     fused_token_loss,
     gradient_report,
     gradients,
+    problem,
     reference,
     sparse,
 )
@@ -93,6 +93,33 @@ def test_certificate(chunk, sample, kind, tolerance, monkeypatch):
         assert report.active_share < 0.75
     if kind in ("masses of 1 to 1e-36", "temperatures") and tolerance > 0.01:
         assert report.dropped_share > tolerance / 4 and report.active_share < 0.8
+
+
+@pytest.mark.parametrize("tolerance", TOLERANCES[1:])
+@pytest.mark.parametrize("kind", ["bimodal", "masses of 1 to 1e-36", "softcap", "temperatures"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_certificate_in_16_bits(dtype, kind, tolerance, monkeypatch):
+    """Beside the tolerance one rounding of dy, as a GPU's GEMM wants it, and one of the result."""
+    monkeypatch.setattr(problem, "operand_dtype", lambda weight: weight.dtype)
+    monkeypatch.setattr(gradients, "MOST_COLUMNS", 1.0)
+    y, arguments = INPUTS[kind]()
+    y = y.to(dtype)
+    arguments = {k: x.to(dtype) if k == "bias" else x for k, x in arguments.items()}
+    dy = dy_of(y, arguments)
+    mass = dy.abs().sum()
+    noise = 2 * torch.finfo(dtype).eps * mass + 1e-5
+    settings = {"grad_tolerance": tolerance, "chunk_bytes": 17 * V * 4, "reduction": "sum"}
+
+    weight = y.t().clone().requires_grad_()
+    loss = fused_entropy_loss(torch.eye(N, dtype=dtype), weight, **settings, **arguments)
+    (dw,) = torch.autograd.grad(loss, weight)
+    assert (dw.t().double() - dy).abs().sum() <= tolerance * mass + noise
+
+    hidden = y.clone().requires_grad_()
+    loss = fused_entropy_loss(hidden, torch.eye(V, dtype=dtype), **settings, **arguments)
+    (dh,) = torch.autograd.grad(loss, hidden)
+    assert (dh.double() - dy).abs().sum() <= 2 * tolerance * mass + noise
+    assert gradient_report(loss).dropped_share > tolerance / 4
 
 
 def terms_of(y, arguments):
