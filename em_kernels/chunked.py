@@ -52,7 +52,7 @@ def _chunks(
             if shard is not None:
                 length = shard.smallest(length)  # free memory differs, chunks are collective calls
             if start == 0:
-                rows_held = min(held * length, left)
+                rows_held = min(held, -(-left // length)) * length  # whole buffers
                 memory = large_empty((rows_held * stride,), problem.dtype, hidden)
             length = min(length, rows_held)
             number = rows_held // length

@@ -229,7 +229,7 @@ def test_bad_input_gets_one_line(arguments, said, capfd):
 
 def test_device_that_is_not_there(capfd):
     if torch.cuda.is_available():
-        pytest.skip("it is there")
+        pytest.skip("a CUDA GPU is there")
     assert "sees no CUDA GPU" in refused(capfd, "--device", "cuda")
 
 

@@ -138,6 +138,24 @@ def test_two_chunks_at_a_time_as_on_a_gpu(operand, flat_from, monkeypatch):
         assert relative_error(mine, same.double()) < 3 * 2**-9 + rounding
 
 
+@pytest.mark.parametrize("n", [100, 101, 199, 200, 201, 299])
+def test_no_buffer_is_taken_from_a_chunk_that_waits(n, monkeypatch):
+    """One to three chunks of any length, two at a time."""
+    hidden, weight = peaked(n, 1000)
+    arguments = {"temperature": 0.5, "chunk_bytes": 100 * 1000 * 8, "reduction": "sum"}
+    _, exact = gradients_of(hidden, weight, 0.0, **arguments)
+
+    class Overlapping(gradients.Sums):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.buffers = 2
+
+    monkeypatch.setattr(chunked, "Sums", Overlapping)
+    _, found = gradients_of(hidden, weight, 2**-9, **arguments)
+    for mine, true in zip(found, exact, strict=True):
+        assert relative_error(mine, true) < 3 * 2**-9
+
+
 @pytest.mark.usefixtures("rows")
 @pytest.mark.parametrize("silent", [slice(0, 0), slice(0, 40), slice(40, 90), slice(0, 90)])
 def test_token_loss_whose_chunks_have_no_mass(silent):
