@@ -6,6 +6,7 @@ is arithmetic.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -17,7 +18,9 @@ from ..gradients import SLAB_WORDS
 from ..problem import free_bytes
 from ..sparse import SAMPLE
 from .config import FULL_LR, LORA_LR, TrainConfig, UserError
+from .optimizer import SLAB as STEP_SLAB
 from .optimizer import state_bytes
+from .rounding import LENGTH
 from .seconds import RATES, Rates, Work, seconds_of
 from .sketch import Sketch
 
@@ -26,7 +29,9 @@ CONTEXT = GIB // 2  # of CUDA, libraries' workspaces included
 PROCESS = GIB  # of the host beside a GPU: torch, CUDA's libraries
 STAGING = 2 * 64 * MIB  # pinned
 FRAGMENTS = 0.05  # of what comes and goes, lost between a GPU allocator's blocks
-STEP = 16 * MIB  # temporaries of the optimizer's step
+SCRATCH = 3 * 4 * STEP_SLAB  # of the optimizer
+NOISE = 4 * LENGTH  # of rounding to bf16
+SAVED = 2 << 30  # bytes of a model that are written at a time
 CHUNK = 256 * MIB  # of logits
 STATISTICS = 132  # bytes a token, measured like those below
 CHOICE = 36  # bytes a word, where columns are chosen
@@ -34,6 +39,7 @@ SHARD = 5 * GIB  # read at a time while weights are loaded
 SMALL_STATE = 8 * GIB
 PAYS = {"cuda": 16384, "cpu": 1024}  # tokens of a micro-batch beyond which nothing is gained
 MOST_ROWS = 256  # sampled at a time, as a token of a step takes as long on a GPU, and here longer
+SHORT = 8  # times as many rows as whole ones make a micro-batch where they end early, at most
 ENOUGH = 4096  # tokens of a micro-batch for whose sake nothing need be recomputed
 # Bytes a word of rollout.py's processors, beside the model's own logits: peaks of `generate` under
 # torch.profiler on a CPU; the same for V 50,000 and 150,000, 8 and 16 rows.
@@ -45,7 +51,8 @@ PHASES = {  # what is in memory beside what always is
     "sampling": ("KV cache", "next tokens"),
     "head": ("activations", "logits chunk"),
     "backward": ("activations", "recompute, gradients"),
-    "optimizer": ("step",),
+    "optimizer": ("rounding",),
+    "saving": ("bf16 copy",),
 }
 
 
@@ -93,8 +100,8 @@ class Plan:
     def problems(self) -> list[str]:
         limits = {"device": self.device_limit, "host": self.host_limit}
         return [
-            f"{size / GIB:.1f} GiB of {side} memory are missing (of "
-            f"{(limits[side] + size) / GIB:.1f}, {limits[side] / GIB:.1f} are there)"
+            f"{size / GIB:.2f} GiB of {side} memory are missing (of "
+            f"{(limits[side] + size) / GIB:.2f}, {limits[side] / GIB:.2f} are there)"
             for side, size in self.missing.items()
         ]
 
@@ -226,13 +233,11 @@ class Planner:
         return Plan(**{**vars(plan), "remedies": self._remedies(asked)})
 
     def _remedies(self, config: TrainConfig) -> tuple[str, ...]:
-        """Those that suffice each alone, cheapest first; or else the fewest together."""
+        """The three cheapest that suffice each alone, or else the cheapest together."""
         options = cheaper(config, self.cuda)
-        enough = [
-            text for text, change in options if self.plan(config.model_copy(update=change)).fits
-        ]
-        if enough:
-            return tuple(enough)
+        enough = (t for t, change in options if self.plan(config.model_copy(update=change)).fits)
+        if found := tuple(islice(enough, 3)):
+            return found
         texts: list[str] = []
         for text, change in options:
             config, texts = config.model_copy(update=change), [*texts, text]
@@ -289,8 +294,9 @@ class Planner:
 
         def worst(rows: int, recompute: bool) -> dict[str, int]:
             """Completions that end early are more rows, with the prompt's keys before each."""
-            short = max(2, rows * new // most)
-            shapes = [(rows, new)] + [(most, short)] * (shared and short < new)
+            widest = min(most, SHORT * rows)
+            short = max(2, rows * new // widest)
+            shapes = [(rows, new)] + [(widest, short)] * (shared and short < new)
             return max((passing(*shape, recompute) for shape in shapes), key=_peak)
 
         goal = max(1, min(most, PAYS["cuda" if self.cuda else "cpu"] // row))
@@ -302,8 +308,8 @@ class Planner:
         rows = goal
         if config.micro_batch == "auto":
             rows = _largest(lambda n: _peak(passing(n, new, recompute)), goal, room)
-            while rows > 1 and _peak(worst(rows, recompute)) > room:
-                rows -= max(1, rows // 8)
+            if _peak(worst(rows, recompute)) > room:
+                rows = _largest(lambda n: _peak(worst(n, recompute)), rows, room)
             rows = -(-most // -(-most // rows))  # batches alike
         of_row = self._of_completion(config, sketch)
         batch = max(1, min(config.rollouts, MOST_ROWS, room // sum(of_row.values())))
@@ -311,7 +317,11 @@ class Planner:
         if config.rollout_batch != "auto":
             batch = min(config.rollouts, config.rollout_batch)
         moving = {name: size * batch for name, size in of_row.items()}
-        moving |= {**worst(rows, recompute), "step": STEP}
+        moving |= worst(rows, recompute)
+        some = min(STEP_SLAB, sketch.sizes.trained)
+        moving["rounding"] = 2 * some + 4 * min(LENGTH, some) if device.get("master") else 0
+        copied = not self.cuda and config.mode != "lora" and self.dtype == torch.float32
+        moving["bf16 copy"] = (sketch.sizes.weights // 2 + NOISE) * copied
         if self.cuda:
             device["fragments"] = int(FRAGMENTS * _peak(moving))
         trained = sketch.sizes.trained
@@ -323,6 +333,8 @@ class Planner:
         }
         if config.micro_batch == "auto":
             complete["micro_batch"] = rows * row
+        if SHORT * rows < most:
+            complete["micro_batch_rows"] = SHORT * rows
         if config.rollout_batch == "auto":
             complete["rollout_batch"] = batch
         if config.save_optimizer == "auto":
@@ -383,16 +395,17 @@ class Planner:
             master_is_parameter=itemsize == 4 and not offload and not folder,
         )
         disk = {f"{n} (offload)": state.pop(n) for n in ("master", "moments") if folder}
-        host = {"process": PROCESS} if self.cuda else {}
+        state["scratch"] = SCRATCH + (NOISE if itemsize < 4 else 0)
+        if not self.cuda:
+            return {**device, **state}, {}, disk
+        host = {"process": PROCESS, "saving": min(SAVED, sizes.weights)}
         if offload:
             host |= {**state, "staging": STAGING}
         else:
             device |= state
-        if self.cuda:
-            device["context"] = CONTEXT
-            shard = min(SHARD, sizes.weights)  # gone before the rest comes
-            host["loading"] = max(0, shard - sum(host.values()) + PROCESS)
-        return device, host, disk
+        shard = min(SHARD, sizes.weights)  # gone before the rest comes
+        host["loading"] = max(0, shard - sum(host.values()) + PROCESS)
+        return {**device, "context": CONTEXT}, host, disk
 
     def _chunk(self, sketch: Sketch) -> int:
         """Two rows of logits, or what memory allows; a power of two."""
@@ -439,5 +452,7 @@ def _largest(need: Callable[[int], int], most: int, room: int) -> int:
         return 1
     if need(most) <= room:
         return most
+    if need(1) >= room:
+        return 1
     slope = (need(most) - need(1)) / (most - 1)
     return max(1, min(most - 1, 1 + int((room - need(1)) / slope)))

@@ -72,8 +72,11 @@ def open_config(model: str) -> PreTrainedConfig:
             tie_word_embeddings=True,
             dtype="float32",
         )
+    path = Path(model).expanduser()
+    if model.startswith((".", "/", "~")) and not path.exists():
+        raise UserError(f"model: there is no {model}")
     try:
-        return AutoConfig.from_pretrained(str(Path(model).expanduser()))
+        return AutoConfig.from_pretrained(str(path))
     except Exception as error:  # transformers and the hub client raise many kinds
         text = " ".join(str(error).split())[:300]
         raise UserError(f"model: cannot open {model!r}: {text}") from error
