@@ -12,12 +12,10 @@ import multiprocessing
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import store
 import torch
@@ -36,7 +34,7 @@ from em_kernels.training.trainer import train
 
 GIB = 2**30
 CAP_GIB = 22.0  # the context and a desktop take the rest of 24
-SECONDS = 55.0  # of a part: another update is begun where it will end in time
+SECONDS = 45.0  # of a part: another update is begun where it will end in time
 ROLLOUTS, PROMPT_TOKENS, NEW_TOKENS = 64, 128, 512
 SHAPES = {  # Qwen2.5-Math's: hidden, MLP, layers, heads, KV heads, vocabulary, tied
     "7B": (3584, 18944, 28, 28, 4, 152064, False),
@@ -151,10 +149,16 @@ def measured(name: str, dry_run: bool) -> dict:
         return run_part(name, dry_run, Path(folder))
 
 
-def apart(function: Callable, *arguments) -> Any:
-    """Its result, from a process of its own; this one leaves the device alone."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("forkserver")) as pool:
-        return pool.submit(function, *arguments).result()
+def in_own_process(name: str, dry_run: bool) -> dict:
+    """A dry run forks, which is quick; CUDA does not survive a fork after libraries looked for it."""
+    context = multiprocessing.get_context("forkserver" if dry_run else "spawn")
+    if dry_run:
+        context.set_forkserver_preload(["em_kernels.training.trainer"])
+    try:
+        with ProcessPoolExecutor(1, context) as pool:
+            return pool.submit(measured, name, dry_run).result()
+    except (UserError, torch.OutOfMemoryError, BrokenProcessPool) as error:
+        return {"skipped": f"failed: {type(error).__name__}: {error}"}
 
 
 def line_of(name: str, row: dict) -> str:
@@ -184,20 +188,17 @@ def main(arguments: list[str]) -> int:
     kind, failed = "cpu" if options.dry_run else "cuda", False
     path = options.results or Path("runs/24gb-dry-run.json")
     if not (options.dry_run or options.results):
-        path = store.RESULTS / f"24gb-{apart(store.path_of, kind).name}"
+        path = store.RESULTS / f"24gb-{store.path_of(kind).name}"
     try:
         stored = store.load(path)["parts"] if path.exists() else {}
         for name in PARTS:
             if "skipped" not in stored.get(name, {"skipped": ""}) and not options.again:
                 print(f"{name}: in {path}; --again measures it again")
                 continue
-            try:
-                row = apart(measured, name, options.dry_run)
-            except (UserError, torch.OutOfMemoryError, BrokenProcessPool) as error:
-                row = {"skipped": f"failed: {type(error).__name__}: {error}"}
+            row = in_own_process(name, options.dry_run)
             print(line_of(name, row), flush=True)
             failed |= row.get("skipped", "").startswith("failed")
-            apart(store.merge, path, kind, "parts", {name: row})
+            store.merge(path, kind, "parts", {name: row})
     except store.BenchError as error:
         print(f"gpu_24gb: error: {error}", file=sys.stderr)
         return 2

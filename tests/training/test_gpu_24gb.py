@@ -1,6 +1,5 @@
 """The proof of the 24 GB claim, as a dry run."""
 
-import json
 import os
 import subprocess
 import sys
@@ -12,13 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
-from gpu_24gb import PARTS, SHAPES, save_task  # noqa: E402
-
-
-def script(name, *arguments):
-    command = [sys.executable, str(BENCHMARKS / name), *map(str, arguments)]
-    env = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent)}
-    return subprocess.run(command, capture_output=True, text=True, env=env)
+import store  # noqa: E402
+from gpu_24gb import PARTS, main, save_task  # noqa: E402
 
 
 def parameters(config) -> int:
@@ -36,32 +30,28 @@ def test_shapes_are_the_models(size, count, tmp_path):
     assert len(tokenizer("a b" * 7).input_ids) == 21
 
 
-def test_dry_run_fills_the_results_and_skips_what_is_there(tmp_path):
-    path = tmp_path / "24gb.json"
-    ran = script("gpu_24gb.py", "--dry-run", "--results", path)
+def test_dry_run_fills_the_results_and_leaves_what_is_there(tmp_path):
+    path, there = tmp_path / "24gb.json", {"device_peak_gib": 1.0}
+    store.merge(path, "cpu", "parts", {"1.5B full": there, "7B lora": {"skipped": "no memory"}})
+    command = [sys.executable, BENCHMARKS / "gpu_24gb.py", "--dry-run", "--results", path]
+    env = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent)}
+    ran = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=env)
     assert ran.returncode == 0, ran.stderr
-    content = json.loads(path.read_text())
-    assert content["parts"].keys() == PARTS.keys()
-    for name, row in content["parts"].items():
+    parts = store.load(path)["parts"]
+    assert parts.pop("1.5B full").items() >= there.items() and "1.5B full: in" in ran.stdout
+    assert parts.keys() | {"1.5B full"} == PARTS.keys()
+    for name, row in parts.items():
         assert "skipped" not in row, row
-        assert row["updates"] and row["updates"][-1]["tokens"] == 8 * 8  # none ended early
+        assert f"{name}: device peak" in ran.stdout
+        assert [update["tokens"] for update in row["updates"]] == [8 * 8] * len(row["updates"]) > []
         assert row["device_peak_gib"] > 0 and row["host_peak_gib"] > 0
-        assert row["planned_device_gib"] >= 0 and sum(row["planned_parts_gib"].values()) > 0
-        assert name in ran.stdout
-    assert content["parts"]["7B offload"]["moments"] == "bf16"
-
-    del content["parts"]["7B lora"]
-    path.write_text(json.dumps(content))
-    ran = script("gpu_24gb.py", "--dry-run", "--results", path)
-    assert ran.returncode == 0, ran.stderr
-    again = json.loads(path.read_text())["parts"]
-    assert ran.stdout.count("--again") == 3 and "7B lora: device peak" in ran.stdout
-    assert again.pop("7B lora") and again == content["parts"]
+        assert row["planned_device_gib"] > 0 and sum(row["planned_parts_gib"].values()) > 0
+    assert parts["7B offload"]["moments"] == "bf16"
 
 
-def test_without_a_gpu_it_says_so():
+def test_without_a_gpu_it_says_so(capsys):
     if torch.cuda.is_available():
         pytest.skip("a CUDA GPU is there")
-    ran = script("gpu_24gb.py")
-    assert (ran.returncode, ran.stdout) == (2, "") and "Traceback" not in ran.stderr
-    assert "sees no CUDA GPU" in ran.stderr.splitlines()[-1]
+    assert main([]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and "sees no CUDA GPU" in err
