@@ -107,7 +107,10 @@ def take_turns(options: argparse.Namespace) -> dict[str, list[dict]]:
                     stack.callback(running[name].process.kill)
                 rows[name].append(row := running[name].update())
                 seconds = row["sampling_s"] + row["training_s"]
-                print(f"update {turn + 1}  {seconds:6.1f} s  {row['entropy']:.4f} nats  {name}")
+                print(
+                    f"update {turn + 1}  {seconds:6.1f} s  {row['entropy']:.4f} nats  {name}",
+                    flush=True,
+                )
                 expected = rows[OURS][-1]["entropy"]
                 if name != "ours-bf16" and abs(row["entropy"] - expected) > SAME * expected:
                     raise BenchError(f"{name}: its loss is not that of ours, {expected:.4f}")
