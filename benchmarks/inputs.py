@@ -166,7 +166,7 @@ def _generated(folder: Path, temperature: float, tokens: int) -> Tensor:
         for rollout in generate(model, tokenizer, [prompt] * len(seeds), seeds, sampling):
             ids = torch.tensor([rollout.prompt_ids + rollout.response_ids])
             with torch.no_grad():
-                states = hidden_states(model, ids, torch.ones_like(ids))[0]
+                states = hidden_states(model, ids)[0]
             found.append(states[len(prompt) - 1 : -1])
         start += len(seeds)
     return torch.cat(found)[:tokens].contiguous()

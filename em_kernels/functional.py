@@ -8,16 +8,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from . import ops
-from .checks import (
-    check_chunk,
-    check_float,
-    check_group,
-    check_head,
-    check_mask,
-    check_targets,
-    check_tolerance,
-    check_transform,
-)
+from .checks import check_arguments, check_float, check_tolerance, check_transform
+from .gradients import Sink
 from .reference import TokenStats
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -102,7 +94,7 @@ def fused_entropy_loss(
         ).entropy
         assert entropy is not None
         return entropy if mask is None else mask.to(entropy.dtype) * entropy
-    hidden, weight, bias, _, *settings = _op_arguments(
+    hidden, weight, bias, _, *settings = check_arguments(
         hidden,
         weight,
         bias,
@@ -179,7 +171,7 @@ def fused_token_stats(
             raise ValueError(f"stats: {name!r} is unknown; use some of {known}")
     if "logprob" in names and targets is None:
         raise ValueError("stats: logprob needs targets")
-    arguments = _op_arguments(
+    arguments = check_arguments(
         hidden,
         weight,
         bias,
@@ -258,7 +250,7 @@ def fused_token_loss(
     if not callable(loss_fn):
         raise TypeError(f"loss_fn: expected a function, got {type(loss_fn).__name__}")
     grad_tolerance = check_tolerance(grad_tolerance)
-    hidden, weight, bias, *settings = _op_arguments(
+    hidden, weight, bias, *settings = check_arguments(
         hidden,
         weight,
         bias,
@@ -303,6 +295,59 @@ def gradient_report(loss: Tensor) -> GradientReport:
     return GradientReport(*report.unbind(0))
 
 
+@torch.no_grad()
+def entropy_loss_into(
+    sink: Sink | None,
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    reduction: str = "mean",
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    grad_tolerance: float = 0.0,
+    chunk_bytes: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None, GradientReport]:
+    """:func:`fused_entropy_loss` and its gradients at once, without autograd; the weight's goes to
+    a sink in parts, so that no (V, D) gradient is ever in memory::
+
+        def sink(words, values):
+            weight_gradient[words] += values
+
+        loss, dhidden, dbias, report = entropy_loss_into(sink, hidden, lm_head.weight)
+        hidden.backward(dhidden)
+
+    Args:
+        sink: called with (words, values), many times, also for the same words: words a slice or
+            distinct int64 indices (K,); values (K, D) fp32 (fp64 for fp64), to be added to these
+            rows of the gradient, and in memory that is used again when the sink returns. None: the
+            weight is frozen.
+        others: as in :func:`fused_entropy_loss`; reduction "mean" or "sum".
+
+    Returns:
+        The loss () and the gradient of hidden, shaped and rounded as hidden, that of bias (V,)
+        fp32 where it requires grad, and what a tolerance left out.
+
+    Memory: one chunk, fp32 dhidden, and 64 MiB for values, with a tolerance 64 MiB more.
+    Raises: as :func:`fused_entropy_loss`.
+    """
+    if reduction not in REDUCTIONS[:2]:
+        raise ValueError(f'reduction: {reduction!r} is not "mean" or "sum"')
+    grad_tolerance = check_tolerance(grad_tolerance)
+    needs = [True, sink is not None, bias is not None and bias.requires_grad]
+    transform = (temperature, logit_scale, softcap)
+    arguments = check_arguments(
+        hidden, weight, bias, None, mask, transform, chunk_bytes, process_group=None
+    )
+    mean = reduction == "mean"
+    loss, found = ops.entropy_loss_into(sink, mean, needs, *arguments, grad_tolerance)
+    dhidden = found.hidden.to(hidden.dtype).reshape(hidden.shape)
+    dbias = found.bias if needs[2] else None
+    return loss, dhidden, dbias, GradientReport(*found.report.unbind(0))
+
+
 def entropy_from_logits(logits: Tensor, *, temperature: float | Tensor = 1.0) -> Tensor:
     """Entropy of logits that already exist, without a second tensor of their size in the forward.
 
@@ -330,34 +375,6 @@ def entropy_from_logits(logits: Tensor, *, temperature: float | Tensor = 1.0) ->
     flat = logits.reshape(-1, logits.shape[-1])
     entropy, *_ = ops.entropy_from_logits(flat, temperatures, scalars[2])
     return entropy.reshape(logits.shape[:-1])
-
-
-def _op_arguments(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor | None,
-    mask: Tensor | None,
-    transform: tuple[float | Tensor, float, float | None],
-    chunk_bytes: int | None,
-    process_group: ProcessGroup | None,
-) -> list:
-    """All of them checked, and as the ops take them."""
-    hidden, weight, bias = check_head(hidden, weight, bias)
-    temperatures, scalars = check_transform(*transform, hidden)
-    check_mask(mask, hidden)
-    check_targets(targets, hidden)
-    return [
-        hidden.reshape(-1, hidden.shape[-1]),
-        weight,
-        bias,
-        None if targets is None else targets.reshape(-1),
-        None if mask is None else mask.reshape(-1),
-        temperatures,
-        scalars,
-        check_chunk(chunk_bytes),
-        check_group(process_group),
-    ]
 
 
 def _needs(*tensors: Tensor | None) -> list[bool]:

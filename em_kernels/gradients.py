@@ -2,6 +2,7 @@
 over those that sparse.py chooses.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,11 @@ UNION = 0.5  # of the words: with more, dweight is held whole
 GROWTH = 1.5
 SLAB_BYTES = 64 << 20  # of a slab of columns: logits, dy, rows of weight and dweight
 SLAB_WORDS = 512  # at least
+
+# (words, values): these words' rows (K, D) of a part of dweight, in the accumulation dtype, to be
+# added to what came before; words are a slice, or distinct indices (K,). The values may be
+# overwritten, and are when the next ones come.
+Sink = Callable[[slice | Tensor, Tensor], object]
 
 
 class Gradients(NamedTuple):
@@ -49,12 +55,14 @@ class Sums:
     in between a GPU can begin the next chunk.
     """
 
-    def __init__(self, problem: Problem, needs: Needs) -> None:
+    def __init__(self, problem: Problem, needs: Needs, sink: Sink | None = None) -> None:
         hidden, weight, wide = problem.hidden, problem.weight, problem.dtype
         self.problem, self.needs = problem, needs
         self.dh = hidden.new_zeros(hidden.shape if needs.hidden else (0,), dtype=wide)
         self.db = hidden.new_zeros(len(weight) if needs.bias else 0, dtype=wide)
-        self.dw = WordSum(weight.shape, wide, hidden)
+        self.dw: WordSum | WordSink = WordSum(weight.shape, wide, hidden)
+        if sink is not None:
+            self.dw = WordSink(sink, weight.shape, wide, hidden)
         self.tolerance = problem.grad_tolerance if needs.hidden or needs.weight else 0.0
         # in_range_of waits for fp16
         overlaps = self.tolerance > 0 and hidden.is_cuda and problem.operand != torch.float16
@@ -106,11 +114,9 @@ class Sums:
         """Of all chunks. A collective call where the vocabulary is split."""
         if self.needs.hidden and self.problem.shard is not None:
             self.problem.shard.sum(self.dh)
-        dw, words = self.dh.new_empty(0), self.dw.words
+        dw, words = self.dh.new_empty(0), self.dh.new_empty(0, dtype=torch.int64)
         if self.needs.weight:
-            if self.problem.grad_tolerance == 0:
-                self.dw.make_whole()
-            dw, words = self.dw.result()
+            dw, words = self.dw.result(whole=self.problem.grad_tolerance == 0)
         share = self.dh.new_full((), self.multiplied / max(1, self.of))
         dropped = self.dropped / torch.where(self.mass > 0, self.mass, 1)
         return Gradients(self.dh, dw, self.db, words, torch.stack([share, dropped]))
@@ -252,10 +258,39 @@ class WordSum:
         else:
             self.values.index_add_(0, self.place[words], product)
 
-    def result(self) -> tuple[Tensor, Tensor]:
-        """All rows (V, D) and (0,); or those of some words (K, D), others being 0, and these
-        (K,).
+    def result(self, whole: bool) -> tuple[Tensor, Tensor]:
+        """All rows (V, D) and (0,); or, unless they must be whole, those of some words (K, D),
+        others being 0, and these (K,).
         """
-        if self.whole is not None:
-            return self.whole, self.words
+        if whole or self.whole is not None:
+            return self.make_whole(), self.words
         return self.values[: len(self.words)], self.words
+
+
+class WordSink:
+    """WordSum's part where the sum is not held: a sink gets the products, slab by slab of words,
+    each in the same memory.
+    """
+
+    def __init__(self, sink: Sink, shape: torch.Size, dtype: torch.dtype, like: Tensor) -> None:
+        length = max(SLAB_WORDS, SLAB_BYTES // (shape[1] * dtype.itemsize))
+        length = -(-length // 16) * 16  # a GPU reads dy^T fast from there
+        self.sink = sink
+        self.values = large_empty((min(length, shape[0]), shape[1]), dtype, like)
+
+    def add_all(self, dy: Tensor, hidden: Tensor, alpha: float) -> None:
+        for start in range(0, dy.shape[1], len(self.values)):
+            words = slice(start, min(start + len(self.values), dy.shape[1]))
+            self.add_some(dy[:, words], hidden, alpha, words)
+
+    def extend(self, fresh: Tensor) -> bool:
+        return False
+
+    def add_some(
+        self, dy: Tensor, hidden: Tensor, alpha: float, words: slice | Tensor, at: object = None
+    ) -> None:
+        values = self.values[: dy.shape[1]]
+        self.sink(words, gemm(values, dy.t(), hidden, alpha=alpha))
+
+    def result(self, whole: bool) -> tuple[Tensor, Tensor]:
+        return self.values.new_empty(0), self.values.new_empty(0, dtype=torch.int64)

@@ -13,6 +13,7 @@ from torch.distributed import distributed_c10d
 from . import chunked, saved, slabs
 from . import logits as logits_entropy
 from .gemm import accumulation_dtype
+from .gradients import Gradients, Sink
 from .parallel import VocabularyShard
 from .problem import Needs, Problem
 from .reference import IGNORE_INDEX, TokenStats
@@ -139,6 +140,14 @@ def _entropy_loss_backward(ctx, upstream, *_):
 
 
 entropy_loss.register_autograd(_entropy_loss_backward, setup_context=_entropy_loss_setup)
+
+
+def entropy_loss_into(
+    sink: Sink | None, mean: bool, needs: Sequence[bool], *arguments
+) -> tuple[Tensor, Gradients]:
+    """chunked.entropy_loss as it is; no op of torch.library can take a sink."""
+    problem = _problem(int(needs[0]), *arguments)
+    return chunked.entropy_loss(problem, mean, Needs(*needs), sink)
 
 
 class TokenLoss(torch.autograd.Function):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_values
+from .free_memory import free_host_bytes
 from .gemm import accumulation_dtype, operand_dtype
 from .parallel import VocabularyShard
 from .reference import RowTransform, TokenStats
@@ -115,10 +116,8 @@ def free_bytes(device: torch.device) -> int:
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
     try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            kib = next(line.split()[1] for line in lines if line.startswith("MemAvailable"))
-        return int(kib) << 10
-    except (OSError, StopIteration):  # not Linux
+        return free_host_bytes()
+    except OSError:  # not Linux
         return 8 * MAX_CHUNK_BYTES
 
 

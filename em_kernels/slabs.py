@@ -6,7 +6,7 @@ be computed again: rounded in another order they would cost a sure token's small
 digits. Work is counted as in chunked.py.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -19,8 +19,6 @@ from .reference import RowTransform, TokenStats
 from .rows import RowTerms, row_stride
 
 MIN_SLAB_BYTES = 64 << 20  # measured on a CPU; GEMMs of fewer words are slow
-
-Sink = Callable[[slice, Tensor], None]
 
 
 class Slab(NamedTuple):
@@ -87,13 +85,10 @@ def token_stats_backward(
     m: Tensor,
     log_s: Tensor,
     needs: Needs,
-    sink: Sink | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients for any upstream, shaped as the statistics, from logits computed again.
 
-    Returns dhidden, dweight, dbias in the inputs' dtypes. With a sink, sink(words, dweight of those
-    words) is called once a slab instead, in the accumulation dtype, and the tensor is free to be
-    overwritten when it returns.
+    Returns dhidden, dweight, dbias in the inputs' dtypes.
     Work: 2, +2 for hidden, +2 for weight: with the forward's 2, 8 in all. Memory: one slab, fp32
     dhidden, and where the mask leaves tokens out a copy of the others.
     """
@@ -113,7 +108,7 @@ def token_stats_backward(
     up, scale = in_range_of(problem.operand, up)
     factors = reference.coefficients(stats, up, problem.vocab_size)
     dh = h.new_zeros(h.shape if needs.hidden else (0,), dtype=wide)
-    dw = large_empty(weight.shape if needs.weight and sink is None else (0,), weight.dtype, weight)
+    dw = large_empty(weight.shape if needs.weight else (0,), weight.dtype, weight)
     dw_slab = dh.new_empty(0)
     db = weight.new_empty(len(weight) if needs.bias else 0)
     for words, w, y, row in _slabs(problem, h, tokens):
@@ -124,11 +119,7 @@ def token_stats_backward(
         if needs.weight:
             if dw_slab.numel() == 0:  # the first is the longest
                 dw_slab = large_empty(w.shape, wide, w)
-            slab = gemm(dw_slab[: len(w)], dy.t(), h, alpha=scale)
-            if sink is None:
-                dw[words] = slab
-            else:
-                sink(words, slab)
+            dw[words] = gemm(dw_slab[: len(w)], dy.t(), h, alpha=scale)
         if needs.bias:
             db[words] = (dy.sum(0, dtype=wide) * scale).to(db.dtype)
         del out, dy  # on a GPU their memory is the next slab's
@@ -138,17 +129,3 @@ def token_stats_backward(
     if needs.hidden and active is not None:
         dh = hidden.new_zeros(hidden.shape).index_copy_(0, active, dh)
     return dh, dw, db
-
-
-def entropy_loss_by_slabs(problem: Problem, mean: bool, sink: Sink) -> tuple[Tensor, Tensor]:
-    """Entropy loss () and dhidden (N, D); the weight's gradient goes to the sink, slab by slab, so
-    that no V x D gradient is ever in memory. Then call hidden.backward(dhidden). Work: 8.
-    """
-    weights = problem.token_weights(mean)
-    statistics, _, m, log_s = token_stats(problem, everything=False)
-    upstream = torch.zeros_like(statistics)
-    upstream[0] = weights
-    dh, _, _ = token_stats_backward(
-        problem, upstream, statistics, m, log_s, Needs(hidden=True, weight=True), sink
-    )
-    return (weights * statistics[0]).sum(), dh

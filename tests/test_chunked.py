@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 from truth import draw
 
@@ -92,43 +91,11 @@ def test_work_of_one_statistic_under_a_frozen_head(dtype, head):
     assert found == pytest.approx(4 * unit, rel=0.01)
 
 
-@FP32_AND_BF16
-def test_work_with_a_sink(dtype, head):
-    problem, unit = head(dtype)
-    found = work(lambda: slabs.entropy_loss_by_slabs(problem, True, lambda words, dw: None))
-    assert found == pytest.approx(8 * unit, rel=0.01)
-
-
 def test_no_row_gradient_where_none_is_needed(monkeypatch):
     monkeypatch.setattr(rows, "row_gradient", None)
     hidden, weight, _, _ = draw(5, 4, 9)
     with torch.no_grad():
         chunked.entropy_loss(Problem(hidden, weight), True, Needs())
-
-
-@FP32_AND_BF16
-@pytest.mark.parametrize("mean", [True, False])
-def test_sink_gets_every_slab_of_dweight(mean, dtype):
-    hidden, weight, bias, _ = draw(40, 16, 200, dtype=dtype)
-    mask = torch.rand(40) * (torch.arange(40) % 3)
-    problem = Problem(hidden, weight, bias, mask=mask, chunk_bytes=9 * 200 * 4)
-    slabs_seen, dw = [], torch.zeros(weight.shape)
-
-    def sink(words, slab):
-        assert slab.dtype == torch.float32 and slab.shape == (words.stop - words.start, 16)
-        assert slab.nbytes <= problem.chunk_bytes
-        slabs_seen.append(words)
-        dw[words] = slab
-
-    with torch.no_grad():
-        loss, dh = slabs.entropy_loss_by_slabs(problem, mean, sink)
-        expected, gradients = chunked.entropy_loss(problem, mean, Needs(hidden=True, weight=True))
-    assert len(slabs_seen) > 3
-    assert torch.equal(torch.cat([torch.arange(200)[w] for w in slabs_seen]), torch.arange(200))
-    assert_close(loss, expected)
-    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
-    for ours, truth in zip((dh.float(), dw), gradients, strict=False):
-        assert (ours - truth).norm() <= tolerance * truth.norm()
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,14 @@
 """Every refusal names the argument; nothing wrong passes silently."""
 
 import re
+from functools import partial
 
 import pytest
 import torch
 from truth import draw
 
 from em_kernels import entropy_from_logits, fused_entropy_loss, fused_token_stats
+from em_kernels.functional import entropy_loss_into
 
 N, D, V = 4, 3, 11
 NAN, INF = float("nan"), float("inf")
@@ -121,6 +123,14 @@ def named(cases):
 @pytest.mark.parametrize("name, value, error, text", named(OF_BOTH + OF_LOSS))
 def test_entropy_loss(name, value, error, text):
     refused(fused_entropy_loss, name, value, error, text)
+
+
+OF_SINK = [("reduction", "none", ValueError, "'none'"), *OF_BOTH[:-1], *OF_LOSS]
+
+
+@pytest.mark.parametrize("name, value, error, text", named(OF_SINK))
+def test_entropy_loss_into(name, value, error, text):
+    refused(partial(entropy_loss_into, None), name, value, error, text)
 
 
 @pytest.mark.parametrize("name, value, error, text", named(OF_BOTH + OF_STATS))

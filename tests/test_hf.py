@@ -27,7 +27,6 @@ ARCHITECTURES = {
     "granite": {"logits_scaling": 8.0},
 }
 IDS = torch.tensor([[5, 99, 0, 7, 33, 2, 11], [3, 1, 200, 100, 0, 0, 0]])
-MASK = torch.tensor([[1] * 7, [1] * 4 + [0] * 3])
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
@@ -36,7 +35,7 @@ def test_loss_is_the_entropy_of_the_models_logits(kind):
     model = make_model(kind, dtype=torch.float64, **ARCHITECTURES[kind])
     head = head_of(model)
     check_head(model, head)
-    hidden = hidden_states(model, IDS, MASK)
+    hidden = hidden_states(model, IDS)
     found = fused_entropy_loss(hidden, head.weight, reduction="none", **head.arguments())
     for row, length in ((0, 7), (1, 4)):
         logp = model(IDS[row : row + 1, :length]).logits[0].log_softmax(-1)
@@ -122,6 +121,23 @@ def test_softcap_that_the_head_lacks_is_refused():
     check_head(model, head)
     with pytest.raises(TypeError, match="not its head"):
         check_head(model, head._replace(softcap=None))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["cohere", "cohere2", "granite"])
+def test_scale_that_the_head_lacks_is_refused(kind, dtype):
+    model = make_model(kind, dtype=dtype, **ARCHITECTURES[kind])
+    head = head_of(model)
+    check_head(model, head)
+    with pytest.raises(TypeError, match="not its head"):
+        check_head(model, head._replace(logit_scale=1.0))
+
+
+def test_setting_that_another_architecture_means_otherwise_is_refused():
+    """HyperCLOVA X multiplies by what Granite divides by."""
+    model = make_model("hyperclovax", logits_scaling=4.0)
+    with pytest.raises(TypeError, match="HyperCLOVAXForCausalLM's logits are not its head"):
+        check_head(model, head_of(model))
 
 
 def test_logits_that_are_not_finite_are_refused():

@@ -1,45 +1,181 @@
-"""Model folders that appear whole or not at all."""
+"""Model folders that appear whole or not at all, and the optimizer's state to resume from."""
 
-import os
+import hashlib
+import json
+import re
 import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, TypeAlias
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .config import UserError
+from .config import TrainConfig, UserError
+from .records import sync
+from .rounding import to_bf16
+
+Writer = Callable[[Path], None]
+State: TypeAlias = Mapping[str, Tensor] | None
+Facts: TypeAlias = Mapping[str, Any] | None
+STATE, FACTS = "training_state.safetensors", "training_state.json"
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64"}  # safetensors' names
+FREE = {  # settings that leave the numbers of an update as they are
+    *("output", "steps", "save_at", "save_optimizer", "keep", "stop_below", "stop_repetition"),
+    *("gpu_memory", "host_memory", "offload_dir", "rollouts_from", "answer"),
+}
+
+
+def defining_settings(config: TrainConfig) -> dict[str, Any]:
+    """Every setting that determines the numbers, by name, as JSON has it."""
+    values = config.model_dump(mode="json", exclude=FREE)
+    return values | {f"sampling.{k}": v for k, v in values.pop("sampling").items()}
+
+
+def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Writer:
+    """What fills a folder, in bf16, for from_pretrained, vLLM and GGUF converters.
+
+    Memory: none on the device; on the host 2 GB, or 2 bytes a weight where they are not bf16.
+    """
+
+    def write(folder: Path) -> None:
+        wide = [p for p in model.parameters() if p.dtype != torch.bfloat16]
+        flat = ((p, p.detach().cpu().float().flatten()) for p in wide)
+        rounded = {id(p): to_bf16(x).view(p.shape) for p, x in flat}
+        named = model.state_dict(keep_vars=True).items()  # a tied weight has two names
+        state = {name: rounded.get(id(weight), weight.detach()) for name, weight in named}
+        generation, model.generation_config = model.generation_config, GenerationConfig()
+        try:
+            model.save_pretrained(folder, state_dict=state, max_shard_size="2GB")
+        finally:
+            model.generation_config = generation
+        if generation is not None:  # as it was published; its save_pretrained is strict
+            path = folder / "generation_config.json"
+            generation.to_json_file(path, keys_to_pop=["compile_config"])
+        tokenizer.save_pretrained(folder)
+        path = folder / "config.json"  # has the dtype in memory; so have parts of some models
+        path.write_text(re.sub(r'"dtype": "\w+"', '"dtype": "bfloat16"', path.read_text()))
+
+    return write
 
 
 def save_checkpoint(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path
+    write: Writer, folder: Path, state: State = None, facts: Facts = None, keep: int | None = None
 ) -> Path:
-    """Write a folder that from_pretrained opens: beside its place, synced to disk, then renamed.
+    """Have `write` fill a folder step-NNNNN: beside its place, synced to disk, then renamed.
+
+    Args:
+        state: of the optimizer; afterwards no other checkpoint keeps one.
+        facts: {"update": NNNNN, "settings": defining_settings(config)}, where there is a state.
+        keep: afterwards remove all checkpoints but this and the newest others, so many in all.
 
     Raises: UserError where the disk is full or not writable; what was there before stays.
     """
-    partial = folder.with_name(f".{folder.name}.partial")
+    partial, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("partial", "old"))
     try:
-        shutil.rmtree(partial, ignore_errors=True)
+        _clear(partial, old, *folder.parent.glob(".step-*"))
         partial.mkdir(parents=True)
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        for path in partial.iterdir():
-            path.chmod(0o644)  # safetensors leaves its file to the owner alone
-            _sync(path)
-        _sync(partial)
+        write(partial)
+        if state is not None:
+            digest = _write_state(partial / STATE, state)
+            (partial / FACTS).write_text(json.dumps({**(facts or {}), "sha256": digest}))
+        for path in partial.rglob("*"):
+            path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors leaves its to the owner
+            sync(path)
+        sync(partial)
         if folder.exists():
-            shutil.rmtree(folder)
+            folder.rename(old)
         partial.rename(folder)
-        _sync(folder.parent)
-    except Exception as error:  # safetensors reports a full disk as a class of its own
-        raise UserError(f"output: cannot write the checkpoint {folder}: {error}") from error
+        sync(folder.parent)
+        sync(folder.parent.parent)
+        others = [path for path in _steps(folder.parent) if path != folder]
+        for path in others if state is not None else ():
+            (path / FACTS).unlink(missing_ok=True)  # first: without it the tensors are no state
+            (path / STATE).unlink(missing_ok=True)
+        for path in others[: max(0, len(others) + 1 - keep)] if keep else ():
+            path.rename(path.with_name(f".{path.name}.partial"))
+        _clear(*folder.parent.glob(".step-*"))
+    except Exception as error:  # safetensors and tokenizers report a full disk in their own classes
+        why = " ".join(str(error).split())
+        raise UserError(f"output: cannot write the checkpoint {folder}: {why}") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        _clear(partial, old)
     return folder
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def newest_state(
+    run: Path, settings: Mapping[str, Any]
+) -> tuple[tuple[int, Path] | None, list[str]]:
+    """The newest whole state made with these settings, as its update and its checkpoint, if there
+    is one; and for each newer one a line that says why not that.
+    """
+    refused = list[str]()
+    _clear(*(run / "checkpoints").glob(".step-*"))
+    for folder in reversed(_steps(run / "checkpoints")):
+        if (folder / STATE).exists() or (folder / FACTS).exists():
+            if (why := _refusal(folder, settings)) is None:
+                return (int(folder.name[5:]), folder), refused
+            refused.append(f"{folder} cannot be resumed from: {why}")
+    return None, refused
+
+
+def read_state(checkpoint: Path) -> Mapping[str, Tensor]:
+    """The optimizer's state, on the CPU; mapped, so that it is read where and when it is used."""
+    return load_file(checkpoint / STATE)
+
+
+def _refusal(folder: Path, settings: Mapping[str, Any]) -> str | None:
+    """What is wrong with a state, if anything."""
+    digest = hashlib.sha256()
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        facts = json.loads((folder / FACTS).read_bytes())
+        for name in [*settings, *(made_with := facts["settings"])]:
+            if (was := made_with.get(name)) != (now := settings.get(name)):
+                return f"it was made with {name} {json.dumps(was)}, not {json.dumps(now)}"
+        with open(folder / STATE, "rb") as file:
+            while block := file.read(2**24):
+                digest.update(block)
+        if digest.hexdigest() != facts["sha256"]:
+            return f"{STATE} is truncated or corrupted"
+        return None if facts["update"] == int(folder.name[5:]) else f"{FACTS} is of another update"
+    except OSError as error:
+        return f"cannot read {error.filename}: {error.strerror}"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{FACTS} is corrupted"
+
+
+def _write_state(path: Path, state: Mapping[str, Tensor]) -> str:
+    """A safetensors file, with one tensor at a time on the host; returns its SHA-256."""
+    names = sorted(state, key=lambda name: -state[name].element_size())  # keeps each one aligned
+    header, end = {}, 0
+    for name in names:
+        start, end = end, end + state[name].nbytes
+        kind = {"dtype": DTYPES[state[name].dtype], "shape": [*state[name].shape]}
+        header[name] = {**kind, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(head := len(text).to_bytes(8, "little") + text)
+        digest = hashlib.sha256(head)
+        for name in names:
+            data = state[name].detach().cpu().reshape(-1).view(torch.uint8).numpy().data
+            file.write(data)
+            digest.update(data)
+    return digest.hexdigest()
+
+
+def _steps(checkpoints: Path) -> list[Path]:
+    """Folders of checkpoints, the oldest first."""
+    found = [path for path in checkpoints.glob("step-*") if path.name[5:].isdecimal()]
+    return sorted(found, key=lambda path: int(path.name[5:]))
+
+
+def _clear(*paths: Path) -> None:
+    """Delete what a writer left beside folders; one that was not replaced in the end goes back."""
+    for path in paths:
+        home = path.with_name(path.stem[1:])
+        if path.suffix == ".old" and path.exists() and not home.exists():
+            path.rename(home)
+        shutil.rmtree(path, ignore_errors=True)

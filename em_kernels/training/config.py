@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from tyro.conf import arg
 
 
 class UserError(Exception):
@@ -15,6 +16,9 @@ class UserError(Exception):
 
 
 Positive = Annotated[int, Field(ge=1)]
+Auto = Literal["auto"]
+Precision = Literal["auto", "fp32", "bf16"]
+FULL_LR, LORA_LR = 2e-5, 2e-4
 
 
 class _Settings(BaseModel):
@@ -79,8 +83,10 @@ class TrainConfig(_Settings):
     """How the completions are sampled."""
     loss_temperature: Annotated[float, Field(ge=0.01, le=100)] | None = None
     """The loss divides the logits by this; default the sampling temperature (1 where that is 0)."""
-    lr: Annotated[float, Field(gt=0, lt=1)] = 2e-5
-    """Learning rate, constant."""
+    lr: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Learning rate, constant; default 2e-5, and 2e-4 for LoRA, whose best is about ten times as
+    high.
+    """
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
         0.9,
         0.999,
@@ -96,19 +102,74 @@ class TrainConfig(_Settings):
     """Completion i of update u depends on (seed, u, i) alone."""
     stop_below: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Stop early once the entropy is below this share of its first value; 0 never does."""
-    save_at: tuple[Positive, ...] = ()
-    """Updates after which a checkpoint is kept, beside the last."""
+    stop_repetition: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Stop early once more than this share of the completions' 4-grams repeat; 1 never does."""
+    save_at: tuple[Positive, ...] = (1, 2, 3, 5, 10)
+    """Updates after which a checkpoint is kept, beside the last; later ones than the last are
+    ignored.
+    """
+    save_optimizer: Auto | bool = "auto"
+    """Keep the optimizer's state with the newest checkpoint, so that resuming starts there; auto:
+    up to 8 GiB of it. Without it, resuming replays the recorded completions from the start.
+    """
+    keep: Positive | None = None
+    """Checkpoints to keep, the newest; default all."""
+    rollouts_from: Path | None = None
+    """Replay the completions of another run's folder instead of sampling."""
+    official_loss: bool = False
+    """The loss as the official train.py has it: entropies weighted by their own position's mask,
+    not the next token's, EOS left out, micro-batch means averaged.
+    """
+
+    mode: Literal["auto", "full", "offload", "lora"] = "auto"
+    """full: fp32 master weights and AdamW's moments on the device; offload: in host memory, or in
+    offload_dir; lora: low-rank adapters. auto: the first of these that fits.
+    """
+    four_bit: Annotated[bool, arg(name="4bit")] = False
+    """Hold the frozen base of a LoRA in 4 bits (NF4, bitsandbytes)."""
+    lora_rank: Positive = 16
+    """Rank of the adapters."""
+    lora_alpha: Positive = 32
+    """The adapters' product is multiplied by lora_alpha / lora_rank."""
+    lora_targets: Annotated[tuple[str, ...], Field(min_length=1)] = ("all-linear",)
+    """Names of the layers that get adapters; all-linear: every linear layer but the head."""
+    moments: Precision = "auto"
+    """AdamW's two moments; bf16 saves 4 bytes a parameter. auto: fp32 where it fits."""
+    gradients: Precision = "auto"
+    """Where micro-batches' gradients are added up; bf16 saves 2 bytes a parameter. auto: fp32 where
+    it fits.
+    """
+    offload_dir: Path | None = None
+    """With mode offload: master weights and moments in files of this folder, on a fast local disk,
+    instead of in host memory.
+    """
+    gpu_memory: Annotated[float, Field(gt=0)] | None = None
+    """GiB of the device to use, context included; default what is free."""
+    host_memory: Annotated[float, Field(gt=0)] | None = None
+    """GiB of host memory to use; default what is free, a container's limit heeded."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a CUDA GPU where there is one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Compute dtype; weights are fp32 always. auto: bfloat16 on a GPU, float32 on a CPU."""
-    micro_batch_tokens: Positive = 4096
-    """Tokens, prompts included, of one forward and backward: memory; the result stays the same."""
-    rollout_batch: Positive = 64
-    """Completions sampled side by side: their KV cache is the memory of the sampling phase."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward: less memory, about a third more time."""
+    """Of the weights that compute, beside which the optimizer has fp32 ones. auto: bfloat16 on a
+    GPU, float32 on a CPU.
+    """
+    micro_batch: Auto | Positive = "auto"
+    """Tokens of one forward and backward, a shared prompt not counted: memory; the result stays
+    the same. auto: as many as fit; halved when memory runs out all the same.
+    """
+    micro_batch_rows: Positive | None = None
+    """Completions of one forward and backward, at most."""
+    share_prefix: bool = True
+    """Compute the prompt once for all completions of a micro-batch."""
+    rollout_batch: Auto | Positive = "auto"
+    """Completions sampled side by side: their KV cache is the memory of the sampling phase. auto:
+    as many as fit.
+    """
+    gradient_checkpointing: Auto | bool = "auto"
+    """Recompute activations in the backward: less memory, about a third more time. auto: where
+    memory is short.
+    """
     grad_tolerance: Annotated[float, Field(ge=0, lt=1)] = 2**-9
     """Share of the mass of the logits' gradient that may be left out, and with it most of the
     head's backward; 2^-9 is bf16's own rounding, 0 is exact.
@@ -116,7 +177,7 @@ class TrainConfig(_Settings):
     attention: str = "sdpa"
     """transformers' attn_implementation: sdpa, eager, flash_attention_2."""
     chunk_bytes: Positive | None = None
-    """Memory for the logits held at a time; default 1 GiB or an eighth of the free memory."""
+    """Memory for the logits held at a time; default 256 MiB."""
 
     @property
     def temperature(self) -> float:
@@ -145,12 +206,57 @@ class TrainConfig(_Settings):
             raise UserError(
                 f"sampling.temperature: {self.sampling.temperature} is below 0.01; 0 is greedy"
             )
-        if any(step > self.steps for step in self.save_at):
-            raise UserError(f"save_at: {self.save_at} lies beyond the last of {self.steps} steps")
+        if self.four_bit and self.mode not in ("auto", "lora"):
+            raise UserError(f"4bit: goes with mode lora; {self.mode} trains the weights themselves")
+        if self.offload_dir is not None and self.mode not in ("auto", "offload"):
+            raise UserError(f"offload_dir: goes with mode offload, not {self.mode}")
+
+        if self.dtype == "float32" and self.attention.startswith("flash"):
+            raise UserError(f"attention: {self.attention} computes in 16 bits; use dtype bfloat16")
 
     def to_yaml(self) -> str:
         """Every setting, readable by :func:`read_yaml`."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+DEMO_SHOTS = "".join(
+    f"Q: What is {a} + {b}?\nA: {a} + {b} = {a + b}\n\n" for a, b in ((12, 7), (23, 45))
+)
+PRESETS: dict[str, dict[str, Any]] = {
+    "one-shot-em": {},
+    # 8 GPUs that sample the same 8 completions each, a "step" being a micro-batch of 2 of them
+    "official": {"rollouts": 8, "steps": 2, "micro_batch_rows": 2, "official_loss": True},
+    "demo": {
+        "model": "demo",
+        "prompt": f"{DEMO_SHOTS}Q: What is 38 + 45?\nA:",
+        "answer": "83",
+        "chat_template": False,
+        "output": "runs/demo-train",
+        "rollouts": 32,
+        "steps": 5,
+        "lr": 5e-6,
+        "stop_below": 0.1,
+        "save_at": (),
+        "sampling": {
+            "temperature": 1.0,
+            "top_k": 0,
+            "top_p": 1.0,
+            "repetition_penalty": 1.0,
+            "max_new_tokens": 24,
+            "stop": ("\n",),
+        },
+    },
+}
+
+
+def preset(name: str) -> TrainConfig:
+    """The settings of PRESETS over the defaults, which are the paper's.
+
+    Raises: UserError for an unknown name.
+    """
+    if name not in PRESETS:
+        raise UserError(f"preset: {name!r} is none of {', '.join(PRESETS)}")
+    return TrainConfig(**PRESETS[name])
 
 
 def read_yaml(path: Path) -> TrainConfig:

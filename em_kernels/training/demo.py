@@ -11,50 +11,38 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
 
-from .config import Sampling, TrainConfig
+from .config import DEMO_SHOTS, PRESETS, TrainConfig, preset
 from .data import Problem
 from .demo_model import fetch_demo
 from .evaluate import evaluate, paired_change, wilson
+from .records import check_output
 from .select import select
-from .setup import check_output, load_model, make_accelerator
-from .trainer import TrainResult, progress_on, train
+from .session import progress_on
+from .setup import load_model, make_accelerator
+from .trainer import TrainResult, train
 
-SHOTS = ((12, 7), (23, 45))
 POOL, SAMPLES, HELD_OUT = 24, 16, 200
-PLAIN = Sampling(
-    temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, max_new_tokens=24, stop=("\n",)
-)
+PLAIN = preset("demo").sampling
 LOWER_TEMPERATURES = (0.5, 0.25)  # of the untrained model: what EM has to beat when sampled
 
 
 def addition(a: int, b: int) -> Problem:
     """A raw two-shot prompt and its answer."""
-    shots = [f"Q: What is {x} + {y}?\nA: {x} + {y} = {x + y}\n\n" for x, y in SHOTS]
-    return Problem("".join(shots) + f"Q: What is {a} + {b}?\nA:", str(a + b))
+    return Problem(f"{DEMO_SHOTS}Q: What is {a} + {b}?\nA:", str(a + b))
 
 
 def addition_problems(seed: int, count: int) -> list[Problem]:
     """Distinct problems of two two-digit numbers, none of them a shot."""
-    pairs = [(a, b) for a in range(10, 100) for b in range(10, 100) if (a, b) not in SHOTS]
+    pairs = [(a, b) for a in range(10, 100) for b in range(10, 100)]
+    pairs = [(a, b) for a, b in pairs if f"What is {a} + {b}?" not in DEMO_SHOTS]
     return [addition(a, b) for a, b in random.Random(seed).sample(pairs, count)]
 
 
 def demo_config(model: Path, problem: Problem, seed: int, output: Path) -> TrainConfig:
-    """Five updates of 32 completions, on a CPU or a GPU in fp32."""
+    """The preset on a problem, on a CPU or a GPU in fp32."""
+    own = {"model": str(model), "prompt": problem.prompt, "answer": problem.answer}
     return TrainConfig(
-        model=str(model),
-        prompt=problem.prompt,
-        answer=problem.answer,
-        chat_template=False,
-        output=output,
-        steps=5,
-        rollouts=32,
-        sampling=PLAIN,
-        lr=5e-6,
-        seed=seed,
-        stop_below=0.1,
-        micro_batch_tokens=1024,  # 2.6 GiB less at the peak than 4096, in the same time
-        dtype="float32",
+        **{**PRESETS["demo"], **own, "seed": seed, "output": output, "dtype": "float32"}
     )
 
 

@@ -11,6 +11,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -28,32 +29,22 @@ class Task(NamedTuple):
     problems: list[Problem]
     prompts: list[list[int]]
     chat_template: bool  # False too where the tokenizer has none
+    model_config: PreTrainedConfig
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
-    """Device and compute dtype."""
+    """The device, and later the processes."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("device: cuda was asked for, but torch sees no CUDA GPU; use auto or cpu")
     cpu = config.device == "cpu" or not torch.cuda.is_available()
-    auto = "float32" if cpu else "bfloat16"
-    dtype = auto if config.dtype == "auto" else config.dtype
-    if dtype == "float32" and config.attention.startswith("flash"):
-        raise UserError(f"attention: {config.attention} computes in 16 bits; use dtype bfloat16")
-    precision = "bf16" if dtype == "bfloat16" else "no"
     try:
-        accelerator = Accelerator(cpu=cpu, mixed_precision=precision)
-    except ValueError:  # this process has made one of another device or dtype
+        accelerator = Accelerator(cpu=cpu)
+    except ValueError:  # this process has made one of another device
         AcceleratorState._reset_state(reset_partial_state=True)
-        accelerator = Accelerator(cpu=cpu, mixed_precision=precision)
+        accelerator = Accelerator(cpu=cpu)
     if accelerator.num_processes > 1:
         raise UserError("device: one process only; start it without accelerate or torchrun")
     return accelerator
-
-
-def check_output(output: Path) -> None:
-    """Raise UserError unless the folder is new or empty."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"output: {output} already holds a run or other files; choose another")
 
 
 def load_task(config: TrainConfig) -> Task:
@@ -67,6 +58,11 @@ def load_task(config: TrainConfig) -> Task:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except Exception as error:  # transformers and the hub client raise many kinds
         raise UserError(f"model: cannot open {config.model!r}: {_brief(error)}") from error
+    if getattr(model_config, "quantization_config", None) is not None:
+        raise UserError(
+            f"model: {config.model!r} is quantised; name the model it was made from (mode lora "
+            "with 4bit quantises while it loads)"
+        )
     chat_template = config.chat_template and tokenizer.chat_template is not None
     prompts = [encode(tokenizer, problem.prompt, chat_template) for problem in problems]
     if not all(prompts):
@@ -80,32 +76,33 @@ def load_task(config: TrainConfig) -> Task:
             f"sampling.max_new_tokens: {longest} prompt tokens and {new} exceed the model's "
             f"context of {context}; give at most {context - longest}"
         )
-    return Task(source, tokenizer, problems, prompts, chat_template)
+    return Task(source, tokenizer, problems, prompts, chat_template, model_config)
 
 
 def load_model(source: str, config: TrainConfig, device: torch.device) -> PreTrainedModel:
-    """The model with fp32 weights on its device."""
+    """The model on its device, its weights in config.dtype; the base of a LoRA in 4 bits where
+    these are asked for.
+    """
+    quantisation = None
+    if config.four_bit:
+        from .lora import four_bit_config  # peft takes seconds
+
+        quantisation = four_bit_config()
     try:
         opened: Any = AutoModelForCausalLM.from_pretrained(
             source,
-            dtype=torch.float32,
+            dtype=getattr(torch, config.dtype),
             attn_implementation=config.attention,
             use_safetensors=True,
             output_loading_info=True,
+            device_map=None if device.type == "cpu" else {"": device},  # never whole on the host
+            quantization_config=quantisation,
         )
     except Exception as error:
         raise UserError(f"model: cannot load {config.model!r}: {_brief(error)}") from error
     model, loading = opened
     if loading["missing_keys"]:  # transformers would draw them at random
         raise UserError(f"model: {config.model!r} lacks weights: {min(loading['missing_keys'])}")
-    if getattr(model, "hf_quantizer", None) is not None:
-        raise UserError(f"model: {config.model!r} is quantised; training needs its full weights")
-    model.to(device)
-    if config.gradient_checkpointing:
-        enable = getattr(model, "activation_checkpointing_enable", None)
-        (enable or model.gradient_checkpointing_enable)()  # its older name
-        for module in model.modules():  # ignored in eval mode; dropout stays off
-            module.training = bool(getattr(module, "gradient_checkpointing", False))
     return model
 
 

@@ -1,37 +1,42 @@
 """One-shot Entropy Minimization: sample, minimise the entropy of what was sampled, repeat."""
 
-import json
 import math
-import resource
-import signal
-import sys
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..functional import fused_entropy_loss, gradient_report
-from ..hf import Head, check_head, head_of, hidden_states
-from .checkpoint import save_checkpoint
+from ..functional import entropy_loss_into
+from ..hf import check_head, head_of
+from .checkpoint import defining_settings, newest_state, read_state, save_checkpoint, write_model
 from .config import TrainConfig, UserError
 from .grading import is_correct
+from .memory import Plan, cheaper, resolve
+from .optimizer import MasterAdamW
+from .records import (
+    Running,
+    append,
+    check_output,
+    cut_off,
+    read_metrics,
+    read_rollouts,
+    repetition,
+    trim,
+    write_config,
+)
 from .rollout import Rollout, check_cache, generate
-from .setup import Task, check_output, load_model, load_task, make_accelerator
+from .session import Interrupted, StopRequest, line_of, peak_memory_gib, progress_on
+from .setup import Task, load_model, load_task, make_accelerator
+from .step import StepLoss, can_share_prefix, entropy_step
 
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM, raised where the weights are those of a finished update."""
+T = TypeVar("T")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass
@@ -43,110 +48,21 @@ class TrainResult:
     metrics: list[dict[str, Any]] = field(default_factory=list)
 
 
-class StopRequest:
-    """Turns a first Ctrl-C or SIGTERM into Interrupted at the next check; a second acts at once."""
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-
-    def __enter__(self) -> "StopRequest":
-        in_main_thread = threading.current_thread() is threading.main_thread()
-        numbers = (signal.SIGINT, signal.SIGTERM) if in_main_thread else ()
-        self.previous = {number: signal.signal(number, self._handle) for number in numbers}
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def check(self) -> None:
-        if self.requested:
-            raise Interrupted("interrupted")
-
-
-def micro_batches(rollouts: Sequence[Rollout], tokens: int) -> Iterator[list[Rollout]]:
-    """The rollouts by length, in batches whose padded size stays within a number of tokens."""
-    batch: list[Rollout] = []
-    for rollout in sorted(rollouts, key=len):
-        if batch and len(rollout) * (len(batch) + 1) > tokens:  # the longest so far
-            yield batch
-            batch = []
-        batch.append(rollout)
-    if batch:
-        yield batch
-
-
-def padded(batch: Sequence[Rollout], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids, attention mask, and which positions score a response token; each (B, T)."""
-    ids = torch.zeros(len(batch), max(map(len, batch)), dtype=torch.int64)
-    attention, scores = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
-    for row, rollout in enumerate(batch):
-        start, end = len(rollout.prompt_ids), len(rollout)
-        ids[row, :end] = torch.tensor(rollout.prompt_ids + rollout.response_ids)
-        attention[row, :end] = 1
-        scores[row, start - 1 : end - 1] = True  # the state at t scores token t + 1
-    return ids.to(device), attention.to(device), scores.to(device)
-
-
-class StepLoss(NamedTuple):
-    """Of one update, over its response tokens."""
-
-    entropy: float  # mean, in nats
-    active_share: float  # of the vocabulary that the head's backward multiplied
-    dropped_share: float  # of the mass of the logits' gradient, where any was left out
-
-
-def _loss(hidden: Tensor, head: Head, config: TrainConfig, mask: Tensor | None = None) -> Tensor:
-    """Sum of the tokens' entropies."""
-    return fused_entropy_loss(
-        hidden,
-        head.weight,
-        mask=mask,
-        temperature=config.temperature,
-        reduction="sum",
-        grad_tolerance=config.grad_tolerance,
-        chunk_bytes=config.chunk_bytes,
-        **head.arguments(),
-    )
-
-
-def entropy_step(
-    model: PreTrainedModel,
-    head: Head,
-    rollouts: Sequence[Rollout],
-    config: TrainConfig,
-    accelerator: Accelerator,
-    stop: StopRequest,
-) -> StepLoss:
-    """Add the gradient of the mean entropy over all response tokens."""
-    total = sum(len(rollout.response_ids) for rollout in rollouts)
-    mean, reports = 0.0, []
-    for batch in micro_batches(rollouts, config.micro_batch_tokens):
-        stop.check()
-        ids, attention, scores = padded(batch, accelerator.device)
-        with accelerator.autocast():
-            loss = _loss(hidden_states(model, ids, attention), head, config, scores)
-        reports.append(torch.stack(gradient_report(loss)) * (scores.sum() / total))
-        loss = loss / total
-        accelerator.backward(loss)
-        mean += loss.item()
-    active, dropped = torch.stack(reports).sum(0).tolist()
-    return StepLoss(mean, active, dropped)
-
-
 def train(
-    config: TrainConfig, *, console: Console | None = None, model: PreTrainedModel | None = None
+    config: TrainConfig,
+    *,
+    console: Console | None = None,
+    model: PreTrainedModel | None = None,
+    resume: bool = False,
 ) -> TrainResult:
     """Run One-shot EM; leave config.yaml, metrics.jsonl, rollouts.jsonl, checkpoints/ in output.
 
     Args:
         console: where progress goes; default stderr.
-        model: config.model already loaded, in fp32; trained in place.
+        model: config.model already loaded; trained in place.
+        resume: output holds a run that was stopped; go on where it was. On the same machine, with
+            as many threads, losses, norms and weights are bit for bit those of a run that never
+            stopped.
 
     Raises:
         UserError: before anything is written, where the settings cannot work; or a full disk.
@@ -154,196 +70,275 @@ def train(
     """
     console = console or Console(stderr=True)
     config.check_complete()
-    accelerator = make_accelerator(config)
-    check_output(config.output)
+    device = make_accelerator(config).device
+    if not resume:
+        check_output(config.output)
     task = load_task(config)
     if config.chat_template and not task.chat_template:
         console.print("The tokenizer has no chat template: the prompt is used as it is.")
-    if model is None:
-        with console.status(escape(f"loading {config.model}")):
-            model = load_model(task.source, config, accelerator.device)
-    try:
-        head = head_of(model)
-        with accelerator.autocast():
-            check_head(model, head)
-        check_cache(model)
-    except TypeError as error:
-        raise UserError(str(error)) from error
-    try:
-        with accelerator.autocast():
-            token = head.weight.new_zeros(1, head.weight.shape[1], requires_grad=True)
-            _loss(token, head._replace(weight=head.weight.detach()), config)
-    except ValueError as error:  # chunk_bytes, most likely
-        raise UserError(str(error)) from error
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
-    try:
-        config.output.mkdir(parents=True, exist_ok=True)
-        (config.output / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"output: cannot write: {error}") from error
-    result = TrainResult(config.output)
-    run = _Run(config, task, model, head, optimizer, accelerator, console, result)
-
-    def save() -> None:
-        folder = config.output / "checkpoints" / f"step-{len(result.metrics):05d}"
-        if folder != result.checkpoint:
-            with console.status(escape(f"writing {folder}")):
-                result.checkpoint = save_checkpoint(model, task.tokenizer, folder)
-
-    with StopRequest() as stop:
+    with console.status("planning memory"):
+        plan = resolve(config, task.model_config, max(map(len, task.prompts)), device)
+    plan.config.check_complete()
+    run = _Run(config, plan, task, console, device)
+    run.load(model)
+    with Running(config.output) as running, StopRequest() as stop:
+        if running.death:
+            console.print(running.death, markup=False, soft_wrap=True)
+        run.start(resume)
         try:
-            for update in range(1, config.steps + 1):
-                _update(run, update, stop)
-                entropies = [row["entropy"] for row in result.metrics]
-                if entropies[-1] < config.stop_below * entropies[0]:
-                    console.print(
-                        f"Stopped early: entropy below {config.stop_below:g} of its start."
-                    )
+            for update in range(run.first, plan.config.steps + 1):
+                if run.is_over():
                     break
-                if update in config.save_at:
-                    save()
-            save()
+                running.phase(f"update {update}")
+                run.update(update, stop)
+                if update in plan.config.save_at:
+                    run.save()
+            run.save()
             stop.check()
         except (Exception, Interrupted) as error:
-            if result.metrics:
-                save()
-            kept = (
-                f"{result.checkpoint} holds the last update" if result.metrics else "no update yet"
+            raise run.failed(error) from (None if isinstance(error, UserError) else error)
+    return run.result
+
+
+class _Run:
+    """A run's parts, and what its updates do to them."""
+
+    def __init__(
+        self, asked: TrainConfig, plan: Plan, task: Task, console: Console, device: torch.device
+    ) -> None:
+        self.asked, self.config, self.plan = asked, plan.config, plan
+        self.task, self.console, self.device = task, console, device
+        self.result = TrainResult(asked.output)
+        self.recorded: dict[int, list[Rollout]] = {}
+        self.written = 0  # updates whose rollouts are on disk
+        self.first = 1
+        self.sizes = {name: getattr(plan.config, name) for name in ("micro_batch", "rollout_batch")}
+        self.past_sizes: dict[int, dict[str, Any]] = {}  # of updates before the stop
+        self.is_whole = True  # the weights are those of a finished update
+        if device.type == "cuda":  # rather an error than a desktop's memory, or WSL's detour
+            total = torch.cuda.get_device_properties(device).total_memory
+            share = min(1.0, plan.device_limit / total)
+            torch.cuda.set_per_process_memory_fraction(share, device)
+
+    def load(self, model: PreTrainedModel | None) -> None:
+        """Model, head, optimizer; whatever does not suit is refused, and nothing written."""
+        config, task = self.config, self.task
+        if model is None:
+            with self.console.status(escape(f"loading {config.model}")):
+                model = load_model(task.source, config, self.device)
+        if config.mode == "lora":  # before any forward, see there
+            from .lora import add_adapters, write_adapter  # peft takes seconds
+
+            self.write = write_adapter(add_adapters(model, config), task.tokenizer)
+        else:
+            self.write = write_model(model.requires_grad_(True), task.tokenizer)
+        try:
+            self.head = head_of(model)
+            check_head(model, self.head)
+            check_cache(model)
+            token = self.head.weight.new_zeros(1, self.head.weight.shape[1])
+            entropy_loss_into(  # chunk_bytes
+                None, token, self.head.weight.detach(), chunk_bytes=config.chunk_bytes
             )
-            if isinstance(error, (Interrupted, UserError)):
-                raise type(error)(f"{error}; {kept}") from None
-            if isinstance(error, torch.OutOfMemoryError):
+        except (TypeError, ValueError) as error:
+            raise UserError(str(error)) from error
+        self.model = model
+        if config.share_prefix and not can_share_prefix(model):
+            self.console.print("The prompt is computed in every row: this model's cache asks it.")
+            self.config = config = config.model_copy(update={"share_prefix": False})
+        assert config.lr is not None
+        self.optimizer = MasterAdamW(
+            model.named_parameters(),
+            lr=config.lr,
+            betas=config.betas,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            clip=config.clip,
+            device=torch.device("cpu") if config.mode == "offload" else self.device,
+            moments=DTYPES[config.moments],
+            gradients=DTYPES[config.gradients],
+            folder=config.offload_dir if config.mode == "offload" else None,
+        )
+
+    def start(self, resume: bool) -> None:
+        """The folder; of a stopped run its newest whole state, and what it had sampled after it."""
+        config, output, done = self.config, self.config.output, 0
+        if config.rollouts_from is not None:
+            self.recorded = read_rollouts(config.rollouts_from, config.rollouts)
+            if len(self.recorded) < config.steps:
                 raise UserError(
-                    f"out of memory; {kept}; lower micro_batch_tokens (training) or rollout_batch "
-                    "(sampling), or use gradient_checkpointing"
-                ) from error
-            raise
-    return result
+                    f"rollouts_from: {config.rollouts_from} holds {len(self.recorded)} whole "
+                    f"updates of {config.steps}; lower steps"
+                )
+        if not resume:
+            write_config(output, config)
+            return
+        state, refused = newest_state(output, defining_settings(config))
+        for line in refused:
+            self.console.print(line, markup=False, soft_wrap=True)
+        if state is not None:
+            done, self.result.checkpoint = state
+            self.optimizer.load(read_state(self.result.checkpoint))
+        own = read_rollouts(output, config.rollouts)
+        self.recorded |= own
+        self.written, self.first = len(own), done + 1
+        metrics = read_metrics(output)
+        self.result.metrics = metrics[:done]
+        self.past_sizes = {row["update"]: row for row in metrics}
+        trim(output, rollouts_upto=self.written, metrics_upto=done)
+        self.console.print(
+            f"Going on after update {done}; {self.written - done} more are trained anew on their "
+            "recorded completions."
+        )
 
+    def update(self, update: int, stop: StopRequest) -> None:
+        """One optimizer update and its records."""
+        config, task, began = self.config, self.task, time.perf_counter()
+        picks = [i % len(task.prompts) for i in range(config.rollouts)]
+        for name in self.sizes:
+            self.sizes[name] = self.past_sizes.get(update, self.sizes)[name]
+        with progress_on(self.console) as progress:
+            title = f"update {update}/{config.steps}"
+            bar = progress.add_task(f"{title} sampling", total=config.rollouts)
 
-class _Run(NamedTuple):
-    """What the updates of a run share."""
+            def sample(batch_size: int) -> list[Rollout]:
+                progress.reset(bar)
+                return generate(
+                    self.model,
+                    task.tokenizer,
+                    [task.prompts[pick] for pick in picks],
+                    [(config.seed, update, i) for i in range(config.rollouts)],
+                    config.sampling,
+                    batch_size=batch_size,
+                    on_done=lambda count: progress.advance(bar, count),
+                    check=stop.check,
+                )
 
-    config: TrainConfig
-    task: Task
-    model: PreTrainedModel
-    head: Head
-    optimizer: torch.optim.Optimizer
-    accelerator: Accelerator
-    console: Console
-    result: TrainResult
+            rollouts = self.recorded.get(update) or self._fitting("rollout_batch", sample, 1)
+            sampled = time.perf_counter()
+            records = self._records(update, rollouts, picks)
+            if update > self.written:
+                append(config.output / "rollouts.jsonl", records)
+            progress.update(bar, description=f"{title} training", completed=0)
 
+            def learn(micro_batch: int) -> StepLoss:
+                self.optimizer.clear()
+                return entropy_step(
+                    self.model,
+                    self.head,
+                    rollouts,
+                    config,
+                    self.optimizer,
+                    micro_batch,
+                    stop.check,
+                )
 
-def _update(run: _Run, update: int, stop: StopRequest) -> None:
-    """One optimizer update and its records."""
-    config, task, model, head, optimizer, accelerator, console, result = run
-    picks = [i % len(task.prompts) for i in range(config.rollouts)]
-    began = time.perf_counter()
-    with progress_on(console) as progress:
-        name = f"update {update}/{config.steps}"
-        bar = progress.add_task(f"{name} sampling", total=config.rollouts)
-        with accelerator.autocast():
-            rollouts = generate(
-                model,
-                task.tokenizer,
-                [task.prompts[pick] for pick in picks],
-                [(config.seed, update, i) for i in range(config.rollouts)],
-                config.sampling,
-                batch_size=config.rollout_batch,
-                on_done=lambda count: progress.advance(bar, count),
-                check=stop.check,
-            )
-        sampled = time.perf_counter()
-        progress.update(bar, description=f"{name} training")
-        loss = entropy_step(model, head, rollouts, config, accelerator, stop)
-        norm = float(accelerator.clip_grad_norm_(model.parameters(), config.clip))
-        if not math.isfinite(norm):
-            raise UserError(f"lr: the gradient of update {update} is not finite; lower it")
-        optimizer.step()
-        optimizer.zero_grad()
-    now = time.perf_counter()
-    texts = task.tokenizer.batch_decode(
-        [rollout.response_ids for rollout in rollouts], skip_special_tokens=True
-    )
-    answers = [task.problems[pick].answer for pick in picks]
-    right = [a if a is None else is_correct(t, a) for t, a in zip(texts, answers, strict=True)]
-    graded = [r for r in right if r is not None]
-    tokens = sum(len(rollout.response_ids) for rollout in rollouts)
-    row = {
-        "update": update,
-        "entropy": loss.entropy,
-        "accuracy": sum(graded) / len(graded) if graded else None,
-        "grad_norm": norm,
-        "active_share": loss.active_share,
-        "dropped_share": loss.dropped_share,
-        "tokens": tokens,
-        "mean_length": tokens / len(rollouts),
-        "ended": sum(rollout.ended for rollout in rollouts) / len(rollouts),
-        "tokens_per_s": tokens / (now - began),
-        "sampling_s": sampled - began,
-        "training_s": now - sampled,
-        "peak_memory_gib": peak_memory_gib(accelerator.device),
-    }
-    records = [
-        {
+            loss = self._fitting("micro_batch", learn, max(map(len, rollouts)))
+            norm = self.optimizer.norm()
+            if not math.isfinite(norm):
+                raise UserError(f"lr: the gradient of update {update} is not finite; lower it")
+            self.is_whole = False
+            self.optimizer.step(norm)
+            self.is_whole = True
+        now = time.perf_counter()
+        graded = [record["correct"] for record in records if record["correct"] is not None]
+        tokens = sum(len(rollout.response_ids) for rollout in rollouts)
+        row = {
             "update": update,
-            "index": index,
-            "prompt_ids": rollout.prompt_ids,
-            "response_ids": rollout.response_ids,
-            "ended": rollout.ended,
-            "correct": right[index],
-            "text": texts[index],
+            "entropy": loss.entropy,
+            "accuracy": sum(graded) / len(graded) if graded else None,
+            "grad_norm": norm,
+            "active_share": loss.active_share,
+            "dropped_share": loss.dropped_share,
+            "tokens": tokens,
+            "mean_length": tokens / len(rollouts),
+            "ended": sum(rollout.ended for rollout in rollouts) / len(rollouts),
+            "repetition": sum(repetition(r.response_ids) for r in rollouts) / len(rollouts),
+            "tokens_per_s": tokens / (now - began),
+            "sampling_s": sampled - began,
+            "training_s": now - sampled,
+            "peak_memory_gib": peak_memory_gib(self.device),
+            "planned_memory_gib": self.plan.device_total / 2**30,
+            **self.sizes,
         }
-        for index, rollout in enumerate(rollouts)
-    ]
-    result.metrics.append(row)
-    _append(config.output / "rollouts.jsonl", records)
-    _append(config.output / "metrics.jsonl", [row])
-    console.print(_line(row, config.steps), soft_wrap=True)
+        self.result.metrics.append(row)
+        append(config.output / "metrics.jsonl", [row])
+        self.console.print(line_of(row, config.steps), soft_wrap=True)
+        if warning := cut_off(rollouts):
+            self.console.print(warning, soft_wrap=True)
 
+    def _records(
+        self, update: int, rollouts: Sequence[Rollout], picks: Sequence[int]
+    ) -> list[dict[str, Any]]:
+        texts = self.task.tokenizer.batch_decode(
+            [rollout.response_ids for rollout in rollouts], skip_special_tokens=True
+        )
+        answers = [self.task.problems[pick].answer for pick in picks]
+        return [
+            {
+                "update": update,
+                "index": index,
+                "prompt_ids": rollout.prompt_ids,
+                "response_ids": rollout.response_ids,
+                "ended": rollout.ended,
+                "correct": None if answer is None else is_correct(text, answer),
+                "text": text,
+            }
+            for index, (rollout, text, answer) in enumerate(
+                zip(rollouts, texts, answers, strict=True)
+            )
+        ]
 
-def progress_on(console: Console) -> Progress:
-    """A bar while something runs; where nobody watches, the lines of results are enough."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total}"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
+    def _fitting(self, name: str, work: Callable[[int], T], least: int) -> T:
+        """work(size), from the start with half the size where memory runs out and the size is not
+        the user's.
+        """
+        while True:
+            try:
+                return work(self.sizes[name])
+            except torch.OutOfMemoryError:
+                if getattr(self.asked, name) != "auto" or self.sizes[name] <= least:
+                    raise
+            torch.cuda.empty_cache()
+            self.sizes[name] //= 2
+            self.console.print(f"Out of memory: once more with {name} {self.sizes[name]}.")
 
+    def is_over(self) -> bool:
+        """Whether the last update was one to stop after."""
+        rows, config = self.result.metrics, self.config
+        reason = ""
+        if rows and rows[-1]["entropy"] < config.stop_below * rows[0]["entropy"]:
+            reason = f"entropy below {config.stop_below:g} of its start"
+        elif rows and rows[-1]["repetition"] > config.stop_repetition:
+            reason = f"more than {config.stop_repetition:g} of the 4-grams repeat"
+        if reason:
+            self.console.print(f"Stopped early: {reason}.")
+        return bool(reason)
 
-def _append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    try:
-        with open(path, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    except OSError as error:
-        raise UserError(f"output: cannot write {path}: {error}") from error
+    def save(self) -> None:
+        """A checkpoint of the last update, unless there is one."""
+        done = len(self.result.metrics)
+        folder = self.config.output / "checkpoints" / f"step-{done:05d}"
+        if folder == self.result.checkpoint:
+            return
+        with self.console.status(escape(f"writing {folder}")):
+            state = self.optimizer.state() if self.config.save_optimizer else None
+            facts = {"update": done, "settings": defining_settings(self.config)}
+            save_checkpoint(self.write, folder, state, facts, keep=self.config.keep)
+        self.result.checkpoint = folder
 
-
-def _line(row: dict[str, Any], steps: int) -> str:
-    accuracy = "" if row["accuracy"] is None else f"  accuracy {row['accuracy']:.2f}"
-    seconds = row["sampling_s"] + row["training_s"]
-    return (
-        f"update {row['update']:>2}/{steps}  loss = entropy {row['entropy']:.4f} nats{accuracy}"
-        f"  length {row['mean_length']:.1f}  ended {row['ended']:.0%}"
-        f"  {row['tokens_per_s']:.0f} tokens/s  peak {row['peak_memory_gib']:.2f} GiB"
-        f"  {seconds:.1f} s"
-    )
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """The device allocator's peak, or on a CPU the process's peak resident size."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    def failed(self, error: BaseException) -> BaseException:
+        """What to tell, after the last finished update is saved."""
+        kept = "no update yet"
+        if self.result.metrics and self.is_whole:
+            self.save()
+            kept = f"{self.result.checkpoint} holds the last update"
+        if isinstance(error, (Interrupted, UserError)):
+            return type(error)(f"{error}; {kept}")
+        if isinstance(error, torch.OutOfMemoryError):
+            sizes = ", ".join(f"{name} {size}" for name, size in self.sizes.items())
+            remedies = ", ".join(
+                flag for flag, _ in cheaper(self.config, self.device.type == "cuda")
+            )
+            return UserError(f"out of memory with {sizes}; {kept}; use {remedies}")
+        return error

@@ -1,6 +1,5 @@
-"""Signals to a training process; kills in the middle of a checkpoint."""
+"""Signals to a training process."""
 
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -8,11 +7,8 @@ import sys
 import time
 
 import pytest
-import torch
-from training.tiny import make_model, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from em_kernels.training.checkpoint import save_checkpoint
 from em_kernels.training.trainer import Interrupted, StopRequest
 
 PATIENCE_S = 60
@@ -34,7 +30,17 @@ def start(folder, output, *options):
     """A run that would take hours."""
     command = [sys.executable, "-m", "em_kernels.cli", "train", "--model", str(folder)]
     command += ["--prompt", "What is 2 + 3?", "--output", str(output), "--device", "cpu"]
-    command += ["--steps", "100000", "--rollouts", "4", "--max-new-tokens", "8", *options]
+    command += [
+        "--steps",
+        "100000",
+        "--save-at",
+        "100000",
+        "--rollouts",
+        "4",
+        "--max-new-tokens",
+        "8",
+        *options,
+    ]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -99,65 +105,3 @@ def test_stop_request():
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
-
-
-def save_for_ever(model, folder):
-    for step in range(10**6):
-        save_checkpoint(model, make_tokenizer(), folder / f"step-{step:05d}")
-
-
-def partial_sizes(folder):
-    """Number of files in each unfinished checkpoint."""
-    try:
-        return [len(os.listdir(partial)) for partial in folder.glob(".*")]
-    except FileNotFoundError:
-        return []
-
-
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_a_kill_while_writing_leaves_whole_checkpoints_only(tmp_path):
-    """The writer is stopped when its folder holds so many files, and killed if it still does."""
-    model = make_model(hidden_size=256)
-    for files in range(7):
-        folder = tmp_path / str(time.monotonic_ns())
-        writer = multiprocessing.get_context("fork").Process(
-            target=save_for_ever, args=(model, folder)
-        )
-        writer.start()
-
-        def caught(writer=writer, folder=folder, files=files):
-            if not (folder / "step-00000").exists() or partial_sizes(folder) != [files]:
-                return False
-            os.kill(writer.pid, signal.SIGSTOP)
-            time.sleep(0.02)
-            if still := partial_sizes(folder) == [files]:
-                writer.kill()
-            os.kill(writer.pid, signal.SIGCONT)
-            return still
-
-        try:
-            wait_for(caught)
-        finally:
-            writer.kill()
-            writer.join()
-        kept = sorted(folder.glob("step-*"))
-        assert kept
-        for checkpoint in kept:
-            assert_opens(checkpoint)
-        (partial,) = folder.glob(".*")
-        again = folder / partial.name.removeprefix(".").removesuffix(".partial")
-        save_checkpoint(model, make_tokenizer(), again)
-        assert_opens(again)
-        assert not list(folder.glob(".*"))
-
-
-def test_weights_of_a_replaced_checkpoint(tmp_path):
-    model = make_model()
-    folder = save_checkpoint(model, make_tokenizer(), tmp_path / "step-00001")
-    (folder / "stray").touch()
-    with torch.no_grad():
-        model.lm_head.weight.add_(1)
-    save_checkpoint(model, make_tokenizer(), folder)
-    again = AutoModelForCausalLM.from_pretrained(folder)
-    assert torch.equal(again.lm_head.weight, model.lm_head.weight)
-    assert not (folder / "stray").exists()

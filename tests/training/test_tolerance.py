@@ -1,12 +1,22 @@
 """Training with the sparse gradient."""
 
 import pytest
-import torch
-from training.test_trainer import ROLLOUTS, gradients, step
-from training.tiny import PLAIN, make_model, read, run, save_tiny, settings
+from training.test_step import ROLLOUTS
+from training.tiny import (
+    PLAIN,
+    loss_and_gradients,
+    make_model,
+    make_optimizer,
+    read,
+    run,
+    save_tiny,
+    settings,
+)
 
+from em_kernels.hf import head_of
 from em_kernels.training.config import TrainConfig
 from em_kernels.training.rollout import generate
+from em_kernels.training.step import entropy_step
 
 
 def test_default_tolerance_is_reported(tmp_path):
@@ -15,8 +25,7 @@ def test_default_tolerance_is_reported(tmp_path):
     found = {}
     for tolerance in (0.0, TrainConfig().grad_tolerance):
         config = settings("-", tmp_path, grad_tolerance=tolerance, loss_temperature=0.25)
-        found[tolerance] = step(model, ROLLOUTS, config), gradients(model)
-        model.zero_grad()
+        found[tolerance] = loss_and_gradients(model, ROLLOUTS, config)
     (exact, true), (sparse, ours) = found.values()
     assert sparse.entropy == exact.entropy and exact[1:] == (1.0, 0.0)
     assert sparse.active_share < 0.9 and 0 < sparse.dropped_share <= 2**-9
@@ -40,8 +49,8 @@ def test_tolerance_does_not_change_training(demo):
     losses, ends, rollouts = {}, {}, {}
     for tolerance in (0.0, 2**-9):
         model.load_state_dict(start, strict=False)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.01)
         config = config.model_copy(update={"grad_tolerance": tolerance})
+        optimizer = make_optimizer(model, config)
         losses[tolerance] = []
         for update in range(10):
             if update not in rollouts:
@@ -49,10 +58,12 @@ def test_tolerance_does_not_change_training(demo):
                 rollouts[update] = generate(
                     model, tokenizer, prompts * 16, keys, config.sampling, batch_size=16
                 )
-            losses[tolerance].append(step(model, rollouts[update], config).entropy)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+            loss = entropy_step(
+                model, head_of(model), rollouts[update], config, optimizer, 1024, lambda: None
+            )
+            losses[tolerance].append(loss.entropy)
+            optimizer.step(optimizer.norm())
+        optimizer.close()
         ends[tolerance] = {n: x.detach().clone() for n, x in model.named_parameters()}
     exact, sparse = losses.values()
     assert exact[-1] < 0.9 * exact[0]

@@ -10,8 +10,11 @@ from tokenizers import Tokenizer, decoders, models
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from em_kernels.hf import head_of
 from em_kernels.training.config import Sampling, TrainConfig
-from em_kernels.training.trainer import train
+from em_kernels.training.optimizer import MasterAdamW
+from em_kernels.training.rounding import to_bf16
+from em_kernels.training.step import entropy_step
 
 CONTEXT = 128
 TRAINING_TEXT = "What is 2 + 3?"
@@ -72,13 +75,48 @@ PLAIN = Sampling(temperature=1, top_k=0, top_p=1, repetition_penalty=1, max_new_
 def settings(folder, output, **changes):
     base = {"prompt": TRAINING_TEXT, "steps": 2, "rollouts": 6, "sampling": PLAIN, "lr": 1e-3}
     base["grad_tolerance"] = 0.0  # what is compared with plain torch is exact
+    base |= {"mode": "full", "moments": "fp32", "gradients": "fp32", "micro_batch": 4096}
+    base |= {"rollout_batch": 64, "gradient_checkpointing": False, "dtype": "float32"}
+    base |= {"chunk_bytes": 1 << 28, "save_optimizer": False, "save_at": ()}
     return TrainConfig(
         **{"model": str(folder), "output": output, "device": "cpu", **base, **changes}
     )
 
 
 def run(config, model=None):
+    from em_kernels.training.trainer import train
+
     return train(config, model=model, console=Console(file=StringIO()))
+
+
+def make_optimizer(model, config):
+    return MasterAdamW(
+        model.named_parameters(),
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        clip=config.clip,
+        device=torch.device("cpu"),
+        moments=torch.float32,
+        gradients=torch.float32,
+    )
+
+
+def loss_and_gradients(model, rollouts, config, micro_batch=10**6):
+    """Of one update, by parameter."""
+    optimizer = make_optimizer(model, config)
+    loss = entropy_step(
+        model, head_of(model), rollouts, config, optimizer, micro_batch, lambda: None
+    )
+    gradients = {s.name: s.gradient.view(s.parameter.shape) for s in optimizer._held()}
+    optimizer.close()
+    return loss, gradients
+
+
+def rounded(weight):
+    """As a checkpoint has it."""
+    return to_bf16(weight.detach().float().flatten()).view(weight.shape)
 
 
 def read(path):

@@ -1,0 +1,47 @@
+"""Host memory that can be had now, a container's limit heeded."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def free_host_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """What the kernel calls available, or what the tightest cgroup above this process leaves.
+
+    Raises: OSError where the machine does not tell (not Linux, and no psutil).
+    """
+    try:
+        lines = (proc / "meminfo").read_text(encoding="ascii").splitlines()
+        free = int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) << 10
+    except (OSError, StopIteration):
+        try:
+            import psutil
+        except ModuleNotFoundError:
+            raise OSError("free memory is unknown; pip install psutil") from None
+        free = psutil.virtual_memory().available
+    return min([free, *_left(proc, cgroups)])
+
+
+def _left(proc: Path, cgroups: Path) -> Iterator[int]:
+    """Of each cgroup that has a limit: that, less what is used and cannot be dropped."""
+    try:
+        lines = (proc / "self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for line in lines:  # 4:memory:/a/b in version 1, 0::/a/b in version 2
+        _, kinds, path = line.split(":", 2)
+        if kinds and "memory" not in kinds.split(","):
+            continue
+        root = cgroups / "memory" if kinds else cgroups
+        names = ("limit_in_bytes", "usage_in_bytes") if kinds else ("max", "current")
+        cache = "total_inactive_file" if kinds else "inactive_file"
+        group = root / path.strip("/")
+        for folder in (group, *group.parents):  # inside a container the path may be the host's
+            try:
+                limit, used = ((folder / f"memory.{name}").read_text().strip() for name in names)
+                stat = dict(s.split() for s in (folder / "memory.stat").read_text().splitlines())
+                if limit != "max":
+                    yield max(0, int(limit) - int(used) + int(stat.get(cache, 0)))
+            except (OSError, ValueError):
+                pass  # has no limit of its own
+            if folder == root:
+                break

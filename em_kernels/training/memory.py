@@ -1,0 +1,443 @@
+"""Whether a run fits, before any of it is loaded: bytes by component, sizes of batches, seconds.
+
+From the model's config alone. Activations are run, on tensors without memory (sketch.py); the rest
+is arithmetic.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from ..free_memory import free_host_bytes
+from ..gradients import SLAB_BYTES as SLAB
+from ..gradients import SLAB_WORDS
+from ..problem import free_bytes
+from ..sparse import SAMPLE
+from .config import FULL_LR, LORA_LR, TrainConfig, UserError
+from .optimizer import state_bytes
+from .seconds import RATES, Rates, Work, seconds_of
+from .sketch import Sketch
+
+GIB, MIB = 1 << 30, 1 << 20
+CONTEXT = GIB // 2  # of CUDA, libraries' workspaces included
+PROCESS = GIB  # of the host beside a GPU: torch, CUDA's libraries
+STAGING = 2 * 64 * MIB  # pinned
+FRAGMENTS = 0.05  # of what comes and goes, lost between a GPU allocator's blocks
+STEP = 16 * MIB  # temporaries of the optimizer's step
+CHUNK = 256 * MIB  # of logits
+STATISTICS = 132  # bytes a token, measured like those below
+CHOICE = 36  # bytes a word, where columns are chosen
+SHARD = 5 * GIB  # read at a time while weights are loaded
+SMALL_STATE = 8 * GIB
+PAYS = {"cuda": 16384, "cpu": 1024}  # tokens of a micro-batch beyond which nothing is gained
+MOST_ROWS = 256  # sampled at a time, as a token of a step takes as long on a GPU, and here longer
+ENOUGH = 4096  # tokens of a micro-batch for whose sake nothing need be recomputed
+# Bytes a word of rollout.py's processors, beside the model's own logits: peaks of `generate` under
+# torch.profiler on a CPU; the same for V 50,000 and 150,000, 8 and 16 rows.
+GREEDY, PLAIN, TOP_K, TOP_P = 16, 24, 28, 34
+CUDA_SORT = 24  # keys and indices again, in a GPU's sort
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PHASES = {  # what is in memory beside what always is
+    "sampling": ("KV cache", "next tokens"),
+    "head": ("activations", "logits chunk"),
+    "backward": ("activations", "recompute, gradients"),
+    "optimizer": ("step",),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run's settings with nothing left "auto", and what they need."""
+
+    config: TrainConfig
+    device: Mapping[str, int]  # bytes by component; on a CPU all are here
+    host: Mapping[str, int]
+    device_limit: int
+    host_limit: int
+    disk: Mapping[str, int]
+    download: int
+    seconds: Mapping[str, float]  # of an update whose completions are as long as they may be
+    once: Mapping[str, float]  # seconds of the run's other parts
+    rates: Rates
+    pays: bool  # batches are large enough
+    remedies: tuple[str, ...] = ()  # where it does not fit
+
+    @property
+    def name(self) -> str:
+        folder, four_bit = self.config.offload_dir is not None, self.config.four_bit
+        return self.config.mode + (" to disk" if folder else " 4bit" if four_bit else "")
+
+    @property
+    def device_total(self) -> int:
+        """At the phase that needs most."""
+        moving = {part for parts in PHASES.values() for part in parts}
+        always = sum(size for name, size in self.device.items() if name not in moving)
+        return always + _peak(self.device)
+
+    @property
+    def host_total(self) -> int:
+        return sum(self.host.values())
+
+    @property
+    def missing(self) -> dict[str, int]:
+        """Bytes, by side; on a CPU there is one."""
+        device, host = self.device_total - self.device_limit, self.host_total - self.host_limit
+        sides = {"device": device, "host": host} if self.host else {"host": device}
+        return {side: size for side, size in sides.items() if size > 0}
+
+    @property
+    def problems(self) -> list[str]:
+        limits = {"device": self.device_limit, "host": self.host_limit}
+        return [
+            f"{size / GIB:.1f} GiB of {side} memory are missing (of "
+            f"{(limits[side] + size) / GIB:.1f}, {limits[side] / GIB:.1f} are there)"
+            for side, size in self.missing.items()
+        ]
+
+    @property
+    def fits(self) -> bool:
+        return not self.missing
+
+    @property
+    def merit(self) -> tuple[bool, bool, int]:
+        """By which plans of a mode are ordered."""
+        return self.fits, self.fits and self.pays, -sum(self.missing.values())
+
+    @property
+    def run_seconds(self) -> float:
+        return sum(self.once.values()) + self.config.steps * sum(self.seconds.values())
+
+
+def phases(device: Mapping[str, int]) -> dict[str, int]:
+    """Bytes on the device that come and go."""
+    return {name: sum(device.get(part, 0) for part in PHASES[name]) for name in PHASES}
+
+
+def _peak(device: Mapping[str, int]) -> int:
+    return max(phases(device).values())
+
+
+def resolve(
+    config: TrainConfig, model_config: PreTrainedConfig, prompt_tokens: int, device: torch.device
+) -> Plan:
+    """The plan of a run, its settings complete.
+
+    Raises: UserError where nothing fits: what is missing, and what would help, cheapest first.
+    """
+    planner = Planner(config, model_config, prompt_tokens, device)
+    plan = planner.choose()
+    if not plan.fits:
+        help = f"try {', or '.join(plan.remedies)}" if plan.remedies else "take a smaller model"
+        raise UserError(f"memory: mode {plan.name}: {'; '.join(plan.problems)}; {help}")
+    return plan
+
+
+def cheaper(config: TrainConfig, cuda: bool) -> list[tuple[str, dict[str, Any]]]:
+    """Flags that save memory, and the settings that they change, in the order of their cost."""
+    half = max(1, config.sampling.max_new_tokens // 2)
+    short = config.sampling.model_copy(update={"max_new_tokens": half})
+    folder, full = config.output / "offload", config.mode == "full"
+    free, whole = {"offload_dir": None}, config.mode != "lora"
+    four = {**free, "mode": "lora", "four_bit": True}
+    options: list[tuple[bool, str, dict[str, Any]]] = [
+        (config.micro_batch != "auto", "--micro-batch auto", {"micro_batch": "auto"}),
+        (config.rollout_batch != "auto", "--rollout-batch auto", {"rollout_batch": "auto"}),
+        (
+            config.gradient_checkpointing is False,
+            "--gradient-checkpointing True",
+            {"gradient_checkpointing": True},
+        ),
+        (config.moments == "fp32", "--moments bf16", {"moments": "bf16"}),
+        (config.gradients == "fp32", "--gradients bf16", {"gradients": "bf16"}),
+        (full and cuda, "--mode offload", {"mode": "offload"}),
+        (
+            whole and config.offload_dir is None,
+            "--mode offload --offload-dir DIR",
+            {"mode": "offload", "offload_dir": folder},
+        ),
+        (half > 1, f"--max-new-tokens {half}", {"sampling": short}),
+        (whole, "--mode lora", {**free, "mode": "lora"}),
+        (cuda and not config.four_bit, "--mode lora --4bit", four),
+    ]
+    return [(text, change) for useful, text, change in options if useful]
+
+
+class Planner:
+    """Of one run on one machine: what was found for one mode serves the others.
+
+    Args:
+        download: bytes; None: of all weights, in the dtype that the config names.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model_config: PreTrainedConfig,
+        prompt_tokens: int,
+        device: torch.device,
+        download: int | None = 0,
+    ) -> None:
+        cuda, host = device.type == "cuda", config.host_memory
+        dtype = ("bfloat16" if cuda else "float32") if config.dtype == "auto" else config.dtype
+        self.config = config.model_copy(update={"dtype": dtype})
+        self.model_config, self.prompt, self.download = model_config, prompt_tokens, download
+        self.cuda, self.dtype, self.rates = cuda, DTYPES[dtype], RATES[device.type]
+        self.device_limit = self.host_limit = free_host_bytes() if host is None else int(host * GIB)
+        if cuda and config.gpu_memory is not None:
+            self.device_limit = int(config.gpu_memory * GIB)
+        elif cuda and torch.cuda.is_available():
+            self.device_limit = free_bytes(device) + CONTEXT  # asking has made the context
+        elif cuda:
+            raise UserError("gpu_memory: torch sees no CUDA GPU; give the GiB of one to plan for")
+        self.sketches: dict[tuple | None, Sketch] = {}
+        self.plans: dict[str, Plan] = {}
+
+    def modes(self) -> list[Plan]:
+        """One plan of each, whatever the settings say."""
+        folder = self.config.offload_dir or self.config.output / "offload"
+        modes: list[dict[str, Any]] = [
+            {"mode": "full"},
+            {"mode": "offload"},
+            {"mode": "offload", "offload_dir": folder},
+            {"mode": "lora"},
+            {"mode": "lora", "four_bit": True},
+        ]
+        if not self.cuda:  # memory is the same on either side; 4 bits are for a GPU
+            del modes[4], modes[1]
+        plain = {"offload_dir": None, "four_bit": False}
+        return [self.plan(self.config.model_copy(update={**plain, **mode})) for mode in modes]
+
+    def choose(self) -> Plan:
+        """Of the modes that the settings allow the first that fits, or the last and remedies."""
+        modes: list[Any] = [self.config.mode]
+        if modes == ["auto"]:
+            offload = ["offload"] if self.cuda or self.config.offload_dir else []
+            modes = ["lora"] if self.config.four_bit else ["full", *offload, "lora"]
+        for mode in modes:
+            folder = self.config.offload_dir if mode == "offload" else None
+            asked = self.config.model_copy(update={"mode": mode, "offload_dir": folder})
+            plan = self.plan(asked)
+            if plan.fits:
+                return plan
+        return Plan(**{**vars(plan), "remedies": self._remedies(asked)})
+
+    def _remedies(self, config: TrainConfig) -> tuple[str, ...]:
+        """Those that suffice each alone, cheapest first; or else the fewest together."""
+        options = cheaper(config, self.cuda)
+        enough = [
+            text for text, change in options if self.plan(config.model_copy(update=change)).fits
+        ]
+        if enough:
+            return tuple(enough)
+        texts: list[str] = []
+        for text, change in options:
+            config, texts = config.model_copy(update=change), [*texts, text]
+            if self.plan(config).fits:
+                return (" with ".join(texts),)
+        return ()
+
+    def sketch(self, config: TrainConfig) -> Sketch:
+        key = (config.lora_rank, config.lora_targets) if config.mode == "lora" else None
+        if key not in self.sketches:
+            lora = config if key else None
+            self.sketches[key] = Sketch(self.model_config, self.dtype, config.attention, lora)
+        return self.sketches[key]
+
+    def plan(self, config: TrainConfig) -> Plan:
+        """Of a mode: with the most exact sums that leave room for batches that pay, or for any."""
+        key = config.model_dump_json()
+        if key not in self.plans:
+            best: Plan | None = None
+            for moments, gradients in (("fp32", "fp32"), ("bf16", "fp32"), ("bf16", "bf16")):
+                wanted = {"moments": moments, "gradients": gradients}
+                wanted = {k: v for k, v in wanted.items() if getattr(config, k) == "auto"}
+                plan = self._sized(config.model_copy(update=wanted))
+                if best is None or plan.merit > best.merit:
+                    best = plan
+                if best.fits and best.pays:
+                    break
+            assert best is not None
+            self.plans[key] = best
+        return self.plans[key]
+
+    def _sized(self, config: TrainConfig) -> Plan:
+        """With the largest batches that fit."""
+        sketch, new = self.sketch(config), config.sampling.max_new_tokens
+        prompts = 1 if config.prompt_from is None else len(config.prompt_rows)
+        most = -(-config.rollouts // prompts)  # rows of a micro-batch
+        shared = config.share_prefix and sketch.can_share and most > 1
+        most = min(most if shared else config.rollouts, config.micro_batch_rows or config.rollouts)
+        row = new + (0 if shared else self.prompt)  # tokens
+        chunk = config.chunk_bytes or self._chunk(sketch)
+        device, host, disk = self._always(config, sketch)
+        # one layer's weight in 16 bits
+        unpacked = 2 * sketch.largest if config.four_bit else 0
+        room = self.device_limit - sum(device.values())
+        room = int(room / (1 + FRAGMENTS)) if self.cuda else room
+
+        def passing(rows: int, columns: int, recompute: bool) -> dict[str, int]:
+            found = sketch.run(rows, self.prompt, columns, shared, recompute)
+            return {
+                "activations": found.kept,
+                "logits chunk": self._head(config, sketch, found.states, chunk),
+                "recompute, gradients": found.peak - found.kept + unpacked,
+            }
+
+        def worst(rows: int, recompute: bool) -> dict[str, int]:
+            """Completions that end early are more rows, with the prompt's keys before each."""
+            short = max(2, rows * new // most)
+            shapes = [(rows, new)] + [(most, short)] * (shared and short < new)
+            return max((passing(*shape, recompute) for shape in shapes), key=_peak)
+
+        goal = max(1, min(most, PAYS["cuda" if self.cuda else "cpu"] // row))
+        if config.micro_batch != "auto":
+            goal = max(1, min(most, config.micro_batch // row))
+        enough, recompute = min(goal, -(-ENOUGH // row)), config.gradient_checkpointing
+        if recompute == "auto":
+            recompute = room <= 0 or _peak(worst(enough, False)) > room
+        rows = goal
+        if config.micro_batch == "auto":
+            rows = _largest(lambda n: _peak(passing(n, new, recompute)), goal, room)
+            while rows > 1 and _peak(worst(rows, recompute)) > room:
+                rows -= max(1, rows // 8)
+            rows = -(-most // -(-most // rows))  # batches alike
+        of_row = self._of_completion(config, sketch)
+        batch = max(1, min(config.rollouts, MOST_ROWS, room // sum(of_row.values())))
+        batch = -(-config.rollouts // -(-config.rollouts // batch))
+        if config.rollout_batch != "auto":
+            batch = min(config.rollouts, config.rollout_batch)
+        moving = {name: size * batch for name, size in of_row.items()}
+        moving |= {**worst(rows, recompute), "step": STEP}
+        if self.cuda:
+            device["fragments"] = int(FRAGMENTS * _peak(moving))
+        trained = sketch.sizes.trained
+        state = trained * (4 + 2 * PRECISIONS[config.moments].itemsize)
+        complete: dict[str, Any] = {
+            "lr": config.lr or (LORA_LR if config.mode == "lora" else FULL_LR),
+            "gradient_checkpointing": recompute,
+            "chunk_bytes": chunk,
+        }
+        if config.micro_batch == "auto":
+            complete["micro_batch"] = rows * row
+        if config.rollout_batch == "auto":
+            complete["rollout_batch"] = batch
+        if config.save_optimizer == "auto":
+            complete["save_optimizer"] = state <= SMALL_STATE
+        config = config.model_copy(update=complete)
+        last = {step for step in config.save_at if step < config.steps} | {config.steps}
+        count = min(len(last), config.keep + 1 if config.keep else len(last))
+        each = 2 * sketch.sizes.weights // self.dtype.itemsize
+        if config.mode == "lora":
+            each = 4 * trained
+        disk["checkpoints"] = count * each
+        if config.save_optimizer:
+            disk["optimizer state"] = state
+        work = Work(
+            self.prompt * (prompts if shared else config.rollouts),
+            -(-most // rows) * prompts if shared else -(-config.rollouts // rows),
+            prompts if shared else 0,
+            of_row["KV cache"],
+            len(last) * each,
+        )
+        download = self.download
+        if download is None:
+            itemsize = getattr(self.model_config.dtype, "itemsize", 2)
+            download = sketch.sizes.weights // self.dtype.itemsize * itemsize
+        seconds, once = seconds_of(config, sketch, work, self.rates, download)
+        return Plan(
+            config,
+            {**device, **moving},
+            host,
+            self.device_limit,
+            self.host_limit,
+            disk,
+            download,
+            seconds,
+            once,
+            self.rates,
+            pays=rows * row >= min(goal * row, 2048) and batch >= min(config.rollouts, 16),
+        )
+
+    def _always(
+        self, config: TrainConfig, sketch: Sketch
+    ) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
+        """Bytes that stay: on the device, on the host, on disk."""
+        sizes = sketch.sizes
+        device = {"weights": sizes.weights, "buffers": sizes.buffers}
+        if config.four_bit:  # a byte's scale for 64 weights, a float's for 256 of those
+            packed = sizes.linear // 2 + sizes.linear // 64 + sizes.linear // (64 * 256) * 4
+            device["weights"] += packed - sizes.linear * self.dtype.itemsize
+        if config.mode == "lora":
+            device["adapters"] = sizes.trained_bytes
+        offload, folder = config.mode == "offload" and self.cuda, config.offload_dir is not None
+        itemsize = sizes.trained_bytes // sizes.trained
+        state = state_bytes(
+            [sizes.trained],
+            weight_bytes=itemsize,
+            moments=PRECISIONS[config.moments],
+            gradients=PRECISIONS[config.gradients],
+            master_is_parameter=itemsize == 4 and not offload and not folder,
+        )
+        disk = {f"{n} (offload)": state.pop(n) for n in ("master", "moments") if folder}
+        host = {"process": PROCESS} if self.cuda else {}
+        if offload:
+            host |= {**state, "staging": STAGING}
+        else:
+            device |= state
+        if self.cuda:
+            device["context"] = CONTEXT
+            shard = min(SHARD, sizes.weights)  # gone before the rest comes
+            host["loading"] = max(0, shard - sum(host.values()) + PROCESS)
+        return device, host, disk
+
+    def _chunk(self, sketch: Sketch) -> int:
+        """Two rows of logits, or what memory allows; a power of two."""
+        some = min(CHUNK, self.device_limit // 64)
+        return max(2 * self._logit_bytes(sketch), 1 << max(0, some.bit_length() - 1))
+
+    def _logit_bytes(self, sketch: Sketch) -> int:
+        """Of a row: logits in fp32; on a GPU their gradient, and of a second chunk the logits."""
+        return sketch.words * (4 + (4 + self.dtype.itemsize) * self.cuda)
+
+    def _head(self, config: TrainConfig, sketch: Sketch, states: int, chunk: int) -> int:
+        """Of entropy_loss_into: logits, fp32 dhidden, the sink's values; with a tolerance columns
+        of a chunk and their words, at most half of all, or a sample of the other words.
+        """
+        words, width, itemsize = sketch.words, sketch.width, self.dtype.itemsize
+        rows = max(1, min(states, chunk // self._logit_bytes(sketch)))
+        rows = -(-states // -(-states // rows))  # chunks alike
+        total = rows * self._logit_bytes(sketch) + states * (width * 4 + STATISTICS)
+        if config.mode != "lora":
+            total += min(SLAB, words * width * 4)
+        if config.grad_tolerance:
+            word = rows * 8 + width * itemsize
+            some = min(words // 2, max(SLAB_WORDS, min(SLAB, chunk) // word))
+            total += max(some * word, min(SAMPLE, words) * width * itemsize) + CHOICE * words
+        return total
+
+    def _of_completion(self, config: TrainConfig, sketch: Sketch) -> dict[str, int]:
+        """Of a row that is sampled."""
+        sampling, length = config.sampling, self.prompt + config.sampling.max_new_tokens
+        word = TOP_P if sampling.top_p < 1 else TOP_K if sampling.top_k else PLAIN
+        word = (word if sampling.temperature else GREEDY) + self.dtype.itemsize
+        word += CUDA_SORT if self.cuda and sampling.temperature and sampling.top_p < 1 else 0
+        cache = sketch.cache_bytes(length)
+        grown = cache // (2 * sketch.layers)  # a layer's keys, copied for one token more
+        ids = 8 * (3 * length + config.sampling.max_new_tokens)
+        return {"KV cache": cache, "next tokens": sketch.words * word + grown + ids}
+
+
+def _largest(need: Callable[[int], int], most: int, room: int) -> int:
+    """Rows up to `most` that need no more than the room, at least 1. Need is convex in them, so
+    that what a straight line between two counts says is never too little.
+    """
+    if most == 1 or room <= 0:
+        return 1
+    if need(most) <= room:
+        return most
+    slope = (need(most) - need(1)) / (most - 1)
+    return max(1, min(most - 1, 1 + int((room - need(1)) / slope)))

@@ -1,0 +1,67 @@
+"""fp32 to bf16 that keeps small movements."""
+
+import torch
+from training.tiny import make_model, make_optimizer, settings
+
+from em_kernels.training import rounding
+from em_kernels.training.rounding import to_bf16
+
+
+def test_what_is_bf16_already_stays():
+    x = torch.cat([torch.randn(10**5), torch.zeros(3), -torch.zeros(3)]).bfloat16()
+    assert torch.equal(to_bf16(x.float()).view(torch.int16), x.view(torch.int16))
+
+
+def test_to_one_of_the_two_neighbours_by_distance():
+    """Up or down in proportion, positive and negative."""
+    x = torch.randn(1 << 18).bfloat16().float()
+    step = torch.nextafter(x.bfloat16(), x.bfloat16() * torch.inf).float() - x
+    for share in (0.1, 0.5, 0.9):
+        moved = to_bf16(x + share * step).float()
+        up = moved != x
+        assert torch.equal(moved[up], (x + step)[up])
+        assert abs(up.float().mean().item() - share) < 0.005
+
+
+def test_a_place_has_its_threshold_wherever_it_is_cut(monkeypatch):
+    monkeypatch.setattr(rounding, "LENGTH", 1000)
+    monkeypatch.setattr(rounding, "_noise", {})
+    x = torch.randn(7777)
+    whole = to_bf16(x)
+    for cut in (1, 999, 1000, 1001, 5000):
+        assert torch.equal(torch.cat([to_bf16(x[:cut]), to_bf16(x[cut:], cut)]), whole)
+
+
+def test_a_weight_that_moves_on_never_goes_back():
+    """The threshold is the place's: no flicker from one update to the next."""
+    x = torch.rand(10**4) + 1
+    before = to_bf16(x)
+    for _ in range(20):
+        x = x + 3e-4
+        now = to_bf16(x)
+        assert (now >= before).all()
+        before = now
+
+
+def test_updates_far_below_a_step_arrive_in_bf16_weights():
+    """Nearest would leave nearly all of them where they are."""
+    model = make_model(dtype=torch.bfloat16)
+    start = {name: p.detach().float().clone() for name, p in model.named_parameters()}
+    optimizer = make_optimizer(model, settings("-", "-", lr=1e-5, clip=1e9))
+    generator = torch.Generator().manual_seed(0)
+    signs = {n: torch.randn(p.shape, generator=generator) for n, p in model.named_parameters()}
+    for _ in range(3):
+        for name, p in model.named_parameters():
+            optimizer.add(p, signs[name].bfloat16())
+        optimizer.step(1.0)
+    along = whole = nearest = 0.0
+    for slot in optimizer._slots.values():
+        moved = slot.master.view(slot.parameter.shape) - start[slot.name]
+        now = slot.parameter.detach().float() - start[slot.name]
+        along += (moved * now).sum().item()
+        nearest += (
+            moved * ((start[slot.name] + moved).bfloat16().float() - start[slot.name])
+        ).sum()
+        whole += moved.square().sum().item()
+    assert 0.9 < along / whole < 1.1
+    assert nearest / whole < 0.3
