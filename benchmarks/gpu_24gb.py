@@ -1,9 +1,8 @@
 """Proof that Qwen2.5-Math-7B and 1.5B train on 24 GB: make gpu-24gb, on a CUDA GPU of any size.
 
 Every part in a process of its own, held to 22 GiB of the device: random bf16 weights of the exact
-shape, updates of 64 completions of 128 + 512 tokens. No completion ends early and no word can be
-left out of the head's backward: the worst case. Parts that are in the results file are not run
-again; one that does not fit this machine's memory is named.
+shape, updates of 64 completions of 128 + 512 tokens, none of which ends early: the worst case.
+Parts that are in the results file are not run again; one that does not fit is named.
 """
 
 import argparse
@@ -35,7 +34,6 @@ from em_kernels.training.trainer import train
 GIB = 2**30
 CAP_GIB = 22.0  # the context and a desktop take the rest of 24
 SECONDS = 45.0  # of a part: another update is begun where it will end in time
-ROLLOUTS, PROMPT_TOKENS, NEW_TOKENS = 64, 128, 512
 SHAPES = {  # Qwen2.5-Math's: hidden, MLP, layers, heads, KV heads, vocabulary, tied
     "7B": (3584, 18944, 28, 28, 4, 152064, False),
     "1.5B": (1536, 8960, 28, 12, 2, 151936, True),
@@ -78,8 +76,8 @@ def save_task(folder: Path, size: str, dry_run: bool) -> None:
 def run_part(name: str, dry_run: bool, folder: Path) -> dict:
     """What is stored of a part; {"skipped": why} where it does not fit."""
     size, device = name.split()[0], torch.device("cpu" if dry_run else "cuda")
-    began, seconds, cap_gib = time.perf_counter(), 1.0 if dry_run else SECONDS, CAP_GIB
-    rollouts, prompt, new = (8, 16, 8) if dry_run else (ROLLOUTS, PROMPT_TOKENS, NEW_TOKENS)
+    rollouts, prompt, new, seconds = (8, 16, 8, 1.0) if dry_run else (64, 128, 512, SECONDS)
+    began, cap_gib = time.perf_counter(), CAP_GIB
     if not dry_run:
         free, total = torch.cuda.mem_get_info()
         cap_gib = min(cap_gib, free / GIB)
@@ -108,8 +106,7 @@ def run_part(name: str, dry_run: bool, folder: Path) -> dict:
     torch.manual_seed(0)
     with device:
         model = AutoModelForCausalLM.from_config(model_config, dtype=torch.bfloat16)
-    parameters, rows = model.num_parameters(), list[dict]()
-    started = time.perf_counter()
+    rows, started = list[dict](), time.perf_counter()
 
     def done(row: dict) -> None:
         rows.append(row)
@@ -120,7 +117,6 @@ def run_part(name: str, dry_run: bool, folder: Path) -> dict:
     with suppress(Enough):
         train(asked, model=model, console=Console(file=EachUpdate(asked.output, done)))
     found = {
-        "parameters": parameters,
         "moments": plan.config.moments,
         "gradients": plan.config.gradients,
         "cap_gib": cap_gib,
@@ -136,40 +132,35 @@ def run_part(name: str, dry_run: bool, folder: Path) -> dict:
     if not dry_run:
         free, total = torch.cuda.mem_get_info()
         beside = total - free - torch.cuda.memory_reserved()  # context; a desktop, if there is one
-        reserved = torch.cuda.max_memory_reserved()
-        found["device_reserved_gib"] = reserved / GIB
-        found["device_used_gib"] = (reserved + beside) / GIB
+        found["device_reserved_gib"] = torch.cuda.max_memory_reserved() / GIB
+        found["device_used_gib"] = found["device_reserved_gib"] + beside / GIB
     return {key: round(x, 2) if isinstance(x, float) else x for key, x in found.items()}
 
 
-def measured(name: str, dry_run: bool) -> dict:
+def in_own_process(name: str, dry_run: bool) -> dict:
+    """A dry run forks, which is quick; after a fork CUDA may not be there."""
     if name.endswith("lora") and importlib.util.find_spec("peft") is None:
         return {"skipped": "peft is not installed"}
-    with tempfile.TemporaryDirectory() as folder:
-        return run_part(name, dry_run, Path(folder))
-
-
-def in_own_process(name: str, dry_run: bool) -> dict:
-    """A dry run forks, which is quick; CUDA does not survive a fork after libraries looked for it."""
     context = multiprocessing.get_context("forkserver" if dry_run else "spawn")
     if dry_run:
         context.set_forkserver_preload(["em_kernels.training.trainer"])
-    try:
-        with ProcessPoolExecutor(1, context) as pool:
-            return pool.submit(measured, name, dry_run).result()
-    except (UserError, torch.OutOfMemoryError, BrokenProcessPool) as error:
-        return {"skipped": f"failed: {type(error).__name__}: {error}"}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            with ProcessPoolExecutor(1, context) as pool:
+                return pool.submit(run_part, name, dry_run, Path(folder)).result()
+        except (UserError, torch.OutOfMemoryError, BrokenProcessPool) as error:
+            return {"skipped": f"failed: {type(error).__name__}: {error}"}
 
 
 def line_of(name: str, row: dict) -> str:
     if "skipped" in row:
         return f"{name}: skipped: {row['skipped']}"
     last = row["updates"][-1]
-    used = f" ({row['device_used_gib']:.2f} in use)" if "device_used_gib" in row else ""
+    used = f" ({row['device_used_gib']} in use)" if "device_used_gib" in row else ""
     return (
-        f"{name}: device peak {row['device_peak_gib']:.2f} GiB{used}, planned "
-        f"{row['planned_device_gib']:.2f}; host peak {row['host_peak_gib']:.2f}, planned "
-        f"{row['planned_host_gib']:.2f}; update {last['update']}: sampling "
+        f"{name}: device peak {row['device_peak_gib']} GiB{used}, planned "
+        f"{row['planned_device_gib']}; host peak {row['host_peak_gib']}, planned "
+        f"{row['planned_host_gib']}; {last['update']} updates, the last: sampling "
         f"{last['sampling_s']:.1f} s, training {last['training_s']:.1f} s, "
         f"{last['tokens_per_s']:.0f} tokens/s"
     )
@@ -186,9 +177,8 @@ def main(arguments: list[str]) -> int:
         print("gpu_24gb: error: torch sees no CUDA GPU; --dry-run needs none", file=sys.stderr)
         return 2
     kind, failed = "cpu" if options.dry_run else "cuda", False
-    path = options.results or Path("runs/24gb-dry-run.json")
-    if not (options.dry_run or options.results):
-        path = store.RESULTS / f"24gb-{store.path_of(kind).name}"
+    usual = Path("runs") if options.dry_run else store.RESULTS
+    path = options.results or usual / f"24gb-{store.path_of(kind).name}"
     try:
         stored = store.load(path)["parts"] if path.exists() else {}
         for name in PARTS:
