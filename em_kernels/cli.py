@@ -1,6 +1,7 @@
 """`em-kernels info | plan | train | merge | demo | fetch-demo | bench`."""
 
 import argparse
+import logging
 import os
 import platform
 import sys
@@ -68,6 +69,7 @@ def _run(name: str, command: Callable[[list[str]], int], arguments: list[str]) -
     from .training.demo_model import DemoModelError
 
     disable_progress_bar()  # transformers' own; ours tell more
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns of a CPU kernel when imported
     try:
         return command(arguments)
     except (UserError, DemoModelError) as error:
