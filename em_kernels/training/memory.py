@@ -6,7 +6,6 @@ is arithmetic.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
@@ -233,13 +232,17 @@ class Planner:
         return Plan(**{**vars(plan), "remedies": self._remedies(asked)})
 
     def _remedies(self, config: TrainConfig) -> tuple[str, ...]:
-        """The three cheapest that suffice each alone, or else the cheapest together."""
-        options = cheaper(config, self.cuda)
-        enough = (t for t, change in options if self.plan(config.model_copy(update=change)).fits)
-        if found := tuple(islice(enough, 3)):
-            return found
+        """That which costs nothing, or the three cheapest; or else the cheapest together."""
+        found: list[str] = []
+        for text, change in cheaper(config, self.cuda):
+            if len(found) < 3 and self.plan(config.model_copy(update=change)).fits:
+                found.append(text)
+                if "auto" in change.values():
+                    break
+        if found:
+            return tuple(found)
         texts: list[str] = []
-        for text, change in options:
+        for text, change in cheaper(config, self.cuda):
             config, texts = config.model_copy(update=change), [*texts, text]
             if self.plan(config).fits:
                 return (" with ".join(texts),)
@@ -310,6 +313,8 @@ class Planner:
             rows = _largest(lambda n: _peak(passing(n, new, recompute)), goal, room)
             if _peak(worst(rows, recompute)) > room:
                 rows = _largest(lambda n: _peak(worst(n, recompute)), rows, room)
+            while rows > 1 and _peak(worst(rows, recompute)) > room:
+                rows = rows * 3 // 4
             rows = -(-most // -(-most // rows))  # batches alike
         of_row = self._of_completion(config, sketch)
         batch = max(1, min(config.rollouts, MOST_ROWS, room // sum(of_row.values())))
@@ -445,8 +450,8 @@ class Planner:
 
 
 def _largest(need: Callable[[int], int], most: int, room: int) -> int:
-    """Rows up to `most` that need no more than the room, at least 1. Need is convex in them, so
-    that what a straight line between two counts says is never too little.
+    """Rows up to `most` that need no more than the room, at least 1, on a straight line from the
+    need of 1 to that of all: activations are convex in them, so that it seldom says too many.
     """
     if most == 1 or room <= 0:
         return 1
