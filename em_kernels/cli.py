@@ -109,7 +109,8 @@ def settings(command: str, arguments: list[str], examples: str) -> "tuple[TrainC
         default=default,
         prog=f"em-kernels {command}",
         description=f"{TrainConfig.__doc__}\n--preset NAME starts from one of "
-        f"{', '.join(PRESETS)}; --config FILE from YAML (a run's config.yaml, say); flags win."
+        f"{', '.join(PRESETS)} (the paper's recipe; its train.py's loss and counts; a 135M model "
+        "on addition); --config FILE from YAML (a run's config.yaml, say); flags win."
         f"\n\n{examples}",
     )
     return config, run is not None
