@@ -143,7 +143,7 @@ def merge(arguments: list[str]) -> int:
 
 def plan(arguments: list[str]) -> int:
     """Memory, disk and time of a run."""
-    from .training.plan import plan_command
+    from .training.plan_command import plan_command
 
     return plan_command(arguments)
 

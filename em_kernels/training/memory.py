@@ -4,8 +4,7 @@ From the model's config alone. Activations are run, on tensors without memory (s
 is arithmetic.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,11 +18,11 @@ from ..sparse import SAMPLE
 from .config import FULL_LR, LORA_LR, TrainConfig, UserError
 from .optimizer import SLAB as STEP_SLAB
 from .optimizer import state_bytes
+from .plan import GIB, MIB, Plan, cheaper, peak
 from .rounding import LENGTH
-from .seconds import RATES, Rates, Work, seconds_of
+from .seconds import RATES, Work, seconds_of
 from .sketch import Sketch
 
-GIB, MIB = 1 << 30, 1 << 20
 CONTEXT = GIB // 2  # of CUDA, libraries' workspaces included
 PROCESS = GIB  # of the host beside a GPU: torch, CUDA's libraries
 STAGING = 2 * 64 * MIB  # pinned
@@ -46,85 +45,6 @@ GREEDY, PLAIN, TOP_K, TOP_P = 16, 24, 28, 34
 CUDA_SORT = 24  # keys and indices again, in a GPU's sort
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-PHASES = {  # what is in memory beside what always is
-    "sampling": ("KV cache", "next tokens"),
-    "head": ("activations", "logits chunk"),
-    "backward": ("activations", "recompute, gradients"),
-    "optimizer": ("rounding",),
-    "saving": ("bf16 copy",),
-}
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A run's settings with nothing left "auto", and what they need."""
-
-    config: TrainConfig
-    device: Mapping[str, int]  # bytes by component; on a CPU all are here
-    host: Mapping[str, int]
-    device_limit: int
-    host_limit: int
-    disk: Mapping[str, int]
-    download: int
-    seconds: Mapping[str, float]  # of an update whose completions are as long as they may be
-    once: Mapping[str, float]  # seconds of the run's other parts
-    rates: Rates
-    pays: bool  # batches are large enough
-    remedies: tuple[str, ...] = ()  # where it does not fit
-
-    @property
-    def name(self) -> str:
-        folder, four_bit = self.config.offload_dir is not None, self.config.four_bit
-        return self.config.mode + (" to disk" if folder else " 4bit" if four_bit else "")
-
-    @property
-    def device_total(self) -> int:
-        """At the phase that needs most."""
-        moving = {part for parts in PHASES.values() for part in parts}
-        always = sum(size for name, size in self.device.items() if name not in moving)
-        return always + _peak(self.device)
-
-    @property
-    def host_total(self) -> int:
-        return sum(self.host.values())
-
-    @property
-    def missing(self) -> dict[str, int]:
-        """Bytes, by side; on a CPU there is one."""
-        device, host = self.device_total - self.device_limit, self.host_total - self.host_limit
-        sides = {"device": device, "host": host} if self.host else {"host": device}
-        return {side: size for side, size in sides.items() if size > 0}
-
-    @property
-    def problems(self) -> list[str]:
-        limits = {"device": self.device_limit, "host": self.host_limit}
-        return [
-            f"{size / GIB:.2f} GiB of {side} memory are missing (of "
-            f"{(limits[side] + size) / GIB:.2f}, {limits[side] / GIB:.2f} are there)"
-            for side, size in self.missing.items()
-        ]
-
-    @property
-    def fits(self) -> bool:
-        return not self.missing
-
-    @property
-    def merit(self) -> tuple[bool, bool, int]:
-        """By which plans of a mode are ordered."""
-        return self.fits, self.fits and self.pays, -sum(self.missing.values())
-
-    @property
-    def run_seconds(self) -> float:
-        return sum(self.once.values()) + self.config.steps * sum(self.seconds.values())
-
-
-def phases(device: Mapping[str, int]) -> dict[str, int]:
-    """Bytes on the device that come and go."""
-    return {name: sum(device.get(part, 0) for part in PHASES[name]) for name in PHASES}
-
-
-def _peak(device: Mapping[str, int]) -> int:
-    return max(phases(device).values())
 
 
 def resolve(
@@ -140,36 +60,6 @@ def resolve(
         help = f"try {', or '.join(plan.remedies)}" if plan.remedies else "take a smaller model"
         raise UserError(f"memory: mode {plan.name}: {'; '.join(plan.problems)}; {help}")
     return plan
-
-
-def cheaper(config: TrainConfig, cuda: bool) -> list[tuple[str, dict[str, Any]]]:
-    """Flags that save memory, and the settings that they change, in the order of their cost."""
-    half = max(1, config.sampling.max_new_tokens // 2)
-    short = config.sampling.model_copy(update={"max_new_tokens": half})
-    folder, full = config.output / "offload", config.mode == "full"
-    free, whole = {"offload_dir": None}, config.mode != "lora"
-    four = {**free, "mode": "lora", "four_bit": True}
-    options: list[tuple[bool, str, dict[str, Any]]] = [
-        (config.micro_batch != "auto", "--micro-batch auto", {"micro_batch": "auto"}),
-        (config.rollout_batch != "auto", "--rollout-batch auto", {"rollout_batch": "auto"}),
-        (
-            config.gradient_checkpointing is False,
-            "--gradient-checkpointing True",
-            {"gradient_checkpointing": True},
-        ),
-        (config.moments == "fp32", "--moments bf16", {"moments": "bf16"}),
-        (config.gradients == "fp32", "--gradients bf16", {"gradients": "bf16"}),
-        (full and cuda, "--mode offload", {"mode": "offload"}),
-        (
-            whole and config.offload_dir is None,
-            "--mode offload --offload-dir DIR",
-            {"mode": "offload", "offload_dir": folder},
-        ),
-        (half > 1, f"--max-new-tokens {half}", {"sampling": short}),
-        (whole, "--mode lora", {**free, "mode": "lora"}),
-        (cuda and not config.four_bit, "--mode lora --4bit", four),
-    ]
-    return [(text, change) for useful, text, change in options if useful]
 
 
 class Planner:
@@ -300,20 +190,20 @@ class Planner:
             widest = min(most, SHORT * rows)
             short = max(2, rows * new // widest)
             shapes = [(rows, new)] + [(widest, short)] * (shared and short < new)
-            return max((passing(*shape, recompute) for shape in shapes), key=_peak)
+            return max((passing(*shape, recompute) for shape in shapes), key=peak)
 
         goal = max(1, min(most, PAYS["cuda" if self.cuda else "cpu"] // row))
         if config.micro_batch != "auto":
             goal = max(1, min(most, config.micro_batch // row))
         enough, recompute = min(goal, -(-ENOUGH // row)), config.gradient_checkpointing
         if recompute == "auto":
-            recompute = room <= 0 or _peak(worst(enough, False)) > room
+            recompute = room <= 0 or peak(worst(enough, False)) > room
         rows = goal
         if config.micro_batch == "auto":
-            rows = _largest(lambda n: _peak(passing(n, new, recompute)), goal, room)
-            if _peak(worst(rows, recompute)) > room:
-                rows = _largest(lambda n: _peak(worst(n, recompute)), rows, room)
-            while rows > 1 and _peak(worst(rows, recompute)) > room:
+            rows = _largest(lambda n: peak(passing(n, new, recompute)), goal, room)
+            if peak(worst(rows, recompute)) > room:
+                rows = _largest(lambda n: peak(worst(n, recompute)), rows, room)
+            while rows > 1 and peak(worst(rows, recompute)) > room:
                 rows = rows * 3 // 4
             rows = -(-most // -(-most // rows))  # batches alike
         of_row = self._of_completion(config, sketch)
@@ -328,7 +218,7 @@ class Planner:
         copied = not self.cuda and config.mode != "lora" and self.dtype == torch.float32
         moving["bf16 copy"] = (sketch.sizes.weights // 2 + NOISE) * copied
         if self.cuda:
-            device["fragments"] = int(FRAGMENTS * _peak(moving))
+            device["fragments"] = int(FRAGMENTS * peak(moving))
         trained = sketch.sizes.trained
         state = trained * (4 + 2 * PRECISIONS[config.moments].itemsize)
         complete: dict[str, Any] = {
