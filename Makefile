@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint build bench clean
+.PHONY: demo test lint build bench bench-train gpu-24gb clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -22,6 +22,12 @@ build: $(INSTALLED)
 
 bench: $(INSTALLED)
 	@$(BIN)/python -m pytest benchmarks/bench_*.py --benchmark-disable-gc --benchmark-columns=median,iqr,rounds
+
+bench-train: $(INSTALLED)
+	@$(BIN)/python benchmarks/bench_train.py $(BENCH_ARGS)
+
+gpu-24gb: $(INSTALLED)
+	@$(BIN)/python benchmarks/gpu_24gb.py $(GPU_ARGS)
 
 # The stamp is written last; an interrupted installation is begun anew, from pip's cache.
 $(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)

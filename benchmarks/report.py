@@ -85,20 +85,45 @@ def table(rows: list[dict]) -> list[str]:
     return lines
 
 
+def training(rows: dict[str, dict]) -> list[str]:
+    """Whole updates of One-shot EM, as bench_train.py measured them."""
+    first = next(iter(rows.values()))
+    model = "SmolLM2-135M-Instruct" if first["model"] == "demo" else first["model"]
+    lines = [
+        f"A whole update of One-shot EM, {model}, {first['rollouts']} completions of the demo's "
+        "prompt, sampled and trained",
+        "",
+        "| | update | over ours | sampling | training | tokens | peak memory | updates |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows.values():
+        seconds = [f"{row[key]:.1f} s" for key in ("sampling_s", "training_s")]
+        lines.append(
+            f"| {row['program']} | {row['total_s']:.1f} s | {row['ratio']:.2f} "
+            f"| {' | '.join(seconds)} | {row['tokens']:.0f} | {row['peak_gib']:.2f} GiB "
+            f"| {row['updates']} |"
+        )
+    return lines
+
+
 def block(paths: list[Path]) -> str:
     """What stands between the README's markers."""
     lines: list[str] = []
     for path in paths:
         content = store.load(path)
-        groups = featured(content.get("cases", {}))
-        if not groups:
+        groups, trained = featured(content.get("cases", {})), content.get("training", {})
+        if not groups and not trained:
             continue
-        rows = [row for group in groups for row in group if "versions" in row]
+        rows = [row for group in [*groups, trained.values()] for row in group if "versions" in row]
         versions = {name: v for row in rows for name, v in row["versions"].items()}
         known = ", ".join(f"{name} {versions[name]}" for name in sorted(versions))
         lines += [f"On {content['device']}, {max(row['date'] for row in rows)}; {known}.", ""]
         for group in groups:
             lines += [*table(group), ""]
+        if trained:
+            lines += [*training(trained), ""]
+        if not groups:
+            continue
         for kind, alt in (("time", "time over the floor"), ("memory", "peak memory over tokens")):
             if kind == "memory" and not scaling(content):
                 continue

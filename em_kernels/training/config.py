@@ -26,6 +26,11 @@ class _Settings(BaseModel):
         extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
 
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        for field in cls.model_fields.values():  # --help keeps the lines of the source, otherwise
+            field.description = " ".join((field.description or "").split())
+
     def __init__(self, **values: Any) -> None:
         """Raises: UserError for an unknown setting, a value of the wrong kind or out of range."""
         try:
@@ -161,7 +166,7 @@ class TrainConfig(_Settings):
     micro_batch_rows: Positive | None = None
     """Completions of one forward and backward, at most."""
     share_prefix: bool = True
-    """Compute the prompt once for all completions of a micro-batch."""
+    """Compute the prompt once an update for all completions, its gradients included."""
     rollout_batch: Auto | Positive = "auto"
     """Completions sampled side by side: their KV cache is the memory of the sampling phase. auto:
     as many as fit.

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -76,7 +77,8 @@ def add_adapters(model: PreTrainedModel, config: TrainConfig) -> PeftModel:
         fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in layers.values()),
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft's calls of transformers
         torch.random.default_generator.manual_seed(config.seed)  # peft draws them on the CPU
         adapted = get_peft_model(model, lora)
     lora.base_model_name_or_path = model.name_or_path or config.model

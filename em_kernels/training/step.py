@@ -106,8 +106,9 @@ def can_share_prefix(model: PreTrainedModel) -> bool:
     ids[:, :6] = ids[0, :6]
     expected = hidden_states(model, ids)[:, 6:].float()
     found = Prompt(model, ids[0, :6].tolist()).continued(ids[:, 6:])
-    error, size = (found.float() - expected).norm(), expected.norm()
-    return bool(error <= (1e-4 if model.dtype.itemsize > 2 else 0.05) * size)
+    errors = (found.float() - expected).norm(dim=-1) / expected.norm(dim=-1)
+    # rounding alone, of another batch size, moves single tokens of a real model by 1e-3 in fp32
+    return bool(errors.median() <= 0.02)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from ..hf import check_head, head_of
 from .checkpoint import defining_settings, newest_state, read_state, save_checkpoint, write_model
 from .config import TrainConfig, UserError
 from .grading import is_correct
-from .memory import Plan, cheaper, resolve
+from .memory import CONTEXT, Plan, cheaper, resolve
 from .optimizer import MasterAdamW
 from .records import (
     Running,
@@ -125,7 +125,7 @@ class _Run:
         self.is_whole = True  # the weights are those of a finished update
         if device.type == "cuda":  # rather an error than a desktop's memory, or WSL's detour
             total = torch.cuda.get_device_properties(device).total_memory
-            share = min(1.0, plan.device_limit / total)
+            share = min(1.0, (plan.device_limit - CONTEXT) / total)  # of the allocator
             torch.cuda.set_per_process_memory_fraction(share, device)
 
     def load(self, model: PreTrainedModel | None) -> None:

@@ -1,0 +1,175 @@
+"""A whole update of One-shot EM beside the same in plain transformers and in the official
+train.py's way: make bench-train.
+
+Each in a process of its own, in turns. All sample for themselves, but those in fp32 train on the
+completions of ours: the same tokens, so their losses must agree.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+
+import report
+import store
+import torch
+import transformers
+from loops import by_hand, ours
+from store import BenchError
+
+import em_kernels
+from em_kernels.training.config import preset
+
+OURS, OFFICIAL = "ours-fp32", "official"
+PROGRAMS = {
+    OURS: "**ours, fp32**",
+    "ours-bf16": "**ours, bf16**",
+    "plain": "plain transformers and eager entropy, fp32",
+    OFFICIAL: "the official train.py's way, fp32",
+}
+LIMITS = {"plain": (">= 2", ">= 4"), OFFICIAL: (">= 5", ">= 10")}  # of the ratio: must, aim
+SAME = 0.01  # losses of the same tokens and updates may differ by this share; ours drop 2^-9
+
+
+def run_program(program: str, options: argparse.Namespace, folder: Path) -> None:
+    """Updates without end, each when a line comes; its row goes out as a line of JSON."""
+    out, sys.stdout = sys.stdout, sys.stderr
+
+    def wait() -> None:
+        if not sys.stdin.readline():
+            sys.exit()
+
+    def done(row: dict) -> None:
+        print(json.dumps(row), file=out, flush=True)
+        wait()
+
+    wait()
+    config = preset("demo").model_copy(
+        update={
+            "model": options.model,
+            "rollouts": options.rollouts,
+            "steps": 10**6,
+            "stop_below": 0.0,
+            "device": options.device,
+            "output": folder / program,
+            "dtype": "bfloat16" if program == "ours-bf16" else "float32",
+        }
+    )
+    if program.startswith("ours"):
+        ours(config, done)
+    else:
+        by_hand(config, program == OFFICIAL, folder / OURS, done)
+
+
+class Program:
+    """A process that makes an update when asked."""
+
+    def __init__(self, program: str, options: argparse.Namespace, folder: Path) -> None:
+        self.name, self.errors = program, folder / f"{program}.err"
+        command = [sys.executable, __file__, "--program", program, "--folder", str(folder)]
+        command += ["--model", options.model, "--rollouts", str(options.rollouts)]
+        with open(self.errors, "w") as errors:
+            self.process = subprocess.Popen(
+                [*command, "--device", options.device],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+            )
+
+    def update(self) -> dict:
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        if not (line := self.process.stdout.readline()):
+            said = [line for line in self.errors.read_text().splitlines() if line.strip()]
+            raise BenchError(f"{self.name}: {said[-1] if said else 'died without a word'}")
+        return json.loads(line)
+
+
+def take_turns(options: argparse.Namespace) -> dict[str, list[dict]]:
+    """Rows of all programs; the first of each includes what is done once."""
+    updates = dict.fromkeys(PROGRAMS, 1 + options.updates) | {OFFICIAL: options.official_updates}
+    running: dict[str, Program] = {}
+    rows: dict[str, list[dict]] = {name: [] for name in PROGRAMS if updates[name]}
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        for turn in range(max(updates.values())):
+            for name in rows:
+                if turn >= updates[name]:
+                    continue
+                if name not in running:
+                    running[name] = Program(name, options, Path(folder))
+                    stack.callback(running[name].process.wait)
+                    stack.callback(running[name].process.kill)
+                rows[name].append(row := running[name].update())
+                seconds = row["sampling_s"] + row["training_s"]
+                print(
+                    f"update {turn + 1}  {seconds:6.1f} s  {row['entropy']:.4f} nats  {name}",
+                    flush=True,
+                )
+                expected = rows[OURS][-1]["entropy"]
+                if name != "ours-bf16" and abs(row["entropy"] - expected) > SAME * expected:
+                    raise BenchError(f"{name}: its loss is not that of ours, {expected:.4f}")
+    return rows
+
+
+def summary(rows: dict[str, list[dict]], options: argparse.Namespace) -> dict[str, dict]:
+    """Medians over updates after the first, where there are any."""
+    found: dict[str, dict] = {}
+    for name, measured in rows.items():
+        measured = measured[1:] or measured
+        for row in measured:
+            row["total_s"] = row["sampling_s"] + row["training_s"]
+        median = {
+            key: statistics.median(row[key] for row in measured)
+            for key in ("sampling_s", "training_s", "total_s", "tokens")
+        }
+        found[name] = {
+            "program": PROGRAMS[name],
+            "model": options.model,
+            "rollouts": options.rollouts,
+            "updates": len(measured),
+            **{key: round(value, 2) for key, value in median.items()},
+            "ratio": round(median["total_s"] / found[OURS]["total_s"], 2) if found else 1.0,
+            **dict(zip(("must", "aim"), LIMITS.get(name, ()), strict=False)),
+            "peak_gib": round(max(row["peak_memory_gib"] for row in measured), 2),
+            "versions": {
+                "em_kernels": em_kernels.__version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
+        }
+    return found
+
+
+def main(arguments: list[str]) -> int:
+    """0 done, 2 the user can mend it."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--updates", type=int, default=3, help="measured, after a first one")
+    parser.add_argument("--official-updates", type=int, default=1, help="of its way, all of them")
+    parser.add_argument("--model", default="demo", help='hub id, folder, or "demo"')
+    parser.add_argument("--rollouts", type=int, default=32, help="of an update")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--results", type=Path, help="file, instead of the device's")
+    parser.add_argument("--program", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.program:
+        run_program(options.program, options, options.folder)
+    path = options.results or store.path_of(options.device)
+    try:
+        found = summary(take_turns(options), options)
+        store.merge(path, options.device, "training", found)
+    except BenchError as error:
+        print(f"bench_train: error: {error}", file=sys.stderr)
+        return 2
+    print("\n".join(["", *report.training(found), f"written to {path}"]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
