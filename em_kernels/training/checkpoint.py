@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -32,6 +32,14 @@ def defining_settings(config: TrainConfig) -> dict[str, Any]:
     """Every setting that determines the numbers, by name, as JSON has it."""
     values = config.model_dump(mode="json", exclude=FREE)
     return values | {f"sampling.{k}": v for k, v in values.pop("sampling").items()}
+
+
+def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """The first setting that is not as it was, if there is one."""
+    for name in [*now, *before]:
+        if (was := before.get(name)) != (given := now.get(name)):
+            return f"{name} {json.dumps(was)}, not {json.dumps(given)}"
+    return None
 
 
 def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Writer:
@@ -91,9 +99,8 @@ def save_checkpoint(
         sync(folder.parent)
         sync(folder.parent.parent)
         others = [path for path in _steps(folder.parent) if path != folder]
-        for path in others if state is not None else ():
-            (path / FACTS).unlink(missing_ok=True)  # first: without it the tensors are no state
-            (path / STATE).unlink(missing_ok=True)
+        if state is not None:
+            _drop_states(others)
         for path in others[: max(0, len(others) + 1 - keep)] if keep else ():
             path.rename(path.with_name(f".{path.name}.partial"))
         _clear(*folder.parent.glob(".step-*"))
@@ -109,13 +116,16 @@ def newest_state(
     run: Path, settings: Mapping[str, Any]
 ) -> tuple[tuple[int, Path] | None, list[str]]:
     """The newest whole state made with these settings, as its update and its checkpoint, if there
-    is one; and for each newer one a line that says why not that.
+    is one; and for each newer one a line that says why not that. What a kill left is removed.
     """
     refused = list[str]()
     _clear(*(run / "checkpoints").glob(".step-*"))
-    for folder in reversed(_steps(run / "checkpoints")):
+    steps = _steps(run / "checkpoints")
+    while steps:
+        folder = steps.pop()
         if (folder / STATE).exists() or (folder / FACTS).exists():
             if (why := _refusal(folder, settings)) is None:
+                _drop_states(steps)
                 return (int(folder.name[5:]), folder), refused
             refused.append(f"{folder} cannot be resumed from: {why}")
     return None, refused
@@ -131,9 +141,8 @@ def _refusal(folder: Path, settings: Mapping[str, Any]) -> str | None:
     digest = hashlib.sha256()
     try:
         facts = json.loads((folder / FACTS).read_bytes())
-        for name in [*settings, *(made_with := facts["settings"])]:
-            if (was := made_with.get(name)) != (now := settings.get(name)):
-                return f"it was made with {name} {json.dumps(was)}, not {json.dumps(now)}"
+        if what := differing(facts["settings"], settings):
+            return f"it was made with {what}"
         with open(folder / STATE, "rb") as file:
             while block := file.read(2**24):
                 digest.update(block)
@@ -144,6 +153,12 @@ def _refusal(folder: Path, settings: Mapping[str, Any]) -> str | None:
         return f"cannot read {error.filename}: {error.strerror}"
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{FACTS} is corrupted"
+
+
+def _drop_states(folders: Iterable[Path]) -> None:
+    for path in folders:
+        (path / FACTS).unlink(missing_ok=True)  # first: without it the tensors are no state
+        (path / STATE).unlink(missing_ok=True)
 
 
 def _write_state(path: Path, state: Mapping[str, Tensor]) -> str:

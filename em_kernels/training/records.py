@@ -13,12 +13,15 @@ from .config import TrainConfig, UserError
 from .rollout import Rollout
 
 CONFIG, METRICS, ROLLOUTS = "config.yaml", "metrics.jsonl", "rollouts.jsonl"
+MARKER, PARTIAL = "running.json", f".{CONFIG}.partial"
 
 
 def check_output(output: Path) -> None:
-    """Raise UserError unless the folder is new or empty."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"output: {output} already holds a run or other files; choose another")
+    """Raise UserError unless the folder is new or empty, but for a start that was killed."""
+    if output.exists() and (not output.is_dir() or {*os.listdir(output)} - {MARKER, PARTIAL}):
+        raise UserError(
+            f"output: {output} already holds a run or other files; choose another, or --resume it"
+        )
 
 
 def append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -30,7 +33,7 @@ def append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def write_config(run: Path, config: TrainConfig) -> None:
     """config.yaml, whole or not at all."""
-    partial = run / f".{CONFIG}.partial"
+    partial = run / PARTIAL
     with _writing(run / CONFIG):
         partial.write_text(config.to_yaml(), encoding="utf-8")
         sync(partial)
@@ -84,13 +87,13 @@ class Running:
     """
 
     def __init__(self, run: Path) -> None:
-        self.path = run / "running.json"
+        self.path = run / MARKER
 
     def __enter__(self) -> "Running":
         """Raises: UserError where another process trains there."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = open(self.path, "r+b" if self.path.exists() else "w+b", buffering=0)
+            self.file = open(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0)
         except OSError as error:
             raise UserError(f"output: cannot write {self.path}: {error}") from error
         try:
@@ -108,7 +111,8 @@ class Running:
         """Note what the process is at."""
         facts = {"pid": os.getpid(), "phase": name, "since": f"{datetime.now():%F %T}"}
         line = json.dumps({**facts, "kills": self.kills}).ljust(400)  # covers the one before
-        os.pwrite(self.file.fileno(), line.encode(), 0)
+        with suppress(OSError):  # a full disk, which the next write of what matters will tell
+            os.pwrite(self.file.fileno(), line.encode(), 0)
 
     def __exit__(self, *error: object) -> None:
         self.path.unlink(missing_ok=True)

@@ -16,9 +16,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .config import TrainConfig, UserError
+from .checkpoint import defining_settings, differing
+from .config import TrainConfig, UserError, read_yaml
 from .data import Problem, encode, problems_of
 from .demo_model import fetch_demo
+from .records import CONFIG
 
 
 class Task(NamedTuple):
@@ -30,6 +32,20 @@ class Task(NamedTuple):
     prompts: list[list[int]]
     chat_template: bool  # False too where the tokenizer has none
     model_config: PreTrainedConfig
+
+
+def as_recorded(config: TrainConfig) -> TrainConfig:
+    """What the run in config.output goes on with: what config leaves open is as that run has it.
+
+    Raises: UserError where there is no run, or a setting would change its numbers.
+    """
+    before = read_yaml(config.output / CONFIG)
+    left = {name: value for name, value in before if getattr(config, name) in ("auto", None)}
+    left["share_prefix"] = config.share_prefix and before.share_prefix
+    config = config.model_copy(update=left)
+    if what := differing(defining_settings(before), defining_settings(config)):
+        raise UserError(f"resume: the run was made with {what}; go on with that, or start another")
+    return config
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:

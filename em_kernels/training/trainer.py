@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,7 +34,7 @@ from .records import (
 )
 from .rollout import Rollout, check_cache, generate
 from .session import Interrupted, StopRequest, line_of, peak_memory_gib, progress_on
-from .setup import Task, load_model, load_task, make_accelerator
+from .setup import Task, as_recorded, load_model, load_task, make_accelerator
 from .step import StepLoss, can_share_prefix, entropy_step
 
 T = TypeVar("T")
@@ -63,17 +64,19 @@ def train(
         model: config.model already loaded; trained in place.
         resume: output holds a run that was stopped; go on where it was. On the same machine, with
             as many threads, losses, norms and weights are bit for bit those of a run that never
-            stopped.
+            stopped. What config leaves open is as that run has it.
 
     Raises:
         UserError: before anything is written, where the settings cannot work; or a full disk.
         Interrupted: after Ctrl-C, with a checkpoint of the last finished update.
     """
     console = console or Console(stderr=True)
+    if resume:
+        config = as_recorded(config)
+    else:
+        check_output(config.output)
     config.check_complete()
     device = make_accelerator(config).device
-    if not resume:
-        check_output(config.output)
     task = load_task(config)
     if config.chat_template and not task.chat_template:
         console.print("The tokenizer has no chat template: the prompt is used as it is.")
@@ -81,14 +84,18 @@ def train(
         plan = resolve(config, task.model_config, max(map(len, task.prompts)), device)
     plan.config.check_complete()
     run = _Run(config, plan, task, console, device)
-    run.load(model)
-    with Running(config.output) as running, StopRequest() as stop:
+    try:
+        run.load(model)
+    except torch.OutOfMemoryError as error:
+        raise run.failed(error) from error
+    with closing(run.optimizer), Running(config.output) as running, StopRequest() as stop:
         if running.death:
             console.print(running.death, markup=False, soft_wrap=True)
         run.start(resume)
         try:
             for update in range(run.first, plan.config.steps + 1):
-                if run.is_over():
+                if reason := run.why_over():
+                    console.print(f"Stopped early: {reason}.")
                     break
                 running.phase(f"update {update}")
                 run.update(update, stop)
@@ -109,12 +116,13 @@ class _Run:
     ) -> None:
         self.asked, self.config, self.plan = asked, plan.config, plan
         self.task, self.console, self.device = task, console, device
+        self.picks = [i % len(task.prompts) for i in range(plan.config.rollouts)]
         self.result = TrainResult(asked.output)
         self.recorded: dict[int, list[Rollout]] = {}
-        self.written = 0  # updates whose rollouts are on disk
+        self.written = self.measured = 0  # updates whose rollouts, whose metrics are on disk
         self.first = 1
         self.sizes = {name: getattr(plan.config, name) for name in ("micro_batch", "rollout_batch")}
-        self.past_sizes: dict[int, dict[str, Any]] = {}  # of updates before the stop
+        self.past_sizes: dict[int, dict[str, int]] = {}  # of updates before the stop
         self.is_whole = True  # the weights are those of a finished update
         if device.type == "cuda":  # rather an error than a desktop's memory, or WSL's detour
             total = torch.cuda.get_device_properties(device).total_memory
@@ -124,6 +132,13 @@ class _Run:
     def load(self, model: PreTrainedModel | None) -> None:
         """Model, head, optimizer; whatever does not suit is refused, and nothing written."""
         config, task = self.config, self.task
+        if config.rollouts_from is not None:
+            self.recorded = self.completions_in(config.rollouts_from)
+            if len(self.recorded) < config.steps:
+                raise UserError(
+                    f"rollouts_from: {config.rollouts_from} holds {len(self.recorded)} whole "
+                    f"updates of {config.steps}; lower steps"
+                )
         if model is None:
             with self.console.status(escape(f"loading {config.model}")):
                 model = load_model(task.source, config, self.device)
@@ -161,32 +176,55 @@ class _Run:
             folder=config.offload_dir if config.mode == "offload" else None,
         )
 
+    def completions_in(self, run: Path) -> dict[int, list[Rollout]]:
+        """Of each whole update of a run of the same prompts."""
+        config, prompts = self.config, [self.task.prompts[pick] for pick in self.picks]
+        words = self.task.model_config.get_text_config().vocab_size
+        found = read_rollouts(run, config.rollouts)
+        for rollouts in found.values():
+            responses = [rollout.response_ids for rollout in rollouts]
+            if [r.prompt_ids for r in rollouts] != prompts or max(map(max, responses)) >= words:
+                raise UserError(
+                    f"prompt: the completions in {run} are of another prompt, or another tokenizer"
+                )
+            if (longest := max(map(len, responses))) > config.sampling.max_new_tokens:
+                raise UserError(
+                    f"sampling.max_new_tokens: completions in {run} have {longest}; give as many"
+                )
+        return found
+
     def start(self, resume: bool) -> None:
         """The folder; of a stopped run its newest whole state, and what it had sampled after it."""
         config, output, done = self.config, self.config.output, 0
-        if config.rollouts_from is not None:
-            self.recorded = read_rollouts(config.rollouts_from, config.rollouts)
-            if len(self.recorded) < config.steps:
-                raise UserError(
-                    f"rollouts_from: {config.rollouts_from} holds {len(self.recorded)} whole "
-                    f"updates of {config.steps}; lower steps"
-                )
         if not resume:
+            check_output(output)  # once more, as no other process starts there any more
             write_config(output, config)
             return
+        self.asked = self.asked.model_copy(update=dict.fromkeys(self.sizes, "auto"))  # if it was
+        own, metrics = self.completions_in(output), read_metrics(output)
+        self.written, self.measured = len(own), min(len(own), len(metrics))
+        self.recorded |= own
+        self.result.metrics = metrics[: self.measured]
+        last = self.folder(self.measured)
         state, refused = newest_state(output, defining_settings(config))
+        if state is not None and state[0] > self.measured:
+            refused.append(f"{state[1]} cannot be resumed from: records before it are missing")
+            state = None
         for line in refused:
             self.console.print(line, markup=False, soft_wrap=True)
         if state is not None:
             done, self.result.checkpoint = state
             self.optimizer.load(read_state(self.result.checkpoint))
-        own = read_rollouts(output, config.rollouts)
-        self.recorded |= own
-        self.written, self.first = len(own), done + 1
-        metrics = read_metrics(output)
-        self.result.metrics = metrics[:done]
-        self.past_sizes = {row["update"]: row for row in metrics}
-        trim(output, rollouts_upto=self.written, metrics_upto=done)
+        elif last.exists() and (self.measured >= config.steps or self.why_over()):
+            done, self.result.checkpoint = self.measured, last  # the end; nothing is left to do
+        self.first, self.result.metrics = done + 1, metrics[:done]
+        self.past_sizes = {
+            row["update"]: {name: row[name] for name in self.sizes if name in row}
+            for row in metrics
+        }
+        self.sizes |= self.past_sizes.get(done, {})
+        trim(output, rollouts_upto=self.written, metrics_upto=self.measured)
+        write_config(output, config)
         self.console.print(
             f"Going on after update {done}; {self.written - done} more are trained anew on their "
             "recorded completions."
@@ -195,9 +233,7 @@ class _Run:
     def update(self, update: int, stop: StopRequest) -> None:
         """One optimizer update and its records."""
         config, task, began = self.config, self.task, time.perf_counter()
-        picks = [i % len(task.prompts) for i in range(config.rollouts)]
-        for name in self.sizes:
-            self.sizes[name] = self.past_sizes.get(update, self.sizes)[name]
+        self.sizes |= self.past_sizes.get(update, {})
         with progress_on(self.console) as progress:
             title = f"update {update}/{config.steps}"
             bar = progress.add_task(f"{title} sampling", total=config.rollouts)
@@ -207,7 +243,7 @@ class _Run:
                 return generate(
                     self.model,
                     task.tokenizer,
-                    [task.prompts[pick] for pick in picks],
+                    [task.prompts[pick] for pick in self.picks],
                     [(config.seed, update, i) for i in range(config.rollouts)],
                     config.sampling,
                     batch_size=batch_size,
@@ -217,13 +253,14 @@ class _Run:
 
             rollouts = self.recorded.get(update) or self._fitting("rollout_batch", sample, 1)
             sampled = time.perf_counter()
-            records = self._records(update, rollouts, picks)
+            records = self._records(update, rollouts)
             if update > self.written:
                 append(config.output / "rollouts.jsonl", records)
             progress.update(bar, description=f"{title} training", completed=0)
 
             def learn(micro_batch: int) -> StepLoss:
                 self.optimizer.clear()
+                self.model.zero_grad()  # one may be left that ran out of memory on its way
                 return entropy_step(
                     self.model,
                     self.head,
@@ -234,13 +271,13 @@ class _Run:
                     stop.check,
                 )
 
-            loss = self._fitting("micro_batch", learn, max(map(len, rollouts)))
+            longest = max(len(rollout.response_ids) for rollout in rollouts)
+            loss = self._fitting("micro_batch", learn, longest)
             norm = self.optimizer.norm()
             if not math.isfinite(norm):
                 raise UserError(f"lr: the gradient of update {update} is not finite; lower it")
             self.is_whole = False
             self.optimizer.step(norm)
-            self.is_whole = True
         now = time.perf_counter()
         graded = [record["correct"] for record in records if record["correct"] is not None]
         tokens = sum(len(rollout.response_ids) for rollout in rollouts)
@@ -262,19 +299,19 @@ class _Run:
             "planned_memory_gib": self.plan.device_total / 2**30,
             **self.sizes,
         }
+        if update > self.measured:
+            append(config.output / "metrics.jsonl", [row])
         self.result.metrics.append(row)
-        append(config.output / "metrics.jsonl", [row])
+        self.is_whole = True
         self.console.print(line_of(row, config.steps), soft_wrap=True)
         if warning := cut_off(rollouts):
             self.console.print(warning, soft_wrap=True)
 
-    def _records(
-        self, update: int, rollouts: Sequence[Rollout], picks: Sequence[int]
-    ) -> list[dict[str, Any]]:
+    def _records(self, update: int, rollouts: Sequence[Rollout]) -> list[dict[str, Any]]:
         texts = self.task.tokenizer.batch_decode(
             [rollout.response_ids for rollout in rollouts], skip_special_tokens=True
         )
-        answers = [self.task.problems[pick].answer for pick in picks]
+        answers = [self.task.problems[pick].answer for pick in self.picks]
         return [
             {
                 "update": update,
@@ -304,23 +341,23 @@ class _Run:
             self.sizes[name] //= 2
             self.console.print(f"Out of memory: once more with {name} {self.sizes[name]}.")
 
-    def is_over(self) -> bool:
-        """Whether the last update was one to stop after."""
+    def why_over(self) -> str:
+        """Why the last update was one to stop after, if it was."""
         rows, config = self.result.metrics, self.config
-        reason = ""
         if rows and rows[-1]["entropy"] < config.stop_below * rows[0]["entropy"]:
-            reason = f"entropy below {config.stop_below:g} of its start"
-        elif rows and rows[-1]["repetition"] > config.stop_repetition:
-            reason = f"more than {config.stop_repetition:g} of the 4-grams repeat"
-        if reason:
-            self.console.print(f"Stopped early: {reason}.")
-        return bool(reason)
+            return f"entropy below {config.stop_below:g} of its start"
+        if rows and rows[-1]["repetition"] > config.stop_repetition:
+            return f"more than {config.stop_repetition:g} of the 4-grams repeat"
+        return ""
+
+    def folder(self, update: int) -> Path:
+        """Of a checkpoint."""
+        return self.config.output / "checkpoints" / f"step-{update:05d}"
 
     def save(self) -> None:
         """A checkpoint of the last update, unless there is one."""
         done = len(self.result.metrics)
-        folder = self.config.output / "checkpoints" / f"step-{done:05d}"
-        if folder == self.result.checkpoint:
+        if (folder := self.folder(done)) == self.result.checkpoint:
             return
         with self.console.status(escape(f"writing {folder}")):
             state = self.optimizer.state() if self.config.save_optimizer else None
@@ -331,9 +368,14 @@ class _Run:
     def failed(self, error: BaseException) -> BaseException:
         """What to tell, after the last finished update is saved."""
         kept = "no update yet"
+        if self.result.metrics:
+            kept = f"--resume {self.config.output} goes on"
         if self.result.metrics and self.is_whole:
-            self.save()
-            kept = f"{self.result.checkpoint} holds the last update"
+            try:
+                self.save()
+                kept = f"{self.result.checkpoint} holds the last update"
+            except UserError as full:
+                error = full
         if isinstance(error, (Interrupted, UserError)):
             return type(error)(f"{error}; {kept}")
         if isinstance(error, torch.OutOfMemoryError):
