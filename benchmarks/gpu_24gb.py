@@ -122,7 +122,7 @@ def run_part(name: str, dry_run: bool, folder: Path) -> dict:
         "cap_gib": cap_gib,
         "before_s": started - began,
         "device_peak_gib": rows[-1]["peak_memory_gib"],
-        "planned_device_gib": plan.device_total / GIB,
+        "planned_device_gib": plan.allocated / GIB,
         "host_peak_gib": peak_memory_gib(torch.device("cpu")),
         "planned_host_gib": plan.host_total / GIB,
         "planned_parts_gib": {key: round(n / GIB, 3) for key, n in plan.device.items()},

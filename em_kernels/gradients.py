@@ -274,7 +274,7 @@ class WordSink:
 
     def __init__(self, sink: Sink, shape: torch.Size, dtype: torch.dtype, like: Tensor) -> None:
         length = max(SLAB_WORDS, SLAB_BYTES // (shape[1] * dtype.itemsize))
-        length = -(-length // 16) * 16  # a GPU reads dy^T fast from there
+        length = length // 16 * 16  # a GPU reads dy^T fast from there
         self.sink = sink
         self.values = large_empty((min(length, shape[0]), shape[1]), dtype, like)
 

@@ -18,7 +18,7 @@ from .evaluate import evaluate, paired_change, wilson
 from .records import check_output
 from .select import select
 from .session import progress_on
-from .setup import load_model, make_accelerator
+from .setup import find_device, load_model
 from .trainer import TrainResult, train
 
 POOL, SAMPLES, HELD_OUT = 24, 16, 200
@@ -56,7 +56,7 @@ def run_demo(seed: int, output: Path, console: Console) -> dict[str, Any]:
     problems = addition_problems(seed, POOL + HELD_OUT)
     pool, held_out = problems[:POOL], problems[POOL:]
     config = demo_config(folder, pool[0], seed, output)
-    model = load_model(str(folder), config, make_accelerator(config).device)
+    model = load_model(str(folder), config, find_device(config))
     tokenizer = AutoTokenizer.from_pretrained(folder)
 
     def measure(title: str, temperature: float) -> np.ndarray:

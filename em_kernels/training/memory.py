@@ -4,6 +4,7 @@ From the model's config alone. Activations are run, on tensors without memory (s
 is arithmetic.
 """
 
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -18,11 +19,12 @@ from ..sparse import SAMPLE
 from .config import FULL_LR, LORA_LR, TrainConfig, UserError
 from .optimizer import SLAB as STEP_SLAB
 from .optimizer import state_bytes
-from .plan import GIB, MIB, Plan, cheaper, peak
+from .plan import GIB, MIB, Plan, cheaper, peak, phases
 from .rounding import LENGTH
 from .seconds import RATES, Work, seconds_of
 from .sketch import Sketch
 
+LIBRARIES = 256 * MIB  # of the context: what is loaded with the first kernels
 CONTEXT = GIB // 2  # of CUDA, libraries' workspaces included
 PROCESS = GIB  # of the host beside a GPU: torch, CUDA's libraries
 STAGING = 2 * 64 * MIB  # pinned
@@ -48,17 +50,31 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def resolve(
-    config: TrainConfig, model_config: PreTrainedConfig, prompt_tokens: int, device: torch.device
+    config: TrainConfig,
+    model_config: PreTrainedConfig,
+    prompt_tokens: int,
+    device: torch.device,
+    held: int = 0,
 ) -> Plan:
     """The plan of a run, its settings complete.
 
     Raises: UserError where nothing fits: what is missing, and what would help, cheapest first.
     """
-    planner = Planner(config, model_config, prompt_tokens, device)
+    planner = Planner(config, model_config, prompt_tokens, device, held=held)
     plan = planner.choose()
     if not plan.fits:
         help = f"try {', or '.join(plan.remedies)}" if plan.remedies else "take a smaller model"
         raise UserError(f"memory: mode {plan.name}: {'; '.join(plan.problems)}; {help}")
+    place = config.output.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    need = sum(size for name, size in plan.disk.items() if not name.endswith("(offload)"))
+    if need > free:
+        raise UserError(
+            f"output: {config.output} has {free / GIB:.1f} GiB of disk free, the run writes up to "
+            f"{need / GIB:.1f}; keep fewer with --save-at, --keep or --save-optimizer False"
+        )
     return plan
 
 
@@ -67,6 +83,7 @@ class Planner:
 
     Args:
         download: bytes; None: of all weights, in the dtype that the config names.
+        held: bytes of the model that are on the device already.
     """
 
     def __init__(
@@ -76,17 +93,20 @@ class Planner:
         prompt_tokens: int,
         device: torch.device,
         download: int | None = 0,
+        held: int = 0,
     ) -> None:
         cuda, host = device.type == "cuda", config.host_memory
         dtype = ("bfloat16" if cuda else "float32") if config.dtype == "auto" else config.dtype
         self.config = config.model_copy(update={"dtype": dtype})
         self.model_config, self.prompt, self.download = model_config, prompt_tokens, download
         self.cuda, self.dtype, self.rates = cuda, DTYPES[dtype], RATES[device.type]
-        self.device_limit = self.host_limit = free_host_bytes() if host is None else int(host * GIB)
+        free = free_host_bytes() + (0 if cuda else held)
+        self.device_limit = self.host_limit = free if host is None else int(host * GIB)
         if cuda and config.gpu_memory is not None:
             self.device_limit = int(config.gpu_memory * GIB)
         elif cuda and torch.cuda.is_available():
-            self.device_limit = free_bytes(device) + CONTEXT  # asking has made the context
+            # asking has made the context; libraries' parts of it come later
+            self.device_limit = free_bytes(device) + held + CONTEXT - LIBRARIES
         elif cuda:
             raise UserError("gpu_memory: torch sees no CUDA GPU; give the GiB of one to plan for")
         self.sketches: dict[tuple | None, Sketch] = {}
@@ -111,8 +131,9 @@ class Planner:
         """Of the modes that the settings allow the first that fits, or the last and remedies."""
         modes: list[Any] = [self.config.mode]
         if modes == ["auto"]:
-            offload = ["offload"] if self.cuda or self.config.offload_dir else []
-            modes = ["lora"] if self.config.four_bit else ["full", *offload, "lora"]
+            modes = ["full", *["offload"] * self.cuda, "lora"]
+            if self.config.four_bit or self.config.offload_dir:
+                modes = ["lora" if self.config.four_bit else "offload"]
         for mode in modes:
             folder = self.config.offload_dir if mode == "offload" else None
             asked = self.config.model_copy(update={"mode": mode, "offload_dir": folder})
@@ -213,6 +234,11 @@ class Planner:
             batch = min(config.rollouts, config.rollout_batch)
         moving = {name: size * batch for name, size in of_row.items()}
         moving |= worst(rows, recompute)
+        if config.chunk_bytes is None and config.mode == "offload" and self.cuda:
+            # each chunk may send a gradient of the whole head: as few as the backward leaves room
+            spare = chunk + phases(moving)["backward"] - phases(moving)["head"]
+            chunk = max(chunk, 1 << max(0, spare.bit_length() - 1))
+            moving |= worst(rows, recompute)
         some = min(STEP_SLAB, sketch.sizes.trained)
         moving["rounding"] = 2 * some + 4 * min(LENGTH, some) if device.get("master") else 0
         copied = not self.cuda and config.mode != "lora" and self.dtype == torch.float32

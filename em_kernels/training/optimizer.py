@@ -246,10 +246,10 @@ class MasterAdamW:
             self._bounce.wait()
 
     def clear(self) -> None:
-        """Forget what was added."""
+        """Forget what was added, and what a backward that failed has left."""
         self._wait()
         for slot in self._slots.values():
-            slot.held = False
+            slot.held, slot.parameter.grad = False, None
 
     def state(self) -> dict[str, Tensor]:
         """Masters, moments (no copies) and step counts: master.NAME, exp_avg.NAME, exp_avg_sq.NAME,

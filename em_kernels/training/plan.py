@@ -47,6 +47,11 @@ class Plan:
         return always + peak(self.device)
 
     @property
+    def allocated(self) -> int:
+        """What torch.cuda.max_memory_allocated should come to."""
+        return self.device_total - sum(self.device.get(n, 0) for n in ("context", "fragments"))
+
+    @property
     def host_total(self) -> int:
         return sum(self.host.values())
 

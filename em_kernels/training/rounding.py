@@ -29,8 +29,10 @@ def to_bf16(weights: Tensor, start: int = 0) -> Tensor:
     while done < len(weights):
         at = (start + done) % LENGTH
         end = min(len(weights), done + LENGTH - at)
-        bits = weights[done:end].view(torch.int32) + noise[at : at + end - done]
-        # the upper half: adding to the bits rounds the magnitude
-        out[done:end] = bits.bitwise_and_(-(1 << 16)).view(torch.float32)
+        part = weights[done:end]
+        bits = part.view(torch.int32) + noise[at : at + end - done]
+        # the upper half: adding to the bits rounds the magnitude, but some NaN become 0
+        rounded = bits.bitwise_and_(-(1 << 16)).view(torch.float32)
+        out[done:end] = torch.where(part.isnan(), part, rounded)
         done = end
     return out

@@ -48,8 +48,8 @@ def as_recorded(config: TrainConfig) -> TrainConfig:
     return config
 
 
-def make_accelerator(config: TrainConfig) -> Accelerator:
-    """The device, and later the processes."""
+def find_device(config: TrainConfig) -> torch.device:
+    """With its index: one process has one."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("device: cuda was asked for, but torch sees no CUDA GPU; use auto or cpu")
     cpu = config.device == "cpu" or not torch.cuda.is_available()
@@ -60,7 +60,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         accelerator = Accelerator(cpu=cpu)
     if accelerator.num_processes > 1:
         raise UserError("device: one process only; start it without accelerate or torchrun")
-    return accelerator
+    return torch.device("cuda", torch.cuda.current_device()) if not cpu else accelerator.device
 
 
 def load_task(config: TrainConfig) -> Task:

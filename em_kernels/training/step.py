@@ -2,6 +2,7 @@
 them, activations recomputed, the head's gradient handed on in slabs.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -72,6 +73,7 @@ class Prompt:
         self.outputs: list[Any] = [states[:, -1]]
         for layer in kept:
             self.outputs += [layer.keys, layer.values]
+            layer.keys = layer.values = None  # else checkpoint's frames hold a graph unused
         self.leaves = [
             x.detach().to(torch.promote_types(x.dtype, torch.float32)).requires_grad_()
             for x in self.outputs
@@ -211,6 +213,8 @@ def entropy_step(
     official = config.official_loss
     if not official:  # little padding; a mean of means depends on the order
         rollouts = sorted(rollouts, key=len)
+    if official:
+        micro_batch = sys.maxsize
     work = [
         (ids, list(micro_batches(group, micro_batch, len(ids or ()), config.micro_batch_rows)))
         for ids, group in by_prompt(rollouts, config.share_prefix)

@@ -34,7 +34,7 @@ from .records import (
 )
 from .rollout import Rollout, check_cache, generate
 from .session import Interrupted, StopRequest, line_of, peak_memory_gib, progress_on
-from .setup import Task, as_recorded, load_model, load_task, make_accelerator
+from .setup import Task, as_recorded, find_device, load_model, load_task
 from .step import StepLoss, can_share_prefix, entropy_step
 
 T = TypeVar("T")
@@ -64,7 +64,8 @@ def train(
         model: config.model already loaded; trained in place.
         resume: output holds a run that was stopped; go on where it was. On the same machine, with
             as many threads, losses, norms and weights are bit for bit those of a run that never
-            stopped. What config leaves open is as that run has it.
+            stopped; on a GPU as far as its attention's backward repeats itself. What config leaves
+            open is as that run has it.
 
     Raises:
         UserError: before anything is written, where the settings cannot work; or a full disk.
@@ -76,12 +77,13 @@ def train(
     else:
         check_output(config.output)
     config.check_complete()
-    device = make_accelerator(config).device
+    device = find_device(config)
     task = load_task(config)
     if config.chat_template and not task.chat_template:
         console.print("The tokenizer has no chat template: the prompt is used as it is.")
     with console.status("planning memory"):
-        plan = resolve(config, task.model_config, max(map(len, task.prompts)), device)
+        held = 0 if model is None else sum(p.nbytes for p in model.parameters())
+        plan = resolve(config, task.model_config, max(map(len, task.prompts)), device, held)
     plan.config.check_complete()
     run = _Run(config, plan, task, console, device)
     try:
@@ -158,7 +160,7 @@ class _Run:
             )
         except (TypeError, ValueError) as error:
             raise UserError(str(error)) from error
-        self.model = model
+        self.model = model.eval()  # no dropout
         if config.share_prefix and not can_share_prefix(model):
             self.console.print("The prompt is computed in every row: this model's cache asks it.")
             self.config = config = config.model_copy(update={"share_prefix": False})
@@ -260,7 +262,6 @@ class _Run:
 
             def learn(micro_batch: int) -> StepLoss:
                 self.optimizer.clear()
-                self.model.zero_grad()  # one may be left that ran out of memory on its way
                 return entropy_step(
                     self.model,
                     self.head,
@@ -272,6 +273,8 @@ class _Run:
                 )
 
             longest = max(len(rollout.response_ids) for rollout in rollouts)
+            if config.official_loss:  # which depends on the micro-batches
+                longest = self.sizes["micro_batch"]
             loss = self._fitting("micro_batch", learn, longest)
             norm = self.optimizer.norm()
             if not math.isfinite(norm):
@@ -296,7 +299,7 @@ class _Run:
             "sampling_s": sampled - began,
             "training_s": now - sampled,
             "peak_memory_gib": peak_memory_gib(self.device),
-            "planned_memory_gib": self.plan.device_total / 2**30,
+            "planned_memory_gib": self.plan.allocated / 2**30,
             **self.sizes,
         }
         if update > self.measured:

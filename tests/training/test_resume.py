@@ -1,6 +1,5 @@
 """Whole runs killed at named points, and what the next process makes of what they left."""
 
-import json
 import multiprocessing
 import os
 import resource
@@ -15,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from training.tiny import PLAIN, make_model, read, save_tiny, settings
+from training.tiny import PLAIN, read, settings
 
 CHILDREN = multiprocessing.get_context("forkserver")  # of a process that has no threads yet
 CHILDREN.set_forkserver_preload(
@@ -85,7 +84,7 @@ def torn(module, file_name, nth, writes=1):
                 die()
 
     def opening(path, mode="r", **options):
-        file = open(path, mode, **options)
+        file = open(path, mode, **options)  # noqa: SIM115
         due = str(path).endswith(file_name) and "r" not in mode and next(opened) == nth
         return Half(file) if due else file
 
@@ -671,7 +670,7 @@ def test_another_process_in_the_folder(start, resume, whole_of, tmp_path):
     first = CHILDREN.Process(target=life, args=(arguments, str(tmp_path / "1"), ["stopped"]))
     first.start()
     end = time.monotonic() + 60
-    while f"State:\tT" not in Path(f"/proc/{first.pid}/status").read_text():
+    while "State:\tT" not in Path(f"/proc/{first.pid}/status").read_text():
         assert first.is_alive() and time.monotonic() < end
         time.sleep(0.01)
     before = content(tmp_path / "run")
