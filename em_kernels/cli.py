@@ -109,8 +109,8 @@ def settings(command: str, arguments: list[str], examples: str) -> "tuple[TrainC
         default=default,
         prog=f"em-kernels {command}",
         description=f"{TrainConfig.__doc__}\n--preset NAME starts from one of "
-        f"{', '.join(PRESETS)} (the paper's recipe; its train.py's loss and counts; a 135M model on "
-        "addition); --config FILE from YAML (a run's config.yaml, say); flags win."
+        f"{', '.join(PRESETS)} (the paper's recipe; its train.py's loss and counts; a 135M model "
+        "on addition); --config FILE from YAML (a run's config.yaml, say); flags win."
         f"\n\n{examples}",
     )
     return config, run is not None
@@ -143,7 +143,7 @@ def merge(arguments: list[str]) -> int:
 
 def plan(arguments: list[str]) -> int:
     """Memory, disk and time of a run."""
-    from .training.plan import plan_command
+    from .training.plan_command import plan_command
 
     return plan_command(arguments)
 

@@ -4,8 +4,7 @@ From the model's config alone. Activations are run, on tensors without memory (s
 is arithmetic.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,16 +16,20 @@ from ..gradients import SLAB_WORDS
 from ..problem import free_bytes
 from ..sparse import SAMPLE
 from .config import FULL_LR, LORA_LR, TrainConfig, UserError
+from .optimizer import SLAB as STEP_SLAB
 from .optimizer import state_bytes
-from .seconds import RATES, Rates, Work, seconds_of
+from .plan import GIB, MIB, Plan, cheaper, peak
+from .rounding import LENGTH
+from .seconds import RATES, Work, seconds_of
 from .sketch import Sketch
 
-GIB, MIB = 1 << 30, 1 << 20
 CONTEXT = GIB // 2  # of CUDA, libraries' workspaces included
 PROCESS = GIB  # of the host beside a GPU: torch, CUDA's libraries
 STAGING = 2 * 64 * MIB  # pinned
 FRAGMENTS = 0.05  # of what comes and goes, lost between a GPU allocator's blocks
-STEP = 16 * MIB  # temporaries of the optimizer's step
+SCRATCH = 3 * 4 * STEP_SLAB  # of the optimizer
+NOISE = 4 * LENGTH  # of rounding to bf16
+SAVED = 2 << 30  # bytes of a model that are written at a time
 CHUNK = 256 * MIB  # of logits
 STATISTICS = 132  # bytes a token, measured like those below
 CHOICE = 36  # bytes a word, where columns are chosen
@@ -34,6 +37,7 @@ SHARD = 5 * GIB  # read at a time while weights are loaded
 SMALL_STATE = 8 * GIB
 PAYS = {"cuda": 16384, "cpu": 1024}  # tokens of a micro-batch beyond which nothing is gained
 MOST_ROWS = 256  # sampled at a time, as a token of a step takes as long on a GPU, and here longer
+SHORT = 8  # times as many rows as whole ones make a micro-batch where they end early, at most
 ENOUGH = 4096  # tokens of a micro-batch for whose sake nothing need be recomputed
 # Bytes a word of rollout.py's processors, beside the model's own logits: peaks of `generate` under
 # torch.profiler on a CPU; the same for V 50,000 and 150,000, 8 and 16 rows.
@@ -41,84 +45,6 @@ GREEDY, PLAIN, TOP_K, TOP_P = 16, 24, 28, 34
 CUDA_SORT = 24  # keys and indices again, in a GPU's sort
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-PHASES = {  # what is in memory beside what always is
-    "sampling": ("KV cache", "next tokens"),
-    "head": ("activations", "logits chunk"),
-    "backward": ("activations", "recompute, gradients"),
-    "optimizer": ("step",),
-}
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A run's settings with nothing left "auto", and what they need."""
-
-    config: TrainConfig
-    device: Mapping[str, int]  # bytes by component; on a CPU all are here
-    host: Mapping[str, int]
-    device_limit: int
-    host_limit: int
-    disk: Mapping[str, int]
-    download: int
-    seconds: Mapping[str, float]  # of an update whose completions are as long as they may be
-    once: Mapping[str, float]  # seconds of the run's other parts
-    rates: Rates
-    pays: bool  # batches are large enough
-    remedies: tuple[str, ...] = ()  # where it does not fit
-
-    @property
-    def name(self) -> str:
-        folder, four_bit = self.config.offload_dir is not None, self.config.four_bit
-        return self.config.mode + (" to disk" if folder else " 4bit" if four_bit else "")
-
-    @property
-    def device_total(self) -> int:
-        """At the phase that needs most."""
-        moving = {part for parts in PHASES.values() for part in parts}
-        always = sum(size for name, size in self.device.items() if name not in moving)
-        return always + _peak(self.device)
-
-    @property
-    def host_total(self) -> int:
-        return sum(self.host.values())
-
-    @property
-    def missing(self) -> dict[str, int]:
-        """Bytes, by side; on a CPU there is one."""
-        device, host = self.device_total - self.device_limit, self.host_total - self.host_limit
-        sides = {"device": device, "host": host} if self.host else {"host": device}
-        return {side: size for side, size in sides.items() if size > 0}
-
-    @property
-    def problems(self) -> list[str]:
-        limits = {"device": self.device_limit, "host": self.host_limit}
-        return [
-            f"{size / GIB:.1f} GiB of {side} memory are missing (of "
-            f"{(limits[side] + size) / GIB:.1f}, {limits[side] / GIB:.1f} are there)"
-            for side, size in self.missing.items()
-        ]
-
-    @property
-    def fits(self) -> bool:
-        return not self.missing
-
-    @property
-    def merit(self) -> tuple[bool, bool, int]:
-        """By which plans of a mode are ordered."""
-        return self.fits, self.fits and self.pays, -sum(self.missing.values())
-
-    @property
-    def run_seconds(self) -> float:
-        return sum(self.once.values()) + self.config.steps * sum(self.seconds.values())
-
-
-def phases(device: Mapping[str, int]) -> dict[str, int]:
-    """Bytes on the device that come and go."""
-    return {name: sum(device.get(part, 0) for part in PHASES[name]) for name in PHASES}
-
-
-def _peak(device: Mapping[str, int]) -> int:
-    return max(phases(device).values())
 
 
 def resolve(
@@ -134,36 +60,6 @@ def resolve(
         help = f"try {', or '.join(plan.remedies)}" if plan.remedies else "take a smaller model"
         raise UserError(f"memory: mode {plan.name}: {'; '.join(plan.problems)}; {help}")
     return plan
-
-
-def cheaper(config: TrainConfig, cuda: bool) -> list[tuple[str, dict[str, Any]]]:
-    """Flags that save memory, and the settings that they change, in the order of their cost."""
-    half = max(1, config.sampling.max_new_tokens // 2)
-    short = config.sampling.model_copy(update={"max_new_tokens": half})
-    folder, full = config.output / "offload", config.mode == "full"
-    free, whole = {"offload_dir": None}, config.mode != "lora"
-    four = {**free, "mode": "lora", "four_bit": True}
-    options: list[tuple[bool, str, dict[str, Any]]] = [
-        (config.micro_batch != "auto", "--micro-batch auto", {"micro_batch": "auto"}),
-        (config.rollout_batch != "auto", "--rollout-batch auto", {"rollout_batch": "auto"}),
-        (
-            config.gradient_checkpointing is False,
-            "--gradient-checkpointing True",
-            {"gradient_checkpointing": True},
-        ),
-        (config.moments == "fp32", "--moments bf16", {"moments": "bf16"}),
-        (config.gradients == "fp32", "--gradients bf16", {"gradients": "bf16"}),
-        (full and cuda, "--mode offload", {"mode": "offload"}),
-        (
-            whole and config.offload_dir is None,
-            "--mode offload --offload-dir DIR",
-            {"mode": "offload", "offload_dir": folder},
-        ),
-        (half > 1, f"--max-new-tokens {half}", {"sampling": short}),
-        (whole, "--mode lora", {**free, "mode": "lora"}),
-        (cuda and not config.four_bit, "--mode lora --4bit", four),
-    ]
-    return [(text, change) for useful, text, change in options if useful]
 
 
 class Planner:
@@ -226,15 +122,17 @@ class Planner:
         return Plan(**{**vars(plan), "remedies": self._remedies(asked)})
 
     def _remedies(self, config: TrainConfig) -> tuple[str, ...]:
-        """Those that suffice each alone, cheapest first; or else the fewest together."""
-        options = cheaper(config, self.cuda)
-        enough = [
-            text for text, change in options if self.plan(config.model_copy(update=change)).fits
-        ]
-        if enough:
-            return tuple(enough)
+        """That which costs nothing, or the three cheapest; or else the cheapest together."""
+        found: list[str] = []
+        for text, change in cheaper(config, self.cuda):
+            if len(found) < 3 and self.plan(config.model_copy(update=change)).fits:
+                found.append(text)
+                if "auto" in change.values():
+                    break
+        if found:
+            return tuple(found)
         texts: list[str] = []
-        for text, change in options:
+        for text, change in cheaper(config, self.cuda):
             config, texts = config.model_copy(update=change), [*texts, text]
             if self.plan(config).fits:
                 return (" with ".join(texts),)
@@ -289,21 +187,24 @@ class Planner:
 
         def worst(rows: int, recompute: bool) -> dict[str, int]:
             """Completions that end early are more rows, with the prompt's keys before each."""
-            short = max(2, rows * new // most)
-            shapes = [(rows, new)] + [(most, short)] * (shared and short < new)
-            return max((passing(*shape, recompute) for shape in shapes), key=_peak)
+            widest = min(most, SHORT * rows)
+            short = max(2, rows * new // widest)
+            shapes = [(rows, new)] + [(widest, short)] * (shared and short < new)
+            return max((passing(*shape, recompute) for shape in shapes), key=peak)
 
         goal = max(1, min(most, PAYS["cuda" if self.cuda else "cpu"] // row))
         if config.micro_batch != "auto":
             goal = max(1, min(most, config.micro_batch // row))
         enough, recompute = min(goal, -(-ENOUGH // row)), config.gradient_checkpointing
         if recompute == "auto":
-            recompute = room <= 0 or _peak(worst(enough, False)) > room
+            recompute = room <= 0 or peak(worst(enough, False)) > room
         rows = goal
         if config.micro_batch == "auto":
-            rows = _largest(lambda n: _peak(passing(n, new, recompute)), goal, room)
-            while rows > 1 and _peak(worst(rows, recompute)) > room:
-                rows -= max(1, rows // 8)
+            rows = _largest(lambda n: peak(passing(n, new, recompute)), goal, room)
+            if peak(worst(rows, recompute)) > room:
+                rows = _largest(lambda n: peak(worst(n, recompute)), rows, room)
+            while rows > 1 and peak(worst(rows, recompute)) > room:
+                rows = rows * 3 // 4
             rows = -(-most // -(-most // rows))  # batches alike
         of_row = self._of_completion(config, sketch)
         batch = max(1, min(config.rollouts, MOST_ROWS, room // sum(of_row.values())))
@@ -311,9 +212,13 @@ class Planner:
         if config.rollout_batch != "auto":
             batch = min(config.rollouts, config.rollout_batch)
         moving = {name: size * batch for name, size in of_row.items()}
-        moving |= {**worst(rows, recompute), "step": STEP}
+        moving |= worst(rows, recompute)
+        some = min(STEP_SLAB, sketch.sizes.trained)
+        moving["rounding"] = 2 * some + 4 * min(LENGTH, some) if device.get("master") else 0
+        copied = not self.cuda and config.mode != "lora" and self.dtype == torch.float32
+        moving["bf16 copy"] = (sketch.sizes.weights // 2 + NOISE) * copied
         if self.cuda:
-            device["fragments"] = int(FRAGMENTS * _peak(moving))
+            device["fragments"] = int(FRAGMENTS * peak(moving))
         trained = sketch.sizes.trained
         state = trained * (4 + 2 * PRECISIONS[config.moments].itemsize)
         complete: dict[str, Any] = {
@@ -323,6 +228,8 @@ class Planner:
         }
         if config.micro_batch == "auto":
             complete["micro_batch"] = rows * row
+        if SHORT * rows < most:
+            complete["micro_batch_rows"] = SHORT * rows
         if config.rollout_batch == "auto":
             complete["rollout_batch"] = batch
         if config.save_optimizer == "auto":
@@ -383,16 +290,17 @@ class Planner:
             master_is_parameter=itemsize == 4 and not offload and not folder,
         )
         disk = {f"{n} (offload)": state.pop(n) for n in ("master", "moments") if folder}
-        host = {"process": PROCESS} if self.cuda else {}
+        state["scratch"] = SCRATCH + (NOISE if itemsize < 4 else 0)
+        if not self.cuda:
+            return {**device, **state}, {}, disk
+        host = {"process": PROCESS, "saving": min(SAVED, sizes.weights)}
         if offload:
             host |= {**state, "staging": STAGING}
         else:
             device |= state
-        if self.cuda:
-            device["context"] = CONTEXT
-            shard = min(SHARD, sizes.weights)  # gone before the rest comes
-            host["loading"] = max(0, shard - sum(host.values()) + PROCESS)
-        return device, host, disk
+        shard = min(SHARD, sizes.weights)  # gone before the rest comes
+        host["loading"] = max(0, shard - sum(host.values()) + PROCESS)
+        return {**device, "context": CONTEXT}, host, disk
 
     def _chunk(self, sketch: Sketch) -> int:
         """Two rows of logits, or what memory allows; a power of two."""
@@ -432,12 +340,14 @@ class Planner:
 
 
 def _largest(need: Callable[[int], int], most: int, room: int) -> int:
-    """Rows up to `most` that need no more than the room, at least 1. Need is convex in them, so
-    that what a straight line between two counts says is never too little.
+    """Rows up to `most` that need no more than the room, at least 1, on a straight line from the
+    need of 1 to that of all: activations are convex in them, so that it seldom says too many.
     """
     if most == 1 or room <= 0:
         return 1
     if need(most) <= room:
         return most
+    if need(1) >= room:
+        return 1
     slope = (need(most) - need(1)) / (most - 1)
     return max(1, min(most - 1, 1 + int((room - need(1)) / slope)))

@@ -18,8 +18,9 @@ from ..hf import check_head, head_of
 from .checkpoint import defining_settings, newest_state, read_state, save_checkpoint, write_model
 from .config import TrainConfig, UserError
 from .grading import is_correct
-from .memory import CONTEXT, Plan, cheaper, resolve
+from .memory import CONTEXT, resolve
 from .optimizer import MasterAdamW
+from .plan import Plan, cheaper
 from .records import (
     Running,
     append,

@@ -1,0 +1,535 @@
+"""The plan against MEMORY's arithmetic, to the byte, and against recorded runs."""
+
+import itertools
+import json
+import shlex
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+from training import tiny
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
+
+from em_kernels.cli import settings
+from em_kernels.free_memory import free_host_bytes
+from em_kernels.functional import entropy_loss_into
+from em_kernels.training import rounding, trainer
+from em_kernels.training.config import Sampling, TrainConfig, UserError
+from em_kernels.training.memory import Planner, resolve
+from em_kernels.training.plan import GIB, phases
+from em_kernels.training.plan_command import flags, plan_command
+from em_kernels.training.rollout import Rollout
+from em_kernels.training.sketch import Sketch
+from em_kernels.training.step import Prompt, recomputation, scored_states
+
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+QWEN = {
+    "7B": Qwen2Config(
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        vocab_size=152064,
+        tie_word_embeddings=False,
+        dtype="bfloat16",
+    ),
+    "1.5B": Qwen2Config(
+        hidden_size=1536,
+        intermediate_size=8960,
+        num_hidden_layers=28,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        vocab_size=151936,
+        tie_word_embeddings=True,
+        dtype="bfloat16",
+    ),
+}
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 400,
+    "max_position_embeddings": 256,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+
+
+def config(**changes):
+    return TrainConfig(**{"model": "m", "prompt": "p", **changes})
+
+
+@pytest.fixture(scope="module", params=QWEN)
+def model(request):
+    """A planner of a 24 GB card and 96 GB, and the figures of MEMORY."""
+    planner = Planner(config(gpu_memory=22.5, host_memory=89.4), QWEN[request.param], 128, CUDA)
+    figures = {
+        "7B": (7_615_616_512, 14.19, 113.5, 200_704, 57_344, 608_256),
+        "1.5B": (1_543_714_304, 2.88, 23.0, 86_016, 28_672, 607_744),
+    }
+    names = ("count", "weights", "adamw", "kept", "cache", "logits")
+    return SimpleNamespace(
+        name=request.param,
+        planner=planner,
+        **dict(zip(names, figures[request.param], strict=True)),
+    )
+
+
+def always(planner, **changes):
+    complete = {"dtype": "bfloat16", "moments": "fp32", "gradients": "fp32", **changes}
+    asked = planner.config.model_copy(update=complete)
+    return planner._always(asked, planner.sketch(asked))
+
+
+def test_weights_and_state_to_the_byte(model):
+    sizes = model.planner.sketch(config()).sizes
+    assert sizes.weights == 2 * model.count and sizes.trained == model.count
+    device, host, _ = always(model.planner, mode="full", gradients="bf16")
+    assert device["weights"] / GIB == pytest.approx(model.weights, abs=0.005)
+    names = ("weights", "master", "moments", "gradients")
+    assert sum(device[name] for name in names) == 16 * model.count
+    assert 16 * model.count / GIB == pytest.approx(model.adamw, abs=0.05)
+    for moments, gradients, each in (("bf16", "fp32", 12), ("bf16", "bf16", 10)):
+        device, host, disk = always(
+            model.planner, mode="offload", moments=moments, gradients=gradients
+        )
+        assert not {"master", "moments", "gradients"} & device.keys() and not disk
+        assert sum(host[name] for name in names[1:]) == each * model.count
+    _, host, disk = always(model.planner, mode="offload", moments="bf16", offload_dir="d")
+    assert sum(disk.values()) == 8 * model.count and host["gradients"] == 4 * model.count
+
+
+def test_activations_and_cache_to_the_byte(model):
+    sketch = model.planner.sketch(config())
+    rows, prompt, new = 3, 40, 25
+    few, more = (net.run(rows, prompt, new, False, True)[1] for net in sketch.nets)
+    a_layer = more - few
+    assert a_layer * sketch.layers == model.kept * rows * (prompt + new - 1)
+    assert sketch.cache_bytes(640) == 640 * model.cache
+    on_cpu = Planner(config(), QWEN[model.name], 128, CPU)
+    assert on_cpu._logit_bytes(sketch) == model.logits
+
+
+def test_lora_and_nf4(model):
+    if model.name != "7B":
+        pytest.skip("MEMORY has those of 7B")
+    for rank, size in ((16, 0.6), (64, 2.4)):
+        device, host, _ = always(model.planner, mode="lora", lora_rank=rank)
+        state = sum(device[name] for name in ("adapters", "moments", "gradients"))
+        assert device["master"] == 0 and state == 16 * rank * 28 * (
+            4 * 3584 + 2 * (3584 + 512) + 3 * (3584 + 18944)
+        )
+        assert state / GIB == pytest.approx(size, abs=0.05)
+    device, _, _ = always(model.planner, mode="lora", four_bit=True)
+    assert device["weights"] / GIB == pytest.approx(5.17, abs=0.005)
+
+
+def of_mode(planner, **changes):
+    return planner.plan(planner.config.model_copy(update=changes))
+
+
+def test_what_fits_a_24_gb_card(model):
+    planner = model.planner
+    if model.name == "1.5B":
+        plan = planner.choose()
+        assert plan.name == "full" and plan.fits and plan.device_limit == 22.5 * GIB
+        assert (plan.config.moments, plan.config.lr) == ("bf16", 2e-5)
+        exact = of_mode(planner, mode="full", moments="fp32")
+        assert not exact.fits and exact.missing.keys() == {"device"}
+        return
+    plan = planner.choose()
+    assert plan.name == "offload" and plan.fits
+    assert (plan.config.moments, plan.config.gradients) == ("bf16", "fp32")
+    assert 18 * GIB < plan.device_total <= plan.device_limit
+    assert plan.config.micro_batch >= 4096 and plan.config.rollout_batch == 64
+    assert plan.config.gradient_checkpointing is True and plan.config.dtype == "bfloat16"
+    assert plan.device_total == sum(
+        plan.device[name] for name in ("weights", "buffers", "context", "fragments")
+    ) + max(phases(plan.device).values())
+    assert phases(plan.device)["sampling"] > 64 * 640 * 57_344
+    full = of_mode(planner, mode="full")
+    assert not full.fits and full.config.moments == full.config.gradients == "bf16"
+    assert full.device_total > 12 * model.count
+
+
+def test_64_gb_of_host_memory_take_a_folder(model):
+    if model.name != "7B":
+        pytest.skip("1.5B fits")
+    planner = model.planner
+    host, planner.host_limit = planner.host_limit, int(59.6 * GIB)
+    planner.plans.clear()
+    try:
+        for gradients in ("fp32", "bf16"):
+            plan = of_mode(planner, mode="offload", gradients=gradients)
+            assert plan.missing.keys() == {"host"}
+        assert of_mode(planner, mode="offload", offload_dir="d").fits
+    finally:
+        planner.host_limit = host
+        planner.plans.clear()
+
+
+@pytest.fixture(scope="module")
+def small():
+    return AutoConfig.for_model("qwen2", tie_word_embeddings=True, **SMALL)
+
+
+@pytest.fixture(scope="module")
+def two_layers():
+    return AutoConfig.for_model(
+        "qwen2", tie_word_embeddings=True, **SMALL | {"num_hidden_layers": 2}
+    )
+
+
+SHORT = {"sampling": {"max_new_tokens": 40}}
+
+
+def test_settings_are_filled_in(small):
+    plan = resolve(config(**SHORT), small, 20, CPU)
+    left = [name for name, value in plan.config if value == "auto" and name != "device"]
+    assert not left and plan.fits
+    chosen = plan.config
+    assert (chosen.mode, chosen.dtype, chosen.lr) == ("full", "float32", 2e-5)
+    assert (chosen.moments, chosen.gradients) == ("fp32", "fp32")
+    assert chosen.micro_batch <= 1024 and chosen.rollout_batch == 64
+    assert chosen.gradient_checkpointing is False and chosen.save_optimizer is True
+    assert plan.device["master"] == 0 and not plan.host
+    assert resolve(chosen, small, 20, CPU).config == chosen
+
+
+def test_what_the_user_fixed_stays(small):
+    fixed = {
+        "micro_batch": 100,
+        "rollout_batch": 24,
+        "gradient_checkpointing": True,
+        "moments": "bf16",
+        "gradients": "bf16",
+        "dtype": "bfloat16",
+        "chunk_bytes": 123_456,
+        "lr": 1e-3,
+        "save_optimizer": False,
+    }
+    plan = resolve(config(**fixed, **SHORT), small, 20, CPU)
+    assert {name: getattr(plan.config, name) for name in fixed} == fixed
+    count = plan.device["weights"] // 2
+    names = ("weights", "master", "moments", "gradients")
+    assert [plan.device[name] for name in names] == [2 * count, 4 * count, 4 * count, 2 * count]
+
+
+def test_lora_has_its_own_lr(small):
+    plan = resolve(config(mode="lora", **SHORT), small, 20, CPU)
+    assert plan.config.lr == 2e-4
+    a_layer = 16 * (2 * 128 + 2 * 96 + 3 * 224)
+    assert plan.device["adapters"] == 4 * 8 * a_layer
+
+
+def test_batches_shrink_with_memory(two_layers):
+    sizes = []
+    for memory in (0.56, 0.53):
+        asked = config(gpu_memory=memory, host_memory=8, mode="full", **SHORT)
+        plan = resolve(asked, two_layers, 20, CUDA)
+        assert plan.device_total <= plan.device_limit == int(memory * GIB)
+        sizes.append((plan.config.micro_batch, plan.config.rollout_batch))
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) > 1
+
+
+@pytest.mark.parametrize(
+    "changes, remedy",
+    [
+        ({"micro_batch": 10**6, "rollouts": 600}, "--micro-batch auto"),
+        ({"rollout_batch": 600, "rollouts": 600}, "--rollout-batch auto"),
+    ],
+)
+def test_refusals_name_what_is_missing_and_what_helps(changes, remedy, two_layers):
+    asked = config(mode="full", gpu_memory=0.54, host_memory=8, **changes, **SHORT)
+    message = rf"^memory: mode full: \d\.\d+ GiB of device memory are missing \(.*; try {remedy}$"
+    with pytest.raises(UserError, match=message):
+        resolve(asked, two_layers, 20, CUDA)
+
+
+def test_remedies_in_the_order_of_their_cost():
+    shape = {**SMALL, "num_hidden_layers": 2, "hidden_size": 1024, "vocab_size": 100_000}
+    model_config = AutoConfig.for_model("llama", **shape)
+    asked = config(mode="offload", moments="fp32", gradients="fp32", gpu_memory=8, host_memory=4.5)
+    with pytest.raises(UserError, match="^memory: mode offload: .* of host memory") as raised:
+        resolve(asked, model_config, 20, CUDA)
+    assert str(raised.value).endswith(
+        "try --moments bf16, or --gradients bf16, or --mode offload --offload-dir DIR"
+    )
+
+
+def test_no_remedy(two_layers):
+    with pytest.raises(UserError, match="take a smaller model"):
+        resolve(config(gpu_memory=0.4, host_memory=8, **SHORT), two_layers, 20, CUDA)
+
+
+def test_planning_for_a_gpu_without_one(two_layers):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(UserError, match="^gpu_memory: "):
+        resolve(config(), two_layers, 20, CUDA)
+
+
+def cgroup(folder, limit, used, cache, version):
+    folder.mkdir(parents=True, exist_ok=True)
+    names = ("max", "current") if version == 2 else ("limit_in_bytes", "usage_in_bytes")
+    for name, value in zip(names, (limit, used), strict=True):
+        (folder / f"memory.{name}").write_text(f"{value}\n")
+    stat = "inactive_file" if version == 2 else "total_inactive_file"
+    (folder / "memory.stat").write_text(f"anon 5\n{stat} {cache}\n")
+
+
+@pytest.fixture
+def machine(tmp_path):
+    """/proc and /sys/fs/cgroup, of 1000 KiB available."""
+    proc, cgroups = tmp_path / "proc", tmp_path / "cgroup"
+    (proc / "self").mkdir(parents=True)
+    cgroups.mkdir()
+    (proc / "meminfo").write_text("MemTotal: 4000 kB\nMemAvailable:    1000 kB\n")
+    return proc, cgroups
+
+
+def test_free_memory_without_limits(machine):
+    proc, cgroups = machine
+    assert free_host_bytes(*machine) == 1000 << 10
+    (proc / "self/cgroup").write_text("0::/user/session\n")
+    cgroup(cgroups / "user", "max", 10, 0, version=2)
+    assert free_host_bytes(*machine) == 1000 << 10
+    assert free_host_bytes() > 0
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_tightest_group_counts(machine, version):
+    proc, cgroups = machine
+    line, root = ("0::", cgroups) if version == 2 else ("4:cpu,memory:", cgroups / "memory")
+    other = "" if version == 2 else "9:name=systemd:/\n0::/\n"
+    (proc / "self/cgroup").write_text(f"{line}/a/b\n{other}")
+    cgroup(root / "a/b", 1 << 60, 100_000, 0, version)
+    assert free_host_bytes(*machine) == 1000 << 10
+    cgroup(root / "a", 500_000, 300_000, 40_000, version)
+    assert free_host_bytes(*machine) == 240_000  # what files fill can be had
+    cgroup(root / "a/b", 400_000, 390_000, 0, version)
+    assert free_host_bytes(*machine) == 10_000
+    cgroup(root / "a/b", 400_000, 500_000, 0, version)
+    assert free_host_bytes(*machine) == 0
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_inside_a_container_the_path_is_the_hosts(machine, version):
+    proc, cgroups = machine
+    line, root = ("0::", cgroups) if version == 2 else ("4:memory:", cgroups / "memory")
+    (proc / "self/cgroup").write_text(f"{line}/docker/0123/not/here\n")
+    cgroup(root, 300_000, 100_000, 0, version)
+    assert free_host_bytes(*machine) == 200_000
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, two_layers):
+    path = tmp_path_factory.mktemp("model")
+    two_layers.save_pretrained(path)
+    return path
+
+
+def flags_of(line):
+    words = shlex.split(line)
+    assert words[:2] == ["em-kernels", "train"]
+    return words[2:]
+
+
+@pytest.mark.parametrize("file", [False, True])
+def test_command_for_another_machine(file, folder, two_layers, capsys):
+    asked = [
+        "--gpu-memory",
+        "0.56",
+        "--host-memory",
+        "8",
+        "--max-new-tokens",
+        "40",
+        "--prompt",
+        "a b",
+    ]
+    source = folder / "config.json" if file else folder
+    arguments = ["--model", str(source), "--device", "cuda", "--prompt-tokens", "20", *asked]
+    assert plan_command([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    names = ["full", "offload", "offload to disk", "lora", "lora 4bit"]
+    assert [mode["name"] for mode in found["modes"]] == names
+    chosen = found["chosen"]
+    assert chosen["fits"] and chosen["download"] == 0 and chosen["device_limit"] == int(0.56 * GIB)
+    assert chosen["rates"]["flops"] > 0 and "sensitive" in found["note"]
+    train = settings("plan", flags_of(found["command"]), "")[0]
+    assert train.model == str(folder) and train.prompt == "a b" and train.mode == chosen["name"]
+    again = resolve(train, two_layers, 20, CUDA)
+    assert again.device == chosen["device"] and again.host == chosen["host"]
+    different = {
+        k for k, v in again.config.model_dump(mode="json").items() if v != chosen["config"][k]
+    }
+    assert different <= {"model"}
+
+
+def test_table(folder, capsys):
+    arguments = ["--model", str(folder), "--device", "cpu", "--max-new-tokens", "40"]
+    assert plan_command([*arguments, "--host-memory", "4"]) == 0
+    text = capsys.readouterr().out
+    for word in ("full", "lora", "scratch", "KV cache", "TFLOP/s", "Seconds", "sensitive"):
+        assert word in text
+    line = next(line for line in text.splitlines() if line.startswith("em-kernels train"))
+    assert settings("plan", flags_of(line), "")[0].prompt == "YOUR PROMPT"
+    assert plan_command([*arguments, "--host-memory", "0.01"]) == 1
+    assert "missing" in capsys.readouterr().out
+
+
+def test_flags_are_parsed_back():
+    changed = config(
+        prompt='it\'s "quoted" -- $HOME',
+        save_at=(2, 4),
+        chat_template=False,
+        save_optimizer=True,
+        gradient_checkpointing=False,
+        four_bit=True,
+        mode="lora",
+        lora_targets=("q_proj", "v_proj"),
+        offload_dir="some where",
+        sampling={"temperature": 0.25, "stop": ("a b", "x"), "max_new_tokens": 7},
+        betas=(0.8, 0.9),
+        micro_batch=77,
+        keep=3,
+        eps=1e-10,
+    )
+    assert settings("plan", flags(changed), "")[0] == changed
+
+
+@pytest.mark.parametrize(
+    "arguments, word",
+    [
+        ([], "model"),
+        (["--model", "./nowhere"], "model"),
+        (["--model", "demo", "--prompt-tokens", "0"], "prompt_tokens"),
+    ],
+)
+def test_bad_plans(arguments, word):
+    with pytest.raises(UserError, match=f"^{word}: "):
+        plan_command(arguments)
+
+
+def recorded(function):
+    """Bytes in memory after each change; whatever was allocated before does not count."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    events = profiler.profiler.kineto_results.events()
+    memory = sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns())
+    sizes = [event.nbytes() for event in memory]
+    return sizes, list(itertools.accumulate(sizes))
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize(
+    "kind, dtype, options",
+    [
+        ("qwen2", torch.bfloat16, {}),
+        ("gemma2", torch.float32, {"head_dim": 16, "query_pre_attn_scalar": 16}),
+    ],
+)
+def test_activations_to_the_byte(kind, dtype, options, shared, recompute):
+    attention = "eager" if kind == "gemma2" else "sdpa"
+    model_config = AutoConfig.for_model(kind, **SMALL, **options)
+    sketch = Sketch(model_config, dtype, attention)
+    if shared and not sketch.can_share:
+        pytest.skip("a sliding window")
+    rows, prompt, new = 4, 20, 40
+    found = sketch.run(rows, prompt, new, shared, recompute)
+    model = AutoModelForCausalLM.from_config(
+        model_config, dtype=dtype, attn_implementation=attention
+    ).eval()
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    batch = [Rollout([1] * prompt, [2] * new, False)] * rows
+
+    def step():
+        begun = Prompt(model, batch[0].prompt_ids) if shared else None
+        states = scored_states(model, batch, begun, False)
+        states = states if begun is None else torch.cat([begun.last, states])
+        assert len(states) == found.states
+        states.backward(torch.zeros_like(states))
+        del states
+        if begun is not None:
+            begun.backward()
+
+    with recomputation(model, recompute):
+        _, live = recorded(step)
+    assert max(live) == pytest.approx(found.peak, rel=1e-4)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("words, width, states, chunk", [(20000, 64, 300, 28), (9000, 512, 90, 22)])
+def test_head(words, width, states, chunk, trained):
+    shape = {**SMALL, "vocab_size": words, "hidden_size": width}
+    model_config = AutoConfig.for_model("llama", **shape)
+    asked = config(dtype="float32", mode="full" if trained else "lora", grad_tolerance=0)
+    planner = Planner(asked, model_config, 1, CPU)
+    planned = planner._head(asked, Sketch(model_config, torch.float32), states, 1 << chunk)
+    hidden, weight = torch.randn(states, width), torch.randn(words, width)
+    sink = (lambda words, values: None) if trained else None
+    mask = torch.ones(states, dtype=torch.float64)
+    _, live = recorded(
+        lambda: entropy_loss_into(sink, hidden, weight, mask=mask, chunk_bytes=1 << chunk)
+    )
+    assert max(live) == pytest.approx(planned, rel=0.05)
+
+
+MARK = 12_345_677  # bytes
+RUNS = {
+    "tied": ("llama", True, {}),
+    "recomputed": ("qwen2", False, {"gradient_checkpointing": True, "micro_batch": 10**6}),
+    "not shared": ("llama", True, {"share_prefix": False, "micro_batch": 10**6}),
+    "bf16": (
+        "qwen2",
+        False,
+        {"dtype": "bfloat16", "moments": "bf16", "gradients": "bf16", "micro_batch": 10**6},
+    ),
+    "lora": ("llama", False, {"mode": "lora"}),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_whole_runs_within_5_percent(name, tmp_path, monkeypatch):
+    """From the second update on; what stays, and the most that comes beside it."""
+    kind, tied, changes = RUNS[name]
+    shape = {"hidden_size": 192, "intermediate_size": 500, "num_hidden_layers": 4}
+    source = tiny.save_tiny(tmp_path / "model", kind, tied=tied, **shape)
+    asked = tiny.settings(
+        source,
+        tmp_path / "run",
+        sampling=Sampling(max_new_tokens=60),
+        chat_template=False,
+        **{"micro_batch": 120, "rollout_batch": 6, **changes},
+    )
+    monkeypatch.setattr(rounding, "_noise", {})  # of other tests
+    plan = []
+    update = trainer._Run.update
+
+    def marked(run, number, stop):
+        if number == 2:
+            plan.append(run.plan)
+            torch.empty(MARK, dtype=torch.uint8)
+        update(run, number, stop)
+
+    monkeypatch.setattr(trainer._Run, "update", marked)
+    dtype = getattr(torch, asked.dtype)
+
+    def whole():
+        tiny.run(asked, tiny.make_model(kind, tied=tied, dtype=dtype, **shape))
+
+    sizes, live = recorded(whole)
+    start = sizes.index(MARK)
+    stays, most = live[start - 1], max(live[start + 2 :])
+    (found,) = plan
+    moving = max(phases(found.device).values())
+    assert stays == pytest.approx(found.device_total - moving, rel=0.05)
+    assert most == pytest.approx(found.device_total, rel=0.05)
+    assert most - stays == pytest.approx(moving, rel=0.1)
