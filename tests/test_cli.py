@@ -104,6 +104,7 @@ REFUSED = [  # arguments beside --model model, what the line names
     ([], "prompt: give a text"),
     ([*PROMPT, *file("good.jsonl")], "prompt: give a text"),
     (["--prompt", " \n"], "prompt: is empty"),
+    (["--prompt", "\udcff"], "prompt: is not text in UTF-8"),
     (["--prompt", "x" * 200], "prompt: has 203 tokens, the model's context 128"),
     ([*PROMPT, "--max-new-tokens", "112"], "sampling.max_new_tokens: .* give at most 111"),
     ([*PROMPT, "--model", ""], "model: missing"),

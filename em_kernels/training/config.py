@@ -33,6 +33,9 @@ class _Settings(BaseModel):
 
     def __init__(self, **values: Any) -> None:
         """Raises: UserError for an unknown setting, a value of the wrong kind or out of range."""
+        for name, value in values.items():
+            if any("\ud800" <= letter <= "\udfff" for letter in str(value)):
+                raise UserError(f"{name}: is not text in UTF-8")
         try:
             super().__init__(**values)
         except ValidationError as error:

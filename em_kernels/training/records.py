@@ -98,6 +98,8 @@ class Running:
             raise UserError(f"output: cannot write {self.path}: {error}") from error
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process
+            if os.fstat(self.file.fileno()).st_nlink == 0:  # another's, removed since it was opened
+                raise BlockingIOError
         except BlockingIOError:
             self.file.close()
             raise UserError(f"output: another process trains in {self.path.parent} now") from None

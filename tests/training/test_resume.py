@@ -219,6 +219,7 @@ OTHERS = {
     "memory for 30 tokens": lambda: no_memory(
         the("step"), "scored_states", lambda model, batch, *rest: 12 * len(batch), 30
     ),
+    "no memory for the optimizer": lambda: on(the("AdamW"), "__init__", 1, exhaust),
     "no memory in the step": lambda: on(the("AdamW"), "_copy_back", 2 * SLABS, exhaust),
     "full at completions of update 3": lambda: on(
         the("trainer"), "append", 5, lambda: full("rollouts.jsonl")
@@ -239,8 +240,8 @@ OTHERS = {
     ),
 }
 POINTS = {**INSIDE, **BETWEEN, **OTHERS}
-SLAB = 1 << 13
-SLABS = 4  # at least, of an update
+SLAB = 1 << 12  # elements
+SLABS = 6  # of an update of the whole model
 
 
 def half_model():
@@ -251,6 +252,10 @@ def main_of(arguments):
     from em_kernels.cli import main
 
     return main(arguments)
+
+
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def life(arguments, log, changes):
@@ -384,7 +389,7 @@ def test_a_kill_loses_nothing(mode, points, start, resume, whole_of, tmp_path):
 KILLS = [*INSIDE, *BETWEEN]
 STATELESS = {point for point in KILLS if "state" in point or "facts" in point}
 SLOW = [("full", [point]) for point in KILLS]
-SLOW += [("replay", [point]) for point in KILLS if point not in STATELESS]
+SLOW += [("replay", [point]) for point in INSIDE if point not in STATELESS]
 
 
 @pytest.mark.slow
@@ -402,7 +407,7 @@ TWICE = [
     ("offload", ["slab 3 of update 3", "token 5 of update 1"]),
     ("offload_dir", ["half of the fourth metrics", "slab 1 of update 1"]),
     ("offload_dir", ["half of the second model"]),
-    ("official", ["a checkpoint renamed", "half of the fourth metrics"]),
+    ("official", ["the second micro-batch of update 1", "half of the fourth metrics"]),
 ]
 
 
@@ -415,11 +420,7 @@ def test_modes_and_two_kills(mode, points, start, resume, whole_of, tmp_path):
 # A run that goes on otherwise
 
 
-def state_of(run):
-    return {name: data for name, data in content(run).items() if name != "running.json"}
-
-
-@pytest.mark.parametrize("mode", ["full", "replay"])
+@pytest.mark.parametrize("mode", [slow("full"), "replay"])
 def test_a_finished_run_is_left_alone(mode, resume, whole_of, tmp_path):
     shutil.copytree(whole_of(mode), tmp_path / "run")
     before = content(tmp_path / "run")
@@ -431,6 +432,7 @@ def test_a_finished_run_is_left_alone(mode, resume, whole_of, tmp_path):
     assert after.items() <= before.items() and len(after) == len(before) - 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["full", "replay"])
 def test_more_steps(mode, start, resume, whole_of, tmp_path):
     """They stay, for a run that is killed once more."""
@@ -441,24 +443,25 @@ def test_more_steps(mode, start, resume, whole_of, tmp_path):
     assert_same(tmp_path / "run", whole_of(mode))
 
 
-@pytest.mark.parametrize(
-    "flags, line",
-    [
-        (["--lr", "0.002"], "lr 0.001, not 0.002"),
-        (["--micro-batch", "40"], "micro_batch 20, not 40"),
-        (["--temperature", "0.5"], "sampling.temperature 1.0, not 0.5"),
-        (["--rollouts", "7"], "rollouts 6, not 7"),
-        (["--prompt", "Hello"], 'prompt "What is 2 + 3?", not "Hello"'),
-    ],
-)
-def test_settings_that_change_the_numbers_are_refused(flags, line, resume, whole_of, tmp_path):
+CHANGES = {
+    "--lr 0.002": "lr 0.001, not 0.002",
+    "--micro-batch 40": "micro_batch 20, not 40",
+    "--temperature 0.5": "sampling.temperature 1.0, not 0.5",
+    "--rollouts 7": "rollouts 6, not 7",
+    "--prompt Hello": 'prompt "What is 2 + 3?", not "Hello"',
+}
+
+
+def test_settings_that_change_the_numbers_are_refused(resume, whole_of, tmp_path):
     shutil.copytree(whole_of("full"), tmp_path / "run")
     before = content(tmp_path / "run")
-    message = f"resume: the run was made with {line}; go on with that, or start another"
-    assert resume("run", "--steps", "6", *flags).refused() == message
-    assert content(tmp_path / "run") == before
+    for flags, what in CHANGES.items():
+        message = f"resume: the run was made with {what}; go on with that, or start another"
+        assert resume("run", "--steps", "6", *flags.split()).refused() == message
+        assert content(tmp_path / "run") == before
 
 
+@pytest.mark.slow
 def test_settings_left_open_are_the_runs(start, resume, whole_of, tmp_path):
     shutil.copytree(whole_of("full"), tmp_path / "run")
     assert resume("run", "--micro-batch", "auto", "--mode", "auto").code == 0
@@ -483,6 +486,7 @@ def test_not_a_run(resume, start, whole_of, tmp_path):
     assert "choose another, or --resume it" in start("old").refused()
 
 
+@pytest.mark.slow
 def test_a_damaged_state_is_named_and_the_completions_replayed(start, resume, whole_of, tmp_path):
     assert start("run", "the norm of update 2", save_at=(1,)).code == -signal.SIGKILL
     path = tmp_path / "run" / "checkpoints" / "step-00001" / "training_state.safetensors"
@@ -495,6 +499,7 @@ def test_a_damaged_state_is_named_and_the_completions_replayed(start, resume, wh
     assert content(tmp_path / "run" / last) == content(whole_of("full") / last)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["metrics.jsonl", "rollouts.jsonl"])
 def test_records_that_were_cut_are_made_again(name, resume, whole_of, tmp_path):
     """A damaged line, and what follows, as its message says; the state is of a later update."""
@@ -515,6 +520,7 @@ def test_records_that_were_cut_are_made_again(name, resume, whole_of, tmp_path):
 # Other runs' completions
 
 
+@pytest.mark.slow
 def test_replayed_completions_give_the_same_run(start, whole_of, tmp_path):
     whole = whole_of("full")
     assert start("run", rollouts_from=whole).code == 0
@@ -529,6 +535,7 @@ def test_replayed_completions_give_the_same_run(start, whole_of, tmp_path):
     assert names[0].read_bytes() == names[1].read_bytes()
 
 
+@pytest.mark.slow
 def test_completions_that_do_not_suit_are_refused(start, whole_of, tmp_path):
     whole = whole_of("full")
     refusals = {
@@ -551,6 +558,7 @@ def test_completions_that_do_not_suit_are_refused(start, whole_of, tmp_path):
 OUT_OF_MEMORY = "memory for 40 tokens from update 2 on"
 
 
+@pytest.mark.slow
 def test_less_memory_than_planned(start, resume, tmp_path):
     """The same numbers to rounding; and the sizes that were found are those of a resumed run."""
     auto = {"micro_batch": "auto", "rollout_batch": "auto", "save_optimizer": False}
@@ -588,10 +596,9 @@ def test_less_memory_before_the_state(start, resume, tmp_path):
     ]
 
 
-@pytest.mark.parametrize("save_at", [(), (2,)])
-def test_no_memory_for_a_gradient_that_has_arrived(save_at, start, tmp_path):
+def test_no_memory_for_a_gradient_that_has_arrived(start, tmp_path):
     """It is not counted twice."""
-    auto = {"micro_batch": "auto", "steps": 2, "save_at": save_at}
+    auto = {"micro_batch": "auto", "steps": 2}
     assert start("plain", **auto).code == 0
     ended = start("run", "no memory for a gradient", **auto)
     assert ended.code == 0 and "Out of memory: once more with micro_batch 36" in ended.err
@@ -600,6 +607,7 @@ def test_no_memory_for_a_gradient_that_has_arrived(save_at, start, tmp_path):
         assert found["grad_norm"] == pytest.approx(row["grad_norm"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_no_memory_to_sample(start, tmp_path):
     assert start("plain", steps=2).code == 0
     ended = start("run", "memory for 2 completions", steps=2, rollout_batch="auto")
@@ -609,6 +617,14 @@ def test_no_memory_to_sample(start, tmp_path):
     assert names[0].read_bytes() == names[1].read_bytes()
 
 
+@pytest.mark.slow
+def test_no_memory_to_start(start, tmp_path):
+    line = start("run", "no memory for the optimizer").refused()
+    assert line.startswith("out of memory with micro_batch 20, rollout_batch 64; no update yet; ")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
 def test_no_memory_left_to_free(start, resume, whole_of, tmp_path):
     """In the middle of the weights' step, say; the run goes on elsewhere."""
     line = start("run", "no memory in the step").refused()
@@ -621,17 +637,17 @@ def test_no_memory_left_to_free(start, resume, whole_of, tmp_path):
 # Full disks
 
 
-@pytest.mark.parametrize("mode", ["full", "replay"])
-@pytest.mark.parametrize(
-    "points",
-    [
-        ["full at completions of update 3"],
-        ["full at metrics of update 3"],
-        ["full at metrics of update 3", "room for a checkpoint"],
-        ["full at the second checkpoint"],
-    ],
-)
-def test_a_full_disk_stops_it(points, mode, start, resume, whole_of, tmp_path, monkeypatch):
+FULL = [
+    ["full at metrics of update 3", "room for a checkpoint"],
+    ["full at metrics of update 3"],
+    ["full at completions of update 3"],
+    ["full at the second checkpoint"],
+]
+DISKS = [(mode, points) for points in FULL for mode in ("full", "replay")]
+
+
+@pytest.mark.parametrize("mode, points", [DISKS[0], *(slow(*disk) for disk in DISKS[1:])])
+def test_a_full_disk_stops_it(mode, points, start, resume, whole_of, tmp_path):
     line = start("run", *points, **MODES[mode]).refused()
     assert line.startswith("output: cannot write ") and "File too large" in line
     goes_on = f"--resume {tmp_path}/run goes on"
@@ -664,6 +680,7 @@ def test_a_small_disk(kib, start, resume, whole_of, tmp_path):
 # Signals and other processes
 
 
+@pytest.mark.slow
 def test_another_process_in_the_folder(start, resume, whole_of, tmp_path):
     assert start("run", "the norm of update 2").code < 0
     arguments = ["train", "--resume", str(tmp_path / "run")]

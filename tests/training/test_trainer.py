@@ -100,6 +100,16 @@ def test_same_settings_same_run_other_seed_another(folder, tmp_path):
     assert not torch.equal(mine["lm_head.weight"], weights_of(other.checkpoint)["lm_head.weight"])
 
 
+def test_a_model_trained_twice_is_its_own_afterwards(folder, tmp_path):
+    """No run of before takes its gradients."""
+    model = make_model()
+    run(settings(folder, tmp_path / "a"), model)
+    fresh = run(settings(folder, tmp_path / "b", steps=1), make_model()).metrics[0]["entropy"]
+    assert run(settings(folder, tmp_path / "c", steps=1), model).metrics[0]["entropy"] != fresh
+    model(torch.tensor([[1, 2]])).logits.sum().backward()
+    assert all(weight.grad is not None for weight in model.parameters())
+
+
 def test_what_a_run_leaves(folder, tmp_path, tokenizer):
     output = tmp_path / "deep" / "run"
     config = settings(folder, output, answer="5", steps=3, save_at=(1,))
