@@ -142,7 +142,10 @@ REFUSED = [  # arguments beside --model model, what the line names
     ([*PROMPT, "--temperature", "-1"], "sampling.temperature: -1.0"),
     ([*PROMPT, "--temperature", "1e-50"], "sampling.temperature: 1e-50 is below 0.01"),
     ([*PROMPT, "--chunk-bytes", "100"], "chunk_bytes: 100 is less than one row"),
-    ([*PROMPT, "--attention", "flash_attention_2"], "attention: flash_attention_2 computes in 16"),
+    (
+        [*PROMPT, "--attention", "flash_attention_2", "--dtype", "float32"],
+        "attention: flash_attention_2 computes in 16",
+    ),
     ([*PROMPT, "--temperature", "nan"], "sampling.temperature: nan"),
     ([*PROMPT, "--loss-temperature", "0"], "loss_temperature: 0.0"),
     ([*PROMPT, "--top-p", "0"], "sampling.top_p: 0.0"),

@@ -160,7 +160,7 @@ class TrainConfig(_Settings):
     """auto: a CUDA GPU where there is one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the weights that compute, beside which the optimizer has fp32 ones. auto: bfloat16 on a
-    GPU, float32 on a CPU.
+    GPU, and on a CPU that multiplies it (AMX, AVX512-BF16), where it is faster.
     """
     micro_batch: Auto | Positive = "auto"
     """Tokens of one forward and backward, a shared prompt not counted: memory; the result stays

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from ..free_memory import free_host_bytes
+from ..gemm import bf16_isa
 from ..gradients import SLAB_BYTES as SLAB
 from ..gradients import SLAB_WORDS
 from ..problem import free_bytes
@@ -96,7 +97,9 @@ class Planner:
         held: int = 0,
     ) -> None:
         cuda, host = device.type == "cuda", config.host_memory
-        dtype = ("bfloat16" if cuda else "float32") if config.dtype == "auto" else config.dtype
+        dtype: Any = config.dtype
+        if dtype == "auto":
+            dtype = "bfloat16" if cuda or bf16_isa() else "float32"
         self.config = config.model_copy(update={"dtype": dtype})
         self.model_config, self.prompt, self.download = model_config, prompt_tokens, download
         self.cuda, self.dtype, self.rates = cuda, DTYPES[dtype], RATES[device.type]
