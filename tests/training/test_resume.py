@@ -122,6 +122,12 @@ def no_memory_for_a_gradient():
     on(the("AdamW"), "add", 30, exhaust)
 
 
+def size(of):
+    return lambda disk="run": subprocess.run(
+        ["mount", "-o", f"remount,size={of}", disk], check=True
+    )
+
+
 def exhaust():
     raise torch.OutOfMemoryError
 
@@ -208,6 +214,7 @@ BETWEEN = {
     "the first save": lambda: after(the("trainer"), "save_checkpoint", 1),
     "the end": lambda: on(the("Running"), "__exit__", 1),
 }
+ROOM = (4, 8, 16, 60, 300, 340, 380, 420, 700)  # KiB
 OTHERS = {
     "memory for 40 tokens from update 2 on": lambda: no_memory(
         the("step"), "scored_states", lambda model, batch, *rest: 12 * len(batch), 40, 2
@@ -233,6 +240,10 @@ OTHERS = {
     "full at the second checkpoint": lambda: on(
         the("trainer"), "save_checkpoint", 2, lambda: full("config.yaml")
     ),
+    **{
+        f"{kib} KiB left": lambda kib=kib: on(the("Running"), "__enter__", 1, size(f"{kib}k"))
+        for kib in ROOM
+    },
     "stopped": lambda: on(the("AdamW"), "norm", 1, stop),
     "Ctrl-C in update 2": lambda: on(the("Prompt"), "backward", 3, interrupt),  # the plan has one
     "Ctrl-C twice in the second save": lambda: on_file(
@@ -659,17 +670,18 @@ def test_a_full_disk_stops_it(mode, points, start, resume, whole_of, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kib", [40, 60, 300, 340, 380, 420, 700])
-def test_a_small_disk(kib, start, resume, whole_of, tmp_path):
+@pytest.mark.parametrize("kib", ROOM)
+def test_a_disk_that_others_fill(kib, start, resume, whole_of, tmp_path):
+    """So that so much is left, once the run has begun."""
     disk = tmp_path / "run"
     disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "none", str(disk)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=9m", "none", str(disk)]
     if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("a disk cannot be mounted here")
     try:
-        line = start("run").refused()
+        line = start("run", f"{kib} KiB left").refused()
         assert line.startswith("output: cannot write ") and "No space left on device" in line
-        subprocess.run(["mount", "-o", "remount,size=9m", str(disk)], check=True)
+        size("9m")(disk)
         ended = resume("run") if (disk / "config.yaml").exists() else start("run")
         assert ended.code == 0
         assert_same(disk, whole_of("full"))
