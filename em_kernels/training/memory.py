@@ -71,6 +71,7 @@ def resolve(
         place = place.parent
     free = shutil.disk_usage(place).free
     need = sum(size for name, size in plan.disk.items() if not name.endswith("(offload)"))
+    need -= sum(path.stat().st_size for path in config.output.rglob("*") if path.is_file())
     if need > free:
         raise UserError(
             f"output: {config.output} has {free / GIB:.1f} GiB of disk free, the run writes up to "
