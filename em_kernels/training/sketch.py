@@ -108,15 +108,12 @@ class _Net:
     def _add_adapters(self, lora: TrainConfig) -> None:
         from peft import LoraConfig, inject_adapter_in_model
 
+        from .lora import adapted_layers
+
         self.model.requires_grad_(False)
-        targets = list(lora.lora_targets)
-        settings = LoraConfig(
-            r=lora.lora_rank, target_modules=targets[0] if targets == ["all-linear"] else targets
-        )
-        try:
-            inject_adapter_in_model(settings, self.model, low_cpu_mem_usage=True)
-        except ValueError as error:
-            raise UserError(f"lora_targets: {' '.join(str(error).split())[:200]}") from error
+        targets = list(adapted_layers(self.model, lora))
+        settings = LoraConfig(r=lora.lora_rank, target_modules=targets)
+        inject_adapter_in_model(settings, self.model, low_cpu_mem_usage=True)
         with self.fake:  # peft leaves them on the meta device
             for module in self.model.modules():
                 for name, p in module._parameters.items():

@@ -381,10 +381,10 @@ class _Run:
                 error = full
         if isinstance(error, (Interrupted, UserError)):
             return type(error)(f"{error}; {kept}")
-        if isinstance(error, torch.OutOfMemoryError):
+        if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
             sizes = ", ".join(f"{name} {size}" for name, size in self.sizes.items())
-            remedies = ", ".join(
-                flag for flag, _ in cheaper(self.config, self.device.type == "cuda")
-            )
+            asked = {name: getattr(self.asked, name) for name in self.sizes}  # "auto" stays
+            options = cheaper(self.config.model_copy(update=asked), self.device.type == "cuda")
+            remedies = ", ".join(flag for flag, _ in options)
             return UserError(f"out of memory with {sizes}; {kept}; use {remedies}")
         return error

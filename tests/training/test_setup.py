@@ -66,3 +66,13 @@ def test_without_a_chat_template_the_prompt_is_raw_and_it_says_so(folder, tmp_pa
     assert "no chat template: the prompt is used as it is" in text.getvalue()
     record = read(tmp_path / "run" / "rollouts.jsonl")[0]
     assert tokenizer.decode(record["prompt_ids"]) == TRAINING_TEXT
+
+
+@pytest.mark.parametrize("target, said", [("lm_head", "is the output head"), ("wq", "names no")])
+def test_lora_target_is_refused_before_weights_are_read(target, said, tmp_path):
+    model = save_tiny(tmp_path / "model", tied=False)
+    (model / "model.safetensors").write_bytes(b"")  # would be found broken
+    config = settings(model, tmp_path / "run", mode="lora", lora_targets=(target,))
+    with pytest.raises(UserError, match=f"lora_targets: {target} {said}"):
+        run(config)
+    assert not (tmp_path / "run").exists()
