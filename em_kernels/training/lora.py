@@ -58,12 +58,6 @@ def adapted_layers(model: PreTrainedModel, config: TrainConfig) -> dict[str, nn.
     return {name: layer for name, layer in linear.items() if name in found}
 
 
-def lora_parameter_count(model: PreTrainedModel, config: TrainConfig) -> int:
-    """How many parameters add_adapters would add to an unquantised model; raises as it does."""
-    layers = adapted_layers(model, config).values()
-    return config.lora_rank * sum(sum(layer.weight.shape) for layer in layers)
-
-
 def add_adapters(model: PreTrainedModel, config: TrainConfig) -> PeftModel:
     """Freeze the model and put fp32 adapters into its layers, in place, before its first forward.
     They depend on config.seed alone, and start as no change.

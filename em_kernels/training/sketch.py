@@ -154,7 +154,6 @@ class _Net:
     def _begin(self, key: tuple[int, bool] | None) -> tuple[Prompt | None, tuple[int, int]]:
         """A prompt, kept until another is asked for, and the peaks of its backward."""
         if self.prompt is not None and self.prompt[0] != key:
-            self._finish(self.prompt[1])  # checkpoints would keep the graph that nothing consumed
             self.prompt = None
         if key is None:
             return None, (0, 0)
