@@ -1,0 +1,373 @@
+"""Completions from transformers serve, of a tiny model; and from servers that misbehave."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from json import dumps, loads
+from urllib.request import urlopen
+
+import pytest
+import torch
+from training.tiny import PLAIN, TEMPLATE, make_model, make_tokenizer
+
+from em_kernels.training.config import Sampling, UserError
+from em_kernels.training.rollout import generate
+from em_kernels.training.server import complete, model_name
+
+PATIENCE_S = 60
+NAME = "tiny/llama"
+GREEDY = PLAIN.model_copy(update={"temperature": 0.0})
+QUESTIONS = ["What is 2 + 3?", "abc", "Name the 3 the's.\n\n"]
+
+
+def asked(question):
+    return [{"role": "user", "content": question}]
+
+
+def collect(url, model, prompts, sampling=GREEDY, seeds=None, **options):
+    """What on_done was told, by index."""
+    done = {}
+    seeds = range(len(prompts)) if seeds is None else seeds
+    complete(
+        url,
+        model,
+        prompts,
+        seeds,
+        sampling,
+        on_done=lambda i, *rest: done.update({i: rest}),
+        **options,
+    )
+    return done
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """Its chat template takes a hint."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = TEMPLATE.replace("<|assistant|>", "<|assistant|>{{ hint }}")
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def model():
+    """fp64: rounding cannot flip a token."""
+    return make_model(dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def url(model, tokenizer, tmp_path_factory):
+    """transformers serve, with the model as one of the hub's that was downloaded before."""
+    cache = tmp_path_factory.mktemp("hub")
+    repository, revision = cache / f"models--{NAME.replace('/', '--')}", "0" * 40
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(revision)
+    for part in (model, tokenizer):
+        part.save_pretrained(repository / "snapshots" / revision)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from transformers.cli.transformers import main; main()", "serve"]
+        + [NAME, "--device", "cpu", "--host", "127.0.0.1", "--port", str(port)],
+        env={**os.environ, "HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    log = []
+    reader = threading.Thread(target=lambda: log.extend(process.stderr))
+    reader.start()
+    try:
+        end = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                urlopen(f"http://127.0.0.1:{port}/health").close()
+                break
+            except OSError:
+                assert process.poll() is None and time.monotonic() < end, "".join(log)
+                time.sleep(0.05)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        reader.join()
+
+
+def ours(model, tokenizer, prompts, sampling, **template):
+    """What generate gives, as on_done is told it."""
+    ids = [
+        tokenizer(p).input_ids
+        if isinstance(p, str)
+        else tokenizer.apply_chat_template(p, add_generation_prompt=True, **template)["input_ids"]
+        for p in prompts
+    ]
+    rollouts = generate(model, tokenizer, ids, [(i,) for i in range(len(ids))], sampling)
+    texts = tokenizer.batch_decode([r.response_ids for r in rollouts], skip_special_tokens=True)
+    return {
+        i: (text, len(r.response_ids), r.ended)
+        for i, (text, r) in enumerate(zip(texts, rollouts, strict=True))
+    }
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_greedy_text_is_that_of_generate(penalty, url, model, tokenizer):
+    sampling = GREEDY.model_copy(update={"repetition_penalty": penalty})
+    prompts = [*QUESTIONS, *(asked(q) for q in QUESTIONS)]
+    assert collect(url, NAME, prompts, sampling) == ours(model, tokenizer, prompts, sampling)
+
+
+def test_template_kwargs(url, model, tokenizer):
+    prompts = [asked(q) for q in QUESTIONS]
+    hinted = collect(url, NAME, prompts, template_kwargs={"hint": "abc"})
+    assert hinted == ours(model, tokenizer, prompts, GREEDY, hint="abc")
+    assert hinted != collect(url, NAME, prompts)
+
+
+def test_a_stop_string_ends_a_completion(url, model, tokenizer):
+    text = ours(model, tokenizer, QUESTIONS[:1], GREEDY)[0][0]
+    sampling = GREEDY.model_copy(update={"stop": (text[4], "never there")})
+    done = collect(url, NAME, QUESTIONS[:1], sampling)
+    assert done == ours(model, tokenizer, QUESTIONS[:1], sampling)
+    assert done[0][2] and done[0][1] < GREEDY.max_new_tokens
+
+
+def test_sampling_reaches_the_server(url, model, tokenizer):
+    one_at_a_time = partial(collect, url, NAME, QUESTIONS[:1] * 4, parallel=1)
+    first, second, again, folded = one_at_a_time(PLAIN, seeds=[3, 4, 3, 3 + 2**62]).values()
+    assert first == again == folded != second
+    only = PLAIN.model_copy(update={"top_k": 1})
+    assert set(one_at_a_time(only).values()) == {collect(url, NAME, QUESTIONS[:1])[0]}
+
+
+def test_model_name(url):
+    assert model_name(url, "") == NAME
+    assert model_name(url, "any") == "any"
+
+
+def test_a_model_the_server_lacks(url):
+    with pytest.raises(UserError, match=r"^server: .*pinned to 'tiny/llama'.*name a model"):
+        collect(url, "tiny/lamma", QUESTIONS)
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        self.do_POST()
+
+    def do_POST(self):
+        body = loads(self.rfile.read(int(self.headers.get("content-length", 0))) or "{}")
+        self.server.seen.append((self.path, self.headers["authorization"], body))
+        status, answer = self.server.answer(body)
+        data = (answer if isinstance(answer, str) else dumps(answer)).encode()
+        self.send_response(status)
+        kind = "text/html" if isinstance(answer, str) else "application/json"
+        for name, value in {
+            "content-type": kind,
+            "content-length": len(data),
+            "retry-after-ms": 1,
+        }.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *what):
+        pass
+
+
+@pytest.fixture
+def serve():
+    """Starts a server that gives so many answers; its address, and the requests it saw."""
+    servers = []
+
+    def start(answer):
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        server.answer, server.seen = answer, []
+        threading.Thread(target=server.serve_forever, args=[0.01]).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_port}", server.seen
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def completion(body, text="four", reason="stop", **more):
+    said = {"message": {"content": text}} if "messages" in body else {"text": text}
+    return 200, {"choices": [{"index": 0, "finish_reason": reason, **said}], **more}
+
+
+def refusal(status, message):
+    return status, {"error": {"message": message, "type": "invalid_request_error"}}
+
+
+def test_every_field_is_sent(serve, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    url, seen = serve(completion)
+    sampling = Sampling(temperature=0.5, top_k=0, top_p=0.95, repetition_penalty=1.15)
+    collect(url, "m", ["2 + 2"], sampling, seeds=[2**40 + 5], template_kwargs={"think": False})
+    sampling = sampling.model_copy(update={"top_k": 50, "stop": ("\n",)})
+    collect(url, "m", [asked("2")], sampling, seeds=[6], template_kwargs={"think": False})
+    fields = {"model": "m", "temperature": 0.5, "top_p": 0.95, "max_tokens": 512, "min_p": 0}
+    fields |= {"repetition_penalty": 1.15, "repeat_penalty": 1.15, "repeat_last_n": 2**17}
+    fields["samplers"] = ["penalties", "temperature", "top_k", "top_p"]
+    raw = {"prompt": "2 + 2", "seed": 5, "stop": None, "top_k": -1}
+    chat = {"messages": asked("2"), "seed": 6, "stop": ["\n"], "top_k": 50}
+    chat["chat_template_kwargs"] = {"think": False}
+    assert seen == [
+        ("/v1/completions", "Bearer secret", fields | raw),
+        ("/v1/chat/completions", "Bearer secret", fields | chat),
+    ]
+
+
+def test_what_on_done_is_told(serve):
+    url, _ = serve(lambda body: completion(body, None, "length"))
+    address = url.removeprefix("http://")
+    assert collect(f"{url}/v1/", "m", [asked("2")]) == {0: ("", None, False)}
+    threads = set()
+    complete(
+        address,
+        "m",
+        ["2"] * 5,
+        range(5),
+        GREEDY,
+        on_done=lambda *_: threads.add(threading.get_ident()),
+    )
+    assert threads == {threading.get_ident()}
+
+
+def strict(body, more=()):
+    """OpenAI's own API: an unknown field is an error, and so are those of other servers."""
+    known = {"model", "prompt", "temperature", "top_p", "max_tokens", "stop", "seed", *more}
+    if unknown := sorted(set(body) - known):
+        return refusal(400, f"Unrecognized request argument supplied: {unknown[0]}")
+    return completion(body)
+
+
+def test_fields_that_a_server_refuses_are_left_out_where_they_are_off(serve):
+    url, seen = serve(strict)
+    assert len(collect(url, "m", ["2"] * 5, parallel=1)) == 5
+    assert len(seen) == 8  # each refused way to ask is tried once
+    with pytest.raises(UserError, match=r"^server: .*set sampling\.top_k 0 and"):
+        collect(url, "m", ["2"], GREEDY.model_copy(update={"top_k": 50}))
+
+
+def test_fields_are_sent_where_others_are_refused(serve):
+    url, seen = serve(partial(strict, more=("top_k", "min_p", "repetition_penalty")))
+    collect(url, "m", ["2"], Sampling(top_k=50, repetition_penalty=1.15))
+    last = seen[-1][2]
+    assert (last["top_k"], last["min_p"], last["repetition_penalty"]) == (50, 0, 1.15)
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "remedy"),
+    [
+        (400, "The context is 128 tokens.", "lower sampling.max_new_tokens"),
+        (401, "No key.", "set OPENAI_API_KEY"),
+        (403, "Not yours.", "set OPENAI_API_KEY"),
+        (404, "The model `m` does not exist.", "one it serves"),
+    ],
+)
+def test_a_refusal_is_one_line_with_a_remedy(status, message, remedy, serve):
+    url, seen = serve(lambda body: refusal(status, message))
+    with pytest.raises(UserError) as error:
+        collect(url, "m", ["2"] * 40, parallel=1)
+    said = str(error.value)
+    assert said.startswith(f"server: {url}: ") and message in said and remedy in said
+    assert "\n" not in said and len(seen) == 1
+
+
+def test_what_arrived_before_a_failure_is_delivered(serve):
+    url, seen = serve(lambda b: refusal(503, "full") if b["prompt"] == "3" else completion(b))
+    done = []
+    with pytest.raises(UserError, match=r"^server: .*full.*; is it running there\? See its log"):
+        complete(
+            url,
+            "m",
+            ["2", "2", "3", "2"],
+            range(4),
+            GREEDY,
+            parallel=1,
+            on_done=lambda i, *_: done.append(i),
+        )
+    assert done == [0, 1] and [body["prompt"] for *_, body in seen] == ["2", "2"] + ["3"] * 5
+
+
+def test_a_server_that_recovers(serve):
+    answers = iter([refusal(503, "starting"), refusal(429, "busy")])
+    url, _ = serve(lambda body: next(answers, None) or completion(body))
+    assert collect(url, "m", ["2"]) == {0: ("four", None, True)}
+
+
+def test_what_on_done_raises_ends_the_call(serve):
+    url, seen = serve(completion)
+
+    def full(*what):
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        complete(url, "m", ["2"] * 99, range(99), GREEDY, parallel=1, on_done=full)
+    assert len(seen) < 99
+
+
+def test_an_interrupt(serve):
+    told, never, waiting = threading.Event(), threading.Event(), []
+
+    def answer(body):
+        if body["prompt"] == "slow":
+            waiting.append(body)
+            if len(waiting) == 2 and told.wait(PATIENCE_S):
+                os.kill(os.getpid(), signal.SIGINT)
+            never.wait(PATIENCE_S)
+        return completion(body)
+
+    def on_done(i, *rest):
+        done.append(i)
+        told.set()
+
+    url, seen = serve(answer)
+    done, prompts = [], ["fast"] + ["slow"] * 9
+    with pytest.raises(KeyboardInterrupt):
+        complete(url, "m", prompts, range(10), GREEDY, parallel=2, on_done=on_done)
+    assert not never.is_set() and done == [0]
+    never.set()
+    time.sleep(0.3)  # in which the two that were on their way end, and no other follows
+    assert len(seen) == 3
+
+
+def test_a_server_that_stopped(url):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        gone = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    with pytest.raises(UserError, match=rf"^server: {gone}: .*; is it running there\?"):
+        collect(gone, "m", ["2"] * 50)
+
+
+@pytest.mark.parametrize("address", ["http://here:port", "http://[::1"])
+def test_an_address_that_is_none(address):
+    with pytest.raises(UserError, match=r"^server: .*an address is http://HOST:PORT"):
+        model_name(address, "")
+
+
+@pytest.mark.parametrize("answer", ["<html>", {}, [], None, {"choices": []}])
+def test_a_server_of_something_else(answer, serve):
+    url, _ = serve(lambda body: (200, answer))
+    with pytest.raises(UserError, match=r"^server: .*does not answer as OpenAI's API does"):
+        collect(url, "m", ["2"])
+    if answer != []:
+        with pytest.raises(UserError, match=r"^(server|model): "):
+            model_name(url, "")
+
+
+def test_several_models(serve):
+    url, _ = serve(lambda body: (200, {"data": [{"id": "a"}, {"id": "b"}]}))
+    with pytest.raises(UserError, match=r"^model: name one of those at http.*: a, b$"):
+        model_name(url, "")
