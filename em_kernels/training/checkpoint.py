@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import TrainConfig, UserError
-from .records import sync
+from .records import differing, sync
 from .rounding import to_bf16
 
 Writer = Callable[[Path], None]
@@ -24,7 +24,7 @@ STATE, FACTS = "training_state.safetensors", "training_state.json"
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64"}  # safetensors' names
 FREE = {  # settings that leave the numbers of an update as they are
     *("output", "steps", "save_at", "save_optimizer", "keep", "stop_below", "stop_repetition"),
-    *("gpu_memory", "host_memory", "offload_dir", "rollouts_from", "answer"),
+    *("gpu_memory", "host_memory", "offload_dir", "rollouts_from", "answer", "report_to"),
 }
 
 
@@ -32,14 +32,6 @@ def defining_settings(config: TrainConfig) -> dict[str, Any]:
     """Every setting that determines the numbers, by name, as JSON has it."""
     values = config.model_dump(mode="json", exclude=FREE)
     return values | {f"sampling.{k}": v for k, v in values.pop("sampling").items()}
-
-
-def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """The first setting that is not as it was, if there is one."""
-    for name in [*now, *before]:
-        if (was := before.get(name)) != (given := now.get(name)):
-            return f"{name} {json.dumps(was)}, not {json.dumps(given)}"
-    return None
 
 
 def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Writer:

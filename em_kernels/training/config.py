@@ -3,9 +3,11 @@ from.
 """
 
 import difflib
+import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
+import tyro
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tyro.conf import arg
@@ -18,10 +20,13 @@ class UserError(Exception):
 Positive = Annotated[int, Field(ge=1)]
 Auto = Literal["auto"]
 Precision = Literal["auto", "fp32", "bf16"]
+T = TypeVar("T", bound="Settings")
 FULL_LR, LORA_LR = 2e-5, 2e-4
 
 
-class _Settings(BaseModel):
+class Settings(BaseModel):
+    """Of a command: what --help says of each, its default, its range."""
+
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
@@ -41,8 +46,12 @@ class _Settings(BaseModel):
         except ValidationError as error:
             raise UserError(one_line(error)) from None
 
+    def to_yaml(self) -> str:
+        """Every setting, readable by :func:`read_yaml`."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
-class Sampling(_Settings):
+
+class Sampling(Settings):
     """How completions are sampled; a model's generation_config gives only its EOS ids."""
 
     temperature: Annotated[float, Field(ge=0, le=100)] = 0.5
@@ -61,7 +70,7 @@ class Sampling(_Settings):
     """
 
 
-class TrainConfig(_Settings):
+class TrainConfig(Settings):
     """One-shot Entropy Minimization: sample completions of one prompt, then minimise the entropy of
     their next-token distributions. The defaults are the paper's (arXiv 2505.20282).
     """
@@ -80,6 +89,8 @@ class TrainConfig(_Settings):
     """
     chat_template: bool = True
     """Send the prompt as a user message through the model's chat template, or else as it is."""
+    template_kwargs: str = "{}"
+    """JSON: what the chat template takes, such as {"enable_thinking": false}."""
     output: Path = Path("runs/one-shot-em")
     """Folder of the run; must not hold another run."""
 
@@ -186,6 +197,10 @@ class TrainConfig(_Settings):
     """transformers' attn_implementation: sdpa, eager, flash_attention_2."""
     chunk_bytes: Positive | None = None
     """Memory for the logits held at a time; default 256 MiB."""
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
+    """Where each update's metrics are logged too, beside metrics.jsonl: needs that package; wandb
+    works offline with WANDB_MODE=offline.
+    """
 
     @property
     def temperature(self) -> float:
@@ -218,17 +233,13 @@ class TrainConfig(_Settings):
             raise UserError(f"4bit: goes with mode lora; {self.mode} trains the weights themselves")
         if self.offload_dir is not None and self.mode not in ("auto", "offload"):
             raise UserError(f"offload_dir: goes with mode offload, not {self.mode}")
-
         if self.dtype == "float32" and self.attention.startswith("flash"):
             raise UserError(f"attention: {self.attention} computes in 16 bits; use dtype bfloat16")
 
-    def to_yaml(self) -> str:
-        """Every setting, readable by :func:`read_yaml`."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
-
+ADDITION_SHOTS = ((12, 7), (23, 45))
 DEMO_SHOTS = "".join(
-    f"Q: What is {a} + {b}?\nA: {a} + {b} = {a + b}\n\n" for a, b in ((12, 7), (23, 45))
+    f"Q: What is {a} + {b}?\nA: {a} + {b} = {a + b}\n\n" for a, b in ADDITION_SHOTS
 )
 PRESETS: dict[str, dict[str, Any]] = {
     "one-shot-em": {},
@@ -265,6 +276,28 @@ def preset(name: str) -> TrainConfig:
     if name not in PRESETS:
         raise UserError(f"preset: {name!r} is none of {', '.join(PRESETS)}")
     return TrainConfig(**PRESETS[name])
+
+
+def json_object(name: str, text: str) -> dict[str, Any]:
+    """A setting that is a JSON object."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f'{name}: {text!r} is not a JSON object such as {{"name": false}}')
+    return found
+
+
+def from_flags(kind: type[T], command: str, arguments: list[str], text: str, **start: Any) -> T:
+    """Settings of flags, over their defaults or those given; --help tells of each."""
+    return tyro.cli(
+        tyro.conf.OmitArgPrefixes[kind],  # type: ignore[valid-type, misc]
+        args=arguments,
+        default=kind(**start),
+        prog=f"em-kernels {command}",
+        description=f"{kind.__doc__}\n\n{text}",
+    )
 
 
 def read_yaml(path: Path) -> TrainConfig:

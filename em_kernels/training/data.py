@@ -1,24 +1,43 @@
-"""Problems: prompts, and answers where they are known, from text, .jsonl and .parquet files."""
+"""Problems: prompts, and answers where they are known, from text, files, the hub or a generator;
+and how a model is asked them.
+"""
 
+import difflib
 import json
+import random
+import urllib.parse
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from transformers import PreTrainedTokenizerBase
 
-from .config import TrainConfig, UserError
+from .config import ADDITION_SHOTS, TrainConfig, UserError
+from .grading import final_answer
 
 PROMPT_COLUMNS = ("problem", "question", "prompt")
 ANSWER_COLUMNS = ("answer", "final_answer", "ground_truth")
+# as Qwen2.5-Math's own evaluation asks, and the paper's
+QWEN25_MATH_COT = (
+    "<|im_start|>system\nPlease reason step by step, and put your final answer within "
+    "\\boxed{{}}.<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A prompt, and its answer where it is known."""
+    """A prompt, its answer where it is known, and how a worked example would write that."""
 
     prompt: str
     answer: str | None = None
+    worked: str | None = None
+
+    @property
+    def completion(self) -> str:
+        """What follows "A:" where the answer is given as the examples give it."""
+        return f" {self.worked or self.answer}\n"
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -53,6 +72,9 @@ def as_problem(row: Any, path: Path) -> Problem:
     answer = next((answers[n] for n in ANSWER_COLUMNS if answers.get(n) is not None), None)
     if isinstance(answer, list):
         answer = answer[0] if answer else None
+    solution = row.get("solution")
+    if answer is None and isinstance(solution, str) and "\\boxed{" in solution:  # Minerva
+        answer = final_answer(solution)
     return Problem(prompt, None if answer is None else str(answer).split("####")[-1].strip())
 
 
@@ -70,11 +92,88 @@ def problems_of(config: TrainConfig) -> list[Problem]:
     return [as_problem(rows[row], config.prompt_from) for row in config.prompt_rows]
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, chat_template: bool) -> list[int]:
+def read_problems(
+    source: str, *, subset: str | None = None, split: str = "test", count: int | None, seed: int = 0
+) -> list[Problem]:
+    """So many problems, or all: of a .jsonl or .parquet file, of "addition" (distinct sums of two
+    two-digit numbers), of "gym:NAME" (distinct problems of a reasoning-gym task), or of a dataset
+    of the hub. Of a generator 1000 by default, others for another seed.
+    """
+    if source == "addition":
+        rng = random.Random(seed)
+        pairs = [(a, b) for a in range(10, 100) for b in range(10, 100)]
+        pairs = [pair for pair in pairs if pair not in ADDITION_SHOTS]
+        pairs = [*ADDITION_SHOTS, *rng.sample(pairs, len(pairs))]
+        sums = [(f"{a} + {b}", str(a + b)) for a, b in pairs]
+        found = [Problem(f"What is {task}?", total, f"{task} = {total}") for task, total in sums]
+        count = count or 1000
+    elif source.startswith("gym:"):
+        found = _gym(source.removeprefix("gym:"), count := count or 1000, seed)
+    elif (path := Path(source).expanduser()).suffix in (".parquet", ".jsonl", ".json"):
+        found = [as_problem(row, path) for row in read_rows(path)]
+    else:
+        found = [as_problem(row, Path(source)) for row in _hub(source, subset, split)]
+    if count is not None and len(found) < count:
+        raise UserError(f"count: {source} has {len(found)} problems, {count} are asked for")
+    if not found:
+        raise UserError(f"data: {source} has no rows")
+    return found[:count]
+
+
+def _gym(name: str, count: int, seed: int) -> list[Problem]:
+    import reasoning_gym
+    from reasoning_gym.factory import DATASETS
+
+    task, _, text = name.partition("?")
+    settings = {key: yaml.safe_load(value) for key, value in urllib.parse.parse_qsl(text)}
+    if task not in DATASETS:
+        near = difflib.get_close_matches(task, DATASETS, n=3) or sorted(DATASETS)
+        raise UserError(f"data: reasoning-gym has no task {task!r}; it has {', '.join(near)}")
+    found: dict[str, Problem] = {}  # a small task repeats itself
+    try:
+        items = reasoning_gym.create_dataset(task, size=20 * count, seed=seed, **settings)
+    except (AssertionError, TypeError) as error:
+        raise UserError(f"data: gym:{name}: {error}") from error
+    for item in items:
+        question, answer = item["question"].strip(), item["answer"]
+        if answer is None:
+            raise UserError(f"data: gym:{task} has no one right answer to compare with")
+        found.setdefault(question, Problem(question, str(answer).strip()))
+        if len(found) == count:
+            break
+    return list(found.values())
+
+
+def _hub(name: str, subset: str | None, split: str) -> list[dict[str, Any]]:
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        return datasets.load_dataset(name, subset, split=split).to_list()
+    except Exception as error:  # it and the hub client raise many kinds
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"data: cannot open {name}: {reason}") from error
+
+
+def few_shot(shots: Sequence[Problem], problem: Problem) -> str:
+    """A raw prompt that ends where the answer begins."""
+    examples = "".join(f"Q: {shot.prompt}\nA:{shot.completion}\n" for shot in shots)
+    return f"{examples}Q: {problem.prompt}\nA:"
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    chat_template: bool,
+    template_kwargs: Mapping[str, Any] = {},
+) -> list[int]:
     """Token ids of a prompt, tokenised whole; as a user message where a chat template is wanted."""
     if not chat_template:
         return tokenizer(prompt).input_ids
     text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+        [{"role": "user", "content": prompt}],
+        tokenize=False,
+        add_generation_prompt=True,
+        **template_kwargs,
     )
     return tokenizer(text, add_special_tokens=False).input_ids

@@ -1,50 +1,150 @@
-"""Accuracy on problems with known answers, and how far it can be trusted."""
+"""`em-kernels eval`: accuracy on problems with known answers, and how far it can be trusted."""
 
-from collections.abc import Callable, Sequence
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from functools import partial
+from math import comb
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
-from scipy.stats import binomtest
+import torch
+import yaml
+from pydantic import Field
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import binomtest, bootstrap
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .config import Sampling
-from .data import Problem, encode
-from .grading import is_correct
-from .rollout import generate
+from ..functional import fused_token_stats
+from ..hf import head_of
+from .completions import (
+    COMPLETIONS,
+    Completion,
+    Local,
+    Served,
+    TaskSettings,
+    collect,
+    open_model,
+    states_of,
+    token_ids,
+)
+from .config import Positive, Sampling, UserError, from_flags, json_object
+from .data import Problem, as_problem, read_rows
+from .grading import Grader
+from .records import CONFIG, Running, open_folder, read_lines, write_whole
+from .rollout import Rollout
+from .session import progress_on
+
+PROBLEMS, RESULTS = "problems.jsonl", "results.json"
+STREAM = 1  # of randomness; selection's is 2
+FREE = ("output", "batch_size", "device", "server", "parallel")
+RESAMPLES = 2000
+HELP = """--regrade DIR grades the completions that an evaluation has kept once more; --against DIR
+compares with an earlier evaluation of the same problems, by McNemar's exact test.
+
+Examples: em-kernels eval --model demo --data math500.jsonl --count 50 --max-new-tokens 512;
+em-kernels eval --model Qwen/Qwen2.5-Math-7B --data HuggingFaceH4/MATH-500 --template
+qwen25-math-cot --output evals/base; em-kernels eval --model demo --data addition --template
+few-shot --teacher-forced; em-kernels eval --regrade evals/after --against evals/base"""
 
 
-def evaluate(
+class EvalConfig(TaskSettings):
+    """Accuracy of a model on problems with known answers: greedy by default, or with --samples
+    avg@k and pass@k. The same command again goes on where it was stopped.
+    """
+
+    sampling: Sampling = Sampling(
+        temperature=0, top_k=0, top_p=1, repetition_penalty=1, max_new_tokens=3072
+    )
+    """How completions are sampled; every field is said, none comes from the model."""
+    samples: Positive = 1
+    """Completions of each problem; more than one need a temperature."""
+    output: Path = Path("evals/eval")
+    """Folder of the evaluation: settings, completions, verdicts."""
+    teacher_forced: bool = False
+    """Sample nothing: is every token of the known answer, as a worked example would write it, the
+    most probable one (this is what greedy sampling would say), and how probable is it at each of
+    temperatures? For template few-shot and answers that can be written in one way.
+    """
+    temperatures: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] = (
+        1.0,
+        0.5,
+        0.25,
+    )
+    """Of teacher_forced."""
+    server: str | None = None
+    """Evaluate through this OpenAI-compatible server, such as http://localhost:8000/v1 of vLLM."""
+    parallel: Positive = 32
+    """Requests to the server at a time."""
+
+
+class Scores(NamedTuple):
+    """Of problems, teacher-forced."""
+
+    greedy: np.ndarray  # (n,) bool: every token of the answer is the most probable one
+    logprob: np.ndarray  # (temperatures, n) nats, of the whole answer
+
+
+def score(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    problems: Sequence[Problem],
-    sampling: Sampling,
-    *,
-    samples: int = 1,
-    seed: int = 0,
-    stream: int = 1,
-    chat_template: bool = True,
-    batch_size: int = 64,
-    on_done: Callable[[int], None] | None = None,
-) -> np.ndarray:
-    """Which completions are right: bool (problems, samples).
-
-    Completion k of problem i draws its randomness from (seed, i, k, stream); training's numbers are
-    three, so it never shares them.
-    """
-    prompts = [encode(tokenizer, p.prompt, chat_template) for p in problems for _ in range(samples)]
-    seeds = [(seed, i, k, stream) for i in range(len(problems)) for k in range(samples)]
-    rollouts = generate(
-        model, tokenizer, prompts, seeds, sampling, batch_size=batch_size, on_done=on_done
-    )
-    texts = tokenizer.batch_decode([r.response_ids for r in rollouts], skip_special_tokens=True)
-    answers = [p.answer for p in problems for _ in range(samples)]
-    right = [a is not None and is_correct(t, a) for t, a in zip(texts, answers, strict=True)]
-    return np.array(right).reshape(len(problems), samples)
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    temperatures: Sequence[float],
+    console: Console,
+    title: str = "scoring",
+) -> Scores:
+    """Known completions of raw prompts under a model, tokenised together."""
+    rollouts, head = list[Rollout](), head_of(model)
+    for prompt, completion in zip(prompts, completions, strict=True):
+        ids, whole = tokenizer(prompt).input_ids, tokenizer(prompt + completion).input_ids
+        if whole[: len(ids)] != ids:
+            raise UserError(
+                f"teacher_forced: the tokenizer joins the end of the prompt with {completion!r}"
+            )
+        rollouts.append(Rollout(ids, whole[len(ids) :], True))
+    greedy = np.zeros(len(rollouts), dtype=bool)
+    logprob = np.zeros((len(temperatures), len(rollouts)))
+    with progress_on(console) as progress, torch.no_grad():
+        bar = progress.add_task(title, total=len(rollouts))
+        for members, states in states_of(model, rollouts):
+            tokens = [rollouts[i].response_ids for i in members]
+            targets = torch.tensor(sum(tokens, []), device=states.device)
+            lengths = [len(ids) for ids in tokens]
+            for row, temperature in enumerate(temperatures):
+                stats = fused_token_stats(
+                    states,
+                    head.weight,
+                    targets,
+                    stats=("logprob", "argmax"),
+                    temperature=temperature,
+                    **head.arguments(),
+                )
+                assert stats.argmax is not None and stats.logprob is not None
+                right = (stats.argmax == targets).cpu().split(lengths)
+                parts = stats.logprob.double().cpu().split(lengths)
+                for i, hits, part in zip(members, right, parts, strict=True):
+                    greedy[i], logprob[row, i] = hits.all().item(), part.sum().item()
+            progress.advance(bar, len(members))
+    return Scores(greedy, logprob)
 
 
 def wilson(right: np.ndarray) -> tuple[float, float]:
     """95 % Wilson interval of the accuracy."""
     interval = binomtest(int(right.sum()), right.size).proportion_ci(0.95, method="wilson")
     return interval.low, interval.high
+
+
+def of_problems(values: np.ndarray) -> tuple[float, float]:
+    """95 % interval of a mean over problems, by resampling them."""
+    if np.ptp(values) == 0:
+        return values[0], values[0]
+    draw = partial(bootstrap, n_resamples=RESAMPLES, method="percentile", rng=0)
+    interval = draw((values,), np.mean).confidence_interval
+    return float(interval.low), float(interval.high)
 
 
 def paired_change(before: np.ndarray, after: np.ndarray) -> tuple[float, float, float, float]:
@@ -58,3 +158,180 @@ def paired_change(before: np.ndarray, after: np.ndarray) -> tuple[float, float, 
     half = 1.96 * np.sqrt(max(changed - (gained - lost) ** 2 / n, 0)) / n
     p = binomtest(gained, changed).pvalue if changed else 1.0
     return change, change - half, change + half, p
+
+
+def pass_at(right: np.ndarray, k: int) -> np.ndarray:
+    """Of each problem the chance that one of k of its samples is right, without bias (Chen et al.,
+    arXiv 2107.03374).
+    """
+    n, wrong = right.shape[1], (~right).sum(1)
+    return np.array([1 - comb(int(w), k) / comb(n, k) for w in wrong])
+
+
+def percent(value: float, interval: Sequence[float] = ()) -> str:
+    """With its interval, where one is given."""
+    low_high = ", ".join(f"{100 * x:.1f}" for x in interval)
+    return f"{100 * value:.1f}" + (f" [{low_high}]" if interval else "")
+
+
+def evaluate(config: EvalConfig, console: Console) -> dict[str, Any]:
+    """Ask or score, grade, and write results.json, which is returned."""
+    if config.samples > 1 and config.sampling.temperature == 0:
+        raise UserError("samples: are all the same at sampling.temperature 0; raise it")
+    if config.teacher_forced and (config.template != "few-shot" or config.server):
+        raise UserError("teacher_forced: goes with template few-shot and a model of this machine")
+    problems, shots = config.problems()
+    if any(problem.answer is None for problem in problems):
+        raise UserError(f"data: not every problem of {config.data} has an answer to compare with")
+    prompts = [config.prompt(problem, shots) for problem in problems]
+    open_folder(config.output, config, FREE)
+    with Running(config.output):
+        rows = [{"prompt": p.prompt, "answer": p.answer} for p in problems]
+        write_whole(config.output / PROBLEMS, "".join(json.dumps(row) + "\n" for row in rows))
+        if config.teacher_forced:
+            model, tokenizer = open_model(config, console)
+            answers = [problem.completion for problem in problems]
+            scores = score(model, tokenizer, prompts, answers, config.temperatures, console)
+            rates = zip(config.temperatures, np.exp(scores.logprob).tolist(), strict=True)
+            return _finish(config, scores.greedy[:, None], {"probability": dict(rates)})
+        keys = [(i, k) for i in range(len(problems)) for k in range(config.samples)]
+        path, source = config.output / COMPLETIONS, _source(config, prompts, console)
+        return _graded(config, problems, collect(source, keys, path, console), console)
+
+
+def regrade(folder: Path, console: Console) -> dict[str, Any]:
+    """Grade the completions that an evaluation has kept, and write results.json anew."""
+    try:
+        config = EvalConfig(**yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")))
+    except (OSError, TypeError) as error:
+        raise UserError(f"regrade: {folder} is no evaluation's folder: {error}") from error
+    if config.teacher_forced:
+        return read_results(folder)
+    problems = [as_problem(row, folder) for row in read_rows(folder / PROBLEMS)]
+    rows = [Completion(**row) for row in read_lines(folder / COMPLETIONS, "problem")]
+    if len(rows) < len(problems) * config.samples:
+        raise UserError(f"regrade: {folder} is not finished; run its command again")
+    return _graded(config, problems, {row[:2]: row for row in rows}, console)
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """Of an evaluation that is finished."""
+    try:
+        return json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} is not the folder of a finished evaluation: {error}") from error
+
+
+def _source(config: EvalConfig, prompts: Sequence[str], console: Console) -> Local | Served:
+    sampling = config.sampled()
+    if config.server is None:
+        model, tokenizer = open_model(config, console)
+        ids = token_ids(config, tokenizer, model, prompts)
+        return Local(model, tokenizer, ids, sampling, config.seed, STREAM, config.batch_size)
+    from .server import model_name
+
+    name, chat = model_name(config.server, config.model), config.template == "chat"
+    asked = [[{"role": "user", "content": text}] if chat else text for text in prompts]
+    kwargs = json_object("template_kwargs", config.template_kwargs)
+    return Served(
+        config.server, name, asked, sampling, config.seed, STREAM, kwargs, config.parallel
+    )
+
+
+def _graded(
+    config: EvalConfig,
+    problems: Sequence[Problem],
+    kept: Mapping[tuple[int, int], Completion],
+    console: Console,
+) -> dict[str, Any]:
+    keys = [(i, k) for i in range(len(problems)) for k in range(config.samples)]
+    pairs = [(kept[key].text, problems[key[0]].answer) for key in keys]
+    with progress_on(console) as progress, Grader() as grader:
+        bar = progress.add_task("grading", total=len(pairs))
+        verdicts = grader.grade(pairs, lambda count: progress.advance(bar, count))
+    tokens = [c.tokens for c in kept.values() if c.tokens is not None]
+    facts = {
+        "mean_tokens": float(np.mean(tokens)) if tokens else None,
+        "ended": float(np.mean([completion.ended for completion in kept.values()])),
+    }
+    return _finish(config, np.array(verdicts).reshape(len(problems), config.samples), facts)
+
+
+def _finish(config: EvalConfig, right: np.ndarray, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """results.json: the mean over problems, with an interval that heeds that samples of one
+    problem go together.
+    """
+    n, k = right.shape
+    interval = wilson(right) if k == 1 else of_problems(right.mean(1))
+    results = {
+        "model": config.model,
+        "data": config.data,
+        "problems": n,
+        "samples": k,
+        "accuracy": float(right.mean()),
+        "interval": interval,
+        "pass_at": {str(2**i): float(pass_at(right, 2**i).mean()) for i in range(k.bit_length())},
+        **facts,
+        "right": right.tolist(),
+    }
+    write_whole(config.output / RESULTS, json.dumps(results) + "\n")
+    return results
+
+
+def show(results: Mapping[str, Any], console: Console) -> None:
+    """A table, and what else there is to know."""
+    n, k, rates = results["problems"], results["samples"], results.get("probability", {})
+    table = Table("", "%", box=SIMPLE_HEAD)
+    table.columns[1].justify = "right"
+    name = "greedy, teacher-forced" if rates else "accuracy" if k == 1 else f"avg@{k}"
+    table.add_row(name, percent(results["accuracy"], results["interval"]))
+    for pass_k, share in results["pass_at"].items() if k > 1 else ():
+        table.add_row(f"pass@{pass_k}", percent(share))
+    for temperature, row in rates.items():
+        values = np.array(row)
+        cells = percent(values.mean(), of_problems(values))
+        table.add_row(f"probability of the answer, T = {float(temperature):g}", cells)
+    console.print(f"{results['model']} on {n} problems of {results['data']}", markup=False)
+    console.print(table)
+    if results.get("ended", 1) < 1:
+        cut = 1 - results["ended"]
+        console.print(f"{cut:.0%} of the completions were cut off by sampling.max_new_tokens.")
+
+
+def compare(before: Path, after: Path) -> str:
+    """What two evaluations of the same problems say of the change, by McNemar's exact test."""
+    found = [read_results(folder) for folder in (before, after)]
+    asked = [(folder / PROBLEMS).read_text(encoding="utf-8") for folder in (before, after)]
+    if asked[0] != asked[1]:
+        raise UserError(f"against: {before} and {after} are not of the same problems")
+    if any(results["samples"] > 1 for results in found):
+        raise UserError("against: McNemar's test compares runs of one sample a problem")
+    base, now = (np.array(results["right"])[:, 0] for results in found)
+    change, low, high, p = paired_change(base, now)
+    told = "more than chance explains" if p < 0.05 else "which chance explains as well"
+    return (
+        f"Against {before}: {percent(change)} points, interval {percent(low)} to {percent(high)}, "
+        f"p = {p:.2g} by McNemar's exact test: {told}. {int((now & ~base).sum())} became right, "
+        f"{int((base & ~now).sum())} wrong."
+    )
+
+
+def eval_command(arguments: list[str]) -> int:
+    """An evaluation, anew or of what was kept; and a comparison."""
+    before = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    before.add_argument("--regrade", type=Path)
+    before.add_argument("--against", type=Path)
+    known, rest = before.parse_known_args(arguments)
+    console = Console()
+    if known.regrade is not None and rest:
+        raise UserError(f"regrade: goes with --against alone, not with {rest[0]}")
+    if known.regrade is not None:
+        folder, results = known.regrade, regrade(known.regrade, Console(stderr=True))
+    else:
+        config = from_flags(EvalConfig, "eval", rest, HELP)
+        folder, results = config.output, evaluate(config, Console(stderr=True))
+    show(results, console)
+    if known.against is not None:
+        console.print(compare(known.against, folder), markup=False)
+    console.print(f"Kept in {folder}", markup=False)
+    return 0

@@ -9,7 +9,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from .config import TrainConfig, UserError
+import yaml
+
+from .config import Settings, UserError
 from .rollout import Rollout
 
 CONFIG, METRICS, ROLLOUTS = "config.yaml", "metrics.jsonl", "rollouts.jsonl"
@@ -31,18 +33,45 @@ def append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         file.write(data)
 
 
-def write_config(run: Path, config: TrainConfig) -> None:
-    """config.yaml, whole or not at all."""
-    partial = run / PARTIAL
-    with _writing(run / CONFIG):
-        partial.write_text(config.to_yaml(), encoding="utf-8")
+def write_whole(path: Path, text: str) -> None:
+    """A file, whole or not at all."""
+    partial = path.parent / f".{path.name}.partial"
+    with _writing(path):
+        partial.write_text(text, encoding="utf-8")
         sync(partial)
-        partial.replace(run / CONFIG)
+        partial.replace(path)
+
+
+def write_config(run: Path, config: Settings) -> None:
+    """config.yaml."""
+    write_whole(run / CONFIG, config.to_yaml())
+
+
+def open_folder(output: Path, config: Settings, free: Sequence[str]) -> None:
+    """A new folder, or that of the same command which was stopped; free settings may differ."""
+    if not (output / CONFIG).exists():
+        check_output(output)
+        output.mkdir(parents=True, exist_ok=True)
+        return write_config(output, config)
+    before = yaml.safe_load((output / CONFIG).read_text(encoding="utf-8"))
+    now = config.model_dump(mode="json")
+    if what := differing(*({k: v for k, v in x.items() if k not in free} for x in (before, now))):
+        raise UserError(f"output: {output} was made with {what}; go on with that, or name another")
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """Whole lines of metrics.jsonl; none where there is no file."""
-    return [row for row, _ in _rows(run / METRICS)]
+    return [row for row, _ in _rows(run / METRICS, "update")]
+
+
+def read_lines(path: Path, key: str) -> list[dict[str, Any]]:
+    """Whole lines of a file to which more will be added; a torn last one is cut off."""
+    rows = _rows(path, key)
+    end = rows[-1][1] if rows else 0
+    if path.exists() and end < path.stat().st_size:
+        with _writing(path):
+            os.truncate(path, end)
+    return [row for row, _ in rows]
 
 
 def read_rollouts(run: Path, rollouts: int) -> dict[int, list[Rollout]]:
@@ -53,7 +82,7 @@ def read_rollouts(run: Path, rollouts: int) -> dict[int, list[Rollout]]:
     path, found = run / ROLLOUTS, list[Rollout]()
     if not path.exists() and not (run / CONFIG).exists():
         raise UserError(f"rollouts_from: {run} has no {ROLLOUTS}; name the folder of a run")
-    for number, (row, _) in enumerate(_rows(path)):
+    for number, (row, _) in enumerate(_rows(path, "update")):
         update, index = number // rollouts + 1, number % rollouts
         try:
             rollout = Rollout(row["prompt_ids"], row["response_ids"], bool(row["ended"]))
@@ -74,14 +103,14 @@ def read_rollouts(run: Path, rollouts: int) -> dict[int, list[Rollout]]:
 def trim(run: Path, *, rollouts_upto: int, metrics_upto: int) -> None:
     """Cut off the lines of later updates, and a torn last one."""
     for path, upto in ((run / ROLLOUTS, rollouts_upto), (run / METRICS, metrics_upto)):
-        end = max((end for row, end in _rows(path) if row["update"] <= upto), default=0)
+        end = max((end for row, end in _rows(path, "update") if row["update"] <= upto), default=0)
         if path.exists() and end < path.stat().st_size:
             with _writing(path):
                 os.truncate(path, end)
 
 
 class Running:
-    """A context that marks a folder, made where there is none, as one that a process trains in.
+    """A context that marks a folder, made where there is none, as one that a process works in.
 
     `death` is a line about the last process there, where it did not end by itself.
     """
@@ -90,7 +119,7 @@ class Running:
         self.path = run / MARKER
 
     def __enter__(self) -> "Running":
-        """Raises: UserError where another process trains there."""
+        """Raises: UserError where another process works there."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.file = open(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0)
@@ -102,7 +131,7 @@ class Running:
                 raise BlockingIOError
         except BlockingIOError:
             self.file.close()
-            raise UserError(f"output: another process trains in {self.path.parent} now") from None
+            raise UserError(f"output: another process works in {self.path.parent} now") from None
         except OSError:  # a file system without locks
             pass
         self.death, self.kills = self._death(), _kills()
@@ -134,6 +163,14 @@ class Running:
             f"{facts.get('since')}: {cause}; where memory is short, a lower --host-memory, "
             "--moments bf16 or --offload-dir help"
         )
+
+
+def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """The first setting that is not as it was, if there is one."""
+    for name in [*now, *before]:
+        if (was := before.get(name)) != (given := now.get(name)):
+            return f"{name} {json.dumps(was)}, not {json.dumps(given)}"
+    return None
 
 
 def repetition(ids: Sequence[int]) -> float:
@@ -169,14 +206,14 @@ def _writing(path: Path) -> Iterator[None]:
         raise UserError(f"output: cannot write {path}: {error}") from error
 
 
-def _rows(path: Path) -> list[tuple[dict[str, Any], int]]:
-    """Each whole line of a file, if there is one, and where the line ends."""
+def _rows(path: Path, key: str) -> list[tuple[dict[str, Any], int]]:
+    """Each whole line of a file, if there is one, and where the line ends; each has a number."""
     rows, end = list[tuple[dict[str, Any], int]](), 0
     for line in path.read_bytes().split(b"\n")[:-1] if path.exists() else ():
         end += len(line) + 1
         try:
             row = json.loads(line)
-            row["update"] + 1
+            row[key] + 1
         except (ValueError, KeyError, TypeError):
             where = f"line {len(rows) + 1} of {path}"
             raise UserError(f"output: {where} is damaged; remove it and what follows") from None

@@ -8,7 +8,7 @@ beside it.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby
+from os.path import commonprefix
 
 import numpy as np
 import torch
@@ -137,59 +137,74 @@ def generate(
     """A completion for each prompt.
 
     Args:
-        prompts: token ids; those of one length are sampled together, their common prefix computed
-            once.
+        prompts: token ids; those of similar length are sampled together, their common prefix
+            computed once.
         seeds: for each prompt the numbers that its randomness depends on.
         on_done: called with the number of completions just finished.
         check: called after every token; may raise to abandon the work.
     """
     results: dict[int, Rollout] = {}
-    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     ends = eos_ids(model, tokenizer)
     with _ready_to_generate(model):
-        for _, group in groupby(by_length, key=lambda i: len(prompts[i])):
-            members = list(group)
-            for start in range(0, len(members), batch_size):
-                batch = members[start : start + batch_size]
-                uniforms = uniforms_for([seeds[i] for i in batch], sampling.max_new_tokens)
-                done = _generate_batch(
-                    model,
-                    tokenizer,
-                    torch.tensor([prompts[i] for i in batch], device=model.device),
-                    uniforms.to(model.device),
-                    sampling,
-                    ends,
-                    on_done,
-                    check,
-                )
-                results.update(zip(batch, done, strict=True))
+        for batch in _batches([len(ids) for ids in prompts], batch_size, _can_pad(model)):
+            uniforms = uniforms_for([seeds[i] for i in batch], sampling.max_new_tokens)
+            done = _generate_batch(
+                model,
+                tokenizer,
+                [prompts[i] for i in batch],
+                uniforms.to(model.device),
+                sampling,
+                ends,
+                on_done,
+                check,
+            )
+            results.update(zip(batch, done, strict=True))
     return [results[i] for i in range(len(prompts))]
 
 
-def _prefix_cache(model: PreTrainedModel, ids: Tensor) -> DynamicCache:
-    """Keys and values of the rows' common prefix, computed once and repeated."""
-    same = (ids == ids[:1]).all(0).cumprod(0).sum().item()
-    length = min(int(same), ids.shape[1] - 1)  # generate wants a token to start from
-    cache = DynamicCache(config=model.config)
-    if length > 0:
-        model.get_decoder()(input_ids=ids[:1, :length], past_key_values=cache, use_cache=True)
-        cache.batch_repeat_interleave(len(ids))
-    return cache
+def _can_pad(model: PreTrainedModel) -> bool:
+    """A sliding window would count the padding in."""
+    return {type(layer) for layer in DynamicCache(config=model.config).layers} == {DynamicLayer}
+
+
+def _batches(lengths: Sequence[int], size: int, pad: bool) -> Iterator[list[int]]:
+    """Indices by length, none over twice its batch's shortest; without padding, of one length."""
+    batch: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if batch and (len(batch) == size or lengths[i] > lengths[batch[0]] * (1 + pad)):
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+def _padded(prompts: Sequence[list[int]]) -> tuple[int, Tensor, Tensor]:
+    """Length of the rows' common prefix, and ids and attention mask (n, P) with the padding behind
+    that prefix: each row's own first token, which a repetition penalty has met anyway.
+    """
+    longest, rows, mask = max(map(len, prompts)), list[list[int]](), list[list[int]]()
+    same = len(commonprefix([ids[:-1] for ids in prompts]))  # generate wants a token to start from
+    for ids in prompts:
+        gap = longest - len(ids)
+        rows.append(ids[:same] + ids[:1] * gap + ids[same:])
+        mask.append([1] * same + [0] * gap + [1] * (len(ids) - same))
+    return same, torch.tensor(rows), torch.tensor(mask)
 
 
 def _generate_batch(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    ids: Tensor,
+    prompts: Sequence[list[int]],
     uniforms: Tensor,
     sampling: Sampling,
     ends: list[int],
     on_done: Callable[[int], None] | None,
     check: Callable[[], None] | None,
 ) -> list[Rollout]:
-    """Completions of prompts of one length (n, P), in segments; rows that finished leave between
-    them.
-    """
+    """Completions of prompts, in segments; rows that finished leave between them."""
+    same, ids, mask = _padded(prompts)
+    ids, mask = ids.to(model.device), mask.to(model.device)
     prompt_length = ids.shape[1]
     longest = prompt_length + sampling.max_new_tokens
     endings = StoppingCriteriaList()
@@ -199,7 +214,10 @@ def _generate_batch(
         endings.append(StopStringCriteria(tokenizer, list(sampling.stop)))
     results: list[Rollout | None] = [None] * len(ids)
     rows = torch.arange(len(ids), device=ids.device)  # which result each row of the batch is
-    cache = _prefix_cache(model, ids)
+    cache = DynamicCache(config=model.config)
+    if same > 0:
+        model.get_decoder()(input_ids=ids[:1, :same], past_key_values=cache, use_cache=True)
+        cache.batch_repeat_interleave(len(ids))
     while len(rows):
         processors = LogitsProcessorList()
         if sampling.repetition_penalty != 1:
@@ -215,7 +233,7 @@ def _generate_batch(
         segment_end = _SegmentEnd(endings, len(rows), check)
         output = model.generate(  # type: ignore[operator]
             ids,
-            attention_mask=torch.ones_like(ids),
+            attention_mask=mask,
             past_key_values=cache,
             generation_config=GenerationConfig(
                 do_sample=False,
@@ -234,14 +252,13 @@ def _generate_batch(
         finished = torch.ones_like(ended) if ids.shape[1] >= longest else ended
         stop_at = torch.where(ended, length, ids.shape[1]).tolist()
         for i in finished.nonzero()[:, 0].tolist():
-            row = ids[i, : stop_at[i]].tolist()
-            results[int(rows[i])] = Rollout(
-                row[:prompt_length], row[prompt_length:], bool(ended[i])
-            )
+            response = ids[i, prompt_length : stop_at[i]].tolist()
+            results[int(rows[i])] = Rollout(prompts[int(rows[i])], response, bool(ended[i]))
         if on_done is not None:
             on_done(int(finished.sum()))
         going = (~finished).nonzero()[:, 0]
-        ids, rows = ids[going], rows[going]
+        mask = torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
+        ids, rows, mask = ids[going], rows[going], mask[going]
         if len(rows):
             cache.batch_select_indices(going)
     assert all(result is not None for result in results)

@@ -1,51 +1,183 @@
-"""Which prompt to train on: the one whose correctness varies most over samples (arXiv
-2505.20282).
+"""`em-kernels select`: which prompt to train on. With answers the one whose correctness varies most
+over samples (arXiv 2505.20282), without them the one whose final answers disagree most.
 """
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Literal
 
+import numpy as np
+from pydantic import Field
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .config import Sampling
+from .completions import (
+    COMPLETIONS,
+    Local,
+    TaskSettings,
+    collect,
+    open_model,
+    token_ids,
+)
+from .config import TrainConfig, UserError, from_flags
 from .data import Problem
-from .evaluate import evaluate
+from .grading import Grader
+from .plan_command import flags
+from .records import Running, open_folder, write_whole
+
+SELECTION = "selection.jsonl"
+STREAM = 2  # of randomness; evaluation's is 1
+FREE = ("output", "batch_size", "device")
+HELP = """The same command again goes on where it was stopped.
+
+Examples: em-kernels select --model Qwen/Qwen2.5-Math-1.5B --data math500.jsonl --count 100;
+em-kernels select --model demo --data addition --count 24 --template few-shot --temperature 1
+--top-k 0 --top-p 1 --repetition-penalty 1 --max-new-tokens 24"""
 
 
-class Candidate(NamedTuple):
-    """A problem, and the share of its samples that are right."""
+class SelectConfig(TaskSettings):
+    """Rank the prompts of a pool by how much samples of their completions vary: few samples of all,
+    more of the promising ones. The sampling is that of the training to come; the defaults are the
+    paper's.
+    """
 
-    problem: Problem
-    pass_rate: float
+    samples: Annotated[int, Field(ge=2)] = 8
+    """Completions of each prompt."""
+    more: Annotated[int, Field(ge=0)] = 24
+    """Further ones of the promising."""
+    promising: Annotated[float, Field(gt=0, le=1)] = 0.25
+    """Share of the prompts, the first by score, that get these."""
+    score: Literal["auto", "variance", "disagreement", "entropy"] = "auto"
+    """variance: p (1 - p) of correctness, which needs answers. disagreement: 1 less the share of
+    the most frequent final answer. entropy: mean of the tokens, in nats. auto: variance where every
+    problem has an answer, or else disagreement.
+    """
+    output: Path = Path("runs/selection")
+    """Folder for completions.jsonl and selection.jsonl, which train --prompt-from takes."""
+
+
+@dataclass
+class Candidate:
+    """A prompt as the model reads it, and what its samples were like."""
+
+    prompt: str
+    answer: str | None
+    index: int  # in the pool
+    samples: int
+    pass_rate: float | None
+    disagreement: float
+    entropy: float
+    majority_right: bool | None
 
     @property
     def variance(self) -> float:
         """Of correctness: highest where the model is right half of the time."""
-        return round(self.pass_rate * (1 - self.pass_rate), 9)  # else p and 1 - p may not tie
+        p = self.pass_rate or 0.0
+        return round(p * (1 - p), 9)  # else p and 1 - p may not tie
 
 
 def select(
+    config: SelectConfig,
+    pool: Sequence[Problem],
+    shots: Sequence[Problem],
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    pool: Sequence[Problem],
-    sampling: Sampling,
-    *,
-    samples: int = 16,
-    seed: int = 0,
-    chat_template: bool = True,
-    on_done: Callable[[int], None] | None = None,
+    console: Console,
 ) -> list[Candidate]:
-    """The pool, highest variance first; ties in the pool's order."""
-    right = evaluate(
-        model,
-        tokenizer,
-        pool,
-        sampling,
-        samples=samples,
-        seed=seed,
-        stream=2,  # not that of the evaluations
-        chat_template=chat_template,
-        on_done=on_done,
+    """The pool, best first; ties in its order. Those with more samples come first."""
+    score = config.score
+    if score == "auto":
+        answered = all(problem.answer is not None for problem in pool)
+        score = "variance" if answered else "disagreement"
+    if score == "variance" and (without := [p for p in pool if p.answer is None]):
+        raise UserError(f"score: variance needs answers, which {len(without)} problems lack")
+    prompts = [config.prompt(problem, shots) for problem in pool]
+    ids = token_ids(config, tokenizer, model, prompts)
+    sampling = config.sampled()
+    open_folder(config.output, config, FREE)
+    source = Local(
+        model, tokenizer, ids, sampling, config.seed, STREAM, config.batch_size, with_entropy=True
     )
-    candidates = [Candidate(p, float(r.mean())) for p, r in zip(pool, right, strict=True)]
-    return sorted(candidates, key=lambda c: -c.variance)
+    path = config.output / COMPLETIONS
+    with Running(config.output), Grader() as grader:
+
+        def ranked(indices: Sequence[int], samples: int, title: str) -> list[Candidate]:
+            keys = [(i, k) for i in indices for k in range(samples)]
+            kept = collect(source, keys, path, console, title)
+            texts = [[kept[i, k].text for k in range(samples)] for i in indices]
+            with console.status("grading"):
+                agreed = grader.agreement(texts)
+                right = grader.grade([(kept[i, k].text, pool[i].answer) for i, k in keys])
+            found = list[Candidate]()
+            for n, (i, (most, share)) in enumerate(zip(indices, agreed, strict=True)):
+                verdicts = right[n * samples :][:samples]
+                entropies = [kept[i, k].entropy for k in range(samples)]
+                known = pool[i].answer is not None
+                found.append(
+                    Candidate(
+                        prompt=prompts[i],
+                        answer=pool[i].answer,
+                        index=i,
+                        samples=samples,
+                        pass_rate=sum(verdicts) / samples if known else None,
+                        disagreement=1 - share,
+                        entropy=float(np.mean(entropies, dtype=float)),
+                        majority_right=verdicts[most] and share > 0 if known else None,
+                    )
+                )
+            return sorted(found, key=lambda c: (-getattr(c, score), c.index))
+
+        first = ranked(range(len(pool)), config.samples, f"sampling {len(pool)} prompts")
+        if config.more:
+            chosen = [c.index for c in first[: max(1, round(len(pool) * config.promising))]]
+            title = f"more of {len(chosen)}"
+            best = ranked(sorted(chosen), config.samples + config.more, title)
+            first = best + [c for c in first if c.index not in set(chosen)]
+        rows = [{**asdict(c), "variance": c.variance} for c in first]
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_whole(config.output / SELECTION, lines)
+    return first
+
+
+def show(config: SelectConfig, ranked: Sequence[Candidate], console: Console, rows: int) -> None:
+    """The best of the ranking, and the command that trains on the first."""
+    table = Table(box=SIMPLE_HEAD, title=f"The first {min(rows, len(ranked))} of {len(ranked)}")
+    table.add_column("row", justify="right")
+    table.add_column("prompt, its end", no_wrap=True, max_width=44)
+    for name in ("right", "disagree", "entropy", "samples"):
+        table.add_column(name, justify="right")
+    for row, c in enumerate(ranked[:rows]):
+        end = " ".join(c.prompt.split())[-44:]
+        right = "-" if c.pass_rate is None else f"{c.pass_rate:.0%}"
+        cells = (right, f"{c.disagreement:.0%}", f"{c.entropy:.3f}", str(c.samples))
+        table.add_row(str(row), escape(end), *cells)
+    console.print(table)
+    best = ranked[0]
+    if best.pass_rate in (0.0, 1.0) and best.disagreement == 0:
+        console.print("No prompt's samples vary; raise sampling.temperature, or take another pool.")
+    train = TrainConfig(
+        model=config.model,
+        prompt_from=config.output / SELECTION,
+        chat_template=config.template == "chat",
+        template_kwargs=config.template_kwargs,
+        sampling=config.sampled(),
+    )
+    command = shlex.join(["em-kernels", "train", *flags(train)])
+    console.print(f"Train on the first: {command}", markup=False, soft_wrap=True)
+
+
+def select_command(arguments: list[str]) -> int:
+    """Rank, write, show."""
+    config = from_flags(SelectConfig, "select", arguments, HELP)
+    pool, shots = config.problems()
+    console = Console(stderr=True)
+    ranked = select(config, pool, shots, *open_model(config, console), console)
+    show(config, ranked, Console(), 10)
+    print(config.output / SELECTION)
+    return 0

@@ -16,11 +16,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .checkpoint import defining_settings, differing
-from .config import TrainConfig, UserError, read_yaml
+from .checkpoint import defining_settings
+from .config import TrainConfig, UserError, json_object, read_yaml
 from .data import Problem, encode, problems_of
 from .demo_model import fetch_demo
-from .records import CONFIG
+from .records import CONFIG, differing
 
 
 class Task(NamedTuple):
@@ -63,24 +63,37 @@ def find_device(config: TrainConfig) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if not cpu else accelerator.device
 
 
-def load_task(config: TrainConfig) -> Task:
-    """Tokenizer and prompts, checked against the model's context; no weights are read."""
-    problems = problems_of(config)
-    if config.model.startswith((".", "/", "~")) and not Path(config.model).expanduser().is_dir():
-        raise UserError(f"model: there is no folder {config.model}")
-    source = str(fetch_demo()) if config.model == "demo" else os.path.expanduser(config.model)
+def open_source(model: str) -> tuple[str, PreTrainedConfig, PreTrainedTokenizerBase]:
+    """Folder or hub id, config and tokenizer of what the setting `model` names; no weights are
+    read.
+    """
+    if not model:
+        raise UserError('model: missing; name a hub id, a local folder, or "demo"')
+    if model.startswith((".", "/", "~")) and not Path(model).expanduser().is_dir():
+        raise UserError(f"model: there is no folder {model}")
+    source = str(fetch_demo()) if model == "demo" else os.path.expanduser(model)
+    if checkpoints := sorted(Path(source, "checkpoints").glob("step-*")):
+        source = str(checkpoints[-1])  # the newest of a run
     try:
         model_config = AutoConfig.from_pretrained(source)
         tokenizer = AutoTokenizer.from_pretrained(source)
     except Exception as error:  # transformers and the hub client raise many kinds
-        raise UserError(f"model: cannot open {config.model!r}: {_brief(error)}") from error
+        raise UserError(f"model: cannot open {model!r}: {_brief(error)}") from error
     if getattr(model_config, "quantization_config", None) is not None:
         raise UserError(
-            f"model: {config.model!r} is quantised; name the model it was made from (mode lora "
+            f"model: {model!r} is quantised; name the model it was made from (mode lora "
             "with 4bit quantises while it loads)"
         )
+    return source, model_config, tokenizer
+
+
+def load_task(config: TrainConfig) -> Task:
+    """Tokenizer and prompts, checked against the model's context; no weights are read."""
+    problems = problems_of(config)
+    source, model_config, tokenizer = open_source(config.model)
     chat_template = config.chat_template and tokenizer.chat_template is not None
-    prompts = [encode(tokenizer, problem.prompt, chat_template) for problem in problems]
+    kwargs = json_object("template_kwargs", config.template_kwargs)
+    prompts = [encode(tokenizer, problem.prompt, chat_template, kwargs) for problem in problems]
     if not all(prompts):
         raise UserError("prompt: the tokenizer makes no token of it")
     context = getattr(model_config.get_text_config(), "max_position_embeddings", None)

@@ -227,7 +227,7 @@ def test_a_killed_process_is_reported_once(trainer, tmp_path):
 def test_another_process_in_the_folder_is_refused(trainer, tmp_path):
     process = trainer(tmp_path, "update 1")
     marker = (tmp_path / "running.json").read_bytes()
-    with pytest.raises(UserError, match=f"another process trains in {tmp_path} now"):
+    with pytest.raises(UserError, match=f"another process works in {tmp_path} now"):
         Running(tmp_path).__enter__()
     assert (tmp_path / "running.json").read_bytes() == marker
     os.kill(process.pid, signal.SIGSTOP)  # stopped is not dead

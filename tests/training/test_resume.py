@@ -704,7 +704,7 @@ def test_another_process_in_the_folder(start, resume, whole_of, tmp_path):
         time.sleep(0.01)
     before = content(tmp_path / "run")
     line = resume("run").refused()
-    assert line == f"output: another process trains in {tmp_path}/run now"
+    assert line == f"output: another process works in {tmp_path}/run now"
     assert content(tmp_path / "run") == before
     first.kill()
     first.join()

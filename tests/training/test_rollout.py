@@ -17,8 +17,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from em_kernels.training.config import Sampling
-from em_kernels.training.demo import addition
+from em_kernels.training.config import DEMO_SHOTS, Sampling
 from em_kernels.training.rollout import _InverseCdf, generate
 
 PLAIN = Sampling(temperature=1, top_k=0, top_p=1, repetition_penalty=1, max_new_tokens=24)
@@ -349,7 +348,7 @@ def test_nothing_to_do(tokenizer, exact_model):
 def test_real_model(demo):
     """Greedy on the 135M model, up to a stop string of several tokens."""
     model, tokenizer = demo
-    prompt = tokenizer(addition(31, 52).prompt).input_ids
+    prompt = tokenizer(f"{DEMO_SHOTS}Q: What is 31 + 52?\nA:").input_ids
     sampling = GREEDY.model_copy(update={"max_new_tokens": 16, "stop": ("= 8",)})
     (found,) = generate(model, tokenizer, [prompt], seeds(1), sampling)
     assert found.ended and tokenizer.decode(found.response_ids) == " 31 + 52 = 8"
