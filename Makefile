@@ -45,9 +45,11 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	@echo "make: installing into $(VENV); the first time takes minutes (PyTorch is large)"
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt torch setuptools ninja && \
 	  $(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation \
-	    --editable '.[train,bench,dev]' || { \
+	    --editable '.[train,eval,bench,dev]' || { \
 	  echo "make: the installation failed: is a package registry in reach (pip config list), is the disk full?" >&2; \
 	  echo "make: run the same command again to take it up where it stopped" >&2; exit 1; }
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt reasoning-gym || \
+	  echo "make: no reasoning-gym (one of its parts is compiled): --data gym:TASK will not work"
 	@rm $(VENV)/.installing && touch $@
 
 clean:

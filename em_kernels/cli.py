@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         print(
             f"em-kernels {name}: error: {error.name} is not installed; "
-            "pip install 'em-kernels[train]'",
+            "pip install 'em-kernels[train,eval,gym]'",
             file=sys.stderr,
         )
         return 2

@@ -296,7 +296,7 @@ def from_flags(kind: type[T], command: str, arguments: list[str], text: str, **s
         args=arguments,
         default=kind(**start),
         prog=f"em-kernels {command}",
-        description=f"{kind.__doc__}\n\n{text}",
+        description=f"{' '.join((kind.__doc__ or '').split())}\n\n{text}",
     )
 
 

@@ -34,13 +34,12 @@ from .completions import (
 from .config import Positive, Sampling, UserError, from_flags, json_object
 from .data import Problem, as_problem, read_rows
 from .grading import Grader
-from .records import CONFIG, Running, open_folder, read_lines, write_whole
+from .records import CONFIG, read_lines, resumable, write_whole
 from .rollout import Rollout
 from .session import progress_on
 
 PROBLEMS, RESULTS = "problems.jsonl", "results.json"
 STREAM = 1  # of randomness; selection's is 2
-FREE = ("output", "batch_size", "device", "server", "parallel")
 RESAMPLES = 2000
 HELP = """--regrade DIR grades the completions that an evaluation has kept once more; --against DIR
 compares with an earlier evaluation of the same problems, by McNemar's exact test.
@@ -184,8 +183,7 @@ def evaluate(config: EvalConfig, console: Console) -> dict[str, Any]:
     if any(problem.answer is None for problem in problems):
         raise UserError(f"data: not every problem of {config.data} has an answer to compare with")
     prompts = [config.prompt(problem, shots) for problem in problems]
-    open_folder(config.output, config, FREE)
-    with Running(config.output):
+    with resumable(config.output, config):
         rows = [{"prompt": p.prompt, "answer": p.answer} for p in problems]
         write_whole(config.output / PROBLEMS, "".join(json.dumps(row) + "\n" for row in rows))
         if config.teacher_forced:

@@ -15,6 +15,7 @@ from .config import Settings, UserError
 from .rollout import Rollout
 
 CONFIG, METRICS, ROLLOUTS = "config.yaml", "metrics.jsonl", "rollouts.jsonl"
+FREE = ("output", "batch_size", "device", "server", "parallel")  # settings that may change
 MARKER, PARTIAL = "running.json", f".{CONFIG}.partial"
 
 
@@ -47,16 +48,31 @@ def write_config(run: Path, config: Settings) -> None:
     write_whole(run / CONFIG, config.to_yaml())
 
 
-def open_folder(output: Path, config: Settings, free: Sequence[str]) -> None:
-    """A new folder, or that of the same command which was stopped; free settings may differ."""
+@contextmanager
+def resumable(output: Path, config: Settings) -> Iterator[None]:
+    """Works in a new folder, or in that of the same command which was stopped.
+
+    Raises: UserError where the folder holds anything else, or another process works there.
+    """
     if not (output / CONFIG).exists():
         check_output(output)
-        output.mkdir(parents=True, exist_ok=True)
-        return write_config(output, config)
-    before = yaml.safe_load((output / CONFIG).read_text(encoding="utf-8"))
-    now = config.model_dump(mode="json")
-    if what := differing(*({k: v for k, v in x.items() if k not in free} for x in (before, now))):
-        raise UserError(f"output: {output} was made with {what}; go on with that, or name another")
+    with Running(output):
+        if (output / CONFIG).exists():
+            before = yaml.safe_load((output / CONFIG).read_text(encoding="utf-8"))
+            both = [
+                {name: value for name, value in settings.items() if name not in FREE}
+                for settings in (before, config.model_dump(mode="json"))
+            ]
+            if what := differing(*both):
+                raise UserError(
+                    f"output: {output} was made with {what}; go on with that, or name another"
+                )
+        else:
+            write_config(output, config)
+        try:
+            yield
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"interrupted; the same command goes on in {output}") from None
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

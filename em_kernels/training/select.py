@@ -29,11 +29,10 @@ from .config import TrainConfig, UserError, from_flags
 from .data import Problem
 from .grading import Grader
 from .plan_command import flags
-from .records import Running, open_folder, write_whole
+from .records import resumable, write_whole
 
 SELECTION = "selection.jsonl"
 STREAM = 2  # of randomness; evaluation's is 1
-FREE = ("output", "batch_size", "device")
 HELP = """The same command again goes on where it was stopped.
 
 Examples: em-kernels select --model Qwen/Qwen2.5-Math-1.5B --data math500.jsonl --count 100;
@@ -100,12 +99,11 @@ def select(
     prompts = [config.prompt(problem, shots) for problem in pool]
     ids = token_ids(config, tokenizer, model, prompts)
     sampling = config.sampled()
-    open_folder(config.output, config, FREE)
     source = Local(
         model, tokenizer, ids, sampling, config.seed, STREAM, config.batch_size, with_entropy=True
     )
     path = config.output / COMPLETIONS
-    with Running(config.output), Grader() as grader:
+    with resumable(config.output, config), Grader() as grader:
 
         def ranked(indices: Sequence[int], samples: int, title: str) -> list[Candidate]:
             keys = [(i, k) for i in indices for k in range(samples)]
@@ -117,7 +115,7 @@ def select(
             found = list[Candidate]()
             for n, (i, (most, share)) in enumerate(zip(indices, agreed, strict=True)):
                 verdicts = right[n * samples :][:samples]
-                entropies = [kept[i, k].entropy for k in range(samples)]
+                entropies = [kept[i, k].entropy or 0.0 for k in range(samples)]
                 known = pool[i].answer is not None
                 found.append(
                     Candidate(
@@ -127,7 +125,7 @@ def select(
                         samples=samples,
                         pass_rate=sum(verdicts) / samples if known else None,
                         disagreement=1 - share,
-                        entropy=float(np.mean(entropies, dtype=float)),
+                        entropy=float(np.mean(entropies)),
                         majority_right=verdicts[most] and share > 0 if known else None,
                     )
                 )

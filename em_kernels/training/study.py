@@ -22,7 +22,7 @@ from .completions import TaskSettings, open_model
 from .config import Positive, Sampling, TrainConfig, UserError, from_flags
 from .data import Problem, few_shot
 from .evaluate import percent, score
-from .records import CONFIG, Running, open_folder, write_whole
+from .records import CONFIG, resumable, write_whole
 from .select import Candidate, SelectConfig, select
 from .trainer import train
 
@@ -107,8 +107,7 @@ def run_study(config: StudyConfig, console: Console) -> dict[str, Any]:
     problems, shots = task.problems()
     formats, problems = problems[:EXAMPLES], problems[EXAMPLES:]
     pool, held_out = problems[: config.pool], problems[config.pool :]
-    open_folder(config.output, config, ("output", "batch_size", "device"))
-    with Running(config.output):
+    with resumable(config.output, config):
         base, arms = _untrained(config, pool, held_out, shots, formats, console)
         units = [(arm, candidate) for arm in ARMS for candidate in arms[arm]]
         scores, began, fresh = dict[str, list[Any]](), time.perf_counter(), 0
