@@ -289,7 +289,8 @@ def show(results: Mapping[str, Any], console: Console) -> None:
         values = np.array(row)
         cells = percent(values.mean(), of_problems(values))
         table.add_row(f"probability of the answer, T = {float(temperature):g}", cells)
-    console.print(f"{results['model']} on {n} problems of {results['data']}", markup=False)
+    title = f"{results['model']} on {n} problems of {results['data']}"
+    console.print(title, markup=False, soft_wrap=True)
     console.print(table)
     if results.get("ended", 1) < 1:
         cut = 1 - results["ended"]
@@ -330,6 +331,6 @@ def eval_command(arguments: list[str]) -> int:
         folder, results = config.output, evaluate(config, Console(stderr=True))
     show(results, console)
     if known.against is not None:
-        console.print(compare(known.against, folder), markup=False)
-    console.print(f"Kept in {folder}", markup=False)
+        console.print(compare(known.against, folder), markup=False, soft_wrap=True)
+    console.print(f"Kept in {folder}", markup=False, soft_wrap=True)
     return 0

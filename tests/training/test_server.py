@@ -16,6 +16,7 @@ import pytest
 import torch
 from training.tiny import PLAIN, TEMPLATE, make_model, make_tokenizer
 
+from em_kernels.cli import main
 from em_kernels.training.config import Sampling, UserError
 from em_kernels.training.rollout import generate
 from em_kernels.training.server import complete, model_name
@@ -371,3 +372,23 @@ def test_several_models(serve):
     url, _ = serve(lambda body: (200, {"data": [{"id": "a"}, {"id": "b"}]}))
     with pytest.raises(UserError, match=r"^model: name one of those at http.*: a, b$"):
         model_name(url, "")
+
+
+def test_a_whole_evaluation(url, model, tokenizer, tmp_path):
+    """`eval --server` gives what `eval` gives on the same model; a second time it asks nothing."""
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    rows = [dumps({"problem": question, "answer": "5"}) + "\n" for question in QUESTIONS]
+    (tmp_path / "data.jsonl").write_text("".join(rows))
+    base = ["eval", "--data", str(tmp_path / "data.jsonl"), "--max-new-tokens", "12"]
+    base += ["--template-kwargs", '{"hint": "the"}', "--dtype", "float32"]
+    found = []
+    for name, where in ((NAME, ["--server", url]), (str(tmp_path / "model"), [])):
+        output = tmp_path / f"eval-{len(found)}"
+        assert main([*base, *where, "--model", name, "--output", str(output)]) == 0
+        lines = (output / "completions.jsonl").read_text().splitlines()
+        rows = sorted(map(loads, lines), key=lambda row: row["problem"])
+        found.append([(row["problem"], row["text"], row["tokens"], row["ended"]) for row in rows])
+    assert found[0] == found[1] and len(found[0]) == 3
+    nobody = ["--server", "http://127.0.0.1:1", "--model", NAME]
+    assert main([*base, *nobody, "--output", str(tmp_path / "eval-0")]) == 0
