@@ -40,8 +40,8 @@ class Problem:
         return f" {self.worked or self.answer}\n"
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a .jsonl or .parquet file."""
+def read_rows(path: Path, setting: str = "prompt_from") -> list[dict[str, Any]]:
+    """The rows of a .jsonl or .parquet file, which a setting names."""
     try:
         if path.suffix == ".parquet":
             import pyarrow.parquet
@@ -52,21 +52,21 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
             return [json.loads(line) for line in lines if line.strip()]
     except (OSError, ValueError) as error:  # pyarrow's and json's errors are ValueErrors
         reason = " ".join(str(error).split())
-        raise UserError(f"prompt_from: cannot read {path}: {reason}") from error
-    raise UserError(f"prompt_from: {path} is neither .jsonl nor .parquet")
+        raise UserError(f"{setting}: cannot read {path}: {reason}") from error
+    raise UserError(f"{setting}: {path} is neither .jsonl nor .parquet")
 
 
-def as_problem(row: Any, path: Path) -> Problem:
+def as_problem(row: Any, path: Path, setting: str = "prompt_from") -> Problem:
     """The prompt and answer of a row, whichever of the usual columns hold them."""
     if not isinstance(row, dict):
-        raise UserError(f"prompt_from: {path}: a row is {type(row).__name__}, not an object")
+        raise UserError(f"{setting}: {path}: a row is {type(row).__name__}, not an object")
     prompt = next((row[name] for name in PROMPT_COLUMNS if row.get(name)), None)
     if isinstance(prompt, list):  # chat messages, as in the parquet files of RLVR projects
         messages = [m for m in reversed(prompt) if isinstance(m, dict)]
         prompt = next((m.get("content") for m in messages if m.get("role") == "user"), None)
     if not isinstance(prompt, str) or not prompt.strip():
         known = ", ".join(PROMPT_COLUMNS)
-        raise UserError(f"prompt_from: {path}: a row has no text in any of the columns {known}")
+        raise UserError(f"{setting}: {path}: a row has no text in any of the columns {known}")
     reward = row.get("reward_model")
     answers = {**row, **(reward if isinstance(reward, dict) else {})}
     answer = next((answers[n] for n in ANSWER_COLUMNS if answers.get(n) is not None), None)
@@ -110,9 +110,9 @@ def read_problems(
     elif source.startswith("gym:"):
         found = _gym(source.removeprefix("gym:"), count := count or 1000, seed)
     elif (path := Path(source).expanduser()).suffix in (".parquet", ".jsonl", ".json"):
-        found = [as_problem(row, path) for row in read_rows(path)]
+        found = [as_problem(row, path, "data") for row in read_rows(path, "data")]
     else:
-        found = [as_problem(row, Path(source)) for row in _hub(source, subset, split)]
+        found = [as_problem(row, Path(source), "data") for row in _hub(source, subset, split)]
     if count is not None and len(found) < count:
         raise UserError(f"count: {source} has {len(found)} problems, {count} are asked for")
     if not found:
@@ -125,7 +125,12 @@ def _gym(name: str, count: int, seed: int) -> list[Problem]:
     from reasoning_gym.factory import DATASETS
 
     task, _, text = name.partition("?")
-    settings = {key: yaml.safe_load(value) for key, value in urllib.parse.parse_qsl(text)}
+    try:
+        pairs = urllib.parse.parse_qsl(text, strict_parsing=True) if text else []
+        settings = {key: yaml.safe_load(value) for key, value in pairs}
+    except (ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"data: gym:{name} is not TASK?setting=value&...: {reason}") from error
     if task not in DATASETS:
         near = difflib.get_close_matches(task, DATASETS, n=3) or sorted(DATASETS)
         raise UserError(f"data: reasoning-gym has no task {task!r}; it has {', '.join(near)}")

@@ -205,7 +205,7 @@ def regrade(folder: Path, console: Console) -> dict[str, Any]:
         raise UserError(f"regrade: {folder} is no evaluation's folder: {error}") from error
     if config.teacher_forced:
         return read_results(folder)
-    problems = [as_problem(row, folder) for row in read_rows(folder / PROBLEMS)]
+    problems = [as_problem(row, folder) for row in read_rows(folder / PROBLEMS, "regrade")]
     rows = [Completion(**row) for row in read_lines(folder / COMPLETIONS, "problem")]
     if len(rows) < len(problems) * config.samples:
         raise UserError(f"regrade: {folder} is not finished; run its command again")

@@ -1,13 +1,26 @@
 """Problems from text and files, in the schemas that are met in the wild."""
 
 import json
+from pathlib import Path
 
+import datasets
+import huggingface_hub.constants
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from em_kernels.training.config import TrainConfig, UserError
-from em_kernels.training.data import Problem, as_problem, encode, problems_of, read_rows
+from em_kernels.training.config import ADDITION_SHOTS, DEMO_SHOTS, TrainConfig, UserError
+from em_kernels.training.data import (
+    Problem,
+    as_problem,
+    encode,
+    few_shot,
+    problems_of,
+    read_problems,
+    read_rows,
+)
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
 
 CHAT = [
     {"role": "system", "content": "Be brief."},
@@ -38,6 +51,15 @@ SCHEMAS = {
     "integer": ({"prompt": "p", "answer": 42}, ("p", "42")),
     "zero": ({"prompt": "p", "answer": 0}, ("p", "0")),
     "float": ({"prompt": "p", "answer": 0.5}, ("p", "0.5")),
+    "Minerva": (
+        {"problem": "p", "solution": r"First \boxed{1}, so $x = \boxed{\frac{1}{2}}$, not 3."},
+        ("p", r"\frac{1}{2}"),
+    ),
+    "a solution beside an answer": (
+        {"problem": "p", "solution": r"\boxed{1}", "answer": "2"},
+        ("p", "2"),
+    ),
+    "a solution without a box": ({"problem": "p", "solution": "so it is 3"}, ("p", None)),
 }
 
 
@@ -106,3 +128,145 @@ def test_begin_token_of_the_tokenizer_once(demo):
     text = tokenizer.decode(ids)
     assert text.count("<|im_start|>user\nHi<|im_end|>") == 1
     assert text.endswith("<|im_start|>assistant\n") and text.startswith("<|im_start|>system")
+
+
+def test_template_kwargs(tokenizer):
+    template = "{{ messages[0].content }}{% if deep %} abc{% endif %}"
+    kept, tokenizer.chat_template = tokenizer.chat_template, template
+    texts = [tokenizer.decode(encode(tokenizer, "the", True, {"deep": d})) for d in (True, False)]
+    tokenizer.chat_template = kept
+    assert texts == ["the abc", "the"]
+
+
+def test_few_shot():
+    shots = [Problem(f"What is {a} + {b}?", "", f"{a} + {b} = {a + b}") for a, b in ADDITION_SHOTS]
+    text = few_shot(shots, Problem("What is 38 + 45?"))
+    assert text == f"{DEMO_SHOTS}Q: What is 38 + 45?\nA:"
+    assert few_shot([], Problem("p")) == "Q: p\nA:"
+    assert few_shot([Problem("a", "3")], Problem("p")) == "Q: a\nA: 3\n\nQ: p\nA:"
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**62])
+def test_addition(seed):
+    """Every sum of two two-digit numbers once, the worked examples first."""
+    found = read_problems("addition", count=90 * 90 + 1, seed=seed)  # (12, 7) is none of those
+    numbers = [tuple(map(int, p.prompt[len("What is ") : -1].split(" + "))) for p in found]
+    assert tuple(numbers[:2]) == ADDITION_SHOTS
+    assert len(set(numbers)) == len(numbers) and numbers[2:] != sorted(numbers[2:])
+    assert all(10 <= n <= 99 for pair in numbers[1:] for n in pair)
+    for problem, (a, b) in zip(found, numbers, strict=True):
+        assert problem == Problem(f"What is {a} + {b}?", str(a + b), f"{a} + {b} = {a + b}")
+    assert found[:300] == read_problems("addition", count=300, seed=seed)
+    other = read_problems("addition", count=300, seed=seed + 1)
+    assert found[:2] == other[:2] and len(set(found[2:300]) & set(other[2:])) < 100
+    assert len(read_problems("addition", count=None)) == 1000
+    with pytest.raises(UserError, match="^count: addition has 8101 problems, 8102 are asked for$"):
+        read_problems("addition", count=8102)
+
+
+def test_a_reasoning_gym_task():
+    found = read_problems("gym:products?min_digits=1&max_digits=1", count=80, seed=4)
+    assert len({problem.prompt for problem in found}) == 80  # of a hundred, many come twice
+    for problem in found:
+        a, b = problem.prompt.split(": ")[1].split(".")[0].split(" * ")
+        assert int(a) * int(b) == int(problem.answer) and len(a + b) == 2
+    again = read_problems("gym:products?min_digits=1&max_digits=1", count=30, seed=4)
+    assert again == found[:30]
+    other = read_problems("gym:products?min_digits=1&max_digits=1", count=30, seed=5)
+    assert other != again
+    assert len(read_problems("gym:products", count=None)) == 1000
+
+
+@pytest.mark.parametrize(
+    "source, said",
+    [
+        ("gym:letter_countin", r"no task 'letter_countin'; it has letter_counting\b"),
+        ("gym:", "no task ''; it has ab, "),
+        ("gym:products?max_digits=0", "gym:products.max_digits=0: .*max_digits"),
+        ("gym:products?digits=1", "unexpected keyword argument 'digits'"),
+        ("gym:products?max_digits=two", "gym:products.max_digits=two: "),
+        ("gym:products?max_digits=[", "is not TASK.setting=value"),
+        ("gym:products?max_digits", "is not TASK.setting=value"),
+        ("gym:graph_color", "gym:graph_color has no one right answer"),
+        ("missing.jsonl", "cannot read missing.jsonl"),
+        ("missing.parquet", "cannot read missing.parquet"),
+        ("missing/folder/", "cannot open missing/folder/: "),
+        ("nobody/no-such-dataset", "cannot open nobody/no-such-dataset: "),
+    ],
+)
+def test_refused_sources(source, said, monkeypatch):
+    for module in (datasets.config, huggingface_hub.constants):  # as HF_HUB_OFFLINE=1 has it
+        monkeypatch.setattr(module, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=f"^data: .*{said}") as error:
+        read_problems(source, count=3)
+    assert "\n" not in str(error.value)
+
+
+def test_a_task_with_too_few_problems():
+    with pytest.raises(UserError, match="^count: gym:coin_flip.* has 8 problems, 9 are asked for"):
+        read_problems("gym:coin_flip?min_trials=3&max_trials=3", count=9)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_a_dataset(suffix, tmp_path, cache):
+    """load_dataset takes a folder for a name of the hub."""
+    rows = {
+        split: [{"question": f"{split} {i}?", "answer": f"so\n#### {i}"} for i in range(count)]
+        for split, count in (("test", 3), ("train", 5))
+    }
+    folder = tmp_path / "owner" / "name"
+    folder.mkdir(parents=True)
+    for split, found in rows.items():
+        if suffix == "jsonl":
+            text = "".join(json.dumps(row) + "\n" for row in found)
+            (folder / f"{split}.jsonl").write_text(text)
+        else:
+            pyarrow.parquet.write_table(
+                pa.Table.from_pylist(found), folder / f"{split}-00000-of-00001.parquet"
+            )
+    name = str(folder)
+    assert read_problems(name, count=None) == [Problem(f"test {i}?", str(i)) for i in range(3)]
+    assert read_problems(name, split="train", count=2) == [
+        Problem("train 0?", "0"),
+        Problem("train 1?", "1"),
+    ]
+    for options, said in (
+        ({"split": "dev"}, "^data: cannot open .*dev"),
+        ({"subset": "algebra"}, "^data: cannot open .*algebra"),
+        ({"count": 4}, "^count: .* has 3 problems, 4 are asked for"),
+    ):
+        with pytest.raises(UserError, match=said):
+            read_problems(name, **{"count": None, **options})
+
+
+def test_a_file(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(f'{{"prompt": "p{i}", "answer": {i}}}\n' for i in range(5)))
+    assert read_problems(str(path), count=None) == [Problem(f"p{i}", str(i)) for i in range(5)]
+    assert read_problems(str(path), count=2) == [Problem("p0", "0"), Problem("p1", "1")]
+    with pytest.raises(UserError, match="^count: .* has 5 problems, 6 are asked for"):
+        read_problems(str(path), count=6)
+    path.write_text("\n")
+    with pytest.raises(UserError, match="^data: .* has no rows"):
+        read_problems(str(path), count=None)
+    path.write_text('{"text": "p"}\n')
+    with pytest.raises(UserError, match="^data: .*problem, question, prompt"):
+        read_problems(str(path), count=None)
+
+
+@pytest.mark.parametrize(
+    "name, rows", [("math500.jsonl", 500), ("amc23.jsonl", 40), ("minerva_math.jsonl", 272)]
+)
+def test_real_files(name, rows):
+    path = SHARED / name
+    if not path.exists():
+        pytest.skip(f"{path} is not here")
+    found = read_problems(str(path), count=None)
+    assert len(found) == rows and len(set(found)) == rows
+    assert all(problem.prompt.strip() and problem.answer for problem in found)
+    assert all(len(problem.answer) < 300 and "boxed" not in problem.answer for problem in found)
