@@ -87,17 +87,11 @@ class Scores(NamedTuple):
     logprob: np.ndarray  # (temperatures, n) nats, of the whole answer
 
 
-def score(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    completions: Sequence[str],
-    temperatures: Sequence[float],
-    console: Console,
-    title: str = "scoring",
-) -> Scores:
-    """Known completions of raw prompts under a model, tokenised together."""
-    rollouts, head = list[Rollout](), head_of(model)
+def known_answers(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], completions: Sequence[str]
+) -> list[Rollout]:
+    """Raw prompts and their known completions, tokenised together."""
+    rollouts = list[Rollout]()
     for prompt, completion in zip(prompts, completions, strict=True):
         ids, whole = tokenizer(prompt).input_ids, tokenizer(prompt + completion).input_ids
         if whole[: len(ids)] != ids:
@@ -105,6 +99,18 @@ def score(
                 f"teacher_forced: the tokenizer joins the end of the prompt with {completion!r}"
             )
         rollouts.append(Rollout(ids, whole[len(ids) :], True))
+    return rollouts
+
+
+def score(
+    model: PreTrainedModel,
+    rollouts: Sequence[Rollout],
+    temperatures: Sequence[float],
+    console: Console,
+    title: str = "scoring",
+) -> Scores:
+    """Known completions under a model."""
+    head = head_of(model)
     greedy = np.zeros(len(rollouts), dtype=bool)
     logprob = np.zeros((len(temperatures), len(rollouts)))
     with progress_on(console) as progress, torch.no_grad():
@@ -183,18 +189,21 @@ def evaluate(config: EvalConfig, console: Console) -> dict[str, Any]:
     if any(problem.answer is None for problem in problems):
         raise UserError(f"data: not every problem of {config.data} has an answer to compare with")
     prompts = [config.prompt(problem, shots) for problem in problems]
+    if config.teacher_forced:
+        model, tokenizer = open_model(config, console)
+        known = known_answers(tokenizer, prompts, [problem.completion for problem in problems])
+    else:
+        source = _source(config, prompts, console)
     with resumable(config.output, config):
         rows = [{"prompt": p.prompt, "answer": p.answer} for p in problems]
         write_whole(config.output / PROBLEMS, "".join(json.dumps(row) + "\n" for row in rows))
         if config.teacher_forced:
-            model, tokenizer = open_model(config, console)
-            answers = [problem.completion for problem in problems]
-            scores = score(model, tokenizer, prompts, answers, config.temperatures, console)
+            scores = score(model, known, config.temperatures, console)
             rates = zip(config.temperatures, np.exp(scores.logprob).tolist(), strict=True)
             return _finish(config, scores.greedy[:, None], {"probability": dict(rates)})
         keys = [(i, k) for i in range(len(problems)) for k in range(config.samples)]
-        path, source = config.output / COMPLETIONS, _source(config, prompts, console)
-        return _graded(config, problems, collect(source, keys, path, console), console)
+        kept = collect(source, keys, config.output / COMPLETIONS, console)
+        return _graded(config, problems, kept, console)
 
 
 def regrade(folder: Path, console: Console) -> dict[str, Any]:
@@ -204,7 +213,7 @@ def regrade(folder: Path, console: Console) -> dict[str, Any]:
     except (OSError, TypeError) as error:
         raise UserError(f"regrade: {folder} is no evaluation's folder: {error}") from error
     if config.teacher_forced:
-        return read_results(folder)
+        return read_results(folder, "regrade")
     problems = [as_problem(row, folder) for row in read_rows(folder / PROBLEMS, "regrade")]
     rows = [Completion(**row) for row in read_lines(folder / COMPLETIONS, "problem")]
     if len(rows) < len(problems) * config.samples:
@@ -212,12 +221,14 @@ def regrade(folder: Path, console: Console) -> dict[str, Any]:
     return _graded(config, problems, {row[:2]: row for row in rows}, console)
 
 
-def read_results(folder: Path) -> dict[str, Any]:
-    """Of an evaluation that is finished."""
+def read_results(folder: Path, setting: str = "against") -> dict[str, Any]:
+    """Of an evaluation that is finished, which a setting names."""
     try:
         return json.loads((folder / RESULTS).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder} is not the folder of a finished evaluation: {error}") from error
+        raise UserError(
+            f"{setting}: {folder} is not the folder of a finished evaluation: {error}"
+        ) from error
 
 
 def _source(config: EvalConfig, prompts: Sequence[str], console: Console) -> Local | Served:
@@ -317,11 +328,13 @@ def compare(before: Path, after: Path) -> str:
 
 def eval_command(arguments: list[str]) -> int:
     """An evaluation, anew or of what was kept; and a comparison."""
-    before = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    before = argparse.ArgumentParser(prog="em-kernels eval", add_help=False, allow_abbrev=False)
     before.add_argument("--regrade", type=Path)
     before.add_argument("--against", type=Path)
     known, rest = before.parse_known_args(arguments)
     console = Console()
+    if known.against is not None:
+        read_results(known.against)  # before the work
     if known.regrade is not None and rest:
         raise UserError(f"regrade: goes with --against alone, not with {rest[0]}")
     if known.regrade is not None:

@@ -17,11 +17,12 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import permutation_test
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .completions import TaskSettings, open_model
 from .config import Positive, Sampling, TrainConfig, UserError, from_flags
 from .data import Problem, few_shot
-from .evaluate import percent, score
+from .evaluate import known_answers, percent, score
 from .records import CONFIG, resumable, write_whole
 from .select import Candidate, SelectConfig, select
 from .trainer import train
@@ -105,10 +106,14 @@ def run_study(config: StudyConfig, console: Console) -> dict[str, Any]:
     count = config.pool + config.held_out + EXAMPLES
     task = config.model_copy(update={"count": count})
     problems, shots = task.problems()
+    if any(problem.answer is None for problem in problems + shots):
+        raise UserError(f"data: not every problem of {config.data} has an answer to compare with")
     formats, problems = problems[:EXAMPLES], problems[EXAMPLES:]
     pool, held_out = problems[: config.pool], problems[config.pool :]
+    model, tokenizer = open_model(config, console)
     with resumable(config.output, config):
-        base, arms = _untrained(config, pool, held_out, shots, formats, console)
+        base, arms = _untrained(config, model, tokenizer, pool, held_out, shots, formats, console)
+        del model, tokenizer  # their memory is the training's
         units = [(arm, candidate) for arm in ARMS for candidate in arms[arm]]
         scores, began, fresh = dict[str, list[Any]](), time.perf_counter(), 0
         for n, (arm, candidate) in enumerate(units):
@@ -133,6 +138,8 @@ def run_study(config: StudyConfig, console: Console) -> dict[str, Any]:
 
 def _untrained(
     config: StudyConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     pool: Sequence[Problem],
     held_out: Sequence[Problem],
     shots: Sequence[Problem],
@@ -143,7 +150,6 @@ def _untrained(
     and the arms.
     """
     path = config.output / "untrained.json"
-    model, tokenizer = open_model(config, console)
     own = config.model_dump(include=set(TaskSettings.model_fields) & set(config.model_fields_set))
     own |= {"sampling": config.sampling, "template": config.template, "model": config.model}
     own |= {"data": config.data, "samples": config.samples, "more": 0}
@@ -156,7 +162,8 @@ def _untrained(
             prompts = [few_shot(examples, problem) for problem in held_out]
             title = f"untrained, {len(examples)} examples {name}"
             temperatures = (1.0,) if name else config.temperatures
-            found = score(model, tokenizer, prompts, answers, temperatures, console, title)
+            known = known_answers(tokenizer, prompts, answers)
+            found = score(model, known, temperatures, console, title)
             base[name or "greedy"] = found.greedy.tolist()
             if not name:
                 base["probability"] = np.exp(found.logprob).tolist()
@@ -201,7 +208,8 @@ def _trained(
         folder = run / "checkpoints" / f"step-{update:05d}"
         model, tokenizer = open_model(config.model_copy(update={"model": str(folder)}), console)
         title = f"{path.stem}, update {update}"
-        found = score(model, tokenizer, prompts, answers, (1.0,), console, title)
+        known = known_answers(tokenizer, prompts, answers)
+        found = score(model, known, (1.0,), console, title)
         rows.append(
             {
                 "update": update,
