@@ -1,14 +1,64 @@
-"""Is a completion's final answer the known one? Numbers by value, anything else by its text."""
+"""Is a completion's final answer the known one? Numbers by value, words by their letters, other
+mathematics by math-verify. Completions are untrusted, so that runs in worker processes, within
+bounds of time and memory.
+"""
 
+import os
 import re
+import resource
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, TimeoutError, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from dataclasses import replace
 from fractions import Fraction
+from functools import lru_cache
+from itertools import combinations
+from math import floor, log10
+from multiprocessing.context import SpawnContext, SpawnProcess
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
 
-_DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+)?"
+from pebble import ProcessPool
+
+STEP_S = 3  # of math-verify: to parse an answer, to compare two
+KILL_S = 5 * STEP_S  # a pair takes three steps
+WORKER_BYTES = 2**30  # beyond what a worker holds before its first answer
+LONGEST = 2000  # characters; those of MATH-500 and Minerva have at most 210
+
+_EXPONENT = r"[eE][+-]?\d{1,3}(?!\d)"
+_DIGITS = rf"(?:\d{{1,3}}(?:,\d{{3}})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+|{_EXPONENT})?"
 _NUMBER = re.compile(rf"(?:(?<!\w)-)?(?:{_DIGITS}|(?<![\w.])\.\d+)")
+_TEXT = r"\\(?:text\w*|math(?:rm|bf|it)|mbox)\s*\{([^{}]*)\}"
+_UNIT = r"\\(?:text|mathrm|mbox)\s*\{(?![eij]\})[^{}]*\}(?:\^\{?\d\}?)?$"
+_CLEANED = {  # before math-verify, which has other ideas of these
+    r"^(?:\\?\$|\\\(|\\\[|\s)+|(?:\\?\$|\\\)|\\\]|(?<=[^.])\.|\s)+$": "",
+    r"\\displaystyle\b\s*": "",
+    rf"^{_TEXT}$": r"\1",
+    r"(?<=[a-zA-Z\d})\]])\s*" + _UNIT: "",
+    r"^\+|^[A-Za-z]\s*\\in\b": "",  # x \in [0, 1] as the set
+    r"(?<=\d)(?:\\[,!; ]|\{,\}|~|\s)+(?=\d{3}(?![\d/]))": "",  # 1\,000
+    r"(?<=\d)\.(?=/)": "",  # 1./3
+    r"^(-?\d+)\s+(\d+)/(\d+)$": r"\1\\frac{\2}{\3}",  # 1 1/2
+    r"^(-?[\d.,]+)\s*(?:\\times|\\cdot|[×*])\s*10\s*\^\s*\{?([+-]?\d{1,3})\}?$": r"\1e\2",
+}
 
 
 def final_answer(text: str) -> str | None:
     r"""The content of the last \boxed{}, or else the last number."""
+    if (boxed := _boxed(text)) is not None:
+        return boxed
+    numbers = _NUMBER.findall(text)
+    return numbers[-1] if numbers else None
+
+
+def _boxed(text: str) -> str | None:
+    r"""The content of the last \boxed{}; None where there is none, or it was cut off."""
     start = text.rfind("\\boxed{")
     if start >= 0:
         depth, begin = 1, start + len("\\boxed{")
@@ -16,26 +66,232 @@ def final_answer(text: str) -> str | None:
             depth += {"{": 1, "}": -1}.get(text[i], 0)
             if depth == 0:
                 return text[begin:i].strip()
-    numbers = _NUMBER.findall(text)
-    return numbers[-1] if numbers else None
+    return None
 
 
-def is_correct(text: str, answer: str) -> bool:
-    """Whether the final answer of text equals answer."""
-    found = final_answer(text)
-    if found is None:
-        return False
-    left, right = _value(found), _value(answer)
-    if left is not None and right is not None:
-        return left == right
-    return "".join(found.split()) == "".join(answer.split())
+class _Answer(NamedTuple):
+    key: Fraction | str  # equal keys, equal answers; "" for none
+    latex: str  # for math-verify; "" if too long
 
 
-def _value(text: str) -> Fraction | None:
-    number = text.strip().strip("$")
-    if not _NUMBER.fullmatch(number):
-        return None
-    try:
-        return Fraction(number.replace(",", ""))
-    except (ValueError, ZeroDivisionError):  # thousands of digits, 1/0, 1.5/2
-        return None
+def _read(answer: str | None) -> _Answer:
+    """What stands in a box, or is known."""
+    answer = answer or ""
+    if len(answer) > LONGEST:
+        return _Answer("".join(answer.split()), "")
+    for pattern, replacement in _CLEANED.items():
+        answer = re.sub(pattern, replacement, answer)
+    with suppress(ValueError, ZeroDivisionError):  # thousands of digits, 1.5/2, 1/0
+        if _NUMBER.fullmatch(answer):
+            latex = re.sub("[eE](.+)", r"\\times10^{\1}", answer)  # no multiple of Euler's e
+            return _Answer(Fraction(answer.replace(",", "")), rf"\boxed{{{latex}}}")
+    key = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", re.sub(_TEXT, r"\1", answer))
+    key = re.sub(r"^\(?([A-Za-z])\)?$", r"\1", key).replace("infinity", r"\infty")
+    return _Answer(key.casefold() if _is_word(key) else key, rf"\boxed{{{answer}}}")
+
+
+def _is_word(key: Fraction | str) -> bool:
+    """Rather than a product of variables: even is not neve."""
+    return isinstance(key, str) and len(key) > 2 and key.isalpha()
+
+
+def _answer_of(text: str) -> _Answer:
+    r"""A completion's last \boxed{}; without one its last number, or what math-verify finds."""
+    if "\\boxed{" in text:
+        return _read(_boxed(text))
+    if not re.search(r"[$\\%]", text):
+        return _read(final_answer(text))
+    end = text[-LONGEST:]
+    if len(text) > LONGEST:
+        end = end.partition("\n")[2] or end  # a line's start, as $ opens and closes within one
+    return _Answer(end, end)
+
+
+def _same(known: _Answer, found: _Answer) -> bool | None:
+    """Whether two answers are the same, where that is certain without math-verify."""
+    keys = known.key, found.key
+    if "" in keys or known.key == found.key:
+        return "" not in keys
+    certain = all(isinstance(key, Fraction) or _is_word(key) for key in keys)
+    return False if certain or not (known.latex and found.latex) else None
+
+
+class Grader:
+    """Compares completions with answers, and with each other.
+
+    A context manager, or to be closed. Its workers start with the first answer that is neither a
+    number nor a word.
+    """
+
+    _pool: ProcessPool | None = None
+
+    def __enter__(self) -> "Grader":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop the workers, whatever they are at."""
+        if self._pool is not None:
+            self._pool.stop()
+            self._pool.join()
+            self._pool = None
+
+    def grade(
+        self,
+        pairs: Sequence[tuple[str, str | None]],
+        on_done: Callable[[int], None] | None = None,
+    ) -> list[bool]:
+        """Whether each completion's final answer is the one beside it; wrong where that is None.
+
+        Wrong too is what takes a worker too long, too much memory, or down.
+
+        Args:
+            on_done: called with the number just graded.
+        """
+        done = on_done or (lambda count: None)
+        right = [False] * len(pairs)
+        hard: dict[tuple[_Answer, ...], list[int]] = {}
+        for i, (text, answer) in enumerate(pairs):
+            known, found = _read(answer), _answer_of(text)
+            same = True if known.key == _read(text).key != "" else _same(known, found)
+            if same is None:
+                hard.setdefault((known, found), []).append(i)
+            else:
+                right[i] = same
+                done(1)
+        for pair, first in self._ask(list(hard)):
+            for i in hard[pair]:
+                right[i] = first == [0, 0]
+            done(len(hard[pair]))
+        return right
+
+    def agreement(self, groups: Sequence[Sequence[str]]) -> list[tuple[int, float]]:
+        """Of each prompt's completions the index of the first with the most frequent final answer,
+        and the share that has it; 0 and 0.0 where none has an answer.
+        """
+        answers = [tuple(_read(final_answer(text)) for text in group) for group in groups]
+        firsts = {group: _firsts(group, asked=False) for group in answers}
+        hard = [g for g in firsts if any(_same(a, b) is None for a, b in combinations(set(g), 2))]
+        firsts |= {group: first for group, first in self._ask(hard) if first}
+        results = []
+        for group in answers:
+            with_one = zip(group, firsts[group], strict=True)
+            counts = Counter(first for answer, first in with_one if answer.key != "")
+            first, count = max(counts.items(), key=lambda item: item[1], default=(0, 0))
+            results.append((first, count / max(len(group), 1)))
+        return results
+
+    def _ask(
+        self, questions: Sequence[tuple[_Answer, ...]]
+    ) -> Iterator[tuple[tuple[_Answer, ...], list[int] | None]]:
+        """_firsts of each question as they come; None where it took its worker down."""
+        left = dict.fromkeys(questions)
+        for _ in range(3):  # a worker that dies between questions takes its pool along
+            if not left:
+                return
+            if self._pool is None or not self._pool.active:
+                self.close()
+                workers = min(4, os.cpu_count() or 1)
+                self._pool = ProcessPool(workers, initializer=_limit, context=_Context())
+            with suppress(RuntimeError, TimeoutError):  # it breaks now, or has lost a question
+                asked: dict[Future, tuple[_Answer, ...]] = {
+                    self._pool.schedule(_firsts, (question,), timeout=KILL_S): question
+                    for question in left
+                }
+                for future in as_completed(asked, KILL_S * (len(left) + 10)):
+                    error = future.exception()
+                    if not isinstance(error, BrokenProcessPool):
+                        del left[asked[future]]
+                        yield asked[future], None if error else future.result()
+            if left:
+                self.close()
+        if left:
+            raise RuntimeError("the workers that compare answers do not start")
+
+
+class _Worker(SpawnProcess):
+    """Leaves Ctrl-C to this process from its first moment, and does not import the user's main
+    module, which may do more than define.
+    """
+
+    @staticmethod
+    def _Popen(process: Any) -> Any:
+        main = sys.modules["__main__"]
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        sys.modules["__main__"] = ModuleType("__main__")
+        try:
+            return SpawnProcess._Popen(process)  # type: ignore[attr-defined]
+        finally:
+            sys.modules["__main__"] = main
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class _Context(SpawnContext):
+    Process = _Worker
+
+
+def _limit() -> None:
+    """Of a worker: silence, and bounds that what it has imported does not count towards."""
+    import math_verify  # noqa: F401
+
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 1)
+    os.dup2(silence, 2)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # also within one long step of C
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with suppress(OSError, ValueError):  # there is no /proc; a lower limit is there
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        bound = pages * resource.getpagesize() + WORKER_BYTES
+        resource.setrlimit(resource.RLIMIT_AS, (bound, bound))
+
+
+def _firsts(answers: Sequence[_Answer], asked: bool = True) -> list[int]:
+    """Of each answer the first that is the same, as far as the time goes; only a worker may ask
+    math-verify.
+    """
+    end = time.monotonic() + KILL_S - 2 * STEP_S
+    first: dict[Fraction | str, int] = {}
+
+    def same(j: int, i: int) -> bool:
+        known = _same(answers[j], answers[i])
+        if known is None and asked and time.monotonic() < end:
+            return _verified(answers[j].latex, answers[i].latex)
+        return bool(known)
+
+    for i, answer in enumerate(answers):
+        if answer.key not in first:
+            heads = dict.fromkeys(first.values())
+            first[answer.key] = next((j for j in heads if same(j, i)), i)
+    return [first[answer.key] for answer in answers]
+
+
+@lru_cache(maxsize=32)
+def _parsed(latex: str) -> list[Any]:
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
+
+    config = LatexExtractionConfig(boxed_match_priority=0)
+    if not latex.startswith("\\boxed{"):
+        return parse(latex, [config, ExprExtractionConfig()], parsing_timeout=STEP_S)
+    letters = re.sub(r"\\[a-zA-Z]+", "", latex)[1:-1]  # c is a unit in 3 c, not in a c
+    units = re.fullmatch(r"[^a-zA-Z+]*\d[^a-zA-Z+]*[a-zA-Z][a-zA-Z .]*", letters) is not None
+    config = replace(config, normalization_config=replace(config.normalization_config, units=units))
+    return parse(latex, [config], extraction_mode="first_match", parsing_timeout=STEP_S)
+
+
+def _verified(known: str, found: str) -> bool:
+    from math_verify import verify
+    from sympy import Float
+
+    with suppress(BaseException):
+        both = _parsed(known), _parsed(found)
+        terms = [term for side in both for term in side if hasattr(term, "atoms")]
+        sizes = [abs(x) for term in terms for x in term.atoms(Float) if x]
+        return verify(
+            *both,
+            float_rounding=max([6, *(3 - floor(log10(x)) for x in sizes)]),  # four digits, or six
+            allow_set_relation_comp=True,
+            timeout_seconds=STEP_S,
+        )
+    return False

@@ -17,7 +17,7 @@ from ..functional import entropy_loss_into
 from ..hf import check_head, head_of
 from .checkpoint import defining_settings, newest_state, read_state, save_checkpoint, write_model
 from .config import TrainConfig, UserError
-from .grading import is_correct
+from .grading import Grader
 from .memory import CONTEXT, resolve
 from .optimizer import MasterAdamW
 from .plan import Plan, cheaper
@@ -36,6 +36,7 @@ from .rollout import Rollout, check_cache, generate
 from .session import Interrupted, StopRequest, line_of, peak_memory_gib, progress_on
 from .setup import Task, as_recorded, find_device, load_model, load_task
 from .step import StepLoss, can_share_prefix, entropy_step
+from .trackers import Tracking
 
 T = TypeVar("T")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -77,6 +78,7 @@ def train(
     else:
         check_output(config.output)
     config.check_complete()
+    tracking = Tracking(config, console)
     device = find_device(config)
     task = load_task(config)
     if config.chat_template and not task.chat_template:
@@ -90,10 +92,17 @@ def train(
         run.load(model)
     except torch.OutOfMemoryError as error:
         raise run.failed(error) from error
-    with closing(run.optimizer), Running(config.output) as running, StopRequest() as stop:
+    with (
+        closing(run.optimizer),
+        run.grader,
+        Running(config.output) as running,
+        StopRequest() as stop,
+        tracking,
+    ):
         if running.death:
             console.print(running.death, markup=False, soft_wrap=True)
         run.start(resume)
+        tracking.start(run.measured)
         try:
             for update in range(run.first, plan.config.steps + 1):
                 if reason := run.why_over():
@@ -101,6 +110,7 @@ def train(
                     break
                 running.phase(f"update {update}")
                 run.update(update, stop)
+                tracking.log(run.result.metrics[-1])
                 if update in plan.config.save_at:
                     run.save()
             run.save()
@@ -119,7 +129,7 @@ class _Run:
         self.asked, self.config, self.plan = asked, plan.config, plan
         self.task, self.console, self.device = task, console, device
         self.picks = [i % len(task.prompts) for i in range(plan.config.rollouts)]
-        self.result = TrainResult(asked.output)
+        self.result, self.grader = TrainResult(asked.output), Grader()
         self.recorded: dict[int, list[Rollout]] = {}
         self.written = self.measured = 0  # updates whose rollouts, whose metrics are on disk
         self.first = 1
@@ -255,7 +265,7 @@ class _Run:
 
             rollouts = self.recorded.get(update) or self._fitting("rollout_batch", sample, 1)
             sampled = time.perf_counter()
-            records = self._records(update, rollouts)
+            records = self._records(update, rollouts, stop)
             if update > self.written:
                 append(config.output / "rollouts.jsonl", records)
             progress.update(bar, description=f"{title} training", completed=0)
@@ -310,11 +320,15 @@ class _Run:
         if warning := cut_off(rollouts):
             self.console.print(warning, soft_wrap=True)
 
-    def _records(self, update: int, rollouts: Sequence[Rollout]) -> list[dict[str, Any]]:
+    def _records(
+        self, update: int, rollouts: Sequence[Rollout], stop: StopRequest
+    ) -> list[dict[str, Any]]:
         texts = self.task.tokenizer.batch_decode(
             [rollout.response_ids for rollout in rollouts], skip_special_tokens=True
         )
         answers = [self.task.problems[pick].answer for pick in self.picks]
+        pairs = list(zip(texts, answers, strict=True))
+        right = self.grader.grade(pairs, lambda count: stop.check())
         return [
             {
                 "update": update,
@@ -322,12 +336,10 @@ class _Run:
                 "prompt_ids": rollout.prompt_ids,
                 "response_ids": rollout.response_ids,
                 "ended": rollout.ended,
-                "correct": None if answer is None else is_correct(text, answer),
+                "correct": None if answers[index] is None else right[index],
                 "text": text,
             }
-            for index, (rollout, text, answer) in enumerate(
-                zip(rollouts, texts, answers, strict=True)
-            )
+            for index, (rollout, text) in enumerate(zip(rollouts, texts, strict=True))
         ]
 
     def _fitting(self, name: str, work: Callable[[int], T], least: int) -> T:
