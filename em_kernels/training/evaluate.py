@@ -209,7 +209,8 @@ def evaluate(config: EvalConfig, console: Console) -> dict[str, Any]:
 def regrade(folder: Path, console: Console) -> dict[str, Any]:
     """Grade the completions that an evaluation has kept, and write results.json anew."""
     try:
-        config = EvalConfig(**yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")))
+        settings = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+        config = EvalConfig(**{**settings, "output": folder})  # which may have been moved
     except (OSError, TypeError) as error:
         raise UserError(f"regrade: {folder} is no evaluation's folder: {error}") from error
     if config.teacher_forced:

@@ -1,19 +1,37 @@
-"""Intervals against known values and by simulation; evaluation and selection of a model."""
+"""Intervals against known values and by simulation; evaluations against plain generation."""
+
+import json
+import shutil
+from io import StringIO
+from itertools import combinations
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from scipy.stats import binom
-from training.tiny import make_model
+from training.tiny import PLAIN, make_model, read, save_tiny
+from transformers import AutoModelForCausalLM
 
-from em_kernels.training.config import Sampling
-from em_kernels.training.data import Problem, encode
-from em_kernels.training.evaluate import evaluate, paired_change, wilson
-from em_kernels.training.grading import is_correct
+from em_kernels.cli import main
+from em_kernels.training.config import UserError
+from em_kernels.training.data import few_shot, read_problems
+from em_kernels.training.evaluate import (
+    EvalConfig,
+    known_answers,
+    of_problems,
+    paired_change,
+    pass_at,
+    score,
+    wilson,
+)
+from em_kernels.training.grading import Grader, final_answer
 from em_kernels.training.rollout import generate
-from em_kernels.training.select import Candidate, select
 
-PLAIN = Sampling(temperature=1, top_k=0, top_p=1, repetition_penalty=1, max_new_tokens=8)
+QUIET = Console(file=StringIO())
+GREEDY = PLAIN.model_copy(update={"temperature": 0.0, "max_new_tokens": 6})
+FLAGS = ["--device", "cpu", "--dtype", "float32", "--max-new-tokens", "12"]
+QUESTIONS = ["2 + 3 =", "What is the 3?", "Hello", "abc 7", "the", "1 2 3 4"]
 
 
 def outcomes(right, n):
@@ -80,52 +98,241 @@ def test_paired_interval_covers(gained, lost):
     assert 0.93 < hits / draws < 0.97
 
 
-def test_evaluate_is_generate_and_grade(tokenizer):
-    model = make_model(dtype=torch.float64)
-    problems = [Problem("2 + 3 =", "5"), Problem("Hello", "1"), Problem("2 + 4 =", None)]
-    found = evaluate(model, tokenizer, problems, PLAIN, samples=40, seed=3, chat_template=False)
-    assert found.shape == (3, 40) and found.dtype == bool and not found[2].any()
-    for i, problem in enumerate(problems[:2]):
-        prompt = encode(tokenizer, problem.prompt, False)
-        seeds = [(3, i, k, 1) for k in range(40)]
-        alone = generate(model, tokenizer, [prompt] * 40, seeds, PLAIN)
-        texts = [tokenizer.decode(r.response_ids, skip_special_tokens=True) for r in alone]
-        assert found[i].tolist() == [is_correct(text, problem.answer) for text in texts]
-    assert found.any()
+@pytest.mark.parametrize("n", [1, 5, 8])
+def test_pass_at_is_the_share_of_subsets_with_a_right_one(n):
+    right = np.array([outcomes(count, n) for count in range(n + 1)])
+    for k in range(1, n + 1):
+        expected = [np.mean([any(s) for s in combinations(row, k)]) for row in right.tolist()]
+        assert pass_at(right, k) == pytest.approx(expected)
 
 
-def test_same_seed_same_verdicts(tokenizer):
-    model = make_model(dtype=torch.float64)
-    problems = [Problem(f"{i} + 3 =", "5") for i in range(6)]
-    first = evaluate(model, tokenizer, problems, PLAIN, samples=30)
-    done = []
-    again = evaluate(
-        model, tokenizer, problems, PLAIN, samples=30, batch_size=7, on_done=done.append
-    )
-    other = evaluate(model, tokenizer, problems, PLAIN, samples=30, seed=1)
-    assert (first == again).all() and sum(done) == 180
-    assert first.any() and (first != other).any()
+def test_interval_over_problems_covers():
+    """60 problems whose samples go together: 400 draws, the estimate is good to 2.5 points."""
+    rng = np.random.default_rng(0)
+    hits = 0
+    for _ in range(400):
+        rates = rng.beta(0.5, 1, 60)  # of mean 1/3
+        low, high = of_problems(rng.binomial(8, rates) / 8)
+        hits += low <= 1 / 3 <= high
+    assert 0.90 < hits / 400 < 0.98
+    assert of_problems(np.full(5, 0.25)) == (0.25, 0.25)
 
 
-def test_select_ranks_by_the_variance_of_correctness(tokenizer):
-    model = make_model(dtype=torch.float64)
-    pool = [
-        Problem(f"{a} + {b} =", str(answer)) for a in (1, 2) for b in (3, 4) for answer in (3, 5)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model with room for worked examples."""
+    return save_tiny(tmp_path_factory.mktemp("model"), max_position_embeddings=512)
+
+
+def texts_of(folder, tokenizer, prompts, seed, samples, sampling):
+    """Each completion sampled alone, and its length."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    rollouts = [
+        generate(model, tokenizer, [tokenizer(text).input_ids], [(seed, i, k, 1)], sampling)[0]
+        for i, text in enumerate(prompts)
+        for k in range(samples)
     ]
-    pool.append(Problem("1 + 3 =", "never"))
-    ranked = select(model, tokenizer, pool, PLAIN, samples=30, seed=1)
-    assert sorted(c.problem.prompt for c in ranked) == sorted(p.prompt for p in pool)
-    variances = [candidate.variance for candidate in ranked]
-    assert variances == sorted(variances, reverse=True) and variances[0] > 0
-    assert ranked[-1].problem.answer == "never" and ranked[-1].pass_rate == 0
+    texts = [tokenizer.decode(r.response_ids, skip_special_tokens=True) for r in rollouts]
+    return texts, rollouts
 
 
-@pytest.mark.parametrize("samples", [10, 16])
-def test_rates_as_far_from_half_rank_alike(samples):
-    for right in range(samples + 1):
-        rates = right / samples, (samples - right) / samples
-        low, high = (Candidate(Problem("p"), rate) for rate in rates)
-        assert low.variance == high.variance
-        assert low.variance == pytest.approx(rates[0] * (1 - rates[0]))
-    best = Candidate(Problem("p"), 0.5).variance
-    assert best == 0.25 and best > Candidate(Problem("p"), 7 / 16).variance
+def rows_of(path, questions, answers):
+    rows = [{"problem": q, "answer": a} for q, a in zip(questions, answers, strict=True)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return ["--data", str(path)]
+
+
+def answers_of(texts, samples):
+    """Such that some sample of each is right, where one has a number."""
+    groups = [texts[i : i + samples] for i in range(0, len(texts), samples)]
+    found = [[answer for text in group if (answer := final_answer(text))] for group in groups]
+    return [answers[-1] if answers else "0" for answers in found]
+
+
+def test_eval_is_generate_and_grade(folder, tokenizer, tmp_path, capfd):
+    flags = ["--samples", "8", "--temperature", "1", "--seed", "3", *FLAGS]
+    asked = [f"<|user|>{question}<|end|><|assistant|>" for question in QUESTIONS]
+    texts, rollouts = texts_of(folder, tokenizer, asked, 3, 8, PLAIN)
+    answers = answers_of(texts, 8)
+    data = rows_of(tmp_path / "rows.jsonl", QUESTIONS, answers)
+    output = tmp_path / "eval"
+    arguments = ["eval", "--model", str(folder), *data, *flags, "--output", str(output)]
+    assert main([*arguments, "--batch-size", "7"]) == 0
+    stdout, stderr = capfd.readouterr()
+    kept = {(row["problem"], row["sample"]): row for row in read(output / "completions.jsonl")}
+    keys = [(i, k) for i in range(6) for k in range(8)]
+    assert sorted(kept) == keys and len(read(output / "completions.jsonl")) == 48
+    assert [kept[key]["text"] for key in keys] == texts
+    assert [kept[key]["tokens"] for key in keys] == [len(r.response_ids) for r in rollouts]
+    results = json.loads((output / "results.json").read_text())
+    right = np.array(results["right"])
+    easy = [i for i, text in enumerate(texts) if not set(text) & set("$%\\")]  # no workers
+    verdicts = Grader().grade([(texts[i], answers[i // 8]) for i in easy])
+    assert right.flatten()[easy].tolist() == verdicts and len(easy) > 24
+    assert right.shape == (6, 8) and results["accuracy"] == pytest.approx(right.mean())
+    assert 0 < right.mean() < 1
+    draws = np.random.default_rng(5).integers(0, 6, (4000, 6))
+    expected = np.quantile(right.mean(1)[draws].mean(1), (0.025, 0.975))
+    assert results["interval"] == pytest.approx(expected, abs=0.03)
+    for k in (1, 2, 4, 8):
+        share = np.mean([any(s) for row in right.tolist() for s in combinations(row, k)])
+        assert results["pass_at"][str(k)] == pytest.approx(share)
+    assert results["ended"] == pytest.approx(np.mean([r.ended for r in rollouts]))
+    assert results["mean_tokens"] == pytest.approx(np.mean([len(r.response_ids) for r in rollouts]))
+    problems = [{"prompt": q, "answer": a} for q, a in zip(QUESTIONS, answers, strict=True)]
+    assert read(output / "problems.jsonl") == problems
+    assert stderr == "" and "avg@8" in stdout and f"{100 * right.mean():.1f} [" in stdout
+    assert "pass@8" in stdout and stdout.endswith(f"Kept in {output}\n")
+
+
+def test_regrade_and_against(folder, tokenizer, tmp_path, capfd):
+    data = rows_of(tmp_path / "rows.jsonl", QUESTIONS, "123456")
+    base = ["eval", "--model", str(folder), *data, *FLAGS, "--template", "raw", "--output"]
+    before, after = str(tmp_path / "before"), str(tmp_path / "after")
+    assert main([*base, before]) == 0
+    shutil.copytree(before, after)
+    files = {name: tmp_path / name / "completions.jsonl" for name in ("before", "after")}
+    for name, right in (("before", "110000"), ("after", "101111")):
+        rows = read(files[name])
+        for row in rows:
+            i = row["problem"]
+            row["text"] = f"it is {'123456'[i] if right[i] == '1' else 'unknown'}"
+        files[name].write_text("".join(json.dumps(row) + "\n" for row in rows))
+        assert main(["eval", "--regrade", str(tmp_path / name)]) == 0
+        results = json.loads((tmp_path / name / "results.json").read_text())
+        assert results["right"] == [[r == "1"] for r in right]
+        assert results["interval"] == list(wilson(np.array([r == "1" for r in right])))
+    capfd.readouterr()
+    assert main(["eval", "--regrade", after, "--against", before]) == 0
+    said = " ".join(capfd.readouterr().out.split())
+    assert f"Against {before}: 50.0 points, interval" in said
+    assert "p = 0.38 by McNemar's exact test: which chance explains as well." in said  # 10 / 16 / 2
+    assert "4 became right, 1 wrong." in said
+
+
+def refused(arguments, capfd):
+    capfd.readouterr()
+    assert main(["eval", *arguments]) == 2
+    stdout, stderr = capfd.readouterr()
+    assert stdout == "" and stderr.startswith("em-kernels eval: error: ")
+    assert stderr.count("\n") == 1 and stderr.endswith("\n")
+    return stderr
+
+
+def test_refused_comparisons(folder, tmp_path, capfd):
+    data = rows_of(tmp_path / "rows.jsonl", QUESTIONS[:2], "12")
+    other = rows_of(tmp_path / "other.jsonl", QUESTIONS[:2], "13")
+    base = ["--model", str(folder), *FLAGS[:-1], "3", "--template", "raw"]
+    one, two, many = (str(tmp_path / name) for name in ("one", "two", "many"))
+    sampled = ["--samples", "2", "--temperature", "1"]
+    assert main(["eval", *base, *data, "--output", one]) == 0
+    assert main(["eval", *base, *data, *sampled, "--output", many]) == 0
+    for arguments, said in (  # what was measured is shown first
+        (
+            [*base, *other, "--output", two],
+            f"against: {one} and {two} are not of the same problems",
+        ),
+        (["--regrade", many], "against: McNemar's test compares runs of one sample a problem"),
+    ):
+        capfd.readouterr()
+        assert main(["eval", *arguments, "--against", one]) == 2
+        assert capfd.readouterr().err == f"em-kernels eval: error: {said}\n"
+    nothing = str(tmp_path / "nothing")
+    line = refused([*base, *data, "--output", nothing, "--against", nothing], capfd)
+    assert f"against: {nothing} is not the folder of a finished evaluation" in line
+    assert not (tmp_path / "nothing").exists()
+    assert "regrade: goes with --against alone" in refused(["--regrade", one, *data], capfd)
+    assert f"regrade: {nothing} is no evaluation's folder" in refused(["--regrade", nothing], capfd)
+    lines = (tmp_path / "many" / "completions.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "many" / "completions.jsonl").write_text("".join(lines[:-1]))
+    assert f"regrade: {many} is not finished" in refused(["--regrade", many], capfd)
+
+
+def alone(model, rollouts, temperature):
+    """Log-probability of each response, and whether each of its tokens is the most probable."""
+    totals, greedy = [], []
+    for prompt, response, _ in ((r.prompt_ids, r.response_ids, r.ended) for r in rollouts):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + response])).logits[0]
+        logits = logits[len(prompt) - 1 : -1].double()
+        picked = torch.tensor(response)
+        totals.append(
+            (logits / temperature).log_softmax(-1).gather(1, picked[:, None]).sum().item()
+        )
+        greedy.append(bool((logits.argmax(-1) == picked).all()))
+    return totals, greedy
+
+
+KINDS = {
+    "llama": {},
+    "qwen2": {"tied": False},
+    "cohere": {"logit_scale": 0.25},
+    "gemma2": {"sliding_window": 8, "head_dim": 8, "query_pre_attn_scalar": 8},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_score_is_plain_torch(kind, tokenizer):
+    """Prompts that begin alike and such that do not, answers of one token and of many."""
+    model = make_model(kind, dtype=torch.float64, max_position_embeddings=512, **KINDS[kind])
+    problems = read_problems("addition", count=12)
+    prompts = [few_shot(problems[:2], problem) for problem in problems[2:]]
+    answers = [" 3\n", *(problem.completion for problem in problems[3:])]
+    for texts in (prompts, [*prompts, "Hello"]):
+        known = known_answers(tokenizer, texts, [*answers, "abc"][: len(texts)])
+        for rollout, text in zip(known, texts, strict=True):
+            assert tokenizer.decode(rollout.prompt_ids) == text
+        with torch.no_grad():  # those of the last ones are what greedy sampling gives
+            said = generate(model, tokenizer, [r.prompt_ids for r in known[:3]], [(0,)] * 3, GREEDY)
+        scores = score(model, [*known, *said], (1.0, 0.5, 0.25), QUIET)
+        for row, temperature in enumerate((1.0, 0.5, 0.25)):
+            expected, greedy = alone(model, [*known, *said], temperature)
+            assert scores.logprob[row] == pytest.approx(expected, rel=1e-6)
+        assert scores.greedy.tolist() == greedy and scores.greedy[-3:].all()
+        assert not scores.greedy.all()
+
+
+def test_a_tokenizer_that_joins_prompt_and_answer(tokenizer):
+    known = known_answers(tokenizer, ["it is ", "it is 3 or"], ["3\n", " 4\n"])
+    assert [tokenizer.decode(r.response_ids) for r in known] == ["3\n", " 4\n"]
+    with pytest.raises(UserError, match=r"^teacher_forced: .* joins .* with '\\n'$"):
+        known_answers(tokenizer, ["it is 3"], ["\n"])
+
+
+def test_teacher_forced_greedy_is_greedy_sampling(demo):
+    """The 135M model on 30 sums: all 30 verdicts agree, and neither all are right nor none."""
+    model, tokenizer = demo
+    config = EvalConfig(data="addition", template="few-shot", count=30, seed=1)
+    problems, shots = config.problems()
+    prompts = [config.prompt(problem, shots) for problem in problems]
+    known = known_answers(tokenizer, prompts, [problem.completion for problem in problems])
+    forced = score(model, known, (1.0,), QUIET).greedy
+    sampling = config.sampled().model_copy(update={"max_new_tokens": 24})
+    ids = [rollout.prompt_ids for rollout in known]
+    sampled = generate(model, tokenizer, ids, [(0,)] * 30, sampling)
+    texts = [tokenizer.decode(rollout.response_ids) for rollout in sampled]
+    pairs = zip(texts, problems, strict=True)
+    verdicts = Grader().grade([(text, problem.answer) for text, problem in pairs])
+    assert forced.tolist() == verdicts and 0 < forced.sum() < 30
+
+
+def test_teacher_forced_eval(folder, tokenizer, tmp_path, capfd):
+    output = tmp_path / "eval"
+    arguments = ["eval", "--model", str(folder), "--data", "addition", "--count", "5", *FLAGS]
+    arguments += ["--template", "few-shot", "--teacher-forced", "--temperatures", "1", "0.5"]
+    assert main([*arguments, "--skip", "3", "--output", str(output)]) == 0
+    problems = read_problems("addition", count=10)
+    prompts = [few_shot(problems[:2], problem) for problem in problems[5:]]
+    known = known_answers(tokenizer, prompts, [problem.completion for problem in problems[5:]])
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    results = json.loads((output / "results.json").read_text())
+    for temperature in (1.0, 0.5):
+        expected, greedy = alone(model, known, temperature)
+        found = np.log(results["probability"][str(temperature)])
+        assert found == pytest.approx(expected, rel=1e-4)
+    assert results["right"] == [[g] for g in greedy] and results["problems"] == 5
+    assert not (output / "completions.jsonl").exists()
+    assert "probability of the answer, T = 0.5" in capfd.readouterr().out
+    for name, wrong in (("chat", []), ("few-shot", ["--server", "http://127.0.0.1:1"])):
+        line = refused([*arguments[1:], "--template", name, *wrong], capfd)
+        assert "teacher_forced: goes with template few-shot and a model of this machine" in line
