@@ -131,8 +131,7 @@ class _Run:
         self.picks = [i % len(task.prompts) for i in range(plan.config.rollouts)]
         self.result, self.grader = TrainResult(asked.output), Grader()
         self.recorded: dict[int, list[Rollout]] = {}
-        self.written = self.measured = 0  # updates whose rollouts, whose metrics are on disk
-        self.first = 1
+        self.first, self.written, self.measured = 1, 0, 0  # next; rollouts, metrics on disk
         self.sizes = {name: getattr(plan.config, name) for name in ("micro_batch", "rollout_batch")}
         self.past_sizes: dict[int, dict[str, int]] = {}  # of updates before the stop
         self.is_whole = True  # the weights are those of a finished update
@@ -327,8 +326,7 @@ class _Run:
             [rollout.response_ids for rollout in rollouts], skip_special_tokens=True
         )
         answers = [self.task.problems[pick].answer for pick in self.picks]
-        pairs = list(zip(texts, answers, strict=True))
-        right = self.grader.grade(pairs, lambda count: stop.check())
+        right = self.grader.grade(list(zip(texts, answers, strict=True)), lambda _: stop.check())
         return [
             {
                 "update": update,
