@@ -30,6 +30,7 @@ STEP_S = 3  # of math-verify: to parse an answer, to compare two
 KILL_S = 5 * STEP_S  # a pair takes three steps
 WORKER_BYTES = 2**30  # beyond what a worker holds before its first answer
 LONGEST = 2000  # characters; those of MATH-500 and Minerva have at most 210
+SHORT = 100  # characters
 
 _EXPONENT = r"[eE][+-]?\d{1,3}(?!\d)"
 _DIGITS = rf"(?:\d{{1,3}}(?:,\d{{3}})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+|{_EXPONENT})?"
@@ -55,6 +56,12 @@ def final_answer(text: str) -> str | None:
         return boxed
     numbers = _NUMBER.findall(text)
     return numbers[-1] if numbers else None
+
+
+def _said(text: str) -> str | None:
+    """The final answer, or of a short text without one all of it."""
+    found = final_answer(text)
+    return text if found is None and len(text) <= SHORT else found
 
 
 def _boxed(text: str) -> str | None:
@@ -169,9 +176,10 @@ class Grader:
 
     def agreement(self, groups: Sequence[Sequence[str]]) -> list[tuple[int, float]]:
         """Of each prompt's completions the index of the first with the most frequent final answer,
-        and the share that has it; 0 and 0.0 where none has an answer.
+        and the share that has it; 0 and 0.0 where none has an answer. A short one without box and
+        number is its own answer, as "Friday" is.
         """
-        answers = [tuple(_read(final_answer(text)) for text in group) for group in groups]
+        answers = [tuple(_read(_said(text)) for text in group) for group in groups]
         firsts = {group: _firsts(group, asked=False) for group in answers}
         hard = [g for g in firsts if any(_same(a, b) is None for a, b in combinations(set(g), 2))]
         firsts |= {group: first for group, first in self._ask(hard) if first}

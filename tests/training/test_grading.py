@@ -331,13 +331,14 @@ def test_agreement(grader):
         [boxed("2"), boxed("1"), boxed("1"), boxed("2")],
         [boxed("x+1"), boxed("2x"), boxed("1+x")],
         [boxed(r"\text{red}"), boxed("Red"), boxed("der")],
-        ["none", "none", boxed("")],
-        ["none", boxed("0")],
+        ["none" * 99, "none" * 99, boxed("")],
+        ["none" * 99, boxed("0")],
+        [" Friday\n", "Monday", "friday"],
         [],
         [boxed("x+1"), boxed("1+x"), boxed("10^{10^{10}}")],
     ]
     expected = [(1, 3 / 5), (1, 2 / 5), (0, 1 / 2), (0, 2 / 3), (0, 2 / 3), (0, 0.0), (1, 1 / 2)]
-    expected += [(0, 0.0), (0, 2 / 3)]
+    expected += [(0, 2 / 3), (0, 0.0), (0, 2 / 3)]
     assert grader.agreement(groups) == expected
 
 
