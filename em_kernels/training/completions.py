@@ -248,6 +248,8 @@ def token_ids(
     found = [encode(tokenizer, text, chat, kwargs) for text in texts]
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest, new = max(map(len, found)), config.sampling.max_new_tokens
+    if context is not None and longest >= context:
+        raise UserError(f"data: a prompt has {longest} tokens, the model's context {context}")
     if context is not None and longest + new > context:
         raise UserError(
             f"sampling.max_new_tokens: {longest} prompt tokens and {new} exceed the model's "

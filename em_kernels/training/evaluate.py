@@ -196,7 +196,10 @@ def evaluate(config: EvalConfig, console: Console) -> dict[str, Any]:
         source = _source(config, prompts, console)
     with resumable(config.output, config):
         rows = [{"prompt": p.prompt, "answer": p.answer} for p in problems]
-        write_whole(config.output / PROBLEMS, "".join(json.dumps(row) + "\n" for row in rows))
+        path, text = config.output / PROBLEMS, "".join(json.dumps(row) + "\n" for row in rows)
+        if path.exists() and path.read_text(encoding="utf-8") != text:
+            raise UserError(f"data: {config.data} has changed; name another output")
+        write_whole(path, text)
         if config.teacher_forced:
             scores = score(model, known, config.temperatures, console)
             rates = zip(config.temperatures, np.exp(scores.logprob).tolist(), strict=True)

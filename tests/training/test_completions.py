@@ -1,0 +1,210 @@
+"""How a model is asked, what is refused, and evaluations that are stopped and go on."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from training.test_interrupt import PATIENCE_S, lines, wait_for
+from training.tiny import PLAIN, make_model, make_tokenizer, read, save_tiny
+
+from em_kernels.cli import main
+from em_kernels.training.completions import TaskSettings, mean_entropies, token_ids
+from em_kernels.training.config import UserError
+from em_kernels.training.data import Problem
+from em_kernels.training.rollout import generate
+
+FLAGS = ["--device", "cpu", "--dtype", "float32", "--max-new-tokens", "12"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model with room for worked examples."""
+    return save_tiny(tmp_path_factory.mktemp("model"), max_position_embeddings=512)
+
+
+def asked(tokenizer, model, **settings):
+    """What the model reads of the first problem."""
+    config = TaskSettings(data="addition", count=1, **settings)
+    (problem,), shots = config.problems()
+    (ids,) = token_ids(config, tokenizer, model, [config.prompt(problem, shots)])
+    return tokenizer.decode(ids)
+
+
+def test_templates(demo):
+    model, tokenizer = demo
+    assert asked(tokenizer, model, template="raw") == "What is 12 + 7?"
+    assert asked(tokenizer, model, template="few-shot", shots=1, seed=3) == (
+        "Q: What is 12 + 7?\nA: 12 + 7 = 19\n\nQ: What is 23 + 45?\nA:"
+    )
+    user = {"role": "user", "content": "What is 12 + 7?"}
+    chat = tokenizer.apply_chat_template([user], add_generation_prompt=True, tokenize=False)
+    assert asked(tokenizer, model, template="chat") == chat
+    said = "Please reason step by step, and put your final answer within \\boxed{}."
+    messages = [{"role": "system", "content": said}, user]  # its template is Qwen's
+    cot = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert asked(tokenizer, model, template="qwen25-math-cot") == cot
+
+
+def test_template_kwargs(tokenizer):
+    hinted = make_tokenizer()
+    hinted.chat_template += "{{ hint }}"
+    model = make_model(max_position_embeddings=1024)
+    text = asked(hinted, model, template_kwargs='{"hint": "the 3"}')
+    assert text == "<|user|>What is 12 + 7?<|end|><|assistant|>the 3"
+
+
+def test_a_few_shot_answer_ends_with_its_line():
+    few_shot = TaskSettings(template="few-shot")
+    assert few_shot.sampled() == few_shot.sampling.model_copy(update={"stop": ("\n",)})
+    own = TaskSettings(template="few-shot", sampling={"stop": (";",)})
+    assert own.sampled() == own.sampling
+    assert TaskSettings(template="raw").sampled().stop == ()
+
+
+def test_worked_examples_and_skipped_ones_are_left_out(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(f'{{"prompt": "p{i}", "answer": {i}}}\n' for i in range(10)))
+    every = [Problem(f"p{i}", str(i)) for i in range(10)]
+    task = TaskSettings(data=str(path), template="few-shot", shots=3, skip=2)
+    assert task.problems() == (every[5:], every[:3])
+    assert task.model_copy(update={"count": 4}).problems() == (every[5:9], every[:3])
+    assert task.model_copy(update={"template": "raw"}).problems() == (every[2:], [])
+    with pytest.raises(
+        UserError, match="^data: .* has 10 problems; 3 worked .* and 7 skipped leav"
+    ):
+        task.model_copy(update={"skip": 7}).problems()
+    with pytest.raises(UserError, match="^count: .* has 10 problems, 11 are asked for"):
+        task.model_copy(update={"count": 6}).problems()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, folder):
+    place = tmp_path_factory.mktemp("place")
+    rows = [{"problem": f"{i} + {j} =", "answer": str(i + j)} for i in range(15) for j in range(20)]
+    (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (place / "unanswered.jsonl").write_text('{"problem": "a", "answer": 3}\n{"problem": "b"}\n')
+    (place / "long.jsonl").write_text(json.dumps({"prompt": "W" * 510, "answer": 3}) + "\n")
+    save_tiny(place / "plain")
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(place / "plain")
+    (place / "plain" / "chat_template.jinja").unlink()
+    (place / "model").symlink_to(folder)
+    return place
+
+
+REFUSED = [
+    (["--data", ""], "data: missing"),
+    (["--data", "missing.jsonl"], "data: cannot read missing.jsonl"),
+    (["--data", "unanswered.jsonl"], "data: not every problem of unanswered.jsonl has an answer"),
+    (["--skip", "300"], "data: rows.jsonl has 300 problems; .* leave none"),
+    (["--count", "301"], "count: rows.jsonl has 300 problems"),
+    (["--samples", "2"], "samples: are all the same at sampling.temperature 0"),
+    (["--model", ""], "model: missing"),
+    (["--model", "/no/folder"], "model: there is no folder /no/folder"),
+    (["--model", "./plain"], "template: the tokenizer has no chat template; use few-shot or raw"),
+    (["--max-new-tokens", "511"], r"sampling.max_new_tokens: (\d+) prompt .* 511 exceed .* 512; "),
+    (["--data", "long.jsonl"], "data: a prompt has 5\\d\\d tokens, the model's context 512"),
+    (["--template-kwargs", "{"], "template_kwargs: '{' is not a JSON object"),
+    (["--attention", "none"], "model: cannot load"),
+]
+
+
+@pytest.mark.parametrize("arguments, said", REFUSED, ids=[" ".join(a) for a, _ in REFUSED])
+def test_refused_in_one_line_with_nothing_written(arguments, said, place, monkeypatch, capfd):
+    monkeypatch.chdir(place)
+    before = sorted(place.rglob("*"))
+    base = ["eval", "--model", "./model", "--data", "rows.jsonl", *FLAGS]
+    assert main([*base, "--output", "eval", *arguments]) == 2
+    stdout, stderr = capfd.readouterr()
+    assert stdout == "" and stderr.count("\n") == 1 and stderr.endswith("\n")
+    assert stderr.startswith("em-kernels eval: error: ")
+    assert re.search(said, stderr), stderr
+    assert sorted(place.rglob("*")) == before
+
+
+def results(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def long(place):
+    """The arguments of an evaluation, and its results where nothing stops it."""
+    base = ["eval", "--model", str(place / "model"), "--data", str(place / "rows.jsonl"), *FLAGS]
+    base += ["--samples", "2", "--temperature", "1", "--template", "raw"]
+    assert main([*base, "--output", str(place / "whole")]) == 0
+    return base, results(place / "whole")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_stopped_and_gone_on(number, long, tmp_path, capfd):
+    """As one that was not stopped; nobody else writes there meanwhile."""
+    output, kept = tmp_path / "eval", tmp_path / "eval" / "completions.jsonl"
+    base, whole = [*long[0], "--output", str(output)], long[1]
+    command = [sys.executable, "-m", "em_kernels.cli", *base, "--batch-size", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: lines(kept) >= 5)
+    capfd.readouterr()
+    assert main(base) == 2
+    assert capfd.readouterr().err == (
+        f"em-kernels eval: error: output: another process works in {output} now\n"
+    )
+    process.send_signal(number)
+    stdout, stderr = process.communicate(timeout=PATIENCE_S)
+    said = f"em-kernels eval: interrupted; the same command goes on in {output}\n"
+    if number == signal.SIGINT:
+        assert (process.returncode, stdout, stderr) == (130, "", said)
+    else:
+        assert (process.returncode, stdout, stderr) == (-9, "", "")
+        with open(kept, "a") as file:
+            file.write('{"problem": 3, "sam')
+    before = kept.read_text().rpartition("\n")[0]
+    assert 5 <= before.count("\n") + 1 < 600 and not (output / "results.json").exists()
+    assert main([*base, "--seed", "1"]) == 2
+    assert f"output: {output} was made with seed 0, not 1; go on" in capfd.readouterr().err
+    assert main(base) == 0
+    assert results(output) == whole
+    assert kept.read_text().startswith(before + "\n") and len(read(kept)) == 600
+    assert not (output / "running.json").exists()
+
+
+def test_a_damaged_or_changed_evaluation(place, tmp_path, capfd):
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join((place / "rows.jsonl").read_text().splitlines(keepends=True)[:3]))
+    base = ["eval", "--model", str(place / "model"), "--data", str(data), *FLAGS]
+    base += ["--template", "raw", "--output", str(tmp_path / "eval")]
+    assert main(base) == 0
+    kept = tmp_path / "eval" / "completions.jsonl"
+    whole = kept.read_text()
+    kept.write_text(whole.replace('"problem"', "", 1))
+    capfd.readouterr()
+    assert main(base) == 2
+    assert f"output: line 1 of {kept} is damaged; remove it" in capfd.readouterr().err
+    kept.write_text(whole)
+    data.write_text(data.read_text().replace("0 + 0", "0 + 1"))
+    assert main(base) == 2
+    assert f"data: {data} has changed; name another output" in capfd.readouterr().err
+    assert kept.read_text() == whole
+
+
+SHAPES = {"llama": {}, "gemma2": {"sliding_window": 8, "head_dim": 8, "query_pre_attn_scalar": 8}}
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+@pytest.mark.parametrize("start", ["the abc\n\nWhat is ", ""], ids=["common", "apart"])
+def test_mean_entropies(start, temperature, kind, tokenizer):
+    model = make_model(kind, dtype=torch.float64, **SHAPES[kind])
+    prompts = [tokenizer(start + text).input_ids for text in ("2 + 3?", "7", "the 12 + 13?")] * 3
+    rollouts = generate(model, tokenizer, prompts, [(i,) for i in range(9)], PLAIN)
+    expected = []
+    for rollout in rollouts:
+        ids = torch.tensor([rollout.prompt_ids + rollout.response_ids])
+        with torch.no_grad():
+            logits = model(ids).logits[0, len(rollout.prompt_ids) - 1 : -1] / temperature
+        expected.append(torch.distributions.Categorical(logits=logits).entropy().mean().item())
+    assert mean_entropies(model, rollouts, temperature) == pytest.approx(expected, rel=1e-6)
