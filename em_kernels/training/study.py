@@ -71,7 +71,7 @@ class StudyConfig(TaskSettings):
         0.5,
         0.25,
     )
-    """Of the untrained model, which a trained one's sampled accuracy must beat."""
+    """Of the untrained model; a trained one, at T = 1, must beat the best of them."""
     output: Path = Path("runs/study")
     """Folder of the study; holds every verdict, and a run's records for each prompt."""
 
@@ -302,9 +302,9 @@ def _difference(a: np.ndarray, b: np.ndarray, axis: int = -1) -> np.ndarray:
 
 
 def points(interval: Sequence[float]) -> str:
-    """A change, with its interval, in points of a percent."""
+    """A change and its interval, in points of a percent."""
     mean, low, high = (100 * x for x in interval)
-    return f"{mean:+.1f} points [{low:+.1f}, {high:+.1f}]"
+    return f"{mean:+.1f} [{low:.1f}, {high:.1f}]"
 
 
 def reading(report: dict[str, Any], update: int) -> str:
@@ -326,45 +326,48 @@ def reading(report: dict[str, Any], update: int) -> str:
     _, low, high = report["all_over_temperature"]
     beats = "above" if low > 0 else "below" if high < 0 else "not shown to differ from"
     temperature = report["best_temperature"]
+    change, over = points(report["all_change"]), points(report["all_over_temperature"])
+    before, tempered = report["base_greedy"], report["base_sampled"][str(temperature)]
     return (
         f"On {report['data']}, after {update} updates, {'; '.join(told)}. Over all prompts greedy "
-        f"accuracy, which no temperature changes, {moved} ({points(report['all_change'])} from "
-        f"{percent(report['base_greedy'])} %). Sampled at T = 1 the trained models are {beats} "
-        f"what the untrained one has at T = {temperature:g} "
-        f"({points(report['all_over_temperature'])} from "
-        f"{percent(report['base_sampled'][str(temperature)])} %)."
+        f"accuracy, which no temperature changes, {moved} ({change} points from {percent(before)} "
+        f"%). Sampled at T = 1 the trained models are {beats} what the untrained one has at T = "
+        f"{temperature:g} ({over} points from {percent(tempered)} %)."
     )
 
 
 def table_of(report: dict[str, Any]) -> Table:
     """Arms by updates, under the untrained model."""
+    best = report["best_temperature"]
+    sampled = {float(t): percent(share) for t, share in report["base_sampled"].items()}
     table = Table(
-        title=f"{report['model']} on {report['held_out']} held-out problems of {report['data']}: "
-        "means over prompts in %, 95 % intervals over prompts and problems",
+        title=f"{report['model']} on {report['held_out']} held-out problems of {report['data']}, "
+        "in %: means over prompts,\n95 % intervals over prompts and problems",
+        caption="Untrained, sampled: "
+        + ", ".join(f"{share} at T = {t:g}" for t, share in sampled.items())
+        + ".\nVote right: prompts whose most frequent answer was right before training.",
         box=SIMPLE_HEAD,
         collapse_padding=True,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
     )
-    for name in ("", "updates", "prompts", "right in", "majority right"):
-        table.add_column(name, justify="right" if name else "left")
-    for name in ("greedy", "change", "sampled, T = 1", "over the best T"):
-        table.add_column(name, justify="right")
-    sampled = ", ".join(f"{percent(share)} at {t}" for t, share in report["base_sampled"].items())
-    greedy = percent(report["base_greedy"])
-    table.add_row("untrained", "0", "-", "-", "-", greedy, "-", sampled, "-")
-    for name, what in (("more_examples", "examples"), ("form_only", "examples of the form only")):
-        cells = ["0", "-", "-", "-", percent(report[name]), "-", "-", "-"]
-        table.add_row(f"untrained, {EXAMPLES} {what}", *cells)
+    table.add_column("", no_wrap=True)
+    names = ("vote\nright", "greedy", "change", "T = 1")
+    for name in (*names, f"less untrained\nT = {best:g}"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_row("untrained", "", percent(report["base_greedy"]), "", sampled.get(1.0, ""), "")
+    for name, what in (("more_examples", "examples"), ("form_only", "form only")):
+        table.add_row(f"  {EXAMPLES} {what}", "", percent(report[name]), "", "", "")
     for row in report["rows"]:
+        if row["arm"] == ARMS[0]:
+            table.add_row(f"after update {row['update']}")
         table.add_row(
-            row["arm"],
-            str(row["update"]),
-            str(row["prompts"]),
-            percent(row["pass_rate"]),
+            f"  {row['arm']}",
             f"{row['majority_right']}/{row['prompts']}",
             percent(row["greedy"]),
-            points(row["change"]).replace(" points", ""),
+            points(row["change"]),
             percent(row["sampled"]),
-            points(row["over_temperature"]).replace(" points", ""),
+            points(row["over_temperature"]),
         )
     return table
 
