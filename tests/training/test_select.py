@@ -1,0 +1,214 @@
+"""Rankings against samples drawn one at a time; a selection is resumed, and trained on."""
+
+import json
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from training.test_interrupt import PATIENCE_S, lines, wait_for
+from training.tiny import read, save_tiny
+from transformers import AutoModelForCausalLM
+
+from em_kernels.cli import main, settings
+from em_kernels.training.config import Sampling, read_yaml
+from em_kernels.training.grading import Grader, final_answer
+from em_kernels.training.rollout import generate
+from em_kernels.training.select import Candidate
+
+QUESTIONS = ["2 + 3 =", "What is the 3?", "Hello", "abc 7", "the", "1 2 3 4", "5 5", "It is 4 or"]
+SAMPLING = Sampling(temperature=0.7, top_k=30, top_p=1, repetition_penalty=1, max_new_tokens=10)
+FLAGS = ["--temperature", "0.7", "--top-k", "30", "--top-p", "1", "--repetition-penalty", "1"]
+FLAGS += ["--max-new-tokens", "10", "--device", "cpu", "--dtype", "float32"]
+SAMPLES, MORE, SEED = 6, 6, 4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model with room for worked examples."""
+    return save_tiny(tmp_path_factory.mktemp("model"), max_position_embeddings=512)
+
+
+@pytest.fixture(scope="module")
+def drawn(folder, tokenizer):
+    """Of each question all its samples alone, as text, and their mean entropies."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    texts, entropies = [], []
+    for i, question in enumerate(QUESTIONS):
+        ids = tokenizer(f"<|user|>{question}<|end|><|assistant|>").input_ids
+        rollouts = [
+            generate(model, tokenizer, [ids], [(SEED, i, k, 2)], SAMPLING)[0]
+            for k in range(SAMPLES + MORE)
+        ]
+        texts.append([tokenizer.decode(r.response_ids, skip_special_tokens=True) for r in rollouts])
+        with torch.no_grad():
+            logits = [
+                model(torch.tensor([ids + r.response_ids])).logits[0, len(ids) - 1 : -1]
+                for r in rollouts
+            ]
+        each = [torch.distributions.Categorical(logits=x / 0.7).entropy().mean() for x in logits]
+        entropies.append(torch.stack(each).tolist())
+    return texts, entropies
+
+
+def write_rows(path, answers=None):
+    rows = [{"problem": question} for question in QUESTIONS]
+    for row, answer in zip(rows, answers or (), strict=False):
+        row["answer"] = answer
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return ["--data", str(path)]
+
+
+def selection(folder, data, output, *options):
+    arguments = ["select", "--model", str(folder), *data, *FLAGS, "--seed", str(SEED)]
+    arguments += ["--samples", str(SAMPLES), "--more", str(MORE), "--output", str(output)]
+    return [*arguments, *options]
+
+
+def two_stages(score):
+    """Order of the pool: score(i, samples), of the first quarter with more samples."""
+    first = sorted(range(len(QUESTIONS)), key=lambda i: (-score(i, SAMPLES), i))
+    best = sorted(first[:2], key=lambda i: (-score(i, SAMPLES + MORE), i))
+    return best + first[2:]
+
+
+def test_by_variance_of_correctness(folder, drawn, tmp_path, capfd):
+    """Each answer is that of a sample, where one has a number; the sixth question's is not."""
+    texts, entropies = drawn
+    found = [[answer for text in group if (answer := final_answer(text))] for group in texts]
+    answers = [(group or ["0"])[0] for group in found]
+    answers[5] = "none of them"
+    data = write_rows(tmp_path / "rows.jsonl", answers)
+    output = tmp_path / "selection"
+    assert main(selection(folder, data, output)) == 0
+    rows = read(output / "selection.jsonl")
+    with Grader() as grader:
+        pairs = [(t, a) for group, a in zip(texts, answers, strict=True) for t in group]
+        right = np.array(grader.grade(pairs)).reshape(len(QUESTIONS), -1)
+
+    def variance(i, samples):
+        return round(right[i, :samples].mean() * (1 - right[i, :samples].mean()), 9)
+
+    assert [row["index"] for row in rows] == two_stages(variance)
+    assert [row["samples"] for row in rows] == [12, 12] + [6] * 6
+    assert rows[0]["variance"] > 0
+    for row in rows:
+        i, n = row["index"], row["samples"]
+        assert (row["prompt"], row["answer"]) == (QUESTIONS[i], answers[i])
+        assert row["pass_rate"] == pytest.approx(right[i, :n].mean())
+        assert row["variance"] == pytest.approx(variance(i, n))
+        assert row["entropy"] == pytest.approx(np.mean(entropies[i][:n]), rel=1e-4)
+    kept = read(output / "completions.jsonl")
+    assert {(r["problem"], r["sample"]): r["text"] for r in kept} == {
+        (i, k): texts[i][k] for i, n in ((r["index"], r["samples"]) for r in rows) for k in range(n)
+    }
+    assert len(kept) == 2 * 12 + 6 * 6
+    stdout, stderr = capfd.readouterr()
+    assert "The first 8 of 8" in stdout and stdout.endswith(f"{output / 'selection.jsonl'}\n")
+    assert stderr == ""
+
+
+def test_by_disagreement_where_no_answer_is_known(folder, drawn, tmp_path):
+    texts, _ = drawn
+    output = tmp_path / "selection"
+    assert main(selection(folder, write_rows(tmp_path / "rows.jsonl"), output)) == 0
+    rows = read(output / "selection.jsonl")
+    with Grader() as grader:
+        agreed = {n: grader.agreement([group[:n] for group in texts]) for n in (6, 12)}
+    assert [row["index"] for row in rows] == two_stages(lambda i, n: 1 - agreed[n][i][1])
+    for row in rows:
+        i, n = row["index"], row["samples"]
+        assert row["disagreement"] == pytest.approx(1 - agreed[n][i][1])
+        assert row["pass_rate"] is row["majority_right"] is row["answer"] is None
+        numbers = [text for text in texts[i][:n] if re.search(r"\d", text)]
+        if len(numbers) == n and not any(set(text) & set("$%\\/,.-") for text in numbers):
+            most = Counter(int(re.findall(r"\d+", text)[-1]) for text in numbers)
+            assert row["disagreement"] == pytest.approx(1 - most.most_common(1)[0][1] / n)
+
+
+def test_by_entropy_in_one_stage(folder, drawn, tmp_path):
+    _, entropies = drawn
+    data, output = write_rows(tmp_path / "rows.jsonl"), tmp_path / "selection"
+    assert main(selection(folder, data, output, "--score", "entropy", "--more", "0")) == 0
+    rows = read(output / "selection.jsonl")
+    means = np.mean([group[:SAMPLES] for group in entropies], axis=1)
+    assert [row["index"] for row in rows] == (-means).argsort().tolist()
+    assert {row["samples"] for row in rows} == {SAMPLES}
+
+
+def test_variance_needs_answers(folder, tmp_path, capfd):
+    data = write_rows(tmp_path / "rows.jsonl", ["1"] * 6)
+    assert main(selection(folder, data, tmp_path / "no", "--score", "variance")) == 2
+    stdout, stderr = capfd.readouterr()
+    said = "score: variance needs answers, which 2 problems lack"
+    assert (stdout, stderr) == ("", f"em-kernels select: error: {said}\n")
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("template", ["chat", "few-shot", "qwen25-math-cot"])
+def test_the_command_that_it_tells_trains_on_the_first(
+    template, folder, tokenizer, tmp_path, capfd
+):
+    data, output = write_rows(tmp_path / "rows.jsonl", "12345678"), tmp_path / "selec tion"
+    options = ["--template", template, "--stop", "\n", "it's", "--more", "0", "--samples", "2"]
+    options += ["--template-kwargs", '{"deep": true}'] if template == "chat" else []
+    assert main(selection(folder, data, output, *options)) == 0
+    told = capfd.readouterr().out.split("Train on the first: ")[1].rpartition("\n")[0]
+    told = told.rpartition("\n")[0]  # without the file's name
+    program, command, *flags = shlex.split(told)
+    assert (program, command) == ("em-kernels", "train")
+    config, _ = settings("train", flags, "")
+    assert config.sampling == SAMPLING.model_copy(update={"stop": ("\n", "it's")})
+    assert config.chat_template == (template == "chat")
+    assert config.template_kwargs == ('{"deep": true}' if template == "chat" else "{}")
+    assert (config.prompt_from, config.prompt_rows) == (output / "selection.jsonl", (0,))
+    run = tmp_path / "run"
+    more = ["--steps", "1", "--rollouts", "2", "--device", "cpu", "--output", str(run)]
+    assert main(["train", *flags, *more]) == 0
+    prompt = read(output / "selection.jsonl")[0]["prompt"]
+    starts = {
+        "few-shot": "Q: 2 + 3 =\nA: 1\n\nQ: ",
+        "qwen25-math-cot": "<|im_start|>system\nPlease",
+    }
+    assert prompt in QUESTIONS or prompt.startswith(starts[template])
+    asked = f"<|user|>{prompt}<|end|><|assistant|>" if template == "chat" else prompt
+    for rollout in read(run / "rollouts.jsonl"):
+        assert tokenizer.decode(rollout["prompt_ids"]) == asked
+    assert read_yaml(run / "config.yaml").sampling == config.sampling
+    assert read(run / "metrics.jsonl")[0]["accuracy"] is not None
+
+
+def test_killed_and_gone_on(folder, tmp_path, capfd):
+    data = write_rows(tmp_path / "rows.jsonl", "12345678")
+    many = ["--samples", "30", "--more", "30"]
+    assert main(selection(folder, data, tmp_path / "whole", *many)) == 0
+    arguments = selection(folder, data, tmp_path / "killed", *many)
+    command = [sys.executable, "-m", "em_kernels.cli", *arguments, "--batch-size", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(lambda: lines(tmp_path / "killed" / "completions.jsonl") >= 5)
+    process.send_signal(signal.SIGKILL)
+    process.wait(timeout=PATIENCE_S)
+    assert not (tmp_path / "killed" / "selection.jsonl").exists()
+    assert main([*arguments, "--samples", "29"]) == 2
+    assert "was made with samples 30, not 29" in capfd.readouterr().err
+    assert main(arguments) == 0
+    whole, killed = (tmp_path / name / "selection.jsonl" for name in ("whole", "killed"))
+    ranked = [{**row, "entropy": pytest.approx(row["entropy"], rel=1e-4)} for row in read(whole)]
+    assert read(killed) == ranked
+
+
+@pytest.mark.parametrize("samples", [10, 16])
+def test_rates_as_far_from_half_rank_alike(samples):
+    def variance(rate):
+        return Candidate("p", "3", 0, samples, rate, 0.0, 0.0, None).variance
+
+    for right in range(samples + 1):
+        rates = right / samples, (samples - right) / samples
+        assert variance(rates[0]) == variance(rates[1])
+        assert variance(rates[0]) == pytest.approx(rates[0] * (1 - rates[0]))
+    assert variance(0.5) == 0.25 > variance(7 / 16) and variance(None) == 0
