@@ -78,11 +78,11 @@ def two_stages(score):
 
 
 def test_by_variance_of_correctness(folder, drawn, tmp_path, capfd):
-    """Each answer is that of a sample, where one has a number; the sixth question's is not."""
+    """Each answer is that of a sample, where one has a number; those of the first two are not."""
     texts, entropies = drawn
     found = [[answer for text in group if (answer := final_answer(text))] for group in texts]
     answers = [(group or ["0"])[0] for group in found]
-    answers[5] = "none of them"
+    answers[:2] = ["none of them"] * 2
     data = write_rows(tmp_path / "rows.jsonl", answers)
     output = tmp_path / "selection"
     assert main(selection(folder, data, output)) == 0
@@ -90,6 +90,7 @@ def test_by_variance_of_correctness(folder, drawn, tmp_path, capfd):
     with Grader() as grader:
         pairs = [(t, a) for group, a in zip(texts, answers, strict=True) for t in group]
         right = np.array(grader.grade(pairs)).reshape(len(QUESTIONS), -1)
+        agreed = {n: grader.agreement([group[:n] for group in texts]) for n in (6, 12)}
 
     def variance(i, samples):
         return round(right[i, :samples].mean() * (1 - right[i, :samples].mean()), 9)
@@ -102,6 +103,8 @@ def test_by_variance_of_correctness(folder, drawn, tmp_path, capfd):
         assert (row["prompt"], row["answer"]) == (QUESTIONS[i], answers[i])
         assert row["pass_rate"] == pytest.approx(right[i, :n].mean())
         assert row["variance"] == pytest.approx(variance(i, n))
+        first, share = agreed[n][i]
+        assert row["majority_right"] == (share > 0 and right[i, first])
         assert row["entropy"] == pytest.approx(np.mean(entropies[i][:n]), rel=1e-4)
     kept = read(output / "completions.jsonl")
     assert {(r["problem"], r["sample"]): r["text"] for r in kept} == {
