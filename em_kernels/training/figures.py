@@ -5,32 +5,41 @@ import warnings
 from collections.abc import Sequence
 from io import StringIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import matplotlib
+import numpy as np
 import torch
 from markupsafe import Markup, escape
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from .evaluate import wilson
-from .shift import EDGES, Measures
+from .shift import BINS, HIGH, LOW, Measures
 from .summary import Run
 
 INK = "#1f2324"  # in a PNG, on white; in an SVG the page's own
 # told apart by the colour-blind too, each at least 3 : 1 on white and on the dark page
 COLOURS = ("#2f81f7", "#c95f00", "#1a9173", "#a35bd6", "#d1437a", "#867a19")
-DASHES = ("-", "--", "-.", ":")
-MARKERS = "osD^vP"
+DASHES, MARKERS = ("-", "--", "-.", ":"), "osD^vP"
 STYLE: Any = {
-    "font.size": 10,
     "svg.fonttype": "none",  # text stays text: small, and in the page's font
     "svg.hashsalt": "em_kernels",  # the same run gives the same file
     "text.parse_math": False,  # a run may be called $x$
+    "figure.constrained_layout.use": True,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.facecolor": "none",
     "figure.facecolor": "none",
+    "axes.titlelocation": "left",
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.alpha": 0.2,
+    "lines.markersize": 5,
+    "legend.frameon": False,
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor"), INK),
     **dict.fromkeys(("xtick.color", "ytick.color"), INK),
 }
@@ -47,118 +56,78 @@ CURVES = {  # of metrics.jsonl: title, unit, factor, how far the axis reaches at
 }
 
 
-class Line(NamedTuple):
-    """A curve; its number among the runs gives its look."""
-
-    label: str  # in the legend, unless it is empty
-    x: Sequence[float]
-    y: Sequence[float]
-    number: int = 0
-    planned: bool = False  # a bound: dashed, without markers
-    filled: bool = False  # a histogram
-    band: Sequence[tuple[float, float]] = ()  # an interval around each point
-
-
-def draw(
-    lines: Sequence[Line], title: str, x: str, y: str, png: Path, described: str, top: float = 0
-) -> Markup:
-    """Write the PNG, and return the SVG.
+def plot(axes: Axes, described: str, png: Path) -> Markup:
+    """Write the PNG, and return the SVG for an HTML page: no names of its own kind, ids that no
+    other plot has.
 
     Args:
-        x, y: what the axes show, with units.
         described: the plot in words, for those who do not see it.
-        top: the y axis reaches at least so far.
     """
-    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+    figure, (_, labels) = axes.get_figure(), axes.get_legend_handles_labels()
+    assert isinstance(figure, Figure)
+    figure.set_size_inches(4.6, 3 + 0.1 * len(labels))
+    if labels:
+        figure.legend(loc="outside lower left", ncols=2)
+    text = StringIO()
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # in a PNG, of a run's name
-        named = [line for line in lines if line.label]
-        figure = Figure(figsize=(4.6, 2.9 + 0.1 * (len(named) + 1)), layout="constrained")
-        axes = figure.add_subplot()
-        for line in lines:
-            ink = COLOURS[line.number % len(COLOURS)]
-            dash = DASHES[line.number // len(COLOURS) % len(DASHES)]
-            if line.filled:
-                axes.fill_between(line.x, line.y, step="mid", color=ink, alpha=0.2, linewidth=0)
-                dash = DASHES[line.number % 2]
-                axes.plot(line.x, line.y, dash, color=ink, drawstyle="steps-mid", linewidth=1.5)
-            elif line.planned:
-                axes.plot(line.x, line.y, "--", color=ink, linewidth=1.5)
-            else:
-                marker = MARKERS[line.number % len(MARKERS)]
-                axes.plot(
-                    line.x, line.y, dash, color=ink, marker=marker, markersize=5, clip_on=False
-                )
-                if line.band:
-                    low, high = zip(*line.band, strict=True)
-                    axes.fill_between(line.x, low, high, color=ink, alpha=0.15, linewidth=0)
-        axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
-        axes.set_xlabel(x)
-        axes.set_ylabel(y)
-        highest = 1.06 * max(value for line in lines for value in line.y)
-        axes.set_ylim(0, max(top, highest) or 1)
-        if not any(line.filled for line in lines):
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-            if len({value for line in lines for value in line.x}) == 1:
-                axes.set_xlim(lines[0].x[0] - 1, lines[0].x[0] + 1)
-        axes.grid(axis="y", alpha=0.2)
-        if named:
-            names = [x if len(x) < 31 else f"…{x[-28:]}" for x in (line.label for line in named)]
-            handles = [h for h, line in zip(axes.get_lines(), lines, strict=True) if line.label]
-            figure.legend(handles, names, loc="outside lower left", ncols=2, frameon=False)
         figure.savefig(png, dpi=150, facecolor="white")
-        text = StringIO()
         metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(text, format="svg", metadata=metadata)
-    return _inline(text.getvalue(), png.stem, f"{title}: {described}")
-
-
-def _inline(svg: str, key: str, described: str) -> Markup:
-    """For an HTML page: no names of its own kind, ids that no other plot has."""
-    svg = re.sub(r"<!--.*?-->|<defs>\s*<style.*?</defs>", "", svg[svg.index("<svg") :], flags=re.S)
+    svg = text.getvalue()
     size = re.search(r'viewBox="[^"]*"', svg)
     assert size is not None
-    head = f'<svg {size[0]} role="img" aria-label="{escape(described)}">'
-    svg = head + svg[svg.index(">") + 1 :]
-    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\1{key}-", svg).replace("xlink:href", "href")
+    svg = re.sub(r"<!--.*?-->|<defs>\s*<style.*?</defs>", "", svg[svg.index("<svg") :], flags=re.S)
+    told = escape(f"{axes.get_title(loc='left')}: {described}")
+    svg = f'<svg {size[0]} role="img" aria-label="{told}">{svg[svg.index(">") + 1 :]}'
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\1{png.stem}-", svg).replace("xlink:href", "href")
     return Markup(svg.replace(INK, "currentColor").strip())
 
 
+@matplotlib.rc_context(STYLE)
 def curves(runs: Sequence[Run], folder: Path) -> list[Markup]:
     """Of what the updates recorded; those that no run knows are left out."""
     drawn = []
-    for key, (title, unit, factor, top) in CURVES.items():
-        lines, told = list[Line](), list[str]()
+    for key, (title, unit, factor, least) in CURVES.items():
+        axes, told = Figure().add_subplot(title=title, xlabel="update", ylabel=unit), list[str]()
         for number, run in enumerate(runs):
             rows = [row for row in run.metrics if row.get(key) is not None]
             if not rows:
                 continue
             x, y = [row["update"] for row in rows], [factor * row[key] for row in rows]
             told.append(f"{run.name} {', '.join(f'{value:.3g}' for value in y)}")
-            band = [wilson(run.right(row)) for row in rows] if key == "accuracy" else []
-            band = [(factor * low, factor * high) for low, high in band]
-            alone, memory = len(runs) == 1, key == "peak_memory_gib"
-            name = ("measured" if memory else "") if alone else run.name
-            lines.append(Line(name, x, y, number, band=band))
-            if memory:
-                plan = [row["planned_memory_gib"] for row in rows]
-                lines.append(Line("planned" if alone else "", x, plan, number, planned=True))
-        if lines:
-            png = folder / f"{key}.png"
-            drawn.append(draw(lines, title, "update", unit, png, "; ".join(told), top))
+            colour = COLOURS[number % len(COLOURS)]
+            dash = DASHES[number // len(COLOURS) % len(DASHES)]
+            name = run.name if len(run.name) < 31 else f"…{run.name[-28:]}"
+            label, marker = name if len(runs) > 1 else None, MARKERS[number % len(MARKERS)]
+            axes.plot(x, y, dash, color=colour, marker=marker, label=label, clip_on=False)
+            if key == "accuracy":
+                low, high = factor * np.transpose([wilson(run.right(row)) for row in rows])
+                axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+            if key == "peak_memory_gib":
+                axes.plot(x, [row["planned_memory_gib"] for row in rows], "--", color=colour)
+        if told:
+            axes.set_ylim(0, max(least, 1.06 * axes.dataLim.y1) or 1)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+            drawn.append(plot(axes, "; ".join(told), folder / f"{key}.png"))
     return drawn
 
 
+@matplotlib.rc_context(STYLE)
 def density(before: Measures, after: Measures, texts: str, png: Path) -> Markup:
     """Two models' raw logits."""
-    width = (EDGES[1] - EDGES[0]).item()
-    shares = [measures.histogram / measures.histogram.sum() for measures in (before, after)]
-    (seen,) = torch.nonzero(torch.maximum(*shares) > 1e-5, as_tuple=True)
+    shares = torch.stack([m.histogram / m.histogram.sum() for m in (before, after)])
+    seen = (shares.amax(0) > 1e-5).nonzero()
     part = slice(max(0, int(seen[0]) - 1), int(seen[-1]) + 2)
-    x = (EDGES[:-1] + width / 2)[part].tolist()
-    lines = [
-        Line(name, x, (share[part] / width).tolist(), number, filled=True)
-        for number, (name, share) in enumerate(zip(("base", "trained"), shares, strict=True))
-    ]
+    width, names = (HIGH - LOW) / BINS, ("base", "trained")
+    x = LOW + width * (torch.arange(BINS)[part] + 0.5)
+    title = f"Raw logits, {texts}"
+    axes = Figure().add_subplot(title=title, xlabel="logit, temperature 1", ylabel="density")
+    for name, share, colour, dash in zip(names, shares, COLOURS[:2], DASHES[:2], strict=True):
+        y = share[part] / width
+        axes.fill_between(x, y, step="mid", color=colour, alpha=0.2, linewidth=0)
+        axes.plot(x, y, dash, color=colour, drawstyle="steps-mid", label=name)
+    axes.set_ylim(0)
     told = f"mean {before.mean:.3g} and {after.mean:.3g}, "
     told += f"skewness {before.skewness:.3g} and {after.skewness:.3g}"
-    return draw(lines, f"Raw logits, {texts}", "logit, temperature 1", "density", png, told)
+    return plot(axes, told, png)

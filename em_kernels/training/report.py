@@ -139,7 +139,7 @@ def part_of(
             density(found.before, trained, title, folder / f"logits-{key}-{number}.png")
             for trained, title, key in compared
         ]
-        part |= {"ranks": ranks(found), "changed": found.changed}
+        part["ranks"] = ranks(found)
     return part
 
 
