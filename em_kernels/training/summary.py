@@ -25,7 +25,7 @@ class Run:
     config: TrainConfig
     metrics: list[dict[str, Any]]
     rollouts: dict[int, list[Rollout]]  # by update
-    records: dict[tuple[int, int], dict[str, Any]]  # by update and index
+    records: dict[int, list[dict[str, Any]]]  # the same, as rollouts.jsonl has them
     checkpoint: Path | None  # the last
 
     @property
@@ -33,6 +33,7 @@ class Run:
         """The last update whose completions are recorded; 0 where there is none."""
         return max(self.rollouts, default=0)
 
+    @property
     def settings(self) -> dict[str, str]:
         """The main ones."""
         config, sampling = self.config, self.config.sampling
@@ -54,6 +55,7 @@ class Run:
             "folder": str(self.folder),
         }
 
+    @property
     def prompt(self) -> str:
         """As the settings have it."""
         rows = ", ".join(map(str, self.config.prompt_rows))
@@ -64,60 +66,60 @@ class Run:
         if not self.metrics:
             return "No finished update is recorded: the run was stopped before."
         first, last = self.metrics[0], self.metrics[-1]
+        entropy, accuracy = f"{first['entropy']:.3g}", "Accuracy on the training prompt"
         if first is last:
-            text = f"One update, before which the entropy was {first['entropy']:.3g} nats a token"
-            text += "; after it nothing was sampled."
+            text = f"One update, before which the entropy was {entropy} nats a token; after it "
+            text += "nothing was sampled."
         else:
-            text = f"From update 1 to {last['update']} the entropy went from {first['entropy']:.3g}"
-            text += f" to {last['entropy']:.3g} nats a token."
+            text = f"From update 1 to {last['update']} the entropy went from {entropy} to "
+            text += f"{last['entropy']:.3g} nats a token."
         if first["accuracy"] is None:
             return f"{text} Accuracy is not known: the prompt came without an answer."
         if first is last:
-            return f"{text} Accuracy on the training prompt was {first['accuracy']:.0%}."
-        p = self._p(first, last)
+            return f"{text} {accuracy} was {first['accuracy']:.0%}."
+        p = self.p_value(first, last)
         told = "more than chance explains" if p < SIGNIFICANT else "a change is not shown"
         return (
-            f"{text} Accuracy on the training prompt went from {first['accuracy']:.0%} to "
-            f"{last['accuracy']:.0%} of the completions; {told} (Fisher's exact p = {p:.2g})."
+            f"{text} {accuracy} went from {first['accuracy']:.0%} to {last['accuracy']:.0%} of the "
+            f"completions; {told} (Fisher's exact p = {p:.2g})."
         )
 
     def warnings(self) -> Iterator[str]:
         """What a reader should know first."""
-        rows = self.metrics
-        if cut := [row["update"] for row in rows if row["ended"] < 0.5]:
-            where = f"{len(cut)} of {len(rows)} updates" if len(rows) > 1 else "the only update"
-            yield f"Most completions were cut off at sampling.max_new_tokens in {where}."
-        if not rows:
+        if not (rows := self.metrics):
             return
-        first, last = rows[0], rows[-1]
-        if last["repetition"] > max(0.05, 2 * first["repetition"]):
+        if cut := sum(row["ended"] < 0.5 for row in rows):
+            where = f"{cut} of {len(rows)} updates" if len(rows) > 1 else "the only update"
+            yield f"Most completions were cut off at sampling.max_new_tokens in {where}."
+        before, now = rows[0]["repetition"], rows[-1]["repetition"]
+        if now > max(0.05, 2 * before):
             yield (
-                f"Repetition rose from {first['repetition']:.1%} to {last['repetition']:.1%} of "
-                "the 4-grams: collapse shows there first."
+                f"Repetition rose from {before:.1%} to {now:.1%} of the 4-grams: collapse shows "
+                "there first."
             )
-        if last["accuracy"] is None:
+        if (last := rows[-1])["accuracy"] is None:
             return
         best = max(rows, key=lambda row: row["accuracy"])
         if last["accuracy"] < best["accuracy"] and last["entropy"] < best["entropy"]:
-            p = self._p(best, last)
-            fell = (
-                f"accuracy on the training prompt fell from {best['accuracy']:.0%} in update "
-                f"{best['update']} to {last['accuracy']:.0%} in update {last['update']} while "
-                f"entropy fell on (p = {p:.2g})"
+            p = self.p_value(best, last)
+            told = (
+                "Overtrained" if p < SIGNIFICANT else "Overtraining is neither shown nor excluded"
             )
-            if p < SIGNIFICANT:
-                yield f"Overtrained: {fell}; an earlier checkpoint may be better."
-            else:
-                yield f"Overtraining is neither shown nor excluded: {fell}."
+            yield (
+                f"{told}: accuracy on the training prompt fell from {best['accuracy']:.0%} in "
+                f"update {best['update']} to {last['accuracy']:.0%} in update {last['update']} "
+                f"while entropy fell on (p = {p:.2g}); an earlier checkpoint may be better."
+            )
 
     def right(self, row: dict[str, Any]) -> np.ndarray:
         """Of an update's graded completions, which are: a bool each, in no order."""
-        graded = [self.records.get((1, i), {}).get("correct") for i in range(self.config.rollouts)]
-        count = sum(correct is not None for correct in graded) or self.config.rollouts
+        graded = [record["correct"] is not None for record in self.records.get(1, ())]
+        count = sum(graded) or self.config.rollouts
         return np.arange(count) < round(row["accuracy"] * count)
 
-    def _p(self, one: dict[str, Any], other: dict[str, Any]) -> float:
-        counts = [[right.sum(), (~right).sum()] for right in (self.right(one), self.right(other))]
+    def p_value(self, one: dict[str, Any], other: dict[str, Any]) -> float:
+        """Of their accuracies being the same."""
+        counts = [np.bincount(self.right(row), minlength=2) for row in (one, other)]
         return float(fisher_exact(counts).pvalue)
 
 
@@ -129,11 +131,9 @@ def read_run(folder: Path, name: str) -> Run:
             "an em-kernels train"
         )
     config = read_yaml(folder / CONFIG)
-    rollouts = read_rollouts(folder, config.rollouts)
-    path, records = folder / ROLLOUTS, dict[tuple[int, int], dict[str, Any]]()
-    for line in path.read_bytes().split(b"\n")[:-1] if path.exists() else ():
-        row = json.loads(line)
-        records[row["update"], row["index"]] = row
-    steps = sorted((folder / "checkpoints").glob("step-*"), key=lambda p: (len(p.name), p.name))
-    checkpoint = steps[-1] if steps else None
+    rollouts, n = read_rollouts(folder, config.rollouts), config.rollouts
+    lines = (folder / ROLLOUTS).read_bytes().split(b"\n") if rollouts else []
+    records = {i: [json.loads(line) for line in lines[i * n - n : i * n]] for i in rollouts}
+    steps = (folder / "checkpoints").glob("step-*")
+    checkpoint = max(steps, key=lambda path: (len(path.name), path.name), default=None)
     return Run(folder, name, config, read_metrics(folder), rollouts, records, checkpoint)
