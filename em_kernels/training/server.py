@@ -3,17 +3,20 @@
 Every sampling field is sent: for a missing one servers take the model's generation_config.
 """
 
+import asyncio
 import json
 import os
 import re
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from queue import SimpleQueue
-from threading import Thread
+from contextlib import contextmanager
 from typing import Any
 
 from .config import Sampling, UserError
+
+try:
+    import openai
+except ImportError:
+    raise UserError("server: the package openai is missing; pip install openai") from None
 
 RETRIES = 4  # the client's own, which take about 7 s
 TIMEOUT_S = 3600  # a long completion, behind others in the server's queue
@@ -26,15 +29,11 @@ OFF = "set sampling.top_k 0 and sampling.repetition_penalty 1"
 REMEDIES = {400: READ, 401: KEY, 403: KEY, 404: ADDRESS, 422: READ}
 
 
-def _client(url: str) -> Any:
-    """An openai.OpenAI."""
-    try:
-        import openai
-    except ImportError:
-        raise UserError("server: the package openai is missing; pip install openai") from None
+def _client(kind: Any, url: str) -> Any:
+    """An openai.OpenAI, or of another kind."""
     address = url if "://" in url else f"http://{url}"
     try:
-        return openai.OpenAI(
+        return kind(
             base_url=address.rstrip("/").removesuffix("/v1") + "/v1",
             api_key=os.environ.get("OPENAI_API_KEY") or "none",  # local servers want none
             max_retries=RETRIES,
@@ -44,25 +43,17 @@ def _client(url: str) -> Any:
         raise UserError(f"server: {url}: {error}; an address is http://HOST:PORT") from None
 
 
-def _said(error: Any) -> str:
-    """What an openai.APIError was told, in one line."""
+def _said(error: openai.APIError) -> str:
+    """What it was told, in one line."""
     body = error.body
     if isinstance(body, dict):  # OpenAI's API has a message, FastAPI a detail
         body = body.get("message") or body.get("detail") or body
     return " ".join(str(body or error.__cause__ or error.message).split())
 
 
-def _refuses(error: Any, fields: Mapping[str, Any]) -> bool:
-    """Whether a server refused a request because it does not know some of these fields."""
-    said = _said(error).lower()
-    return any(field in said for field in fields) and bool(UNKNOWN_FIELD.search(said))
-
-
 @contextmanager
 def _in_one_line(url: str) -> Iterator[None]:
     """What the client raises, as a UserError."""
-    import openai
-
     try:
         yield
     except openai.APIError as error:
@@ -79,27 +70,27 @@ def model_name(url: str, model: str) -> str:
     """
     if model:
         return model
-    with _client(url) as client, _in_one_line(url):
+    with _client(openai.OpenAI, url) as client, _in_one_line(url):
         names = [entry.id for entry in client.models.list().data]
     if len(names) != 1:
         raise UserError(f"model: name one of those at {url}: {', '.join(names) or 'it lists none'}")
     return names[0]
 
 
-def _dialects(sampling: Sampling) -> list[dict[str, Any]]:
+def _ways(sampling: Sampling) -> list[dict[str, Any]]:
     """How servers are told what OpenAI's API has no field for, in the order to try."""
     top_k, penalty = sampling.top_k, sampling.repetition_penalty
     both = {"min_p": 0, "repetition_penalty": penalty}
-    vllm = both | {"top_k": top_k or -1}  # and SGLang; some versions refuse 0
-    llama_cpp = {  # which passes over what it does not know, as do those two
-        "repeat_penalty": penalty,
+    fields = both | {
+        "top_k": top_k or -1,  # vLLM and SGLang, which pass over the rest; some versions refuse 0
+        "repeat_penalty": penalty,  # llama.cpp, which does so too
         "repeat_last_n": 2**17,  # any context; some versions refuse -1
         "samplers": ["penalties", "temperature", "top_k", "top_p"],  # transformers' order
     }
     # transformers serve, which is greedy unless told otherwise
     config = json.dumps(both | {"top_k": top_k, "do_sample": sampling.temperature > 0})
     off: list[dict[str, Any]] = [{}] if top_k == 0 and penalty == 1 else []
-    return [vllm | llama_cpp, vllm, {"generation_config": config}, *off]
+    return [fields, {"generation_config": config}, *off]
 
 
 def complete(
@@ -118,63 +109,46 @@ def complete(
     Args:
         seeds: one for each prompt; servers get 31 bits of it.
         parallel: requests at a time.
-        on_done: called in this thread as completions arrive, in any order, with the prompt's index,
-            the text, its tokens where the server counts them, and whether it ended by itself.
+        on_done: called as completions arrive, in any order, with the prompt's index, the text, its
+            tokens where the server counts them, and whether it ended by itself.
 
     Raises: UserError for a server that cannot be reached, refuses a request or keeps failing.
     """
-    dialects, spoken = _dialects(sampling), 0
+    ways, left = _ways(sampling), iter(range(len(prompts)))
     common: dict[str, Any] = {"model": model, "temperature": sampling.temperature}
     common |= {"top_p": sampling.top_p, "max_tokens": sampling.max_new_tokens}
     common["stop"] = list(sampling.stop) or None
-    client = _client(url)
-    import openai
+    of_chat = {"chat_template_kwargs": dict(template_kwargs)} if template_kwargs else {}
 
-    def answer(i: int) -> tuple[str, int | None, bool]:
-        nonlocal spoken
-        raw = isinstance(prompts[i], str)
-        fields = common | {"seed": seeds[i] % 2**31, "prompt" if raw else "messages": prompts[i]}
-        extra = (
-            {} if raw or not template_kwargs else {"chat_template_kwargs": dict(template_kwargs)}
-        )
-        create = (client if raw else client.chat).completions.create
-        with _in_one_line(url):
-            for tried in range(spoken, len(dialects)):
-                try:
-                    said = create(**fields, extra_body=dialects[tried] | extra)
-                    break
-                except openai.APIStatusError as error:
-                    if not _refuses(error, dialects[tried]):
-                        raise
-                    spoken = max(spoken, tried + 1)
-            else:
-                raise UserError(f"server: {url} has no top_k or repetition_penalty; {OFF}")
-            choice, usage = said.choices[0], said.usage
-            text = choice.text if raw else choice.message.content
-            tokens = usage.completion_tokens if usage else None
-            return text or "", tokens, choice.finish_reason != "length"
+    async def ask(create: Any, fields: dict[str, Any], extra: dict[str, Any]) -> Any:
+        while ways:
+            way = ways[0]
+            try:
+                return await create(**fields, extra_body=way | extra)
+            except openai.APIStatusError as error:
+                said = _said(error).lower()
+                if not UNKNOWN_FIELD.search(said) or not any(field in said for field in way):
+                    raise
+                if way in ways:
+                    ways.remove(way)
+        raise UserError(f"server: {url} has no top_k or repetition_penalty; {OFF}")
 
-    queued = deque(range(len(prompts)))
-    arrived: SimpleQueue[tuple[int, Any]] = SimpleQueue()
+    async def work(client: Any) -> None:
+        for i in left:
+            raw = isinstance(prompts[i], str)
+            fields = common | {"prompt" if raw else "messages": prompts[i]}
+            fields["seed"] = seeds[i] % 2**31
+            with _in_one_line(url):
+                create = (client if raw else client.chat).completions.create
+                said = await ask(create, fields, {} if raw else of_chat)
+                choice, usage = said.choices[0], said.usage
+                text = choice.text if raw else choice.message.content
+                tokens = usage.completion_tokens if usage else None
+                ended = choice.finish_reason != "length"
+            on_done(i, text or "", tokens, ended)
 
-    def work() -> None:
-        with suppress(IndexError):  # of the queue, once it is empty
-            while True:
-                i = queued.popleft()
-                try:
-                    arrived.put((i, answer(i)))
-                except Exception as error:
-                    queued.clear()
-                    arrived.put((i, error))
+    async def everything() -> None:
+        async with _client(openai.AsyncOpenAI, url) as client:
+            await asyncio.gather(*(work(client) for _ in range(parallel)))
 
-    for _ in range(min(parallel, len(prompts))):
-        Thread(target=work, daemon=True).start()  # an exit does not wait for it
-    try:
-        for _ in prompts:
-            i, outcome = arrived.get()
-            if isinstance(outcome, Exception):  # what arrived before it has been handed on
-                raise outcome
-            on_done(i, *outcome)
-    finally:
-        queued.clear()
-    client.close()  # after a failure others are still on their way
+    asyncio.run(everything())

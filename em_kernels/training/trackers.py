@@ -11,8 +11,6 @@ from rich.console import Console
 
 from .config import TrainConfig, UserError
 
-PROJECT = "em-kernels"
-
 
 class Tracking:
     """A context in which a run's updates are logged where config.report_to says, if anywhere.
@@ -24,12 +22,11 @@ class Tracking:
 
     def __init__(self, config: TrainConfig, console: Console) -> None:
         """Raises: UserError where the package is missing."""
-        self.config, self.console, self.done = config, console, 0
+        self.config, self.console = config, console
         self.tracker: Any = None
-        if (name := config.report_to) == "none":
-            return
         try:
-            version(name)  # a folder of that name could be imported too
+            if (name := config.report_to) != "none":
+                version(name)  # a folder of that name could be imported too
         except PackageNotFoundError:
             raise UserError(f"report_to: {name} is not installed; pip install {name}") from None
 
@@ -41,19 +38,22 @@ class Tracking:
         name, output, self.done = self.config.report_to, self.config.output, done
         if name == "none":
             return
-        began = (output / name).exists()
+        settings = self.config.model_dump(mode="json")
+        settings |= {f"sampling.{key}": value for key, value in settings.pop("sampling").items()}
+        plain = (int, float, str)
+        settings = {k: v if isinstance(v, plain) else json.dumps(v) for k, v in settings.items()}
+        again = name == "tensorboard" and (output / name).exists()  # which would have them twice
+        common = {"run_name": "em-kernels", "resume": "allow"}
         options: dict[str, dict[str, Any]] = {
-            "tensorboard": {"logging_dir": output},
-            "wandb": {"dir": output, "name": output.name, "id": _wandb_id(output / name)},
-            "trackio": {"name": str(output)},
+            "tensorboard": {"run_name": name, "logging_dir": output},  # its folder
+            "wandb": {"name": output.name, "dir": output, "id": _wandb_id(output / name), **common},
+            "trackio": {"name": str(output), **common},
         }
-        project = name if name == "tensorboard" else PROJECT  # its folder's name
-        again = {} if name == "tensorboard" else {"resume": "allow"}
         try:
-            tracker = LOGGER_TYPE_TO_CLASS[name](project, **options[name], **again)
+            tracker = LOGGER_TYPE_TO_CLASS[name](**options[name])
             tracker.start()
-            if name != "tensorboard" or not began:  # which would have them twice
-                tracker.store_init_configuration(_settings(self.config))
+            if not again:
+                tracker.store_init_configuration(settings)
         except Exception as error:  # each raises its own kinds
             why = " ".join(str(error).split())[:300]
             raise UserError(
@@ -65,32 +65,24 @@ class Tracking:
     def log(self, row: dict[str, Any]) -> None:
         """A row of metrics."""
         numbers = {k: v for k, v in row.items() if isinstance(v, (int, float)) and k != "update"}
-        if self.tracker is not None and row["update"] > self.done:
-            self._or_give_up(lambda: self.tracker.log(numbers, step=row["update"]))
+        if row["update"] > self.done:
+            self._or_give_up(lambda tracker: tracker.log(numbers, step=row["update"]))
 
     def __enter__(self) -> "Tracking":
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self.tracker is not None:
-            self._or_give_up(self.tracker.finish)
+        self._or_give_up(lambda tracker: tracker.finish())
 
-    def _or_give_up(self, work: Callable[[], object]) -> None:
+    def _or_give_up(self, work: Callable[[Any], object]) -> None:
         """A tracker that fails is given up, with a word; the run goes on."""
         try:
-            work()
+            if self.tracker is not None:
+                work(self.tracker)
         except Exception as error:  # each raises its own kinds
             self.tracker = None
             line = f"Warning: no more is logged to {self.config.report_to}: {error}"
             self.console.print(line, markup=False, soft_wrap=True)
-
-
-def _settings(config: TrainConfig) -> dict[str, bool | int | float | str]:
-    """Flat, of the kinds that trackers take."""
-    values = config.model_dump(mode="json")
-    values |= {f"sampling.{name}": value for name, value in values.pop("sampling").items()}
-    plain = (bool, int, float, str)
-    return {k: v if isinstance(v, plain) else json.dumps(v) for k, v in values.items()}
 
 
 def _wandb_id(folder: Path) -> str | None:
