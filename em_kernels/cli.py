@@ -212,7 +212,11 @@ def demo(arguments: list[str]) -> int:
     if output is None:
         free = (Path(f"runs/demo-{n}") for n in range(1, sys.maxsize))
         output = next(folder for folder in free if not folder.exists())
-    run_demo(known.seed, output, Console())
+    try:
+        run_demo(known.seed, output, Console())
+    except KeyboardInterrupt:
+        again = f"em-kernels demo --seed {known.seed} --output {output}"
+        raise KeyboardInterrupt(f"interrupted; {again} goes on") from None
     return 0
 
 

@@ -90,7 +90,7 @@ def save_checkpoint(
         partial.rename(folder)
         sync(folder.parent)
         sync(folder.parent.parent)
-        others = [path for path in _steps(folder.parent) if path != folder]
+        others = [path for path in steps_in(folder.parent) if path != folder]
         if state is not None:
             _drop_states(others)
         for path in others[: max(0, len(others) + 1 - keep)] if keep else ():
@@ -112,7 +112,7 @@ def newest_state(
     """
     refused = list[str]()
     _clear(*(run / "checkpoints").glob(".step-*"))
-    steps = _steps(run / "checkpoints")
+    steps = steps_in(run / "checkpoints")
     while steps:
         folder = steps.pop()
         if (folder / STATE).exists() or (folder / FACTS).exists():
@@ -173,7 +173,7 @@ def _write_state(path: Path, state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _steps(checkpoints: Path) -> list[Path]:
+def steps_in(checkpoints: Path) -> list[Path]:
     """Folders of checkpoints, the oldest first."""
     found = [path for path in checkpoints.glob("step-*") if path.name[5:].isdecimal()]
     return sorted(found, key=lambda path: int(path.name[5:]))

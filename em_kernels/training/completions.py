@@ -1,5 +1,7 @@
 """What a model answers to problems: settings, prompts, completions written down as they come."""
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from os.path import commonprefix
 from pathlib import Path
@@ -18,7 +20,7 @@ from ..hf import check_head, head_of
 from .config import Positive, Sampling, Settings, TrainConfig, UserError, json_object
 from .data import QWEN25_MATH_COT, Problem, encode, few_shot, read_problems
 from .records import append, read_lines
-from .rollout import Rollout, generate
+from .rollout import Rollout, check_cache, generate
 from .session import progress_on
 from .setup import find_device, load_model, open_source
 from .step import Prompt, can_share_prefix, micro_batches, scored_states
@@ -92,10 +94,16 @@ class TaskSettings(Settings):
         return QWEN25_MATH_COT.format(problem.prompt) if cot else problem.prompt
 
     def sampled(self) -> Sampling:
-        """With the end of a few-shot answer."""
-        if self.template == "few-shot" and not self.sampling.stop:
-            return self.sampling.model_copy(update={"stop": ("\n",)})
-        return self.sampling
+        """With the end that the template's answers have."""
+        ends = {"few-shot": ("\n",), "qwen25-math-cot": ("<|im_end|>",)}
+        stop = self.sampling.stop or ends.get(self.template, ())
+        return self.sampling.model_copy(update={"stop": stop})
+
+
+def digest(problems: Sequence[Problem], prompts: Sequence[str]) -> str:
+    """Changes when a problem, or how it is asked, does."""
+    asked = [(p.prompt, p.answer, text) for p, text in zip(problems, prompts, strict=True)]
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
 
 class Completion(NamedTuple):
@@ -231,6 +239,7 @@ def open_model(
         model = load_model(source, train, device).eval()
     try:
         check_head(model, head_of(model))
+        check_cache(model)
     except TypeError as error:
         raise UserError(str(error)) from error
     return model, tokenizer
@@ -249,7 +258,11 @@ def token_ids(
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest, new = max(map(len, found)), config.sampling.max_new_tokens
     if context is not None and longest >= context:
-        raise UserError(f"data: a prompt has {longest} tokens, the model's context {context}")
+        row = config.skip + list(map(len, found)).index(longest)
+        raise UserError(
+            f"data: the prompt of problem {row} has {longest} tokens, the model's context "
+            f"{context}; leave it out, by skip and count or of the file"
+        )
     if context is not None and longest + new > context:
         raise UserError(
             f"sampling.max_new_tokens: {longest} prompt tokens and {new} exceed the model's "

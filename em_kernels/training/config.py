@@ -84,8 +84,8 @@ class TrainConfig(Settings):
     prompt_rows: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)
     """Rows of that file to train on, from 0; the completions are divided among them."""
     answer: str | None = None
-    """The prompt's answer, to report accuracy, compared by value. Training never sees it. A file may
-    have its own.
+    """The prompt's answer, to report accuracy, compared by value. Training never sees it. A file
+    may have its own.
     """
     chat_template: bool = True
     """Send the prompt as a user message through the model's chat template, or else as it is."""

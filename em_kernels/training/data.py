@@ -5,6 +5,7 @@ and how a model is asked them.
 import difflib
 import json
 import random
+import re
 import urllib.parse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -48,34 +49,39 @@ def read_rows(path: Path, setting: str = "prompt_from") -> list[dict[str, Any]]:
 
             return pyarrow.parquet.read_table(path).to_pylist()
         if path.suffix in (".jsonl", ".json"):
-            lines = path.read_text(encoding="utf-8").split("\n")
-            return [json.loads(line) for line in lines if line.strip()]
+            text = path.read_text(encoding="utf-8")
+            if text.lstrip().startswith("["):
+                return json.loads(text)
+            return [json.loads(line) for line in text.split("\n") if line.strip()]
     except (OSError, ValueError) as error:  # pyarrow's and json's errors are ValueErrors
         reason = " ".join(str(error).split())
         raise UserError(f"{setting}: cannot read {path}: {reason}") from error
     raise UserError(f"{setting}: {path} is neither .jsonl nor .parquet")
 
 
-def as_problem(row: Any, path: Path, setting: str = "prompt_from") -> Problem:
+def as_problem(row: Any, where: object, setting: str = "prompt_from") -> Problem:
     """The prompt and answer of a row, whichever of the usual columns hold them."""
     if not isinstance(row, dict):
-        raise UserError(f"{setting}: {path}: a row is {type(row).__name__}, not an object")
+        raise UserError(f"{setting}: {where}: a row is {type(row).__name__}, not an object")
     prompt = next((row[name] for name in PROMPT_COLUMNS if row.get(name)), None)
     if isinstance(prompt, list):  # chat messages, as in the parquet files of RLVR projects
         messages = [m for m in reversed(prompt) if isinstance(m, dict)]
         prompt = next((m.get("content") for m in messages if m.get("role") == "user"), None)
     if not isinstance(prompt, str) or not prompt.strip():
         known = ", ".join(PROMPT_COLUMNS)
-        raise UserError(f"{setting}: {path}: a row has no text in any of the columns {known}")
+        raise UserError(f"{setting}: {where}: a row has no text in any of the columns {known}")
+    if not prompt.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in prompt):
+        raise UserError(f"{setting}: {where}: the prompt is not text in UTF-8")
     reward = row.get("reward_model")
     answers = {**row, **(reward if isinstance(reward, dict) else {})}
     answer = next((answers[n] for n in ANSWER_COLUMNS if answers.get(n) is not None), None)
-    if isinstance(answer, list):
-        answer = answer[0] if answer else None
+    if isinstance(answer, list):  # of several all are asked for
+        answer = ", ".join(map(str, answer))
     solution = row.get("solution")
     if answer is None and isinstance(solution, str) and "\\boxed{" in solution:  # Minerva
         answer = final_answer(solution)
-    return Problem(prompt, None if answer is None else str(answer).split("####")[-1].strip())
+    text = "" if answer is None else str(answer).split("####")[-1].strip()
+    return Problem(prompt, text or None)
 
 
 def problems_of(config: TrainConfig) -> list[Problem]:
@@ -89,7 +95,8 @@ def problems_of(config: TrainConfig) -> list[Problem]:
             raise UserError(
                 f"prompt_rows: {row} is not in {config.prompt_from}, which has {len(rows)} rows"
             )
-    return [as_problem(rows[row], config.prompt_from) for row in config.prompt_rows]
+    path = config.prompt_from
+    return [as_problem(rows[row], f"{path}, row {row}") for row in config.prompt_rows]
 
 
 def read_problems(
@@ -109,10 +116,11 @@ def read_problems(
         count = count or 1000
     elif source.startswith("gym:"):
         found = _gym(source.removeprefix("gym:"), count := count or 1000, seed)
-    elif (path := Path(source).expanduser()).suffix in (".parquet", ".jsonl", ".json"):
-        found = [as_problem(row, path, "data") for row in read_rows(path, "data")]
     else:
-        found = [as_problem(row, Path(source), "data") for row in _hub(source, subset, split)]
+        path = Path(source).expanduser()
+        is_file = path.suffix in (".parquet", ".jsonl", ".json") or path.is_file()
+        rows = read_rows(path, "data") if is_file else _hub(source, subset, split)
+        found = [as_problem(row, f"{source}, row {i}", "data") for i, row in enumerate(rows)]
     if count is not None and len(found) < count:
         raise UserError(f"count: {source} has {len(found)} problems, {count} are asked for")
     if not found:
@@ -122,6 +130,7 @@ def read_problems(
 
 def _gym(name: str, count: int, seed: int) -> list[Problem]:
     import reasoning_gym
+    from reasoning_gym.dataset import ProceduralDataset
     from reasoning_gym.factory import DATASETS
 
     task, _, text = name.partition("?")
@@ -136,14 +145,18 @@ def _gym(name: str, count: int, seed: int) -> list[Problem]:
         raise UserError(f"data: reasoning-gym has no task {task!r}; it has {', '.join(near)}")
     found: dict[str, Problem] = {}  # a small task repeats itself
     try:
-        items = reasoning_gym.create_dataset(task, size=20 * count, seed=seed, **settings)
+        # its problem i is drawn by seed + i
+        start = random.Random(seed).getrandbits(31)
+        items = reasoning_gym.create_dataset(task, size=20 * count, seed=start, **settings)
     except (AssertionError, TypeError) as error:
         raise UserError(f"data: gym:{name}: {error}") from error
+    own = type(items).score_answer is not ProceduralDataset.score_answer
     for item in items:
-        question, answer = item["question"].strip(), item["answer"]
-        if answer is None:
+        question, answer = item["question"].strip(), str(item["answer"]).strip()
+        # where a task judges answers itself, only a number or a word is sure to be the only one
+        if item["answer"] is None or (own and not re.fullmatch(r"-?[\d.]+|[A-Za-z]+", answer)):
             raise UserError(f"data: gym:{task} has no one right answer to compare with")
-        found.setdefault(question, Problem(question, str(answer).strip()))
+        found.setdefault(question, Problem(question, answer))
         if len(found) == count:
             break
     return list(found.values())
@@ -175,10 +188,10 @@ def encode(
     """Token ids of a prompt, tokenised whole; as a user message where a chat template is wanted."""
     if not chat_template:
         return tokenizer(prompt).input_ids
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}],
-        tokenize=False,
-        add_generation_prompt=True,
-        **template_kwargs,
-    )
+    messages = [{"role": "user", "content": prompt}]
+    settings = {"tokenize": False, "add_generation_prompt": True, **template_kwargs}
+    try:
+        text = tokenizer.apply_chat_template(messages, **settings)
+    except Exception as error:  # the template's own, of any kind
+        raise UserError(f"template_kwargs: the chat template says: {error}") from error
     return tokenizer(text, add_special_tokens=False).input_ids

@@ -12,7 +12,6 @@ from rich.console import Console
 
 from ..cli import train
 from .evaluate import eval_command, of_problems, paired_change, percent, read_results
-from .records import check_output
 from .report import report_command
 from .select import select_command
 
@@ -23,9 +22,8 @@ SAMPLING = "--temperature 1 --top-k 0 --top-p 1 --repetition-penalty 1 --max-new
 
 def run_demo(seed: int, output: Path, console: Console) -> str:
     """Select a prompt, train on it, measure before and after on held-out problems, draw a report;
-    returns what the numbers show.
+    returns what the numbers show. In the folder of a demo that was stopped it goes on.
     """
-    check_output(output)
 
     def run(command: Callable[[list[str]], int], name: str, text: str, *folders: object) -> None:
         arguments = [*shlex.split(text), *map(str, folders)]
@@ -44,7 +42,10 @@ def run_demo(seed: int, output: Path, console: Console) -> str:
     run(eval_command, "eval", scored, "demo", "--output", before)
     rows = pool / "selection.jsonl"
     text = f"--preset demo {same} --prompt-from"
-    run(train, "train", text, rows, "--output", trained)
+    if (trained / "config.yaml").exists():
+        run(train, "train", "--resume", trained)
+    else:
+        run(train, "train", text, rows, "--output", trained)
     run(eval_command, "eval", scored, trained, "--output", after, "--against", before)
     run(report_command, "report", "", trained, "--output", output / "report.html")
     told = reading(read_results(before), read_results(after))

@@ -27,6 +27,7 @@ from .completions import (
     Served,
     TaskSettings,
     collect,
+    digest,
     open_model,
     states_of,
     token_ids,
@@ -34,13 +35,15 @@ from .completions import (
 from .config import Positive, Sampling, UserError, from_flags, json_object
 from .data import Problem, as_problem, read_rows
 from .grading import Grader
-from .records import CONFIG, read_lines, resumable, write_whole
+from .records import CONFIG, FREE, differing, read_lines, resumable, write_whole
 from .rollout import Rollout
 from .session import progress_on
+from .setup import fingerprint
 
 PROBLEMS, RESULTS = "problems.jsonl", "results.json"
 STREAM = 1  # of randomness; selection's is 2
 RESAMPLES = 2000
+NAMES = (*FREE, "model", "temperatures")  # that may differ between what is compared
 HELP = """--regrade DIR grades the completions that an evaluation has kept once more; --against DIR
 compares with an earlier evaluation of the same problems, by McNemar's exact test.
 
@@ -90,10 +93,15 @@ class Scores(NamedTuple):
 def known_answers(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], completions: Sequence[str]
 ) -> list[Rollout]:
-    """Raw prompts and their known completions, tokenised together."""
+    """Few-shot prompts and their known completions, tokenised together and as worked examples are:
+    an empty line follows, and the next question; some tokenizers join the lines' ends.
+    """
     rollouts = list[Rollout]()
     for prompt, completion in zip(prompts, completions, strict=True):
-        ids, whole = tokenizer(prompt).input_ids, tokenizer(prompt + completion).input_ids
+        ids, text = tokenizer(prompt).input_ids, prompt + completion
+        found = tokenizer(f"{text}\nQ:", return_offsets_mapping=True)
+        pairs = zip(found.input_ids, found.offset_mapping, strict=True)
+        whole = [token for token, (start, _) in pairs if start < len(text)]
         if whole[: len(ids)] != ids:
             raise UserError(
                 f"teacher_forced: the tokenizer joins the end of the prompt with {completion!r}"
@@ -145,8 +153,8 @@ def wilson(right: np.ndarray) -> tuple[float, float]:
 
 def of_problems(values: np.ndarray) -> tuple[float, float]:
     """95 % interval of a mean over problems, by resampling them."""
-    if np.ptp(values) == 0:
-        return values[0], values[0]
+    if np.ptp(values) == 0 and values[0] in (0, 1):  # resampling would be sure of it
+        return wilson(values == 1)
     draw = partial(bootstrap, n_resamples=RESAMPLES, method="percentile", rng=0)
     interval = draw((values,), np.mean).confidence_interval
     return float(interval.low), float(interval.high)
@@ -179,8 +187,10 @@ def percent(value: float, interval: Sequence[float] = ()) -> str:
     return f"{100 * value:.1f}" + (f" [{low_high}]" if interval else "")
 
 
-def evaluate(config: EvalConfig, console: Console) -> dict[str, Any]:
-    """Ask or score, grade, and write results.json, which is returned."""
+def evaluate(config: EvalConfig, console: Console, against: Path | None = None) -> dict[str, Any]:
+    """Ask or score, grade, and write results.json, which is returned. What it will be compared with
+    is looked at first.
+    """
     if config.samples > 1 and config.sampling.temperature == 0:
         raise UserError("samples: are all the same at sampling.temperature 0; raise it")
     if config.teacher_forced and (config.template != "few-shot" or config.server):
@@ -188,25 +198,35 @@ def evaluate(config: EvalConfig, console: Console) -> dict[str, Any]:
     problems, shots = config.problems()
     if any(problem.answer is None for problem in problems):
         raise UserError(f"data: not every problem of {config.data} has an answer to compare with")
-    prompts = [config.prompt(problem, shots) for problem in problems]
+    prompts, name = [config.prompt(problem, shots) for problem in problems], config.model
+    lines = [json.dumps({"prompt": p.prompt, "answer": p.answer}) + "\n" for p in problems]
+    rows = "".join(lines)
+    if against is not None:
+        _check_comparable(against, config.samples, rows)
     if config.teacher_forced:
         model, tokenizer = open_model(config, console)
         known = known_answers(tokenizer, prompts, [problem.completion for problem in problems])
     else:
         source = _source(config, prompts, console)
-    with resumable(config.output, config):
-        rows = [{"prompt": p.prompt, "answer": p.answer} for p in problems]
-        path, text = config.output / PROBLEMS, "".join(json.dumps(row) + "\n" for row in rows)
-        if path.exists() and path.read_text(encoding="utf-8") != text:
-            raise UserError(f"data: {config.data} has changed; name another output")
-        write_whole(path, text)
+        name = source.model if isinstance(source, Served) else config.model
+    served = name if config.server else fingerprint(config.model)
+    with resumable(config.output, config, model=served, data=digest(problems, prompts)):
+        write_whole(config.output / PROBLEMS, rows)
         if config.teacher_forced:
             scores = score(model, known, config.temperatures, console)
             rates = zip(config.temperatures, np.exp(scores.logprob).tolist(), strict=True)
-            return _finish(config, scores.greedy[:, None], {"probability": dict(rates)})
+            return _finish(config, name, scores.greedy[:, None], {"probability": dict(rates)})
         keys = [(i, k) for i in range(len(problems)) for k in range(config.samples)]
         kept = collect(source, keys, config.output / COMPLETIONS, console)
-        return _graded(config, problems, kept, console)
+        return _graded(config, name, problems, kept, console)
+
+
+def _check_comparable(folder: Path, samples: int, problems: str) -> None:
+    before = read_results(folder)
+    if (folder / PROBLEMS).read_text(encoding="utf-8") != problems:
+        raise UserError(f"against: {folder} is not of the same problems")
+    if max(samples, before["samples"]) > 1:
+        raise UserError("against: McNemar's test compares evaluations of one sample a problem")
 
 
 def regrade(folder: Path, console: Console) -> dict[str, Any]:
@@ -222,7 +242,8 @@ def regrade(folder: Path, console: Console) -> dict[str, Any]:
     rows = [Completion(**row) for row in read_lines(folder / COMPLETIONS, "problem")]
     if len(rows) < len(problems) * config.samples:
         raise UserError(f"regrade: {folder} is not finished; run its command again")
-    return _graded(config, problems, {row[:2]: row for row in rows}, console)
+    name = read_results(folder, "regrade")["model"]
+    return _graded(config, name, problems, {row[:2]: row for row in rows}, console)
 
 
 def read_results(folder: Path, setting: str = "against") -> dict[str, Any]:
@@ -253,6 +274,7 @@ def _source(config: EvalConfig, prompts: Sequence[str], console: Console) -> Loc
 
 def _graded(
     config: EvalConfig,
+    name: str,
     problems: Sequence[Problem],
     kept: Mapping[tuple[int, int], Completion],
     console: Console,
@@ -267,17 +289,20 @@ def _graded(
         "mean_tokens": float(np.mean(tokens)) if tokens else None,
         "ended": float(np.mean([completion.ended for completion in kept.values()])),
     }
-    return _finish(config, np.array(verdicts).reshape(len(problems), config.samples), facts)
+    right = np.array(verdicts).reshape(len(problems), config.samples)
+    return _finish(config, name, right, facts)
 
 
-def _finish(config: EvalConfig, right: np.ndarray, facts: Mapping[str, Any]) -> dict[str, Any]:
+def _finish(
+    config: EvalConfig, name: str, right: np.ndarray, facts: Mapping[str, Any]
+) -> dict[str, Any]:
     """results.json: the mean over problems, with an interval that heeds that samples of one
     problem go together.
     """
     n, k = right.shape
     interval = wilson(right) if k == 1 else of_problems(right.mean(1))
     results = {
-        "model": config.model,
+        "model": name,
         "data": config.data,
         "problems": n,
         "samples": k,
@@ -314,20 +339,19 @@ def show(results: Mapping[str, Any], console: Console) -> None:
 
 def compare(before: Path, after: Path) -> str:
     """What two evaluations of the same problems say of the change, by McNemar's exact test."""
-    found = [read_results(folder) for folder in (before, after)]
-    asked = [(folder / PROBLEMS).read_text(encoding="utf-8") for folder in (before, after)]
-    if asked[0] != asked[1]:
-        raise UserError(f"against: {before} and {after} are not of the same problems")
-    if any(results["samples"] > 1 for results in found):
-        raise UserError("against: McNemar's test compares runs of one sample a problem")
-    base, now = (np.array(results["right"])[:, 0] for results in found)
+    results = read_results(after)
+    problems = (after / PROBLEMS).read_text(encoding="utf-8")
+    _check_comparable(before, results["samples"], problems)
+    base, now = (np.array(found["right"])[:, 0] for found in (read_results(before), results))
+    asked = [yaml.safe_load((folder / CONFIG).read_text()) for folder in (before, after)]
+    other = differing(*({k: v for k, v in x.items() if k not in NAMES} for x in asked))
     change, low, high, p = paired_change(base, now)
     told = "more than chance explains" if p < 0.05 else "which chance explains as well"
     return (
         f"Against {before}: {percent(change)} points, interval {percent(low)} to {percent(high)}, "
         f"p = {p:.2g} by McNemar's exact test: {told}. {int((now & ~base).sum())} became right, "
         f"{int((base & ~now).sum())} wrong."
-    )
+    ) + (f" But they were not asked alike: {other}." if other else "")
 
 
 def eval_command(arguments: list[str]) -> int:
@@ -345,7 +369,7 @@ def eval_command(arguments: list[str]) -> int:
         folder, results = known.regrade, regrade(known.regrade, Console(stderr=True))
     else:
         config = from_flags(EvalConfig, "eval", rest, HELP)
-        folder, results = config.output, evaluate(config, Console(stderr=True))
+        folder, results = config.output, evaluate(config, Console(stderr=True), known.against)
     show(results, console)
     if known.against is not None:
         console.print(compare(known.against, folder), markup=False, soft_wrap=True)

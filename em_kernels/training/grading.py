@@ -176,8 +176,8 @@ class Grader:
 
     def agreement(self, groups: Sequence[Sequence[str]]) -> list[tuple[int, float]]:
         """Of each prompt's completions the index of the first with the most frequent final answer,
-        and the share that has it; 0 and 0.0 where none has an answer. A short one without box and
-        number is its own answer, as "Friday" is.
+        and the share that has it; those without one count as one answer. A short text without box
+        and number is its own answer, as "Friday" is.
         """
         answers = [tuple(_read(_said(text)) for text in group) for group in groups]
         firsts = {group: _firsts(group, asked=False) for group in answers}
@@ -185,8 +185,7 @@ class Grader:
         firsts |= {group: first for group, first in self._ask(hard) if first}
         results = []
         for group in answers:
-            with_one = zip(group, firsts[group], strict=True)
-            counts = Counter(first for answer, first in with_one if answer.key != "")
+            counts = Counter(firsts[group])
             first, count = max(counts.items(), key=lambda item: item[1], default=(0, 0))
             results.append((first, count / max(len(group), 1)))
         return results

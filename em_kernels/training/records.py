@@ -15,16 +15,17 @@ from .config import Settings, UserError
 from .rollout import Rollout
 
 CONFIG, METRICS, ROLLOUTS = "config.yaml", "metrics.jsonl", "rollouts.jsonl"
+ASKED = "asked.json"
 FREE = ("output", "batch_size", "device", "server", "parallel")  # settings that may change
 MARKER, PARTIAL = "running.json", f".{CONFIG}.partial"
 
 
-def check_output(output: Path) -> None:
+def check_output(output: Path, remedy: str = "choose another, or --resume it") -> None:
     """Raise UserError unless the folder is new or empty, but for a start that was killed."""
-    if output.exists() and (not output.is_dir() or {*os.listdir(output)} - {MARKER, PARTIAL}):
-        raise UserError(
-            f"output: {output} already holds a run or other files; choose another, or --resume it"
-        )
+    if output.exists() and (
+        not output.is_dir() or {*os.listdir(output)} - {MARKER, PARTIAL, ASKED}
+    ):
+        raise UserError(f"output: {output} already holds a run or other files; {remedy}")
 
 
 def append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -49,13 +50,16 @@ def write_config(run: Path, config: Settings) -> None:
 
 
 @contextmanager
-def resumable(output: Path, config: Settings) -> Iterator[None]:
+def resumable(output: Path, config: Settings, **facts: str) -> Iterator[None]:
     """Works in a new folder, or in that of the same command which was stopped.
+
+    Args:
+        facts: what a setting stood for; must be as they were.
 
     Raises: UserError where the folder holds anything else, or another process works there.
     """
     if not (output / CONFIG).exists():
-        check_output(output)
+        check_output(output, "choose another")
     with Running(output):
         if (output / CONFIG).exists():
             before = yaml.safe_load((output / CONFIG).read_text(encoding="utf-8"))
@@ -67,7 +71,13 @@ def resumable(output: Path, config: Settings) -> Iterator[None]:
                 raise UserError(
                     f"output: {output} was made with {what}; go on with that, or name another"
                 )
+            was = json.loads((output / ASKED).read_text(encoding="utf-8"))
+            if changed := [name for name in facts if facts[name] != was.get(name)]:
+                raise UserError(
+                    f"{changed[0]}: is not what it was when {output} was begun; name another output"
+                )
         else:
+            write_whole(output / ASKED, json.dumps(facts) + "\n")
             write_config(output, config)
         try:
             yield

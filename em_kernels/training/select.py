@@ -19,9 +19,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .completions import (
     COMPLETIONS,
+    Completion,
     Local,
     TaskSettings,
     collect,
+    digest,
     open_model,
     token_ids,
 )
@@ -30,8 +32,10 @@ from .data import Problem
 from .grading import Grader
 from .plan_command import flags
 from .records import resumable, write_whole
+from .setup import fingerprint
 
 SELECTION = "selection.jsonl"
+SHOWN = 10  # prompts
 STREAM = 2  # of randomness; evaluation's is 1
 HELP = """The same command again goes on where it was stopped.
 
@@ -73,6 +77,7 @@ class Candidate:
     disagreement: float
     entropy: float
     majority_right: bool | None
+    ended: float  # share of the samples
 
     @property
     def variance(self) -> float:
@@ -103,12 +108,13 @@ def select(
         model, tokenizer, ids, sampling, config.seed, STREAM, config.batch_size, with_entropy=True
     )
     path = config.output / COMPLETIONS
-    with resumable(config.output, config), Grader() as grader:
+    asked = {"model": fingerprint(config.model), "data": digest(pool, prompts)}
+    with resumable(config.output, config, **asked), Grader() as grader:
 
         def ranked(indices: Sequence[int], samples: int, title: str) -> list[Candidate]:
             keys = [(i, k) for i in indices for k in range(samples)]
             kept = collect(source, keys, path, console, title)
-            texts = [[kept[i, k].text for k in range(samples)] for i in indices]
+            texts = [[answer_of(kept[i, k]) for k in range(samples)] for i in indices]
             with console.status("grading"):
                 agreed = grader.agreement(texts)
                 right = grader.grade([(kept[i, k].text, pool[i].answer) for i, k in keys])
@@ -127,6 +133,7 @@ def select(
                         disagreement=1 - share,
                         entropy=float(np.mean(entropies)),
                         majority_right=verdicts[most] and share > 0 if known else None,
+                        ended=float(np.mean([kept[i, k].ended for k in range(samples)])),
                     )
                 )
             return sorted(found, key=lambda c: (-getattr(c, score), c.index))
@@ -143,19 +150,26 @@ def select(
     return first
 
 
-def show(config: SelectConfig, ranked: Sequence[Candidate], console: Console, rows: int) -> None:
+def answer_of(completion: Completion) -> str:
+    """Nothing where it was cut off before it came to a box: its last number is no answer."""
+    return completion.text if completion.ended or "\\boxed{" in completion.text else ""
+
+
+def show(config: SelectConfig, ranked: Sequence[Candidate], console: Console) -> None:
     """The best of the ranking, and the command that trains on the first."""
-    table = Table(box=SIMPLE_HEAD, title=f"The first {min(rows, len(ranked))} of {len(ranked)}")
+    table = Table(box=SIMPLE_HEAD, title=f"The first {min(SHOWN, len(ranked))} of {len(ranked)}")
     table.add_column("row", justify="right")
     table.add_column("prompt, its end", no_wrap=True, max_width=44)
     for name in ("right", "disagree", "entropy", "samples"):
         table.add_column(name, justify="right")
-    for row, c in enumerate(ranked[:rows]):
+    for row, c in enumerate(ranked[:SHOWN]):
         end = " ".join(c.prompt.split())[-44:]
         right = "-" if c.pass_rate is None else f"{c.pass_rate:.0%}"
         cells = (right, f"{c.disagreement:.0%}", f"{c.entropy:.3f}", str(c.samples))
         table.add_row(str(row), escape(end), *cells)
     console.print(table)
+    if (ended := np.mean([c.ended for c in ranked])) < 0.5:
+        console.print(f"{1 - ended:.0%} of the completions were cut off: raise max_new_tokens.")
     best = ranked[0]
     if best.pass_rate in (0.0, 1.0) and best.disagreement == 0:
         console.print("No prompt's samples vary; raise sampling.temperature, or take another pool.")
@@ -176,6 +190,6 @@ def select_command(arguments: list[str]) -> int:
     pool, shots = config.problems()
     console = Console(stderr=True)
     ranked = select(config, pool, shots, *open_model(config, console), console)
-    show(config, ranked, Console(), 10)
+    show(config, ranked, Console())
     print(config.output / SELECTION)
     return 0

@@ -1,5 +1,6 @@
 """What a run starts from; whatever is wrong with it is said here, before anything is written."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,11 +17,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .checkpoint import defining_settings
+from .checkpoint import defining_settings, steps_in
 from .config import TrainConfig, UserError, json_object, read_yaml
 from .data import Problem, encode, problems_of
 from .demo_model import fetch_demo
 from .records import CONFIG, differing
+
+ADAPTERS = "adapter_config.json"
 
 
 class Task(NamedTuple):
@@ -63,19 +66,34 @@ def find_device(config: TrainConfig) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if not cpu else accelerator.device
 
 
-def open_source(model: str) -> tuple[str, PreTrainedConfig, PreTrainedTokenizerBase]:
-    """Folder or hub id, config and tokenizer of what the setting `model` names; no weights are
-    read.
-    """
+def resolve_source(model: str) -> str:
+    """Folder or hub id of what the setting `model` names; of a run its newest checkpoint."""
     if not model:
         raise UserError('model: missing; name a hub id, a local folder, or "demo"')
     if model.startswith((".", "/", "~")) and not Path(model).expanduser().is_dir():
         raise UserError(f"model: there is no folder {model}")
     source = str(fetch_demo()) if model == "demo" else os.path.expanduser(model)
-    if checkpoints := sorted(Path(source, "checkpoints").glob("step-*")):
-        source = str(checkpoints[-1])  # the newest of a run
+    checkpoints = steps_in(Path(source, "checkpoints"))
+    return str(checkpoints[-1]) if checkpoints else source
+
+
+def fingerprint(model: str) -> str:
+    """Of a local model: changes when other weights lie there."""
+    source = resolve_source(model)
+    files = [(path.name, path.stat()) for path in sorted(Path(source).glob("*.safetensors"))]
+    return "; ".join(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in files) or source
+
+
+def open_source(model: str) -> tuple[str, PreTrainedConfig, PreTrainedTokenizerBase]:
+    """Folder or hub id, config and tokenizer of what the setting `model` names; no weights are
+    read.
+    """
+    source = resolve_source(model)
     try:
-        model_config = AutoConfig.from_pretrained(source)
+        adapters, base = Path(source, ADAPTERS), source
+        if adapters.exists():
+            base = json.loads(adapters.read_text())["base_model_name_or_path"]
+        model_config = AutoConfig.from_pretrained(base)
         tokenizer = AutoTokenizer.from_pretrained(source)
     except Exception as error:  # transformers and the hub client raise many kinds
         raise UserError(f"model: cannot open {model!r}: {_brief(error)}") from error
@@ -91,6 +109,11 @@ def load_task(config: TrainConfig) -> Task:
     """Tokenizer and prompts, checked against the model's context; no weights are read."""
     problems = problems_of(config)
     source, model_config, tokenizer = open_source(config.model)
+    if Path(source, ADAPTERS).exists():
+        raise UserError(
+            f"model: {source} holds adapters; em-kernels merge RUN --output DIR makes a model of "
+            "a run's"
+        )
     chat_template = config.chat_template and tokenizer.chat_template is not None
     kwargs = json_object("template_kwargs", config.template_kwargs)
     prompts = [encode(tokenizer, problem.prompt, chat_template, kwargs) for problem in problems]

@@ -19,12 +19,13 @@ from rich.table import Table
 from scipy.stats import permutation_test
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .completions import TaskSettings, open_model
+from .completions import TaskSettings, digest, open_model
 from .config import Positive, Sampling, TrainConfig, UserError, from_flags
 from .data import Problem, few_shot
 from .evaluate import known_answers, percent, score
 from .records import CONFIG, resumable, write_whole
 from .select import Candidate, SelectConfig, select
+from .setup import fingerprint
 from .trainer import train
 
 ARMS = ("selected", "random", "always wrong")
@@ -33,7 +34,8 @@ RESAMPLES = 4000
 HELP = """Three arms of prompts of one pool: those of highest variance of correctness, random ones,
 and such that no sample gets right. Each prompt is trained on alone, with one seed, for a number of
 updates that is fixed beforehand; all are scored on the same held-out problems, teacher-forced. The
-same command again goes on where it was stopped; a prompt takes about a minute on two cores.
+same command again goes on where it was stopped; a prompt takes about a minute on two cores. The
+default learning rate was found on addition.
 
 Examples: em-kernels study; em-kernels study --data gym:letter_counting --output
 runs/study-letters"""
@@ -56,7 +58,7 @@ class StudyConfig(TaskSettings):
     """Prompts to choose from."""
     samples: Annotated[int, Field(ge=2)] = 16
     """Completions of each, to estimate how often it is right; training samples others."""
-    prompts: Annotated[int, Field(ge=2)] = 8
+    prompts: Annotated[int, Field(ge=4)] = 8
     """Of each arm."""
     held_out: Positive = 1000
     """Problems that every trained model is scored on."""
@@ -77,32 +79,44 @@ class StudyConfig(TaskSettings):
 
 
 def arms_of(ranked: Sequence[Candidate], size: int, seed: int) -> dict[str, list[Candidate]]:
-    """Random ones of the whole pool first, so that they stay random; then of what is left those
-    that vary most, and random ones of those that are never right.
+    """Random ones of the whole pool first, so that they stay random; then of the others those that
+    vary most, and random ones of those that are never right.
     """
     rng = random.Random(seed)
     arms = {"random": rng.sample(sorted(ranked, key=lambda c: c.index), size)}
     left = [c for c in ranked if c not in arms["random"]]
     arms["selected"] = left[:size]
     wrong = [c for c in left[size:] if c.pass_rate == 0]
-    if len(wrong) < 2:
-        raise UserError(f"pool: only {len(wrong)} more prompts are always wrong; take a larger one")
+    if len(wrong) < 4:
+        raise UserError(
+            f"pool: of {len(ranked)} prompts {len(wrong)} more are always wrong, and 4 are needed: "
+            "take a larger pool, or harder data"
+        )
     arms["always wrong"] = rng.sample(wrong, min(size, len(wrong)))
     return {name: arms[name] for name in ARMS}
 
 
 def only_form(examples: Sequence[Problem]) -> list[Problem]:
-    """Each with the answer of the next: they show how an answer is written, not what is right."""
+    """Each with the answer of the next that has another: they show how an answer is written, not
+    what is right.
+    """
     found = []
-    for problem, other in zip(examples, [*examples[1:], examples[0]], strict=True):
-        assert problem.answer is not None and other.answer is not None
-        worked = (problem.worked or problem.answer).removesuffix(problem.answer) + other.answer
-        found.append(Problem(problem.prompt, other.answer, worked))
+    for i, problem in enumerate(examples):
+        own, later = problem.answer or "", [*examples[i:], *examples[:i]]
+        other = next((e.answer for e in later if e.answer and e.answer != own), None)
+        if other is None:
+            raise UserError(f"data: the first {len(examples)} problems all have the answer {own}")
+        worked = (problem.worked or own).removesuffix(own) + other
+        found.append(Problem(problem.prompt, other, worked))
     return found
 
 
 def run_study(config: StudyConfig, console: Console) -> dict[str, Any]:
     """Select, train, score, and write study.json, which is returned."""
+    if config.pool < (least := 2 * config.prompts + 4):
+        raise UserError(f"pool: {config.pool} do not make three arms; take {least} or more")
+    if config.count is not None:
+        raise UserError("count: goes with select and eval; a study takes pool and held_out")
     count = config.pool + config.held_out + EXAMPLES
     task = config.model_copy(update={"count": count})
     problems, shots = task.problems()
@@ -111,14 +125,17 @@ def run_study(config: StudyConfig, console: Console) -> dict[str, Any]:
     formats, problems = problems[:EXAMPLES], problems[EXAMPLES:]
     pool, held_out = problems[: config.pool], problems[config.pool :]
     model, tokenizer = open_model(config, console)
-    with resumable(config.output, config):
+    asked = digest(problems, [few_shot(shots, problem) for problem in problems])
+    with resumable(config.output, config, model=fingerprint(config.model), data=asked):
         base, arms = _untrained(config, model, tokenizer, pool, held_out, shots, formats, console)
         del model, tokenizer  # their memory is the training's
         units = [(arm, candidate) for arm in ARMS for candidate in arms[arm]]
         scores, began, fresh = dict[str, list[Any]](), time.perf_counter(), 0
         for n, (arm, candidate) in enumerate(units):
             path = config.output / f"prompt-{candidate.index:04d}.json"
-            if not path.exists():
+            if path.exists():  # killed before they went, perhaps
+                shutil.rmtree(config.output / "runs" / path.stem / "checkpoints", True)
+            else:
                 fresh += 1
                 _trained(config, pool[candidate.index], candidate, held_out, shots, path, console)
             found = json.loads(path.read_text())
@@ -278,6 +295,7 @@ def analyse(
         )
     changed, over = (np.concatenate(parts) for parts in zip(*everything, strict=True))
     report: dict[str, Any] = {
+        "settings": config.model_dump(mode="json", exclude={"output"}),
         "model": config.model,
         "data": config.data,
         "held_out": len(greedy),
@@ -327,12 +345,16 @@ def reading(report: dict[str, Any], update: int) -> str:
     beats = "above" if low > 0 else "below" if high < 0 else "not shown to differ from"
     temperature = report["best_temperature"]
     change, over = points(report["all_change"]), points(report["all_over_temperature"])
+    chosen = next(
+        row["change"] for row in report["rows"] if (row["arm"], row["update"]) == (ARMS[0], update)
+    )
     before, tempered = report["base_greedy"], report["base_sampled"][str(temperature)]
     return (
-        f"On {report['data']}, after {update} updates, {'; '.join(told)}. Over all prompts greedy "
-        f"accuracy, which no temperature changes, {moved} ({change} points from {percent(before)} "
-        f"%). Sampled at T = 1 the trained models are {beats} what the untrained one has at T = "
-        f"{temperature:g} ({over} points from {percent(tempered)} %)."
+        f"On {report['data']}, after {update} updates, {'; '.join(told)}. Greedy accuracy, which "
+        f"no temperature changes, went from {percent(before)} % by {points(chosen)} points with "
+        f"selected prompts; over all prompts it {moved} ({change}). Sampled at T = 1 the trained "
+        f"models are {beats} what the untrained one has at T = {temperature:g} ({over} points from "
+        f"{percent(tempered)} %)."
     )
 
 

@@ -337,7 +337,7 @@ def test_agreement(grader):
         [],
         [boxed("x+1"), boxed("1+x"), boxed("10^{10^{10}}")],
     ]
-    expected = [(1, 3 / 5), (1, 2 / 5), (0, 1 / 2), (0, 2 / 3), (0, 2 / 3), (0, 0.0), (1, 1 / 2)]
+    expected = [(1, 3 / 5), (1, 2 / 5), (0, 1 / 2), (0, 2 / 3), (0, 2 / 3), (0, 1.0), (0, 1 / 2)]
     expected += [(0, 2 / 3), (0, 0.0), (0, 2 / 3)]
     assert grader.agreement(groups) == expected
 
