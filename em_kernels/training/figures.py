@@ -17,7 +17,6 @@ from matplotlib.ticker import MaxNLocator
 
 from .evaluate import wilson
 from .shift import BINS, HIGH, LOW, Measures
-from .summary import Run
 
 INK = "#1f2324"  # in a PNG, on white; in an SVG the page's own
 # told apart by the colour-blind too, each at least 3 : 1 on white and on the dark page
@@ -85,24 +84,26 @@ def plot(axes: Axes, described: str, png: Path) -> Markup:
 
 
 @matplotlib.rc_context(STYLE)
-def curves(runs: Sequence[Run], folder: Path) -> list[Markup]:
-    """Of what the updates recorded; those that no run knows are left out."""
+def curves(
+    names: Sequence[str], metrics: Sequence[list[dict[str, Any]]], folder: Path
+) -> list[Markup]:
+    """Of what runs' updates recorded; those that no run knows are left out."""
     drawn = []
     for key, (title, unit, factor, least) in CURVES.items():
         axes, told = Figure().add_subplot(title=title, xlabel="update", ylabel=unit), list[str]()
-        for number, run in enumerate(runs):
-            rows = [row for row in run.metrics if row.get(key) is not None]
+        for number, (name, rows) in enumerate(zip(names, metrics, strict=True)):
+            rows = [row for row in rows if row.get(key) is not None]
             if not rows:
                 continue
             x, y = [row["update"] for row in rows], [factor * row[key] for row in rows]
-            told.append(f"{run.name} {', '.join(f'{value:.3g}' for value in y)}")
+            told.append(f"{name} {', '.join(f'{value:.3g}' for value in y)}")
             colour = COLOURS[number % len(COLOURS)]
             dash = DASHES[number // len(COLOURS) % len(DASHES)]
-            name = run.name if len(run.name) < 31 else f"…{run.name[-28:]}"
-            label, marker = name if len(runs) > 1 else None, MARKERS[number % len(MARKERS)]
+            label = name if len(name) < 31 else f"…{name[-28:]}"
+            label, marker = label if len(names) > 1 else "", MARKERS[number % len(MARKERS)]
             axes.plot(x, y, dash, color=colour, marker=marker, label=label, clip_on=False)
             if key == "accuracy":
-                low, high = factor * np.transpose([wilson(run.right(row)) for row in rows])
+                low, high = factor * np.transpose([wilson(row["right"]) for row in rows])
                 axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
             if key == "peak_memory_gib":
                 axes.plot(x, [row["planned_memory_gib"] for row in rows], "--", color=colour)

@@ -1,29 +1,140 @@
 """Runs as one HTML page: what happened, curves, completions by entropy, how the logits moved."""
 
 import argparse
+import json
 import sys
 from bisect import bisect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 import numpy as np
 import torch
 from rich.console import Console
+from scipy.stats import fisher_exact
 from transformers import PreTrainedTokenizerBase
 
 from .. import __version__
-from .config import UserError
+from .config import TrainConfig, UserError, read_yaml
 from .figures import COLOURS, curves, density
-from .records import write_whole
-from .shift import Measures, Shift, sample, shift
-from .summary import Run, read_run
+from .records import CONFIG, ROLLOUTS, read_metrics, read_rollouts, write_whole
+from .rollout import Rollout
+from .shift import Measures, Shift, shift
 
 LEVELS = (0.01, 0.1, 0.3, 0.7, 1.5, 3.0)  # nats, at which a token's background changes
 SHOWN, LONGEST = 12, 256  # completions of an update, of all runs together; tokens of each
 RANKS = {"1": 1, "2": 2, "3 to 5": 5, "6 to 10": 10, "11 to 100": 100, "over 100": sys.maxsize}
+SIGNIFICANT = 0.05  # p values below
+
+
+class Run(NamedTuple):
+    """A finished run, a stopped one, or one that is going on."""
+
+    folder: Path
+    config: TrainConfig
+    metrics: list[dict[str, Any]]  # each with `right`: bools of the graded completions, unordered
+    rollouts: dict[int, list[Rollout]]  # by update
+    records: dict[int, list[dict[str, Any]]]  # the same, as rollouts.jsonl has them
+    checkpoint: Path | None  # the last
+
+    @property
+    def last(self) -> int:
+        """The last update whose completions are recorded; 0 where there is none."""
+        return max(self.rollouts, default=0)
+
+
+def read_run(folder: Path) -> Run:
+    """Raises: UserError for a folder that is no run's, or whose records are damaged."""
+    if not (folder / CONFIG).is_file():
+        raise UserError(
+            f"RUN: {folder} is not the folder of a run: it has no {CONFIG}; name the --output of "
+            "an em-kernels train"
+        )
+    config, metrics = read_yaml(folder / CONFIG), read_metrics(folder)
+    rollouts, n = read_rollouts(folder, config.rollouts), config.rollouts
+    lines = (folder / ROLLOUTS).read_bytes().split(b"\n") if rollouts else []
+    records = {i: [json.loads(line) for line in lines[i * n - n : i * n]] for i in rollouts}
+    graded = sum(record["correct"] is not None for record in records.get(1, ())) or n
+    for row in metrics:
+        row["right"] = np.arange(graded) < round((row["accuracy"] or 0) * graded)
+    steps = (folder / "checkpoints").glob("step-*")
+    checkpoint = max(steps, key=lambda path: (len(path.name), path.name), default=None)
+    return Run(folder, config, metrics, rollouts, records, checkpoint)
+
+
+def settings_of(run: Run) -> dict[str, str]:
+    """The main ones."""
+    config, sampling = run.config, run.config.sampling
+    rank = f", rank {config.lora_rank}" if config.mode == "lora" else ""
+    return {
+        "model": config.model,
+        "trained": f"{config.mode}{rank}, {config.dtype}",
+        "updates": f"{len(run.metrics)} of {config.steps}",
+        "completions an update": str(config.rollouts),
+        "sampling": f"T {sampling.temperature:g}, top_k {sampling.top_k}, "
+        f"top_p {sampling.top_p:g}, repetition penalty {sampling.repetition_penalty:g}, "
+        f"at most {sampling.max_new_tokens} tokens",
+        "loss": f"entropy at T {config.temperature:g}" + ", official" * config.official_loss,
+        "learning rate": f"{config.lr:g}" if config.lr else "",
+        "gradient tolerance": f"{config.grad_tolerance:g}",
+        "seed": str(config.seed),
+        "answer": config.answer or "",
+        "completions from": str(config.rollouts_from or ""),
+        "folder": str(run.folder),
+    }
+
+
+def p_value(one: dict[str, Any], other: dict[str, Any]) -> float:
+    """Of two updates' accuracies being the same."""
+    return float(fisher_exact([np.bincount(row["right"], minlength=2) for row in (one, other)])[1])
+
+
+def happened(metrics: list[dict[str, Any]]) -> str:
+    """In a sentence or two."""
+    if not metrics:
+        return "No finished update is recorded: the run was stopped before."
+    first, last, accuracy = metrics[0], metrics[-1], "Accuracy on the training prompt"
+    text = f"From update 1 to {last['update']} the entropy went from {first['entropy']:.3g} to "
+    text += f"{last['entropy']:.3g} nats a token."
+    if first is last:
+        text = f"One update, before which the entropy was {first['entropy']:.3g} nats a token; "
+        text += "after it nothing was sampled."
+    if first["accuracy"] is None:
+        return f"{text} Accuracy is not known: the prompt came without an answer."
+    if first is last:
+        return f"{text} {accuracy} was {first['accuracy']:.0%}."
+    p = p_value(first, last)
+    told = "more than chance explains" if p < SIGNIFICANT else "a change is not shown"
+    return (
+        f"{text} {accuracy} went from {first['accuracy']:.0%} to {last['accuracy']:.0%} of the "
+        f"completions; {told} (Fisher's exact p = {p:.2g})."
+    )
+
+
+def warnings(metrics: list[dict[str, Any]]) -> Iterator[str]:
+    """What a reader should know first."""
+    if not metrics:
+        return
+    if cut := sum(row["ended"] < 0.5 for row in metrics):
+        where = f"{cut} of {len(metrics)} updates" if len(metrics) > 1 else "the only update"
+        yield f"Most completions were cut off at sampling.max_new_tokens in {where}."
+    first, last = metrics[0]["repetition"], metrics[-1]["repetition"]
+    if last > max(0.05, 2 * first):
+        risen = f"Repetition rose from {first:.1%} to {last:.1%} of the 4-grams"
+        yield f"{risen}: collapse shows there first."
+    if (now := metrics[-1])["accuracy"] is None:
+        return
+    best = max(metrics, key=lambda row: row["accuracy"])
+    if now["accuracy"] < best["accuracy"] and now["entropy"] < best["entropy"]:
+        p = p_value(best, now)
+        told = "Overtrained" if p < SIGNIFICANT else "Overtraining is neither shown nor excluded"
+        yield (
+            f"{told}: accuracy on the training prompt fell from {best['accuracy']:.0%} in update "
+            f"{best['update']} to {now['accuracy']:.0%} in update {now['update']} while entropy "
+            f"fell on (p = {p:.2g}); an earlier checkpoint may be better."
+        )
 
 
 def visible(text: str) -> str:
@@ -71,9 +182,9 @@ def models_of(run: Run, models: bool, console: Console) -> tuple[Shift | None, s
         return None, "no completions of a whole update are recorded"
     if run.checkpoint is None:
         return None, "the run has no checkpoint yet"
-    last = sample(run.rollouts[run.last]) if run.last > 1 else None
+    last = run.rollouts[run.last] if run.last > 1 else None
     try:
-        return shift(run.config, run.checkpoint, sample(run.rollouts[1]), last, console), ""
+        return shift(run.config, run.checkpoint, run.rollouts[1], last, console), ""
     except UserError as error:
         return None, str(error)
     except RuntimeError as error:
@@ -84,22 +195,26 @@ def models_of(run: Run, models: bool, console: Console) -> tuple[Shift | None, s
 
 def part_of(run: Run, number: int, shown: int, moved: Shift | None, folder: Path) -> dict[str, Any]:
     """A run's own part of the page."""
-    part: dict[str, Any] = {"run": run, "colour": COLOURS[number % len(COLOURS)]}
+    rows = ", ".join(map(str, run.config.prompt_rows))
+    part: dict[str, Any] = {
+        "run": run,
+        "colour": COLOURS[number % len(COLOURS)],
+        "happened": happened(run.metrics),
+        "warnings": warnings(run.metrics),
+        "settings": settings_of(run),
+        "prompt": run.config.prompt or f"rows {rows} of {run.config.prompt_from}",
+        "moved": moved,
+    }
     if run.rollouts:
         tokenizer, before, after, own = moved or (None, None, None, None)
         part["before"] = completions(run, 1, tokenizer, before, shown)
         part["after"] = completions(run, run.last, tokenizer, own or after, shown)
     if moved:
-        part |= {"measured": [], "densities": []}
-        for update, key, found in ((1, "", before), (1, "same", after), (run.last, "own", own)):
-            if found is None:
-                continue
-            rollouts = run.rollouts[update]
-            texts = f"update {update}, {len(sample(rollouts))} of {len(rollouts)}"
-            part["measured"].append((texts, "trained" if key else "base", found))
-            if key:
-                png = folder / f"logits-{key}-{number}.png"
-                part["densities"].append(density(moved.before, found, f"{key} texts", png))
+        part["densities"] = [
+            density(moved.before, found, f"{key} texts", folder / f"logits-{key}-{number}.png")
+            for key, found in (("same", moved.after), ("own", moved.own))
+            if found
+        ]
         upto = [(moved.after.rank <= rank).double().mean().item() for rank in RANKS.values()]
         part["ranks"] = list(zip(RANKS, np.diff(upto, prepend=0), strict=True))
     return part
@@ -119,22 +234,24 @@ def write_report(
     console = console or Console(stderr=True)
     names = [run.resolve().name for run in runs]
     names = [n if names.count(n) == 1 else str(r) for n, r in zip(names, runs, strict=True)]
-    found = [read_run(run, name) for run, name in zip(runs, names, strict=True)]
+    found = [read_run(run) for run in runs]
     plots = output.with_name(f"{output.stem}-plots")
     if output.is_dir():
         raise UserError(f"output: {output} is a folder; name a file, {output / 'report.html'} say")
     try:
         plots.mkdir(parents=True, exist_ok=True)
         parts, shown = list[dict[str, Any]](), max(1, min(3, SHOWN // (2 * len(found))))
-        for number, run in enumerate(found):
+        for number, (name, run) in enumerate(zip(names, found, strict=True)):
             moved, why = models_of(run, models, console)
             if models and why:
-                console.print(f"{run.name}: {why}", markup=False, soft_wrap=True)
-            parts.append({"why": why, **part_of(run, number, shown, moved, plots)})
+                console.print(f"{name}: {why}", markup=False, soft_wrap=True)
+            part = part_of(run, number, shown, moved, plots)
+            parts.append({"name": name, "why": why, **part})
         source = Path(__file__).with_suffix(".html.jinja").read_text(encoding="utf-8")
         environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+        drawn = curves(names, [run.metrics for run in found], plots)
         page = environment.from_string(source).render(
-            parts=parts, curves=curves(found, plots), levels=LEVELS, version=__version__
+            parts=parts, curves=drawn, levels=LEVELS, version=__version__
         )
         write_whole(output, page.encode("utf-8", "replace").decode())  # text may be no UTF-8
     except OSError as error:
@@ -148,16 +265,14 @@ def report_command(arguments: list[str]) -> int:
         prog="em-kernels report",
         description="Write one self-contained HTML page about runs of em-kernels train: what "
         "happened, curves over updates, completions before and after coloured by each token's "
-        "entropy, and how the logits moved (mean, deviation, skewness, reranked tokens). Its plots "
-        "lie beside it as PNGs. Several runs are drawn over one another.",
+        "entropy, how the logits moved. Its plots lie beside it as PNGs.",
         epilog="Example: em-kernels report runs/seed15 runs/seed16 --output seeds.html",
     )
-    add = parser.add_argument
-    add("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
+    several, only = "several are drawn over one another", "only what the run wrote down: seconds"
     default = "default RUN/report.html, of several runs report.html"
-    add("--output", type=Path, metavar="FILE", help=default)
-    only = "load no model: only what the run wrote down; takes seconds"
-    add("--no-models", action="store_true", help=only)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help=several)
+    parser.add_argument("--output", type=Path, metavar="FILE", help=default)
+    parser.add_argument("--no-models", action="store_true", help=f"load no model: {only}")
     known = parser.parse_args(arguments)
     alone = known.runs[0] / "report.html" if len(known.runs) == 1 else Path("report.html")
     print(write_report(known.runs, known.output or alone, models=not known.no_models))

@@ -4,7 +4,9 @@ logits lie.
 
 import gc
 import os
+from bisect import bisect_left
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +33,7 @@ ENOUGH, LEAST = 4096, 3  # tokens measured, of as many whole completions as that
 class Measures(NamedTuple):
     """Of n tokens under one model; all on the CPU."""
 
+    completions: int
     entropy: Tensor  # (n,) of the distribution that a token was drawn from, in nats
     probability: Tensor  # (n,) of the token in it
     top: Tensor  # (n,) the likeliest word
@@ -94,18 +97,13 @@ def measure(
     mean, second, third = (sums[1:] / sums[0]).tolist()
     std = max(0.0, second - mean**2) ** 0.5
     skewness = (third - 3 * mean * std**2 - mean**3) / std**3 if std else 0.0
-    return Measures(entropy, probability, top, rank, mean, std, skewness, histogram)
+    return Measures(len(rollouts), entropy, probability, top, rank, mean, std, skewness, histogram)
 
 
-def sample(rollouts: Sequence[Rollout]) -> list[Rollout]:
+def _sample(rollouts: Sequence[Rollout]) -> list[Rollout]:
     """The first completions, with as many tokens as are enough."""
-    taken, tokens = list[Rollout](), 0
-    for rollout in rollouts:
-        if tokens >= ENOUGH and len(taken) >= LEAST:
-            break
-        taken.append(rollout)
-        tokens += len(rollout.response_ids)
-    return taken
+    ends = list(accumulate(len(rollout.response_ids) for rollout in rollouts))
+    return list(rollouts[: max(LEAST, 1 + bisect_left(ends, ENOUGH))])
 
 
 def shift(
@@ -132,6 +130,7 @@ def shift(
             own = config.model_copy(update={"model": source})  # that errors name it
             return load_model(source, own, find_device(config)).eval()
 
+    first, last = _sample(first), _sample(last or ())
     model = opened(source)
     before = measure(model, first, config.temperature, console)
     del model
