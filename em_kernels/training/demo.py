@@ -2,6 +2,7 @@
 with the controls that it needs.
 """
 
+import os
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +12,13 @@ import numpy as np
 from rich.console import Console
 
 from ..cli import train
+from .config import UserError
 from .evaluate import eval_command, of_problems, paired_change, percent, read_results
 from .report import report_command
 from .select import select_command
 
 POOL, HELD_OUT = 24, 1000
+PARTS = ("selection", "run", "before", "after", "report.html")
 TASK = "--model demo --data addition --template few-shot"
 SAMPLING = "--temperature 1 --top-k 0 --top-p 1 --repetition-penalty 1 --max-new-tokens 24"
 
@@ -32,9 +35,9 @@ def run_demo(seed: int, output: Path, console: Console) -> str:
         )
         command(arguments)
 
-    pool, trained, before, after = (
-        output / name for name in ("selection", "run", "before", "after")
-    )
+    if output.exists() and (not output.is_dir() or {*os.listdir(output)} - {*PARTS}):
+        raise UserError(f"output: {output} already holds other files; choose another")
+    pool, trained, before, after, page = (output / name for name in PARTS)
     same = f"--seed {seed}"
     held_out = f"--data addition --template few-shot --skip {POOL} --count {HELD_OUT} {same}"
     scored = f"{held_out} --teacher-forced --model"
@@ -47,7 +50,7 @@ def run_demo(seed: int, output: Path, console: Console) -> str:
     else:
         run(train, "train", text, rows, "--output", trained)
     run(eval_command, "eval", scored, trained, "--output", after, "--against", before)
-    run(report_command, "report", "", trained, "--output", output / "report.html")
+    run(report_command, "report", "", trained, "--output", page)
     told = reading(read_results(before), read_results(after))
     console.print(f"\n{told}\nEverything is in {output}.", markup=False, soft_wrap=True)
     return told

@@ -132,7 +132,7 @@ def select(
                         pass_rate=sum(verdicts) / samples if known else None,
                         disagreement=1 - share,
                         entropy=float(np.mean(entropies)),
-                        majority_right=verdicts[most] and share > 0 if known else None,
+                        majority_right=verdicts[most] and texts[n][most] != "" if known else None,
                         ended=float(np.mean([kept[i, k].ended for k in range(samples)])),
                     )
                 )

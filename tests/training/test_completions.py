@@ -60,6 +60,7 @@ def test_template_kwargs(tokenizer):
 def test_a_few_shot_answer_ends_with_its_line():
     few_shot = TaskSettings(template="few-shot")
     assert few_shot.sampled() == few_shot.sampling.model_copy(update={"stop": ("\n",)})
+    assert TaskSettings(template="qwen25-math-cot").sampled().stop == ("<|im_end|>",)
     own = TaskSettings(template="few-shot", sampling={"stop": (";",)})
     assert own.sampled() == own.sampling
     assert TaskSettings(template="raw").sampled().stop == ()
@@ -108,7 +109,10 @@ REFUSED = [
     (["--model", "/no/folder"], "model: there is no folder /no/folder"),
     (["--model", "./plain"], "template: the tokenizer has no chat template; use few-shot or raw"),
     (["--max-new-tokens", "511"], r"sampling.max_new_tokens: (\d+) prompt .* 511 exceed .* 512; "),
-    (["--data", "long.jsonl"], "data: a prompt has 5\\d\\d tokens, the model's context 512"),
+    (
+        ["--data", "long.jsonl"],
+        r"data: the prompt of problem 0 has 5\d\d tokens, the model's context 512",
+    ),
     (["--template-kwargs", "{"], "template_kwargs: '{' is not a JSON object"),
     (["--attention", "none"], "model: cannot load"),
 ]
@@ -175,7 +179,8 @@ def test_stopped_and_gone_on(number, long, tmp_path, capfd):
 def test_a_damaged_or_changed_evaluation(place, tmp_path, capfd):
     data = tmp_path / "rows.jsonl"
     data.write_text("".join((place / "rows.jsonl").read_text().splitlines(keepends=True)[:3]))
-    base = ["eval", "--model", str(place / "model"), "--data", str(data), *FLAGS]
+    model = save_tiny(tmp_path / "model")
+    base = ["eval", "--model", str(model), "--data", str(data), *FLAGS]
     base += ["--template", "raw", "--output", str(tmp_path / "eval")]
     assert main(base) == 0
     kept = tmp_path / "eval" / "completions.jsonl"
@@ -187,7 +192,10 @@ def test_a_damaged_or_changed_evaluation(place, tmp_path, capfd):
     kept.write_text(whole)
     data.write_text(data.read_text().replace("0 + 0", "0 + 1"))
     assert main(base) == 2
-    assert f"data: {data} has changed; name another output" in capfd.readouterr().err
+    assert "data: is not what it was when " in capfd.readouterr().err
+    save_tiny(model, tied=False)
+    assert main(base) == 2
+    assert "model: is not what it was when " in capfd.readouterr().err
     assert kept.read_text() == whole
 
 

@@ -1,7 +1,6 @@
 """Rankings against samples drawn one at a time; a selection is resumed, and trained on."""
 
 import json
-import re
 import shlex
 import signal
 import subprocess
@@ -24,7 +23,8 @@ from em_kernels.training.select import Candidate
 QUESTIONS = ["2 + 3 =", "What is the 3?", "Hello", "abc 7", "the", "1 2 3 4", "5 5", "It is 4 or"]
 SAMPLING = Sampling(temperature=0.7, top_k=30, top_p=1, repetition_penalty=1, max_new_tokens=10)
 FLAGS = ["--temperature", "0.7", "--top-k", "30", "--top-p", "1", "--repetition-penalty", "1"]
-FLAGS += ["--max-new-tokens", "10", "--device", "cpu", "--dtype", "float32"]
+FLAGS += ["--device", "cpu", "--dtype", "float32"]
+STOP = ["--stop", *"0123456789"]
 SAMPLES, MORE, SEED = 6, 6, 4
 
 
@@ -36,16 +36,21 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def drawn(folder, tokenizer):
-    """Of each question all its samples alone, as text, and their mean entropies."""
+    """Of each question all its samples alone: as text, what of it is an answer (they end with a
+    digit, or are cut off), and their mean entropies.
+    """
     model = AutoModelForCausalLM.from_pretrained(folder)
-    texts, entropies = [], []
+    sampling = SAMPLING.model_copy(update={"stop": tuple("0123456789")})
+    texts, said, entropies = [], [], []
     for i, question in enumerate(QUESTIONS):
         ids = tokenizer(f"<|user|>{question}<|end|><|assistant|>").input_ids
         rollouts = [
-            generate(model, tokenizer, [ids], [(SEED, i, k, 2)], SAMPLING)[0]
+            generate(model, tokenizer, [ids], [(SEED, i, k, 2)], sampling)[0]
             for k in range(SAMPLES + MORE)
         ]
         texts.append([tokenizer.decode(r.response_ids, skip_special_tokens=True) for r in rollouts])
+        pairs = zip(rollouts, texts[-1], strict=True)
+        said.append([text if rollout.ended else "" for rollout, text in pairs])
         with torch.no_grad():
             logits = [
                 model(torch.tensor([ids + r.response_ids])).logits[0, len(ids) - 1 : -1]
@@ -53,7 +58,7 @@ def drawn(folder, tokenizer):
             ]
         each = [torch.distributions.Categorical(logits=x / 0.7).entropy().mean() for x in logits]
         entropies.append(torch.stack(each).tolist())
-    return texts, entropies
+    return texts, said, entropies
 
 
 def write_rows(path, answers=None):
@@ -64,10 +69,10 @@ def write_rows(path, answers=None):
     return ["--data", str(path)]
 
 
-def selection(folder, data, output, *options):
+def selection(folder, data, output, *options, tokens=10):
     arguments = ["select", "--model", str(folder), *data, *FLAGS, "--seed", str(SEED)]
     arguments += ["--samples", str(SAMPLES), "--more", str(MORE), "--output", str(output)]
-    return [*arguments, *options]
+    return [*arguments, "--max-new-tokens", str(tokens), *options]
 
 
 def two_stages(score):
@@ -79,18 +84,18 @@ def two_stages(score):
 
 def test_by_variance_of_correctness(folder, drawn, tmp_path, capfd):
     """Each answer is that of a sample, where one has a number; those of the first two are not."""
-    texts, entropies = drawn
+    texts, said, entropies = drawn
     found = [[answer for text in group if (answer := final_answer(text))] for group in texts]
     answers = [(group or ["0"])[0] for group in found]
     answers[:2] = ["none of them"] * 2
     data = write_rows(tmp_path / "rows.jsonl", answers)
     output = tmp_path / "selection"
-    assert main(selection(folder, data, output)) == 0
+    assert main(selection(folder, data, output, *STOP)) == 0
     rows = read(output / "selection.jsonl")
     with Grader() as grader:
         pairs = [(t, a) for group, a in zip(texts, answers, strict=True) for t in group]
         right = np.array(grader.grade(pairs)).reshape(len(QUESTIONS), -1)
-        agreed = {n: grader.agreement([group[:n] for group in texts]) for n in (6, 12)}
+        agreed = {n: grader.agreement([group[:n] for group in said]) for n in (6, 12)}
 
     def variance(i, samples):
         return round(right[i, :samples].mean() * (1 - right[i, :samples].mean()), 9)
@@ -103,8 +108,9 @@ def test_by_variance_of_correctness(folder, drawn, tmp_path, capfd):
         assert (row["prompt"], row["answer"]) == (QUESTIONS[i], answers[i])
         assert row["pass_rate"] == pytest.approx(right[i, :n].mean())
         assert row["variance"] == pytest.approx(variance(i, n))
-        first, share = agreed[n][i]
-        assert row["majority_right"] == (share > 0 and right[i, first])
+        first, _ = agreed[n][i]
+        assert row["majority_right"] == (said[i][first] != "" and right[i, first])
+        assert row["ended"] == np.mean([text != "" for text in said[i][:n]])
         assert row["entropy"] == pytest.approx(np.mean(entropies[i][:n]), rel=1e-4)
     kept = read(output / "completions.jsonl")
     assert {(r["problem"], r["sample"]): r["text"] for r in kept} == {
@@ -117,27 +123,30 @@ def test_by_variance_of_correctness(folder, drawn, tmp_path, capfd):
 
 
 def test_by_disagreement_where_no_answer_is_known(folder, drawn, tmp_path):
-    texts, _ = drawn
+    """Those that were cut off have none, which counts as one."""
+    _, said, _ = drawn
     output = tmp_path / "selection"
-    assert main(selection(folder, write_rows(tmp_path / "rows.jsonl"), output)) == 0
+    assert main(selection(folder, write_rows(tmp_path / "rows.jsonl"), output, *STOP)) == 0
     rows = read(output / "selection.jsonl")
     with Grader() as grader:
-        agreed = {n: grader.agreement([group[:n] for group in texts]) for n in (6, 12)}
+        agreed = {n: grader.agreement([group[:n] for group in said]) for n in (6, 12)}
     assert [row["index"] for row in rows] == two_stages(lambda i, n: 1 - agreed[n][i][1])
+    checked = []
     for row in rows:
         i, n = row["index"], row["samples"]
         assert row["disagreement"] == pytest.approx(1 - agreed[n][i][1])
         assert row["pass_rate"] is row["majority_right"] is row["answer"] is None
-        numbers = [text for text in texts[i][:n] if re.search(r"\d", text)]
-        if len(numbers) == n and not any(set(text) & set("$%\\/,.-") for text in numbers):
-            most = Counter(int(re.findall(r"\d+", text)[-1]) for text in numbers)
-            assert row["disagreement"] == pytest.approx(1 - most.most_common(1)[0][1] / n)
+        if not any(set(text) & set("$%\\/,.-") for text in said[i][:n]):
+            most = Counter(text[-1:] for text in said[i][:n]).most_common(1)[0][1]
+            assert row["disagreement"] == pytest.approx(1 - most / n)
+            checked.append(row["disagreement"])
+    assert len(set(checked)) > 1
 
 
 def test_by_entropy_in_one_stage(folder, drawn, tmp_path):
-    _, entropies = drawn
+    *_, entropies = drawn
     data, output = write_rows(tmp_path / "rows.jsonl"), tmp_path / "selection"
-    assert main(selection(folder, data, output, "--score", "entropy", "--more", "0")) == 0
+    assert main(selection(folder, data, output, *STOP, "--score", "entropy", "--more", "0")) == 0
     rows = read(output / "selection.jsonl")
     means = np.mean([group[:SAMPLES] for group in entropies], axis=1)
     assert [row["index"] for row in rows] == (-means).argsort().tolist()
@@ -160,13 +169,15 @@ def test_the_command_that_it_tells_trains_on_the_first(
     data, output = write_rows(tmp_path / "rows.jsonl", "12345678"), tmp_path / "selec tion"
     options = ["--template", template, "--stop", "\n", "it's", "--more", "0", "--samples", "2"]
     options += ["--template-kwargs", '{"deep": true}'] if template == "chat" else []
-    assert main(selection(folder, data, output, *options)) == 0
+    assert main(selection(folder, data, output, *options, tokens=3)) == 0
     told = capfd.readouterr().out.split("Train on the first: ")[1].rpartition("\n")[0]
     told = told.rpartition("\n")[0]  # without the file's name
     program, command, *flags = shlex.split(told)
     assert (program, command) == ("em-kernels", "train")
     config, _ = settings("train", flags, "")
-    assert config.sampling == SAMPLING.model_copy(update={"stop": ("\n", "it's")})
+    assert config.sampling == SAMPLING.model_copy(
+        update={"stop": ("\n", "it's"), "max_new_tokens": 3}
+    )
     assert config.chat_template == (template == "chat")
     assert config.template_kwargs == ('{"deep": true}' if template == "chat" else "{}")
     assert (config.prompt_from, config.prompt_rows) == (output / "selection.jsonl", (0,))
@@ -189,8 +200,8 @@ def test_the_command_that_it_tells_trains_on_the_first(
 def test_killed_and_gone_on(folder, tmp_path, capfd):
     data = write_rows(tmp_path / "rows.jsonl", "12345678")
     many = ["--samples", "30", "--more", "30"]
-    assert main(selection(folder, data, tmp_path / "whole", *many)) == 0
-    arguments = selection(folder, data, tmp_path / "killed", *many)
+    assert main(selection(folder, data, tmp_path / "whole", *many, tokens=3)) == 0
+    arguments = selection(folder, data, tmp_path / "killed", *many, tokens=3)
     command = [sys.executable, "-m", "em_kernels.cli", *arguments, "--batch-size", "1"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_for(lambda: lines(tmp_path / "killed" / "completions.jsonl") >= 5)
@@ -208,7 +219,7 @@ def test_killed_and_gone_on(folder, tmp_path, capfd):
 @pytest.mark.parametrize("samples", [10, 16])
 def test_rates_as_far_from_half_rank_alike(samples):
     def variance(rate):
-        return Candidate("p", "3", 0, samples, rate, 0.0, 0.0, None).variance
+        return Candidate("p", "3", 0, samples, rate, 0.0, 0.0, None, 1.0).variance
 
     for right in range(samples + 1):
         rates = right / samples, (samples - right) / samples
