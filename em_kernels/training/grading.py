@@ -200,7 +200,7 @@ class Grader:
                 return
             if self._pool is None or not self._pool.active:
                 self.close()
-                workers = min(4, os.cpu_count() or 1)
+                workers = min(2, os.cpu_count() or 1)  # 0.2 GB each
                 self._pool = ProcessPool(workers, initializer=_limit, context=_Context())
             with suppress(RuntimeError, TimeoutError):  # it breaks now, or has lost a question
                 asked: dict[Future, tuple[_Answer, ...]] = {
