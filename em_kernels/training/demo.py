@@ -18,7 +18,7 @@ from .report import report_command
 from .select import select_command
 
 POOL, HELD_OUT = 24, 1000
-PARTS = ("selection", "run", "before", "after", "report.html")
+PARTS = ("selection", "run", "before", "after", "report.html", "report-plots")
 TASK = "--model demo --data addition --template few-shot"
 SAMPLING = "--temperature 1 --top-k 0 --top-p 1 --repetition-penalty 1 --max-new-tokens 24"
 
@@ -37,7 +37,7 @@ def run_demo(seed: int, output: Path, console: Console) -> str:
 
     if output.exists() and (not output.is_dir() or {*os.listdir(output)} - {*PARTS}):
         raise UserError(f"output: {output} already holds other files; choose another")
-    pool, trained, before, after, page = (output / name for name in PARTS)
+    pool, trained, before, after, page, _ = (output / name for name in PARTS)
     same = f"--seed {seed}"
     held_out = f"--data addition --template few-shot --skip {POOL} --count {HELD_OUT} {same}"
     scored = f"{held_out} --teacher-forced --model"

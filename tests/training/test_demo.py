@@ -1,117 +1,107 @@
-"""The demo's problems and verdicts, and the whole of it on a model too small to add."""
+"""The whole demo on a model too small to add, stopped and gone on; and its verdicts."""
 
 import json
-from io import StringIO
+from pathlib import Path
 
 import numpy as np
 import pytest
-from rich.console import Console
-from training.tiny import save_tiny
-from transformers import AutoModelForCausalLM
+from training.tiny import read, save_tiny
 
+from em_kernels.cli import main
 from em_kernels.training import demo as demo_module
-from em_kernels.training.config import UserError
-from em_kernels.training.data import encode
-from em_kernels.training.demo import HELD_OUT, POOL, addition, addition_problems, run_demo
-from em_kernels.training.grading import is_correct
-from em_kernels.training.trainer import TrainResult
+from em_kernels.training import setup
+from em_kernels.training.config import read_yaml
+from em_kernels.training.data import few_shot, read_problems
+from em_kernels.training.demo import reading
 
-
-def question(problem):
-    """The two numbers asked for."""
-    words = problem.prompt.rsplit("What is ", 1)[1].split("?")[0].split(" + ")
-    return tuple(map(int, words))
-
-
-@pytest.mark.parametrize("seed", [0, 1, 15])
-def test_problems_are_distinct_and_have_their_answers(seed):
-    problems = addition_problems(seed, POOL + HELD_OUT)
-    assert problems == addition_problems(seed, POOL + HELD_OUT)
-    assert problems != addition_problems(seed + 1, POOL + HELD_OUT)
-    numbers = [question(problem) for problem in problems]
-    assert len(set(numbers)) == len(numbers) == 224
-    assert not set(numbers) & {(12, 7), (23, 45)}
-    assert all(10 <= n <= 99 for pair in numbers for n in pair)
-    assert all(problem.answer == str(sum(question(problem))) for problem in problems)
-
-
-def test_prompt_as_the_model_reads_it(demo):
-    """Raw text that ends where the answer's own blank begins, one token a digit."""
-    _, tokenizer = demo
-    problem = addition(31, 52)
-    ids = encode(tokenizer, problem.prompt, chat_template=False)
-    assert ids == tokenizer(problem.prompt).input_ids
-    assert tokenizer.decode(ids) == problem.prompt
-    assert tokenizer.convert_ids_to_tokens(ids)[-3:] == ["Ċ", "A", ":"]
-    assert is_correct(" 31 + 52 = 83\n", problem.answer)
+PARTS = ["after", "before", "report-plots", "report.html", "run", "selection"]
 
 
 @pytest.fixture
 def small(tmp_path, monkeypatch):
     """A random model in the place of the 135M one; a few problems."""
-    folder = save_tiny(tmp_path / "model", max_position_embeddings=256)
-    monkeypatch.setattr(demo_module, "fetch_demo", lambda: folder)
-    monkeypatch.setattr(demo_module, "POOL", 3)
-    monkeypatch.setattr(demo_module, "SAMPLES", 2)
+    folder = save_tiny(tmp_path / "model", max_position_embeddings=512)
+    monkeypatch.setattr(setup, "fetch_demo", lambda: folder)
+    monkeypatch.setattr(demo_module, "POOL", 4)
     monkeypatch.setattr(demo_module, "HELD_OUT", 10)
+    monkeypatch.chdir(tmp_path)
 
 
-def test_the_whole_demo(small, tmp_path):
-    output = tmp_path / "run"
-    text = StringIO()
-    report = run_demo(4, output, Console(file=text, width=100))
-    assert json.loads((output / "demo.json").read_text()) == report
-    problems = addition_problems(4, 13)
-    assert report["prompt"] in [problem.prompt for problem in problems[:3]]
-    assert [len(report["before"][t]) for t in ("0.0", "1.0", "0.5", "0.25")] == [10] * 4
-    assert [len(report["after"][t]) for t in ("0.0", "1.0")] == [10] * 2
-    updates = len(report["metrics"])
-    assert 1 <= updates <= 5
-    AutoModelForCausalLM.from_pretrained(output / "checkpoints" / f"step-{updates:05d}")
-    said = text.getvalue()
-    for part in (
-        "of 3 prompts",
-        "before, greedy:",
-        "after, T = 1:",
-        "Greedy accuracy",
-        str(output),
-    ):
-        assert part in said
-    with pytest.raises(UserError, match="already holds"):
-        run_demo(4, output, Console(file=text))
+def test_the_whole_demo(small, tmp_path, capfd):
+    (tmp_path / "runs" / "demo-1").mkdir(parents=True)
+    assert main(["demo", "--seed", "4"]) == 0
+    said, output = capfd.readouterr().out, Path("runs", "demo-2")  # the first free
+    assert sorted(path.name for path in output.iterdir()) == PARTS
+    problems = read_problems("addition", count=16, seed=4)
+    ranked = read(output / "selection" / "selection.jsonl")
+    pool = [few_shot(problems[:2], problem) for problem in problems[2:6]]
+    assert sorted(row["prompt"] for row in ranked) == sorted(pool)
+    config = read_yaml(output / "run" / "config.yaml")
+    assert (config.prompt_from, config.prompt) == (output / "selection" / "selection.jsonl", None)
+    assert (config.seed, config.steps, config.rollouts, config.lr) == (4, 5, 32, 5e-6)
+    assert 1 <= len(read(output / "run" / "metrics.jsonl")) <= 5
+    held_out = [{"prompt": p.prompt, "answer": p.answer} for p in problems[6:]]
+    for name in ("before", "after"):
+        assert read(output / name / "problems.jsonl") == held_out
+    before, after = (json.loads((output / n / "results.json").read_text()) for n in PARTS[1::-1])
+    assert before["model"] == "demo" and after["model"] == str(output / "run")
+    assert before["probability"] != after["probability"]
+    assert reading(before, after) in said and f"Everything is in {output}." in said
+    assert "by McNemar's exact test" in said and "The first 4 of 4" in said
+    assert "<html" in (output / "report.html").read_text()[:200]
+    lines = [line for line in said.splitlines() if line.startswith("$ em-kernels ")]
+    assert [line.split()[2] for line in lines] == ["select", "eval", "train", "eval", "report"]
+
+    rollouts = (output / "run" / "rollouts.jsonl").read_text()
+    assert main(["demo", "--seed", "4", "--output", str(output)]) == 0  # trains nothing again
+    again = capfd.readouterr().out
+    assert f"$ em-kernels train --resume {output / 'run'}\n" in again
+    assert reading(before, after) in again
+    assert (output / "run" / "rollouts.jsonl").read_text() == rollouts
+    assert main(["demo", "--seed", "5", "--output", str(output)]) == 2
+    assert "was made with seed 4, not 5" in capfd.readouterr().err
 
 
-def test_bad_seed(small, tmp_path):
-    with pytest.raises(UserError, match="seed: -1"):
-        run_demo(-1, tmp_path / "run", Console(file=StringIO()))
-    assert not (tmp_path / "run").exists()
+def test_refused(small, tmp_path, capfd):
+    assert main(["demo", "--seed", "-1", "--output", str(tmp_path / "new")]) == 2
+    assert capfd.readouterr().err.startswith("em-kernels demo: error: seed: -1: ")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes").touch()
+    for taken in ("mine", "mine/notes"):
+        assert main(["demo", "--output", taken]) == 2
+        said = f"output: {taken} already holds other files; choose another"
+        assert capfd.readouterr() == ("", f"em-kernels demo: error: {said}\n")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes"]
 
 
-def right(count):
-    return np.arange(200) < count
+def results(right, **probability):
+    rows = {t.replace("_", "."): p for t, p in probability.items()}
+    return {
+        "right": [[i < right] for i in range(200)],
+        "probability": {
+            t[1:]: (np.arange(200) < p).astype(float).tolist() for t, p in rows.items()
+        },
+    }
 
 
 @pytest.mark.parametrize(
     "after, said",
     [
         (130, "rose by 15.0 points, more than chance explains (p = 1.9e-09)"),
-        (85, "fell by 7.5 points, more than chance explains"),
-        (105, "changed by +2.5 points, which 200 problems cannot tell from no change"),  # p = 0.06
-        (100, "changed by +0.0 points, which 200 problems cannot tell"),
+        (85, "fell by 7.5 points, more than chance explains (p = 6.1e-05)"),
+        (105, "changed by +2.5 points (+0.3 to +4.7), not shown to be a change (p = 0.062)"),
+        (100, "changed by +0.0 points (+0.0 to +0.0), not shown to be a change (p = 1)"),
     ],
 )
 def test_verdict_of_greedy_accuracy(after, said):
-    before = {0.0: right(100), 1.0: right(60), 0.5: right(80), 0.25: right(90)}
-    result = TrainResult(None, metrics=[{"entropy": 0.5}, {"entropy": 0.25}])
-    text = demo_module._reading(before, {0.0: right(after), 1.0: right(95)}, result)
+    text = reading(results(100, T1_0=60, T0_5=80, T0_25=90), results(after, T1_0=90, T0_5=90))
     assert f"Greedy accuracy {said}" in text
-    assert "at T = 0.25 gives 45.0 %" in text and "not distinguishable from that" in text
-    assert "from 0.500 to 0.250 nats in 2 updates" in text
+    assert "Sampled at T = 1 the trained model has 45.0 %, the untrained one 30.0 %" in text
+    assert "at T = 0.25 gives 45.0 %, and the trained model is not shown to differ" in text
 
 
 @pytest.mark.parametrize("after, relation", [(120, "is above that"), (60, "is below that")])
 def test_verdict_of_sampled_accuracy(after, relation):
-    before = {0.0: right(100), 1.0: right(50), 0.5: right(90), 0.25: right(80)}
-    result = TrainResult(None, metrics=[{"entropy": 0.5}])
-    text = demo_module._reading(before, {0.0: right(100), 1.0: right(after)}, result)
-    assert "at T = 0.5 gives 45.0 %" in text and relation in text
+    text = reading(results(100, T1_0=50, T0_5=90, T0_25=80), results(100, T1_0=after))
+    assert f"at T = 0.5 gives 45.0 %, and the trained model {relation}: a sampled gain" in text
