@@ -18,6 +18,8 @@ from em_kernels.cli import main
 from em_kernels.training.config import Sampling, TrainConfig, read_yaml
 
 PROMPT = ["--prompt", "What is 2 + 3?"]
+COMMANDS = ["plan", "select", "train", "eval", "study", "report", "merge", "demo", "fetch-demo"]
+COMMANDS += ["info", "bench"]
 SHORT = ["--steps", "1", "--rollouts", "2", "--max-new-tokens", "4"]
 FILES = {
     "good.jsonl": '{"prompt": "a"}\n{"prompt": "b"}\n',
@@ -125,10 +127,10 @@ REFUSED = [  # arguments beside --model model, what the line names
     (file("good.jsonl", "--prompt-rows", "-1"), "prompt_rows.0: -1: .* greater"),
     (file("good.jsonl", "--prompt-rows", "0", "1", "--rollouts", "1"), "rollouts: 1 do not reach"),
     (file("good.jsonl", "--answer", "3"), "answer: goes with a prompt"),
-    (file("no-prompt.jsonl"), "prompt_from: no-prompt.jsonl: .* problem, question, prompt"),
-    (file("no-prompt.parquet"), "prompt_from: no-prompt.parquet: .* problem, question, prompt"),
+    (file("no-prompt.jsonl"), "no-prompt.jsonl, row 0: .* problem, question, prompt"),
+    (file("no-prompt.parquet"), "no-prompt.parquet, row 0: .* problem, question, prompt"),
     (file("empty-prompt.jsonl"), "prompt_from: empty-prompt.jsonl"),
-    (file("list.jsonl"), "prompt_from: list.jsonl: a row is list"),
+    (file("list.jsonl"), "prompt_from: list.jsonl, row 0: a row is int"),
     (file("words.jsonl"), "prompt_from: words.jsonl"),
     (file("no-content.jsonl"), "prompt_from: no-content.jsonl"),
     ([*PROMPT, "--lr", "0"], "lr: 0.0: .* greater than 0"),
@@ -229,7 +231,7 @@ def test_flags_that_cannot_be_parsed(arguments, said, at, capfd):
 def test_unknown_command(arguments, capfd):
     assert main(arguments) == 2
     said = "".join(capfd.readouterr())
-    assert all(command in said for command in ("train", "demo", "fetch-demo", "info", "bench"))
+    assert all(f"\n  {command} " in said for command in COMMANDS)
     assert not arguments or f"unknown command {arguments[0]!r}" in said
 
 
@@ -239,7 +241,7 @@ def test_missing_package_is_named(package, monkeypatch, capfd):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
     line = refused(["train", *PROMPT], capfd)
-    assert f"{package} is not installed; pip install 'em-kernels[train]'" in line
+    assert f"{package} is not installed; pip install 'em-kernels[train,eval,gym]'" in line
 
 
 def run(*arguments, cwd):
@@ -301,9 +303,7 @@ def test_config_of_a_run_repeats_it(at, tmp_path):
     assert (first / "rollouts.jsonl").read_text() == (again / "rollouts.jsonl").read_text()
 
 
-@pytest.mark.parametrize(
-    "command", ["train", "plan", "merge", "demo", "fetch-demo", "info", "bench"]
-)
+@pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("flag", ["-h", "--help"])
 def test_help_of_each_command(command, flag, capfd):
     with pytest.raises(SystemExit) as exit:
@@ -312,13 +312,19 @@ def test_help_of_each_command(command, flag, capfd):
     assert exit.value.code == 0 and stderr == "" and f"em-kernels {command}" in stdout
 
 
-def test_help_of_train_tells_every_setting_and_default(capfd):
+def help_of(command, config, capfd):
+    """Which tells every setting."""
     with pytest.raises(SystemExit):
-        main(["train", "--help"])
+        main([command, "--help"])
     text = " ".join(capfd.readouterr().out.replace("│", " ").split())
-    for name in [*TrainConfig.model_fields, *Sampling.model_fields]:
+    for name in [*config.model_fields, *Sampling.model_fields]:
         flag = {"four_bit": "4bit"}.get(name, name.replace("_", "-"))
         assert name == "sampling" or f"--{flag}" in text
+    return text
+
+
+def test_help_of_train_tells_every_setting_and_default(capfd):
+    text = help_of("train", TrainConfig, capfd)
     for default in ("0.95", "1.15", "512", "0.9 0.999", "1e-08", "runs/one-shot-em"):
         assert f"(default: {default})" in text
     assert "--config FILE" in text and "flags win" in text
@@ -348,7 +354,7 @@ def test_info(capfd):
     assert "optional: accelerate" in rows and "optional: vllm" in rows
 
 
-@pytest.mark.parametrize("name", ["fetch-demo", "info", "demo", "bench"])
+@pytest.mark.parametrize("name", ["select", "eval", "study", "demo", "fetch-demo", "info", "bench"])
 def test_other_commands_refuse_unknown_flags(name, capfd):
     with pytest.raises(SystemExit) as exit:
         main([name, "--bogus"])
@@ -358,7 +364,9 @@ def test_other_commands_refuse_unknown_flags(name, capfd):
 def test_demo_refuses_what_train_refuses(at, capfd):
     before = contents(at)
     line = refused(["demo", "--output", "occupied"], capfd)
-    assert line.startswith("em-kernels demo: error: output: occupied already holds")
+    assert line == (
+        "em-kernels demo: error: output: occupied already holds other files; choose another"
+    )
     assert contents(at) == before
 
 
