@@ -332,9 +332,8 @@ def show(results: Mapping[str, Any], console: Console) -> None:
     title = f"{results['model']} on {n} problems of {results['data']}"
     console.print(title, markup=False, soft_wrap=True)
     console.print(table)
-    if results.get("ended", 1) < 1:
-        cut = 1 - results["ended"]
-        console.print(f"{cut:.0%} of the completions were cut off by sampling.max_new_tokens.")
+    if cut := round((1 - results.get("ended", 1)) * n * k):
+        console.print(f"{cut} of {n * k} completions were cut off by sampling.max_new_tokens.")
 
 
 def compare(before: Path, after: Path) -> str:
@@ -348,7 +347,7 @@ def compare(before: Path, after: Path) -> str:
     change, low, high, p = paired_change(base, now)
     told = "more than chance explains" if p < 0.05 else "which chance explains as well"
     return (
-        f"Against {before}: {percent(change)} points, interval {percent(low)} to {percent(high)}, "
+        f"Against {before}: {100 * change:+.1f} points [{100 * low:.1f}, {100 * high:.1f}], "
         f"p = {p:.2g} by McNemar's exact test: {told}. {int((now & ~base).sum())} became right, "
         f"{int((base & ~now).sum())} wrong."
     ) + (f" But they were not asked alike: {other}." if other else "")

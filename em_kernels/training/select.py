@@ -159,11 +159,11 @@ def show(config: SelectConfig, ranked: Sequence[Candidate], console: Console) ->
     """The best of the ranking, and the command that trains on the first."""
     table = Table(box=SIMPLE_HEAD, title=f"The first {min(SHOWN, len(ranked))} of {len(ranked)}")
     table.add_column("row", justify="right")
-    table.add_column("prompt, its end", no_wrap=True, max_width=44)
+    table.add_column("the prompt's end", no_wrap=True)
     for name in ("right", "disagree", "entropy", "samples"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for row, c in enumerate(ranked[:SHOWN]):
-        end = " ".join(c.prompt.split())[-44:]
+        end = " ".join(c.prompt.split())[-32:]
         right = "-" if c.pass_rate is None else f"{c.pass_rate:.0%}"
         cells = (right, f"{c.disagreement:.0%}", f"{c.entropy:.3f}", str(c.samples))
         table.add_row(str(row), escape(end), *cells)

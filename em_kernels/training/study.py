@@ -16,7 +16,8 @@ from pydantic import Field
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from scipy.stats import permutation_test
+from scipy.stats import norm, permutation_test
+from scipy.stats import t as student
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .completions import TaskSettings, digest, open_model
@@ -245,6 +246,9 @@ def mean_and_interval(change: np.ndarray, rng: np.random.Generator) -> tuple[flo
     """Mean of a change (prompts, problems), and its 95 % interval by resampling both."""
     prompts, problems = change.shape
     by_prompt = rng.multinomial(prompts, np.full(prompts, 1 / prompts), RESAMPLES) / prompts
+    # few prompts: resampling knows neither that they scatter around their own mean nor Student's t
+    wider = np.sqrt(prompts / (prompts - 1)) * student.ppf(0.975, prompts - 1) / norm.ppf(0.975)
+    by_prompt = 1 / prompts + wider * (by_prompt - 1 / prompts)
     by_problem = rng.multinomial(problems, np.full(problems, 1 / problems), RESAMPLES) / problems
     draws = ((by_prompt @ change) * by_problem).sum(1)
     low, high = np.quantile(draws, (0.025, 0.975))

@@ -206,7 +206,7 @@ def test_regrade_and_against(folder, tokenizer, tmp_path, capfd):
     capfd.readouterr()
     assert main(["eval", "--regrade", after, "--against", before]) == 0
     said = " ".join(capfd.readouterr().out.split())
-    assert f"Against {before}: 50.0 points, interval" in said
+    assert f"Against {before}: +50.0 points [" in said
     assert "p = 0.38 by McNemar's exact test: which chance explains as well." in said  # 10 / 16 / 2
     assert "4 became right, 1 wrong." in said
 

@@ -225,7 +225,8 @@ def test_only_form():
     [
         (24, 0.05, 0.3, 0.91, 0.99),  # as good as 95 %
         (8, 0.0, 0.3, 0.91, 1.0),
-        (8, 0.2, 0.0, 0.82, 0.97),  # of eight alone, resampling tells a little too little
+        (8, 0.2, 0.0, 0.91, 0.99),
+        (4, 0.2, 0.1, 0.90, 1.0),
         (8, 0.0, 0.0, 0.95, 1.0),  # noise alone counts twice
     ],
 )
