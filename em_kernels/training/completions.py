@@ -22,7 +22,7 @@ from .data import QWEN25_MATH_COT, Problem, encode, few_shot, read_problems
 from .records import append, read_lines
 from .rollout import Rollout, check_cache, generate
 from .session import progress_on
-from .setup import find_device, load_model, open_source
+from .setup import check_context, find_device, load_model, open_source
 from .step import Prompt, can_share_prefix, micro_batches, scored_states
 
 COMPLETIONS = "completions.jsonl"
@@ -255,19 +255,11 @@ def token_ids(
     chat = config.template == "chat"
     kwargs = json_object("template_kwargs", config.template_kwargs)
     found = [encode(tokenizer, text, chat, kwargs) for text in texts]
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest, new = max(map(len, found)), config.sampling.max_new_tokens
-    if context is not None and longest >= context:
-        row = config.skip + list(map(len, found)).index(longest)
-        raise UserError(
-            f"data: the prompt of problem {row} has {longest} tokens, the model's context "
-            f"{context}; leave it out, by skip and count or of the file"
-        )
-    if context is not None and longest + new > context:
-        raise UserError(
-            f"sampling.max_new_tokens: {longest} prompt tokens and {new} exceed the model's "
-            f"context of {context}; give at most {context - longest}"
-        )
+    row = config.skip + list(map(len, found)).index(longest)
+    check_context(
+        model.config, longest, new, f"data: the prompt of problem {row} has", "leave it out"
+    )
     return found
 
 

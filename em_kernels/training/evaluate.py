@@ -38,7 +38,7 @@ from .grading import Grader
 from .records import CONFIG, FREE, differing, read_lines, resumable, write_whole
 from .rollout import Rollout
 from .session import progress_on
-from .setup import fingerprint
+from .setup import check_context, fingerprint
 
 PROBLEMS, RESULTS = "problems.jsonl", "results.json"
 STREAM = 1  # of randomness; selection's is 2
@@ -119,6 +119,8 @@ def score(
 ) -> Scores:
     """Known completions under a model."""
     head = head_of(model)
+    longest = max(map(len, rollouts))
+    check_context(model.config, longest, 0, "data: a problem with its answer has", "leave it out")
     greedy = np.zeros(len(rollouts), dtype=bool)
     logprob = np.zeros((len(temperatures), len(rollouts)))
     with progress_on(console) as progress, torch.no_grad():

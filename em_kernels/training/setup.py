@@ -105,6 +105,18 @@ def open_source(model: str) -> tuple[str, PreTrainedConfig, PreTrainedTokenizerB
     return source, model_config, tokenizer
 
 
+def check_context(config: PreTrainedConfig, longest: int, new: int, told: str, remedy: str) -> None:
+    """Raise UserError where a prompt of so many tokens and a completion exceed the model's."""
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and longest >= context:
+        raise UserError(f"{told} {longest} tokens, the model's context {context}; {remedy}")
+    if context is not None and longest + new > context:
+        raise UserError(
+            f"sampling.max_new_tokens: {longest} prompt tokens and {new} exceed the model's "
+            f"context of {context}; give at most {context - longest}"
+        )
+
+
 def load_task(config: TrainConfig) -> Task:
     """Tokenizer and prompts, checked against the model's context; no weights are read."""
     problems = problems_of(config)
@@ -119,15 +131,10 @@ def load_task(config: TrainConfig) -> Task:
     prompts = [encode(tokenizer, problem.prompt, chat_template, kwargs) for problem in problems]
     if not all(prompts):
         raise UserError("prompt: the tokenizer makes no token of it")
-    context = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    longest, new = max(len(ids) for ids in prompts), config.sampling.max_new_tokens
-    if context is not None and longest >= context:
-        raise UserError(f"prompt: has {longest} tokens, the model's context {context}; shorten it")
-    if context is not None and longest + new > context:
-        raise UserError(
-            f"sampling.max_new_tokens: {longest} prompt tokens and {new} exceed the model's "
-            f"context of {context}; give at most {context - longest}"
-        )
+    longest = max(map(len, prompts))
+    check_context(
+        model_config, longest, config.sampling.max_new_tokens, "prompt: has", "shorten it"
+    )
     return Task(source, tokenizer, problems, prompts, chat_template, model_config)
 
 
