@@ -264,7 +264,7 @@ def analyse(
     """Means, intervals and tests, and the sentences that they support."""
     rng = np.random.default_rng(config.seed)
     greedy, sampled = np.array(base["greedy"], float), np.array(base["probability"])
-    best = int(sampled.mean(1).argmax())
+    best, form = int(sampled.mean(1).argmax()), np.array(base["form"], float)
     rows, means = list[dict[str, Any]](), dict[tuple[str, int], np.ndarray]()
     everything = []
     for u, update in enumerate(config.updates):
@@ -286,7 +286,7 @@ def analyse(
                 }
             )
             if u == len(config.updates) - 1:
-                everything.append((now - greedy, drawn - sampled[best]))
+                everything.append((now - greedy, drawn - sampled[best], now - form))
     pairs = [(u, a, b) for u in config.updates for a, b in combinations(ARMS, 2)]
     contrasts = []
     for update, a, b in pairs:
@@ -297,7 +297,7 @@ def analyse(
         contrasts.append(
             {"update": update, "arms": [a, b], "difference": float(test.statistic), "p": adjusted}
         )
-    changed, over = (np.concatenate(parts) for parts in zip(*everything, strict=True))
+    changed, over, over_form = (np.concatenate(parts) for parts in zip(*everything, strict=True))
     report: dict[str, Any] = {
         "settings": config.model_dump(mode="json", exclude={"output"}),
         "model": config.model,
@@ -314,6 +314,7 @@ def analyse(
         "contrasts": contrasts,
         "all_change": mean_and_interval(changed, rng),
         "all_over_temperature": mean_and_interval(over, rng),
+        "all_over_form": mean_and_interval(over_form, rng),
     }
     report["reading"] = reading(report, config.updates[-1])
     return report
@@ -327,6 +328,12 @@ def points(interval: Sequence[float]) -> str:
     """A change and its interval, in points of a percent."""
     mean, low, high = (100 * x for x in interval)
     return f"{mean:+.1f} [{low:.1f}, {high:.1f}]"
+
+
+def relation(interval: Sequence[float]) -> str:
+    """Of one thing to another, by the interval of their difference."""
+    _, low, high = interval
+    return "above" if low > 0 else "below" if high < 0 else "not shown to differ from"
 
 
 def reading(report: dict[str, Any], update: int) -> str:
@@ -345,8 +352,7 @@ def reading(report: dict[str, Any], update: int) -> str:
         )
     _, low, high = report["all_change"]
     moved = "rose" if low > 0 else "fell" if high < 0 else "is not shown to have changed"
-    _, low, high = report["all_over_temperature"]
-    beats = "above" if low > 0 else "below" if high < 0 else "not shown to differ from"
+    beats, beats_form = (relation(report[f"all_over_{what}"]) for what in ("temperature", "form"))
     temperature = report["best_temperature"]
     change, over = points(report["all_change"]), points(report["all_over_temperature"])
     chosen = next(
@@ -356,7 +362,9 @@ def reading(report: dict[str, Any], update: int) -> str:
     return (
         f"On {report['data']}, after {update} updates, {'; '.join(told)}. Greedy accuracy, which "
         f"no temperature changes, went from {percent(before)} % by {points(chosen)} points with "
-        f"selected prompts; over all prompts it {moved} ({change}). Sampled at T = 1 the trained "
+        f"selected prompts; over all prompts it {moved} ({change}), and is {beats_form} the "
+        f"{percent(report['form_only'])} % of the untrained model when {EXAMPLES} examples show it "
+        f"only the form ({points(report['all_over_form'])}). Sampled at T = 1 the trained "
         f"models are {beats} what the untrained one has at T = {temperature:g} ({over} points from "
         f"{percent(tempered)} %)."
     )

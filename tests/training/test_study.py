@@ -306,6 +306,9 @@ def test_numbers_of_a_report():
     last = [3 + count - 10 for arm in ARMS for count in greedy[arm]]
     assert report["all_change"][0] == pytest.approx(np.mean(last) / HELD)
     assert report["all_over_temperature"][0] == pytest.approx(np.mean([0.1, 0, -0.2]))
+    form = [(3 + count - 4) / HELD for arm in ARMS for count in greedy[arm]]
+    assert report["all_over_form"][0] == pytest.approx(np.mean(form))
+    assert "and is above the 10.0 % of the untrained model when 8 examples" in report["reading"]
     console = Console(file=StringIO(), width=80)
     console.print(table_of(report))
     assert max(map(len, console.file.getvalue().splitlines())) <= 80
