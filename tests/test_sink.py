@@ -116,7 +116,8 @@ def test_gradients_of_many_chunks(dtype, tolerance, kind, transform, slabs_of):
         chunk_bytes=CHUNK * V * dtype.itemsize * (2 if dtype == torch.bfloat16 else 1),
         **arguments,
     )
-    rounding = 2 * torch.finfo(dtype).eps
+    # fp64 sums of chunks have the rounding of the machine's products themselves
+    rounding = (4 if dtype == torch.float64 else 2) * torch.finfo(dtype).eps
     assert found[4:] == expected[4:]
     for mine, same in zip(found[:4], expected, strict=False):
         assert relative_error(mine, same.double()) <= rounding
