@@ -233,5 +233,5 @@ def test_real_model(demo, tmp_path):
     truth = plain_gradients(model, expected)
     assert loss.entropy == pytest.approx(expected.item(), rel=1e-5)
     error = sum((ours[name] - truth[name]).square().sum() for name in truth)
-    # dhidden, a sum over all words, is exact to 7e-5 in fp32, eager's too; truth's softmax is in fp64
+    # in fp32 dhidden, a sum over all words, is exact to 7e-5, eager's too; truth's softmax is fp64
     assert error < (2e-4) ** 2 * sum(gradient.square().sum() for gradient in truth.values())
