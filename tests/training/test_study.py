@@ -20,21 +20,13 @@ from training.tiny import make_model, make_tokenizer, read
 from transformers import AutoModelForCausalLM
 
 from em_kernels.cli import main
-from em_kernels.training import study as study_module
+from em_kernels.training import effects as effects_module
 from em_kernels.training.config import UserError
 from em_kernels.training.data import Problem, few_shot, read_problems
+from em_kernels.training.effects import ARMS, analyse, mean_and_interval, reading, table_of
 from em_kernels.training.evaluate import known_answers
 from em_kernels.training.select import Candidate
-from em_kernels.training.study import (
-    ARMS,
-    StudyConfig,
-    analyse,
-    arms_of,
-    mean_and_interval,
-    only_form,
-    reading,
-    table_of,
-)
+from em_kernels.training.study import StudyConfig, arms_of, only_form
 
 POOL, HELD_OUT, SHOTS, EXAMPLES = 24, 20, 2, 8
 FLAGS = ["--pool", "24", "--samples", "4", "--prompts", "4", "--held-out", "20", "--rollouts", "4"]
@@ -232,7 +224,7 @@ def test_only_form():
 )
 def test_interval_covers(prompts, of_prompt, of_problem, least, most, monkeypatch):
     """Effects of prompts, of problems and of their pairs: 300 draws, good to 1.3 to 2 points."""
-    monkeypatch.setattr(study_module, "RESAMPLES", 400)
+    monkeypatch.setattr(effects_module, "RESAMPLES", 400)
     rng, hits = np.random.default_rng(0), 0
     for _ in range(300):
         change = 0.05 + 0.3 * rng.normal(size=(prompts, 60))
@@ -268,7 +260,7 @@ def study_of(greedy, sampled, size=4):
             }
             for k, count in enumerate(greedy[arm])
         ]
-    return analyse(CONFIG, base, {}, scores)
+    return analyse(CONFIG, base, scores)
 
 
 def exact_p(a, b):
