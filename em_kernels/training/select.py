@@ -157,8 +157,12 @@ def answer_of(completion: Completion) -> str:
 
 def show(config: SelectConfig, ranked: Sequence[Candidate], console: Console) -> None:
     """The best of the ranking, and the command that trains on the first."""
-    table = Table(box=SIMPLE_HEAD, title=f"The first {min(SHOWN, len(ranked))} of {len(ranked)}")
-    table.add_column("row", justify="right")
+    table = Table(
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        title=f"The first {min(SHOWN, len(ranked))} of {len(ranked)}",
+    )
+    table.add_column("row", justify="right", min_width=3)
     table.add_column("the prompt's end", no_wrap=True)
     for name in ("right", "disagree", "entropy", "samples"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -171,7 +175,7 @@ def show(config: SelectConfig, ranked: Sequence[Candidate], console: Console) ->
     if (ended := np.mean([c.ended for c in ranked])) < 0.5:
         console.print(f"{1 - ended:.0%} of the completions were cut off: raise max_new_tokens.")
     best = ranked[0]
-    if best.pass_rate in (0.0, 1.0) and best.disagreement == 0:
+    if best.pass_rate in (0.0, 1.0, None) and best.disagreement == 0:
         console.print("No prompt's samples vary; raise sampling.temperature, or take another pool.")
     train = TrainConfig(
         model=config.model,
