@@ -128,12 +128,12 @@ def warnings(metrics: list[dict[str, Any]]) -> Iterator[str]:
         return
     best = max(metrics, key=lambda row: row["accuracy"])
     if now["accuracy"] < best["accuracy"] and now["entropy"] < best["entropy"]:
-        p = p_value(best, now)
-        told = "Overtrained" if p < SIGNIFICANT else "Overtraining is neither shown nor excluded"
+        if (p := p_value(best, now)) >= SIGNIFICANT:
+            return
         yield (
-            f"{told}: accuracy on the training prompt fell from {best['accuracy']:.0%} in update "
-            f"{best['update']} to {now['accuracy']:.0%} in update {now['update']} while entropy "
-            f"fell on (p = {p:.2g}); an earlier checkpoint may be better."
+            f"Overtrained: accuracy on the training prompt fell from {best['accuracy']:.0%} in "
+            f"update {best['update']} to {now['accuracy']:.0%} in update {now['update']} while "
+            f"entropy fell on (p = {p:.2g}); an earlier checkpoint may be better."
         )
 
 

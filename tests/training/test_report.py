@@ -289,8 +289,7 @@ def test_words_follow_the_numbers():
     fall = [*rise, {"entropy": 0.01, "accuracy": 0.25}]
     (warning,) = told_of(fall)[1]
     assert warning.startswith("Overtrained: accuracy on the training prompt fell from 75% in ")
-    (warning,) = told_of(fall, rollouts=4)[1]
-    assert warning.startswith("Overtraining is neither shown nor excluded: ")
+    assert told_of(fall, rollouts=4)[1] == []  # of four completions chance may be the cause
     unknown = [{"entropy": 0.5, "accuracy": None}, {"entropy": 0.6, "accuracy": None}]
     assert "Accuracy is not known" in told_of(unknown)[0] and told_of(unknown)[1] == []
     bad = [{**unknown[0], "ended": 0.4}, {**unknown[1], "repetition": 0.2}]
