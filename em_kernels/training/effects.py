@@ -152,8 +152,8 @@ def table_of(report: dict[str, Any]) -> Table:
     best = report["best_temperature"]
     sampled = {float(t): percent(share) for t, share in report["base_sampled"].items()}
     table = Table(
-        title=f"{report['model']} on {report['held_out']} held-out problems of {report['data']}, "
-        "in %: means over prompts,\n95 % intervals over prompts and problems",
+        title=f"{report['model']} on {report['held_out']} held-out problems of {report['data']}:\n"
+        "means over prompts in %, 95 % intervals over prompts and problems",
         caption="Untrained, sampled: "
         + ", ".join(f"{share} at T = {t:g}" for t, share in sampled.items())
         + ".\nVote right: prompts whose most frequent answer was right before training.",
