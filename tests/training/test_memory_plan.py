@@ -276,7 +276,7 @@ def test_no_remedy(two_layers):
 
 def test_planning_for_a_gpu_without_one(two_layers):
     if torch.cuda.is_available():
-        pytest.skip("there is one")
+        pytest.skip("a CUDA GPU is there")
     with pytest.raises(UserError, match="^gpu_memory: "):
         resolve(config(), two_layers, 20, CUDA)
 
