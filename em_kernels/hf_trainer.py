@@ -1,0 +1,95 @@
+"""transformers' Trainer with the entropy for its loss. Apart from hf: importing Trainer takes
+seconds.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from .hf import causal_lm, check_head, entropy_loss, head_of, scored_positions
+
+
+class EntropyTrainer(Trainer):
+    """transformers.Trainer that minimises :func:`em_kernels.hf.entropy_loss`, in training and in
+    evaluation; no logits are computed.
+
+    Args: those of Trainer, and temperature, grad_tolerance, chunk_bytes as in entropy_loss.
+
+    Batches need no labels. An update's loss is the mean over all its tokens that count, however
+    many batches it accumulates and, with average_tokens_across_devices, whichever process has them.
+    Raises: ValueError, TypeError naming the argument; TypeError in the first step for a model whose
+        logits are not its head applied to its hidden states.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        temperature: float = 1.0,
+        grad_tolerance: float = 0.0,
+        chunk_bytes: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        for name, given in (
+            ("compute_loss_func", self.compute_loss_func),
+            ("label_smoothing_factor", self.label_smoother),
+            ("compute_metrics", self.compute_metrics),
+        ):
+            if given is not None:
+                raise ValueError(
+                    f"{name}: the loss is the entropy and there are no logits; leave it out"
+                )
+        if self.get_cp_size() * self.get_sp_size() > 1:
+            raise ValueError(
+                "parallelism_config: a sequence split over ranks (cp, sp) is not supported"
+            )
+        self.loss_settings: dict[str, Any] = {
+            "temperature": temperature,
+            "grad_tolerance": grad_tolerance,
+            "chunk_bytes": chunk_bytes,
+        }
+        self.model_accepts_loss_kwargs = True  # Trainer then counts num_items_in_batch
+        self.head_checked = False
+
+    def _get_num_items_in_batch(self, batch_samples: Sequence[Any], device: torch.device) -> Any:
+        """Of the tokens that count here, labels or not."""
+        ignored = [torch.where(scored_positions(batch), 0, -100) for batch in batch_samples]
+        labels = [{"labels": x, "shift_labels": x} for x in ignored]
+        return super()._get_num_items_in_batch(labels, device)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor | Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        if not self.head_checked:
+            training = model.training
+            model.eval()  # dropout would make two forwards differ
+            with self.accelerator.autocast():
+                check_head(model, head_of(causal_lm(model)))
+            model.train(training)
+            self.head_checked = True
+
+        def outputs(num_items_in_batch: Any = None, **batch: Tensor) -> dict[str, Tensor]:
+            settings = {"num_items_in_batch": num_items_in_batch, **self.loss_settings}
+            with self.accelerator.autocast():
+                return {"loss": entropy_loss(model, batch, **settings)}
+
+        # Trainer's own passes num_items_in_batch on, and scales the loss by the processes
+        return super().compute_loss(outputs, inputs, return_outputs, num_items_in_batch)  # type: ignore[arg-type]
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor | Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, None, None]:
+        with torch.no_grad():
+            loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        return loss, None, None

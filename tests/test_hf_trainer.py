@@ -1,0 +1,316 @@
+"""The entropy of a batch, and transformers' Trainer with it, against logits built in full."""
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.testing import assert_close
+from training.tiny import make_model
+from transformers import LlamaForCausalLM, Trainer, TrainingArguments
+
+from em_kernels.hf import check_head, entropy_loss, head_of, head_reads
+from em_kernels.hf_trainer import EntropyTrainer
+
+TAU = 0.5
+LENGTHS = (3, 9, 5, 7, 9, 2, 8, 4, 6, 9, 3, 5)  # of examples; an update has 4 of them
+ARCHITECTURES = {
+    "llama": {},
+    "phi": {"tied": False},  # a head with a bias
+    "gemma2": {"head_dim": 8, "query_pre_attn_scalar": 8, "final_logit_softcapping": 5.0},
+    "granite": {"logits_scaling": 2.0},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4},
+}
+
+
+def examples():
+    generator = torch.Generator().manual_seed(0)
+    for length in LENGTHS:
+        ids = torch.randint(3, 267, (length,), generator=generator)
+        yield {"input_ids": ids, "prompt": torch.arange(length) < length // 3}
+
+
+def collate(rows, side="right", labels=True):
+    """As transformers' collators: padded, and the prompt's and padding's labels -100."""
+    batch = {"input_ids": [], "attention_mask": [], "labels": []}
+    for row in rows:
+        empty = 9 - len(row["input_ids"])
+        pad = (0, empty) if side == "right" else (empty, 0)
+        ids, mask = row["input_ids"], torch.ones_like(row["input_ids"])
+        values = (ids, mask, ids.masked_fill(row["prompt"], -100))
+        for name, x, fill in zip(batch, values, (2, 0, -100), strict=True):
+            batch[name].append(nn.functional.pad(x, pad, value=fill))
+    batch = {name: torch.stack(x) for name, x in batch.items()}
+    return batch if labels else {name: batch[name] for name in ("input_ids", "attention_mask")}
+
+
+def eager(model, batch, divisor=None):
+    inputs = {name: x for name, x in batch.items() if name != "labels"}
+    logits = model(**inputs).logits[:, :-1]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / TAU
+    entropy = torch.distributions.Categorical(logits=logits).entropy()
+    mask = batch["attention_mask"]
+    counts = (batch.get("labels", batch["input_ids"])[:, 1:] != -100) & (mask[:, 1:] == 1)
+    counts &= mask[:, :-1] == 1
+    return entropy[counts].sum() / (counts.sum() if divisor is None else divisor)
+
+
+class EagerTrainer(Trainer):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = True
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return eager(model, inputs, num_items_in_batch)
+
+
+def arguments(folder, **changes):
+    settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 3}
+    settings |= {"optim": "sgd", "learning_rate": 0.3, "lr_scheduler_type": "constant"}
+    settings |= {"max_grad_norm": 0.0, "logging_steps": 1, "report_to": "none", "use_cpu": True}
+    settings |= {"remove_unused_columns": False, "save_strategy": "no", "disable_tqdm": True}
+    return TrainingArguments(str(folder), **{**settings, **changes})
+
+
+def train(kind, folder, model=None, data_collator=collate, changes=None, **settings):
+    """Losses of the updates, and the weights after them."""
+    trainer = kind(
+        make_model() if model is None else model,
+        arguments(folder, **(changes or {})),
+        train_dataset=list(examples()),
+        data_collator=data_collator,
+        **settings,
+    )
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return losses, {name: x.detach() for name, x in trainer.model.named_parameters()}
+
+
+def gradients(model, loss):
+    named = {name: x for name, x in model.named_parameters() if x.requires_grad}
+    found = torch.autograd.grad(loss, list(named.values()))
+    return dict(zip(named, found, strict=True))
+
+
+@pytest.mark.parametrize("labels", [True, False])
+@pytest.mark.parametrize(
+    "kind, side",
+    [*((kind, "right") for kind in ARCHITECTURES), ("llama", "left"), ("gpt2", "left")],
+)
+def test_loss_and_gradients_are_those_of_the_logits(kind, side, labels):
+    model = make_model(kind, **ARCHITECTURES[kind])
+    exact = copy.deepcopy(model).double()
+    batch = collate(list(examples())[:4], side, labels)
+    truth, plain = eager(exact, batch), eager(model, batch)
+    ours = entropy_loss(model, batch, temperature=TAU)
+    assert abs(ours - truth) <= 2 * abs(plain - truth) + 1e-6
+    true_gradients = gradients(exact, truth)
+    plain_gradients, our_gradients = gradients(model, plain), gradients(model, ours)
+    for name, true in true_gradients.items():
+        error, eager_error = (
+            (x[name].double() - true).norm() for x in (our_gradients, plain_gradients)
+        )
+        assert error <= 2 * eager_error + 1e-6 * true.norm(), name
+
+
+def test_packed_rows_count_by_their_labels():
+    """position_ids reach the model."""
+    model = make_model()
+    batch = {"input_ids": torch.arange(3, 11)[None], "labels": torch.arange(3, 11)[None].clone()}
+    batch["position_ids"] = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2]])
+    batch["labels"][0, 5] = -100
+    inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
+    logits = model(**inputs, use_cache=False).logits  # with a cache the rows' parts see each other
+    entropy = torch.distributions.Categorical(logits=logits[0]).entropy()
+    assert_close(entropy_loss(model, batch), entropy[[0, 1, 2, 3, 5, 6]].mean())
+
+
+def test_batch_in_which_nothing_counts():
+    model = make_model()
+    batch = collate(list(examples())[:2])
+    batch["labels"].fill_(-100)
+    for divisor in (None, 0, torch.tensor(0)):
+        loss = entropy_loss(model, batch, num_items_in_batch=divisor)
+        assert loss == 0
+        assert all((x == 0).all() for x in gradients(model, loss).values())
+
+
+def test_lora_model():
+    torch.manual_seed(0)
+    lora = LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    model = get_peft_model(make_model(), lora).eval()
+    batch = collate(list(examples())[:4])
+    with model.disable_adapter():
+        assert abs(eager(model, batch) - eager(model.base_model.model, batch)) < 1e-6
+        bare = eager(model, batch)
+    plain, ours = eager(model, batch), entropy_loss(model, batch, temperature=TAU)
+    assert abs(bare - plain) > 0.01
+    assert_close(ours, plain, rtol=1e-5, atol=1e-6)
+    expected, found = gradients(model, plain), gradients(model, ours)
+    assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    assert any("lora" in name for name in found)
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_accumulated_updates_are_those_of_the_logits(labels, tmp_path):
+    """Batches of an update count by their tokens, and tokens without labels count too."""
+
+    def collator(rows):
+        return collate(rows, labels=labels)
+
+    class Counting(EagerTrainer):
+        def _get_num_items_in_batch(self, batches, device):
+            return sum((b["attention_mask"].sum(1) - 1).sum() for b in batches)
+
+    expected, weights = train(EagerTrainer if labels else Counting, tmp_path, None, collator)
+    losses, ours = train(EntropyTrainer, tmp_path, None, collator, temperature=TAU)
+    assert losses == pytest.approx(expected, rel=1e-5)
+    assert_close(ours, weights, rtol=1e-5, atol=1e-5)
+    start = make_model().model.embed_tokens.weight
+    assert (ours["model.embed_tokens.weight"] - start).abs().max() > 0.01  # SGD has moved them
+
+
+def test_mixed_precision_and_recomputation(tmp_path):
+    """Trainer's autocast, which is around the forward that is replaced, is kept."""
+    model, seen = make_model(), []
+    model.model.layers[0].mlp.register_forward_hook(lambda m, i, output: seen.append(output.dtype))
+    changes = {"bf16": True, "gradient_checkpointing": True}
+    expected, _ = train(EagerTrainer, tmp_path, make_model(), changes=changes)
+    losses, _ = train(EntropyTrainer, tmp_path, model, changes=changes, temperature=TAU)
+    assert set(seen) == {torch.bfloat16}
+    assert losses == pytest.approx(expected, rel=0.01)
+
+
+def test_evaluation(tmp_path):
+    trainer = EntropyTrainer(
+        make_model(),
+        arguments(tmp_path, per_device_eval_batch_size=12),
+        eval_dataset=list(examples()),
+        data_collator=lambda rows: collate(rows, labels=False),
+        temperature=TAU,
+    )
+    expected = eager(make_model(), collate(list(examples()), labels=False)).item()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_compiled_model():
+    model = make_model()
+    compiled = torch.compile(model, backend="eager")
+    for start in (0, 4):
+        batch = collate(list(examples())[start : start + 4])
+        assert_close(entropy_loss(compiled, batch, temperature=TAU), eager(model, batch))
+        assert_close(eager(compiled, batch), eager(model, batch))
+
+
+def test_forwards_are_put_back():
+    model = make_model()
+    model.forward = forward = model.forward  # as accelerate's mixed precision leaves it
+    with pytest.raises(RuntimeError, match="stopped"), head_reads(model, lambda *_: stop()):
+        model(input_ids=torch.ones(1, 2, dtype=torch.int64))
+    assert model.forward is forward
+    assert "forward" not in vars(model.lm_head)
+
+
+def stop():
+    raise RuntimeError("stopped")
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What two processes computed: each a half of the batches."""
+    folder = tmp_path_factory.mktemp("ranks")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command += [__file__, str(folder)]
+    subprocess.run(command, env=environment, timeout=120, check=True, capture_output=True)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def worker(folder):
+    rank = int(os.environ["RANK"])
+    halves = {"per_device_train_batch_size": 1, "ddp_backend": "gloo"}
+    results = {"ddp": train(EntropyTrainer, folder, changes=halves, temperature=TAU)}
+    model = make_model(tied=False)
+    for module in (*model.model.layers, model.lm_head, model):
+        fully_shard(module)
+    check_head(model, head_of(model))
+    batch = collate(list(examples())[2 * rank : 2 * rank + 2])
+    loss = entropy_loss(model, batch, temperature=TAU)
+    loss.backward()
+    full = {name: x.grad.full_tensor() for name, x in model.named_parameters()}
+    results["fsdp"] = loss.detach(), full
+    torch.save(results, folder / f"{rank}.pt")
+
+
+def test_processes_with_ddp_equal_one(ranks, tmp_path):
+    losses, weights = train(EntropyTrainer, tmp_path, temperature=TAU)
+    for found, ours in (rank["ddp"] for rank in ranks):
+        assert_close(ours, weights, rtol=1e-5, atol=1e-5)
+        assert found == pytest.approx(losses, rel=1e-5)
+
+
+def test_sharded_model_equals_a_whole_one(ranks):
+    """FSDP's ranks average the gradients of their own losses."""
+    model = make_model(tied=False)
+    batches = [collate(list(examples())[i : i + 2]) for i in (0, 2)]
+    losses = [eager(model, batch) for batch in batches]
+    expected = gradients(model, sum(losses) / 2)
+    for rank, loss in zip(ranks, losses, strict=True):
+        assert_close(rank["fsdp"][0], loss, rtol=1e-5, atol=1e-6)
+        assert_close(rank["fsdp"][1], expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"pixel_values": torch.ones(2, 2)}, "batch: has pixel_values; expected input_ids, and"),
+        ({"input_ids": None}, "batch: has no input_ids; expected input_ids, and"),
+        ({"labels": torch.ones(2, 4)}, r"batch: labels is \(2, 4\); expected \(B, T\), as"),
+        ({"input_ids": torch.ones(9).long()}, r"batch: \w+ is \(.*\); expected \(B, T\), as"),
+    ],
+)
+def test_bad_batches(change, message):
+    batch = {**collate(list(examples())[:2]), **change}
+    with pytest.raises(ValueError, match=f"^{message}"):
+        entropy_loss(make_model(), {k: x for k, x in batch.items() if x is not None})
+
+
+def test_bad_models():
+    batch = collate(list(examples())[:2])
+    with pytest.raises(TypeError, match="^model: there is no transformers model in this Linear"):
+        entropy_loss(nn.Linear(2, 2), batch)
+    with pytest.raises(TypeError, match=r"^model: is in nn\.DataParallel.* one process a GPU"):
+        entropy_loss(nn.DataParallel(make_model()), batch)
+    with pytest.raises(TypeError, match="^model: its head is a NoneType, not a plain nn.Linear"):
+        entropy_loss(make_model().model, batch)
+
+
+class Scaled(LlamaForCausalLM):
+    """Logits of which no setting that we know tells."""
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = 1.01 * output.logits
+        return output
+
+
+def test_bad_settings_of_the_trainer(tmp_path):
+    with pytest.raises(TypeError, match="^model: Scaled's logits are not its head applied"):
+        train(EntropyTrainer, tmp_path, Scaled(make_model().config))
+    with pytest.raises(ValueError, match=r"^temperature: -1 is not > 0"):
+        train(EntropyTrainer, tmp_path, temperature=-1)
+    for name in ("compute_loss_func", "compute_metrics"):
+        with pytest.raises(ValueError, match=f"^{name}: the loss is the entropy"):
+            EntropyTrainer(make_model(), arguments(tmp_path), **{name: print})
+    with pytest.raises(ValueError, match="^label_smoothing_factor: the loss is the entropy"):
+        EntropyTrainer(make_model(), arguments(tmp_path, label_smoothing_factor=0.1))
+
+
+if __name__ == "__main__":
+    worker(Path(sys.argv[1]))
