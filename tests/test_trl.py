@@ -1,0 +1,264 @@
+"""TRL's GRPOTrainer trains the same with our statistics as with its own, and as autograd has it."""
+
+import importlib
+import os
+import sys
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from datasets import Dataset
+from peft import LoraConfig
+from test_memory import allocations
+from torch.nn.parallel import DistributedDataParallel
+from torch.testing import assert_close
+from training.tiny import make_model, make_tokenizer, save_tiny
+from transformers import LlamaForCausalLM
+from trl import GRPOConfig, GRPOTrainer, __version__
+
+from em_kernels.trl import FusedGRPOTrainer
+
+TESTED = "1.16"
+PROMPTS = ["What is 2 + 3?", "abc", "the the", "a"]  # of several lengths: padded on the left
+LORA = LoraConfig(target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+CASES = {
+    "policy gradient": {},
+    "bonus": {"entropy_coef": 0.1, "temperature": 0.7},
+    "minimised": {"entropy_coef": -0.1, "temperature": 1.5, "num_iterations": 2},
+    "reference model": {"entropy_coef": -0.05, "beta": 0.1},
+    "uncertain tokens": {"entropy_coef": 0.1, "top_entropy_quantile": 0.5},
+    "accumulated": {"entropy_coef": 0.1, "gradient_accumulation_steps": 2},
+    "adaptive": {"entropy_coef": 0.1, "use_adaptive_entropy": True, "entropy_target": 9.0},
+    "lora": {"entropy_coef": -0.1, "beta": 0.1, "peft_config": LORA},
+}
+TIMEOUT_S = 300
+
+
+def test_version_is_the_tested_one():
+    assert __version__.startswith(f"{TESTED}."), (
+        f"the adapter was tested with trl {TESTED}, this is {__version__}: read its "
+        "add_fused_lm_head and _get_per_token_logps_and_entropies, then change TESTED"
+    )
+
+
+class Plain(GRPOTrainer):
+    """TRL's loss on all logits, differentiated by autograd."""
+
+    def _get_per_token_logps_and_entropies(
+        self, model, input_ids, attention_mask, logits_to_keep, **others
+    ):
+        logits = model(input_ids=input_ids, attention_mask=attention_mask).logits
+        logp = (logits[:, -logits_to_keep - 1 : -1] / self.temperature).log_softmax(-1)
+        targets = input_ids[:, -logits_to_keep:, None]
+        return logp.gather(-1, targets)[..., 0], -(logp.exp() * logp).sum(-1), None
+
+
+class Recorder:
+    """Keeps what the loss is made of; comes before a trainer."""
+
+    def _get_per_token_logps_and_entropies(self, model, ids, mask, length, **others):
+        found = super()._get_per_token_logps_and_entropies(model, ids, mask, length, **others)
+        scored = mask[:, -length:] > 0
+        self.__dict__.setdefault("seen", []).append(
+            (ids, mask, length, *(x[scored].detach() for x in found[:2] if x is not None))
+        )
+        return found
+
+
+def varied(completions, **others):
+    return [float(sum(map(ord, text)) % 7) for text in completions]
+
+
+def equal(completions, **others):
+    return [1.0] * len(completions)
+
+
+def make_trainer(kind, model, output, reward=varied, steps=3, peft_config=None, **changes):
+    model.generation_config.eos_token_id = list(range(60))  # some end early
+    settings = {"per_device_train_batch_size": 4, "num_generations": 2, "max_steps": steps}
+    settings |= {
+        "max_completion_length": 12,
+        "optim": "sgd",
+        "learning_rate": 0.02,
+        "max_grad_norm": 1e9,
+    }
+    settings |= {"use_cpu": True, "bf16": False, "report_to": "none", "logging_steps": 1}
+    settings |= {"save_strategy": "no", "disable_tqdm": True}
+    return type("Recorded", (Recorder, kind), {})(
+        model,
+        reward,
+        GRPOConfig(str(output), **(settings | changes)),
+        Dataset.from_dict({"prompt": PROMPTS}),
+        processing_class=make_tokenizer(),
+        peft_config=peft_config,
+    )
+
+
+def weights_of(trainer):
+    return {name: x.detach().clone() for name, x in trainer.model.named_parameters()}
+
+
+def train(*arguments, **settings):
+    """The trainer, and how far each weight moved."""
+    trainer = make_trainer(*arguments, **settings)
+    before = weights_of(trainer)
+    trainer.train()
+    return trainer, {name: x - before[name] for name, x in weights_of(trainer).items()}
+
+
+def assert_same_training(ours, other, rounding):
+    (ours, moved), (other, expected) = ours, other
+    assert len(ours.seen) == len(other.seen)
+    for found, wanted in zip(ours.seen, other.seen, strict=True):
+        for x, y in zip(found[:2], wanted[:2], strict=True):
+            assert torch.equal(x, y)  # the same completions
+        for x, y in zip(found[3:], wanted[3:], strict=False):
+            assert_close(x, y, rtol=rounding, atol=rounding)
+    for found, wanted in zip(ours.state.log_history[:-1], other.state.log_history, strict=False):
+        for name in ("loss", "grad_norm", "entropy"):
+            assert found[name] == pytest.approx(wanted[name], rel=10 * rounding, abs=rounding)
+    farthest = max(x.abs().max().item() for x in expected.values())
+    assert farthest > 1e-3
+    for name, x in expected.items():
+        assert_close(moved[name], x, rtol=0, atol=10 * rounding * max(farthest, 0.1), msg=name)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_training_is_the_same(case, dtype, tmp_path):
+    """As TRL's own statistics in fp32, which they are in, too; as autograd's in fp64."""
+    folder = save_tiny(tmp_path / "model", dtype=dtype)  # a reference model is loaded from there
+    other, rounding = (GRPOTrainer, 1e-5) if dtype == torch.float32 else (Plain, 1e-9)
+    ours, other = (
+        train(kind, LlamaForCausalLM.from_pretrained(folder, dtype=dtype), tmp_path, **CASES[case])
+        for kind in (FusedGRPOTrainer, other)
+    )
+    assert_same_training(ours, other, rounding)
+    masks = [mask for _, mask, *_ in ours[0].seen]
+    assert all(any((mask[:, side] == 0).any() for mask in masks) for side in (0, -1))  # padded
+
+
+HEADS = {
+    "gemma2": {"head_dim": 8, "query_pre_attn_scalar": 8, "final_logit_softcapping": 5.0},
+    "cohere": {"logit_scale": 0.25},
+    "granite": {"logits_scaling": 4.0},
+    "phi": {"tied": False},  # a bias
+    "mixtral": {"num_local_experts": 2},
+}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_heads(kind, tmp_path):
+    ours, other = (
+        train(
+            trainer,
+            make_model(kind, **HEADS[kind]),
+            tmp_path,
+            steps=1,
+            entropy_coef=0.1,
+            router_aux_loss_coef=0.0,
+        )
+        for trainer in (FusedGRPOTrainer, Plain)
+    )
+    assert_same_training(ours, other, 1e-5)
+
+
+@pytest.mark.parametrize("coefficient", [0.0, 0.5, -0.5])
+def test_entropy_alone_moves_the_weights(coefficient, tmp_path):
+    """Equal rewards have no policy gradient: TRL #6625, #5595, #6140."""
+    settings = {"reward": equal, "steps": 1, "entropy_coef": coefficient, "learning_rate": 1e-3}
+    trainer, moved = train(FusedGRPOTrainer, make_model(), tmp_path, **settings)
+    ids, mask, length, _, before = trainer.seen[0]
+    with torch.no_grad():
+        trainer._get_per_token_logps_and_entropies(
+            trainer.model, ids, mask, length, compute_entropy=True
+        )
+    change = (trainer.seen[-1][-1].mean() - before.mean()).item()
+    if coefficient == 0:
+        assert change == 0 and not any(x.any() for x in moved.values())
+        return
+    assert all(x.any() for x in moved.values())
+    # the mean entropy is what the loss holds: a step along its gradient, of length 1e-3 / 2
+    slope = sum(x.double().square().sum().item() for x in moved.values()) / (1e-3 * coefficient)
+    assert change == pytest.approx(slope, rel=0.05)
+
+
+@pytest.mark.parametrize("kind", [FusedGRPOTrainer, Plain])
+def test_no_tensor_of_the_size_of_the_logits(kind, tmp_path):
+    rows, length, vocabulary = 4, 128, 1 << 16
+    trainer = make_trainer(kind, make_model(vocab_size=vocabulary), tmp_path, temperature=0.5)
+    ids = torch.randint(vocabulary, (rows, length))
+
+    def step():
+        logps, entropies, _ = trainer._get_per_token_logps_and_entropies(
+            trainer.model, ids, torch.ones_like(ids), length - 8, compute_entropy=True
+        )
+        (logps + entropies).sum().backward()
+
+    logits_bytes = rows * (length - 8) * vocabulary * 4
+    largest = max(allocations(step))
+    assert largest >= logits_bytes if kind is Plain else largest < 0.6 * logits_bytes
+
+
+def worker(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}  # asked for, not used
+    settings = {"entropy_coef": -0.1, "per_device_train_batch_size": 2, "ddp_backend": "gloo"}
+    runs = [
+        train(kind, make_model(), folder, **settings) for kind in (FusedGRPOTrainer, GRPOTrainer)
+    ]
+    assert isinstance(runs[0][0].model_wrapped, DistributedDataParallel)
+    assert_same_training(*runs, 1e-5)
+    torch.save((runs[0][1], runs[0][0].seen[0][0]), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_ranks_of_ddp_train_one_model(tmp_path):
+    """As TRL's own statistics do, on other prompts each."""
+    context = mp.spawn(worker, (str(tmp_path),), nprocs=2, join=False)
+    deadline = time.monotonic() + TIMEOUT_S
+    try:
+        while not context.join(timeout=1):
+            assert time.monotonic() < deadline, "the ranks wait for each other"
+    finally:
+        for process in context.processes:
+            process.kill()
+    (moved, ids), (others, other_ids) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert not torch.equal(ids, other_ids)
+    for name, x in moved.items():
+        assert torch.equal(x, others[name])
+
+
+class Doubled(LlamaForCausalLM):
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = 2 * output.logits
+        return output
+
+
+def refuse(message, tmp_path, kind="llama", error=ValueError, **changes):
+    with pytest.raises(error, match=message):
+        make_trainer(FusedGRPOTrainer, make_model(kind), tmp_path, **changes)
+
+
+def test_refusals(tmp_path):
+    refuse("cast_lm_head_to_fp32: .* leave it False", tmp_path, cast_lm_head_to_fp32=True)
+    refuse(
+        "router_aux_loss_coef: 0.5 .* set it to 0", tmp_path, "mixtral", router_aux_loss_coef=0.5
+    )
+    copied = LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    refuse("head is a ModulesToSaveWrapper", tmp_path, error=TypeError, peft_config=copied)
+    model = Doubled(make_model().config)
+    with pytest.raises(TypeError, match="Doubled's logits are not its head"):
+        make_trainer(FusedGRPOTrainer, model, tmp_path)
+
+
+def test_without_trl(monkeypatch):
+    monkeypatch.setitem(sys.modules, "trl", None)
+    monkeypatch.delitem(sys.modules, "em_kernels.trl")
+    with pytest.raises(ImportError, match="needs trl >= 1.16; install em-kernels"):
+        importlib.import_module("em_kernels.trl")
