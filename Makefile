@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint build bench bench-train gpu-24gb clean
+.PHONY: demo test lint build docs bench bench-train gpu-24gb clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -19,6 +19,9 @@ lint: $(INSTALLED)
 build: $(INSTALLED)
 	@$(BIN)/python setup.py --quiet build_ext --inplace --force
 	@$(BIN)/em-kernels info
+
+docs: $(INSTALLED)
+	@$(BIN)/mkdocs build --strict --quiet && echo site/index.html
 
 bench: $(INSTALLED)
 	@$(BIN)/python -m pytest benchmarks/bench_*.py --benchmark-disable-gc --benchmark-columns=median,iqr,rounds
@@ -53,5 +56,5 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	@rm $(VENV)/.installing && touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info em_kernels/*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info em_kernels/*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,5 +1,6 @@
-"""README's table and two plots, from results/<device>.json and from nothing else."""
+"""The tables and plots of README and docs/benchmarks.md, from results/ and from nothing else."""
 
+import json
 import re
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from providers import PROVIDERS
 FEATURED = (("qwen2.5-1.5b", "lm-0.5"), ("smollm2-135m", "real-0.5"))  # shape, input
 TITLES = {"lm": "LM-like input", "real": "real states", "uniform": "near-uniform input"}
 README = Path(__file__).parents[1] / "README.md"
+PAGE = README.parent / "docs" / "benchmarks.md"
+STUDIES = store.RESULTS / "studies"
 BEGIN, END = "<!-- em-kernels bench --report: begin -->", "<!-- end -->"
 THEMES = {"light": ("#1f2328", "#8c959f"), "dark": ("#e6edf3", "#7d8590")}  # text, others' marks
 OURS = ("#2f81f7", "#db6d28", "#8957e5")  # readable on white and on black
@@ -51,6 +54,13 @@ def heading(row: dict) -> str:
     return f"{row['shape']} ({sizes}), {row['dtype']}, {TITLES[kind]} at temperature {tau}"
 
 
+def name_of(row: dict) -> str:
+    """The provider's, and what it computes where that is not the entropy."""
+    provider = PROVIDERS[row["provider"]]
+    name = f"**{provider.title}**" if row["provider"].startswith("ours") else provider.title
+    return name if provider.quantity == "entropy" else f"{name} ({provider.quantity})"
+
+
 def table(rows: list[dict]) -> list[str]:
     lines = [
         f"{heading(rows[0])}: loss with all gradients",
@@ -60,15 +70,10 @@ def table(rows: list[dict]) -> list[str]:
     ]
     unable: dict[str, list[str]] = {}
     for row in rows:
-        provider = PROVIDERS[row["provider"]]
         if "skipped" in row:
-            unable.setdefault(row["skipped"], []).append(provider.title)
+            unable.setdefault(row["skipped"], []).append(PROVIDERS[row["provider"]].title)
             continue
-        name = provider.title
-        if row["provider"].startswith("ours"):
-            name = f"**{name}**"
-        if provider.quantity != "entropy":
-            name += f" ({provider.quantity})"
+        name = name_of(row)
         error = f"{100 * worst_error(row):.2g} %" if "error" in row else ""
         if "wrong" in row:
             lines.append(f"| {name} | wrong | | | | | **{error}** |")
@@ -85,13 +90,17 @@ def table(rows: list[dict]) -> list[str]:
     return lines
 
 
-def training(rows: dict[str, dict]) -> list[str]:
-    """Whole updates of One-shot EM, as bench_train.py measured them."""
+def model_of(rows: dict[str, dict]) -> str:
+    """What bench_train.py measured, in words."""
     first = next(iter(rows.values()))
     model = "SmolLM2-135M-Instruct" if first["model"] == "demo" else first["model"]
+    return f"{model}, {first['rollouts']} completions of the demo's prompt, sampled and trained"
+
+
+def training(rows: dict[str, dict]) -> list[str]:
+    """Whole updates of One-shot EM, as bench_train.py measured them."""
     lines = [
-        f"A whole update of One-shot EM, {model}, {first['rollouts']} completions of the demo's "
-        "prompt, sampled and trained",
+        f"A whole update of One-shot EM, {model_of(rows)}",
         "",
         "| | update | over ours | sampling | training | tokens | peak memory | updates |",
         "|---|---|---|---|---|---|---|---|",
@@ -106,41 +115,167 @@ def training(rows: dict[str, dict]) -> list[str]:
     return lines
 
 
+def others(content: dict) -> list[str]:
+    """What was measured beside the featured problems: tasks, inputs, other losses."""
+    cases = content.get("cases", {})
+    shown = [row for group in featured(cases) for row in group]
+    rows = [row for row in cases.values() if row not in shown]
+    rows = [row for row in rows if row["shape"] != "scaling" and "ratio" in row]
+    if not rows:
+        return []
+    lines = [
+        "Each over the products that its own task needs.",
+        "",
+        "| problem | task | | time | over the GEMM floor | beyond gradients | GEMM work | error |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        low, high = row["ratio_quartiles"]
+        kind, tau = row["input"].rsplit("-", 1)
+        lines.append(
+            f"| {row['shape']}, {TITLES[kind]}, {tau} | {row['task']} | {name_of(row)} "
+            f"| {row['time_ms']:.0f} ms | {row['ratio']:.2f} ({low:.2f}-{high:.2f}) "
+            f"| {row['beyond_gradients_mib']:.0f} MiB | {row['gemm_units']:.2f} "
+            f"| {100 * worst_error(row):.2g} % |"
+        )
+    return lines
+
+
+def by_size(content: dict) -> list[str]:
+    """Memory over tokens and words: the memory plot's numbers."""
+    rows = scaling(content)
+    names = [name for name in LINES if any(row["provider"] == name for row in rows)]
+    found = {(row["tokens"], row["vocab_size"], row["provider"]): row for row in rows}
+    lines = [
+        f"Peak MiB beyond the gradients, D={rows[0]['hidden_size']}, {rows[0]['dtype']}",
+        "",
+        f"| tokens | words | {' | '.join(PROVIDERS[name].title for name in names)} |",
+        "|---|---|" + "---|" * len(names),
+    ]
+    for tokens, words in sorted({key[:2] for key in found}, key=lambda pair: pair[::-1]):
+        cells = (found.get((tokens, words, name)) for name in names)
+        sizes = ("" if row is None else f"{row['beyond_gradients_mib']:.0f}" for row in cells)
+        lines.append(f"| {tokens} | {words} | {' | '.join(sizes)} |")
+    return lines
+
+
+def ratios(rows: dict[str, dict]) -> list[str]:
+    """Of `make bench`."""
+    lines = [
+        f"By `make bench`, {max(row['date'] for row in rows.values())}: ratios, what they must be "
+        "and what is aimed at.",
+        "",
+        "| | over | ratio | must | aim | time |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows.values():
+        low, high = row["ratio_quartiles"]
+        lines.append(
+            f"| {row['what']} | {row['over']} | {row['ratio']:.2f} ({low:.2f}-{high:.2f}) "
+            f"| {row['must']} | {row['aim']} | {row['time_ms']:.0f} ms |"
+        )
+    return lines
+
+
+def study(report: dict) -> list[str]:
+    """What `em-kernels study` wrote, as its own table and words have it."""
+    best, rows = report["best_temperature"], report["rows"]
+    lines = [
+        f"{report['data']}, {report['model']} model, {report['held_out']} held-out problems, "
+        "accuracy in %",
+        "",
+        f"| | prompts | right before, by vote | greedy | change | sampled | over T = {best:g} |",
+        "|---|---|---|---|---|---|---|",
+        f"| untrained | | | {100 * report['base_greedy']:.1f} | | "
+        f"{100 * report['base_sampled']['1.0']:.1f} | |",
+        f"| untrained, more examples | | | {100 * report['more_examples']:.1f} | | | |",
+        f"| untrained, examples of the form only | | | {100 * report['form_only']:.1f} | | | |",
+    ]
+    for row in rows:
+        change, over = (
+            "{:+.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in row[key]))
+            for key in ("change", "over_temperature")
+        )
+        lines.append(
+            f"| {row['arm']}, {row['update']} updates | {row['prompts']} | {row['majority_right']} "
+            f"| {100 * row['greedy']:.1f} | {change} | {100 * row['sampled']:.1f} | {over} |"
+        )
+    return [*lines, "", report["reading"]]
+
+
+def about(content: dict) -> str:
+    """Device, date and versions of what is featured and of whole updates."""
+    groups, trained = featured(content.get("cases", {})), content.get("training", {})
+    rows = [row for group in [*groups, trained.values()] for row in group if "versions" in row]
+    versions = {name: v for row in rows for name, v in row["versions"].items()}
+    known = ", ".join(f"{name} {versions[name]}" for name in sorted(versions))
+    return f"On {content['device']}, {max(row['date'] for row in rows)}; {known}."
+
+
+def measured(paths: list[Path]) -> list[tuple[Path, dict]]:
+    """Files with something to show."""
+    loaded = [(path, store.load(path)) for path in paths]
+    return [(p, c) for p, c in loaded if featured(c.get("cases", {})) or c.get("training")]
+
+
 def block(paths: list[Path]) -> str:
-    """What stands between the README's markers."""
+    """What stands between the README's markers: the first featured problem, whole updates in a
+    line, the plot of times.
+    """
     lines: list[str] = []
-    for path in paths:
-        content = store.load(path)
+    for path, content in measured(paths):
         groups, trained = featured(content.get("cases", {})), content.get("training", {})
-        if not groups and not trained:
-            continue
-        rows = [row for group in [*groups, trained.values()] for row in group if "versions" in row]
-        versions = {name: v for row in rows for name, v in row["versions"].items()}
-        known = ", ".join(f"{name} {versions[name]}" for name in sorted(versions))
-        lines += [f"On {content['device']}, {max(row['date'] for row in rows)}; {known}.", ""]
-        for group in groups:
-            lines += [*table(group), ""]
+        lines += [about(content), ""]
+        if groups:
+            lines += [*table(groups[0]), ""]
         if trained:
-            lines += [*training(trained), ""]
-        if not groups:
-            continue
-        for kind, alt in (("time", "time over the floor"), ("memory", "peak memory over tokens")):
-            if kind == "memory" and not scaling(content):
-                continue
-            light, dark = (f"benchmarks/results/{path.stem}-{kind}-{t}.svg" for t in THEMES)
+            found = (f"{row['program']}: {row['total_s']:.1f} s" for row in trained.values())
+            lines += [f"A whole update ({model_of(trained)}): {'; '.join(found)}.", ""]
+        if groups:
+            light, dark = (f"benchmarks/results/{path.stem}-time-{t}.svg" for t in THEMES)
             lines += [
                 "<picture>",
                 f'<source media="(prefers-color-scheme: dark)" srcset="{dark}">',
-                f'<img alt="{alt}" src="{light}">',
+                f'<img alt="time over the floor" src="{light}">',
                 "</picture>",
                 "",
             ]
     return "\n".join(lines).rstrip()
 
 
+def page(paths: list[Path], studies: list[Path], folder: str = "") -> str:
+    """Everything that results hold, for a page from which they are in that folder."""
+
+    def plot(path: Path, kind: str, alt: str) -> list[str]:
+        """GitHub and mkdocs-material show the one for their theme."""
+        return [f"![{alt}]({folder}{path.stem}-{kind}-{t}.svg#gh-{t}-mode-only)" for t in THEMES]
+
+    lines: list[str] = []
+    for path, content in measured(paths):
+        lines += [about(content), ""]
+        groups, trained = featured(content.get("cases", {})), content.get("training", {})
+        for group in groups:
+            lines += [f"### The loss, {group[0]['shape']}", "", *table(group), ""]
+        if groups:
+            lines += [*plot(path, "time", "time over the floor"), ""]
+        if rest := others(content):
+            lines += ["### Other tasks and inputs", "", *rest, ""]
+        if scaling(content):
+            lines += ["### Memory over tokens and words", "", *by_size(content), ""]
+            lines += [*plot(path, "memory", "peak memory over tokens, over words"), ""]
+        if trained:
+            lines += ["### A whole update", "", *training(trained), ""]
+        if content.get("ratios"):
+            lines += ["### Must and aim", "", *ratios(content["ratios"]), ""]
+    for path in studies:
+        told = json.loads(path.read_text())
+        lines += [f"### A study: {told['data']}", "", *study(told), ""]
+    return "\n".join(lines).rstrip()
+
+
 def write(path: Path) -> list[Path]:
-    """Plots beside the results, and the tables: in the README where these are the repository's
-    results, else in a .md beside them.
+    """Plots beside the results, and the tables: in README and docs where these are the
+    repository's results, else in a .md beside them.
     """
     if not featured(store.load(path).get("cases", {})):
         raise store.BenchError(f"{path}: holds no case of task loss in bfloat16; run one first")
@@ -148,16 +283,24 @@ def write(path: Path) -> list[Path]:
     for theme in THEMES:
         written += plots(path, theme)
     if path.resolve().parent != store.RESULTS:
-        page = path.with_suffix(".md")
-        page.write_text(block([path]) + "\n")
-        return [*written, page]
-    old = README.read_text()
-    tables = block(sorted(store.RESULTS.glob("*.json")))
-    pattern = re.compile(f"(?<={re.escape(BEGIN)}\n).*?(?={re.escape(END)})", re.S)
-    if not pattern.search(old):
-        raise store.BenchError(f"{README}: has no line {BEGIN}")
-    README.write_text(pattern.sub(lambda _: f"\n{tables}\n\n", old))
-    return [*written, README]
+        beside = path.with_suffix(".md")
+        beside.write_text(page([path], []) + "\n")
+        return [*written, beside]
+    for target, text in generated().items():
+        old = target.read_text()
+        pattern = re.compile(f"(?<={re.escape(BEGIN)}\n).*?(?={re.escape(END)})", re.S)
+        if not pattern.search(old):
+            raise store.BenchError(f"{target}: has no line {BEGIN}")
+        target.write_text(pattern.sub(lambda _, text=text: f"\n{text}\n\n", old))
+        written.append(target)
+    return written
+
+
+def generated() -> dict[Path, str]:
+    """What stands between the markers of each page."""
+    results, studies = sorted(store.RESULTS.glob("*.json")), sorted(STUDIES.glob("*.json"))
+    whole = page(results, studies, "../benchmarks/results/")
+    return {README: block(results), PAGE: whole}
 
 
 def scaling(content: dict) -> list[dict]:

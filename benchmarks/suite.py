@@ -260,7 +260,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--calibration", action="store_true", help="table: LM-like inputs beside the real ones"
     )
     parser.add_argument(
-        "--report", action="store_true", help="README's table and plots from the results"
+        "--report", action="store_true", help="tables and plots of README and docs from the results"
     )
     options = parser.parse_args(arguments)
     if options.tokens is not None and options.tokens < 1:

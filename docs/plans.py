@@ -1,0 +1,113 @@
+"""What docs/memory.md shows of `em-kernels plan`, between its markers; run, writes it anew.
+
+From the models' shapes alone: a folder with the config.json of each stands in for the hub's.
+"""
+
+import io
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+
+from em_kernels.cli import main
+from em_kernels.training import plan_command
+from em_kernels.training.config import TrainConfig
+from em_kernels.training.memory import Planner
+from em_kernels.training.plan import GIB, Plan
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from gpu_24gb import save_task
+
+PAGE = Path(__file__).with_name("memory.md")
+MODEL = "Qwen/Qwen2.5-Math-"
+MACHINES = {  # GiB that can be used: of the card, of the host
+    "laptop, 8 GB card, 32 GB of RAM": (7.2, 29),
+    "laptop, 12 GB card, 32 GB": (11, 29),
+    "laptop, 16 GB card, 64 GB": (15, 60),
+    "24 GB card, WSL's half of 64 GB": (22.5, 30),
+    "24 GB card, 64 GB": (22.5, 60),
+    "24 GB card, 96 GB": (22.5, 90),
+    "24 GB card, 128 GB": (22.5, 120),
+}
+SIZES = ("7B", "1.5B")
+SHOWN = "24 GB card, 64 GB"  # in full, for the first size
+
+
+class Shared(Planner):
+    """What was found of a model's shapes serves every machine."""
+
+    known: dict[str, dict] = {}
+
+    def sketch(self, config: TrainConfig):  # noqa: ANN201
+        self.sketches = self.known.setdefault(self.config.model, {})
+        return super().sketch(config)
+
+
+def command(model: str) -> str:
+    gpu, host = MACHINES[SHOWN]
+    arguments = f"plan --model {model} --gpu-memory {gpu} --host-memory {host}"
+    out = io.StringIO()
+    with (
+        patch.object(plan_command, "Planner", Shared),
+        patch.dict(os.environ, COLUMNS="96"),
+        redirect_stdout(out),
+    ):
+        main(arguments.split())
+    return f"```console\n$ em-kernels {arguments}\n{out.getvalue().rstrip()}\n```"
+
+
+def cell(plan: Plan, chosen: bool) -> str:
+    if not plan.fits:
+        return "no"
+    text = f"{plan.device_total / GIB:.1f} + {plan.host_total / GIB:.1f}"
+    return f"**{text}**" if chosen else text
+
+
+def table(model: str, machines: Sequence[str]) -> list[str]:
+    """Lines of Markdown: the header and a row a machine."""
+    config = plan_command.open_config(model)
+    rows, header = [], ""
+    for name in machines:
+        gpu, host = MACHINES[name]
+        asked = TrainConfig(model=model, gpu_memory=gpu, host_memory=host)
+        planner = Shared(asked, config, 128, torch.device("cuda"))
+        modes, chosen = planner.modes(), planner.choose()
+        header = f"| | card | host | {' | '.join(f'`{plan.name}`' for plan in modes)} |"
+        cells = [cell(plan, plan.name == chosen.name) for plan in modes]
+        rows.append(f"| {name} | {gpu:g} | {host} | {' | '.join(cells)} |")
+    return [header, "|" + "---|" * (header.count("|") - 1), *rows]
+
+
+@contextmanager
+def folders() -> Iterator[None]:
+    """Work where the models' names are folders' with a config.json."""
+    here = os.getcwd()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        try:
+            for size in SIZES:
+                save_task(Path(MODEL + size), size, dry_run=False)
+            yield
+        finally:
+            os.chdir(here)
+
+
+def text() -> str:
+    """All that stands between the markers."""
+    lines = ["", command(MODEL + SIZES[0]), ""]
+    for size in SIZES:
+        lines += [f"{MODEL}{size}:", "", *table(MODEL + size, list(MACHINES)), ""]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    begin, end = "<!-- docs/plans.py: begin -->\n", "<!-- end -->"
+    with folders():
+        new = text()
+    before, rest = PAGE.read_text().split(begin)
+    PAGE.write_text(before + begin + new + end + rest.split(end)[1])

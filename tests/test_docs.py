@@ -1,0 +1,327 @@
+"""README and docs/: every block of Python runs, every command is one, every link and path leads
+somewhere, every generated number is what its source says.
+"""
+
+import ast
+import io
+import os
+import re
+import shlex
+import subprocess
+import sys
+import textwrap
+from contextlib import redirect_stdout, suppress
+from pathlib import Path
+from typing import NamedTuple
+from unittest.mock import patch
+
+import pytest
+from training import tiny
+
+from em_kernels import cli, reference
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "docs")]
+import plans  # noqa: E402
+import report  # noqa: E402
+
+PAGES = {path.name: path.read_text() for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]}
+NOT_RUN = {  # why, by page: all that no test here can run
+    "benchmarks.md": ["installs what is measured beside ours"],
+    "using.md": ["vllm needs a GPU", "vllm needs a GPU", "llama.cpp is not a Python package"],
+}
+OTHERS_FLAGS = {"--no-build-isolation", "--max-lora-rank"}  # pip's and vLLM's, told of in the text
+
+
+class Block(NamedTuple):
+    page: str
+    kind: str
+    text: str
+    not_run: str  # why, or empty
+
+
+def blocks():
+    fence = r"(?:<!-- not run here: ([^\n]*) -->\n)?^( *)```(\w*)\n(.*?)^\2```$"
+    for page, text in PAGES.items():
+        for why, _, kind, body in re.findall(fence, text, re.M | re.S):
+            yield Block(page, kind, textwrap.dedent(body), why)
+
+
+BLOCKS = list(blocks())
+TEXTS = {b.text: b for b in BLOCKS if b.kind == "python"}  # one may stand on two pages
+PYTHON = [pytest.param(block, id=block.page) for block in TEXTS.values()]
+
+
+def commands():
+    """(page, words) of each line of a shell that is not marked."""
+    for block in BLOCKS:
+        if block.kind == "bash" and not block.not_run:
+            for line in block.text.replace("\\\n", " ").splitlines():
+                if words := shlex.split(line, comments=True):
+                    yield block.page, words
+        if block.kind == "console":
+            for line in re.findall(r"^\$ (.*)$", block.text, re.M):
+                yield block.page, shlex.split(line, comments=True)
+
+
+COMMANDS = list(commands())
+OURS = [pytest.param(w, id=f"{p} {shlex.join(w)}") for p, w in COMMANDS if "em-kernels" in w]
+
+
+def test_every_block_is_of_a_known_kind():
+    assert {block.kind for block in BLOCKS} <= {"python", "bash", "console", "mermaid"}
+    assert sum(text.count("```") for text in PAGES.values()) == 2 * len(BLOCKS)
+    assert len(PYTHON) > 5 and len(OURS) > 30
+
+
+def test_what_is_not_run_is_listed():
+    marked = {}
+    for block in BLOCKS:
+        if block.not_run:
+            marked.setdefault(block.page, []).append(block.not_run)
+    assert marked == NOT_RUN
+
+
+# Python
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder with runs/one and runs/adapters, of ten updates of a model of 267 words."""
+    place = tmp_path_factory.mktemp("docs")
+    model = tiny.save_tiny(place / "model")
+    for name, mode in (("one", "full"), ("adapters", "lora")):
+        short = tiny.PLAIN.model_copy(update={"max_new_tokens": 3})
+        changes = {"steps": 10, "rollouts": 2, "sampling": short, "save_at": (5,), "mode": mode}
+        tiny.run(tiny.settings(model, place / "runs" / name, **changes))
+    return place
+
+
+@pytest.mark.parametrize("block", PYTHON)
+def test_python_runs(block, runs, monkeypatch):
+    monkeypatch.chdir(runs)
+    names = {"__name__": "__main__"}
+    exec(compile(block.text, block.page, "exec"), names)
+    for name in {"hidden", "weight"} & names.keys():
+        if names[name].requires_grad:
+            assert names[name].grad.isfinite().all()
+    if "weight" in names and names["weight"].requires_grad:
+        assert names["weight"].grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("block", PYTHON)
+def test_python_uses_what_it_imports(block):
+    tree = ast.parse(block.text)
+    imported = [a.asname or a.name for n in ast.walk(tree) for a in getattr(n, "names", [])]
+    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    assert {name.split(".")[0] for name in imported} <= used
+
+
+# Commands
+
+
+class Parsed(BaseException):
+    """A command has understood its arguments. No Exception, which it might tell as a failure."""
+
+
+@pytest.fixture
+def only_parsed(monkeypatch):
+    """The first thing that a command does when it knows what to do."""
+    from em_kernels import compile_report
+    from em_kernels.training import (
+        completions,
+        demo,
+        demo_model,
+        evaluate,
+        lora,
+        plan_command,
+        study,
+        trainer,
+    )
+    from em_kernels.training import report as pages
+
+    def stop(*_, **__):
+        raise Parsed
+
+    def train(config, **_):
+        config.check_complete()
+        raise Parsed
+
+    monkeypatch.setattr(trainer, "train", train)
+    monkeypatch.setattr(evaluate, "read_results", lambda _: None)  # of an evaluation before
+    for module, name in (
+        (plan_command, "open_config"),
+        (completions.TaskSettings, "problems"),
+        (evaluate, "evaluate"),
+        (evaluate, "regrade"),
+        (study, "run_study"),
+        (pages, "write_report"),
+        (lora, "merge"),
+        (demo, "run_demo"),
+        (demo_model, "fetch_demo"),
+        (compile_report, "main"),
+        (report, "write"),
+    ):
+        monkeypatch.setattr(module, name, stop)
+    import inputs
+    import suite
+
+    monkeypatch.setattr(suite, "run", stop)
+    monkeypatch.setattr(inputs, "calibration", stop)
+
+
+@pytest.mark.parametrize("words", OURS)
+def test_command_parses(words, only_parsed, runs, monkeypatch, capsys):
+    monkeypatch.chdir(runs)  # --resume and --config want a run
+    arguments = words[words.index("em-kernels") + 1 :]
+    if arguments == ["info"]:
+        assert cli.main(arguments) == 0
+        return
+    try:
+        code = cli.main(arguments)
+    except Parsed:
+        return
+    except SystemExit as error:
+        code = error.code
+    pytest.fail(f"exit code {code}: {capsys.readouterr().err}")
+
+
+def test_other_commands_are_known():
+    """Of make and pip; whatever else a page names stands in a block that is marked."""
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
+    known = set(re.findall(r"^([\w-]+) = \[", (ROOT / "pyproject.toml").read_text(), re.M))
+    for page, words in COMMANDS:
+        while "=" in words[0]:  # of the environment
+            words = words[1:]
+        if words[0] == "make":
+            assert words[1] in targets, page
+        elif words[:2] == ["pip", "install"]:
+            extras = re.findall(r"\[(.*?)\]", " ".join(words))
+            asked = {extra for found in extras for extra in found.split(",")}
+            assert asked <= known, page
+        else:
+            assert "em-kernels" in words, (page, words)
+
+
+def test_merge_and_report_do_what_the_pages_say(runs, monkeypatch, capsys):
+    monkeypatch.chdir(runs)
+    assert cli.main(["merge", "runs/adapters", "--output", "merged"]) == 0
+    assert (runs / "merged" / "config.json").exists()
+    assert cli.main(["report", "runs/one", "--no-models"]) == 0
+    assert (runs / "runs" / "one" / "report.html").exists()
+    for name in ("config.yaml", "metrics.jsonl", "rollouts.jsonl", "checkpoints/step-00010"):
+        assert (runs / "runs" / "one" / name).exists()
+
+
+@pytest.fixture(scope="module")
+def flags():
+    """All that --help of any command tells of."""
+    told, names = io.StringIO(), re.findall(r"^  ([a-z-]+)  ", cli.USAGE, re.M)
+    with patch.dict(os.environ, COLUMNS="300"), redirect_stdout(told):
+        for arguments in [*([name] for name in names), ["bench", "--compile-report"]]:
+            with suppress(SystemExit):
+                cli.main([*arguments, "--help"])
+    return set(re.findall(r"--[a-z0-9][a-z0-9-]*", told.getvalue()))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_flags_exist(page, flags):
+    """Those of the text; of blocks each command is parsed."""
+    text = re.sub(r"^ *```.*?^ *```$", "", PAGES[page], flags=re.M | re.S)
+    told = set(
+        re.findall(r"(?<![\w-])--[a-z0-9][a-z0-9-]*", " ".join(re.findall(r"`[^`\n]+`", text)))
+    )
+    assert told <= flags | OTHERS_FLAGS
+
+
+# Links, paths, the site
+
+
+def test_the_site_builds(tmp_path):
+    """Strictly: links, anchors and pictures lead somewhere."""
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet"]
+    ran = subprocess.run(
+        [*build, "--site-dir", tmp_path / "site"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert ran.returncode == 0, ran.stderr
+    names = {path.stem for path in (tmp_path / "site").glob("*.html")} - {"404"}
+    assert names == {path.stem for path in ROOT.glob("docs/*.md")}
+    shown = "".join(path.read_text() for path in (tmp_path / "site").glob("*.html"))
+    pictures = set(re.findall(r'src="(results/[^"#]+)', shown))
+    assert pictures and all((tmp_path / "site" / name).exists() for name in pictures)
+
+
+def anchors(page):
+    """As GitHub and mkdocs make them, of headings of letters, digits and spaces."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
+
+
+def test_links_of_the_readme():
+    links = re.findall(r"\]\(((?!http)[^)]+)\)", PAGES["README.md"])
+    assert links
+    for link in links:
+        path, _, anchor = link.partition("#")
+        assert (ROOT / path).exists(), link
+        assert not anchor or anchor in anchors(ROOT / path), link
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_paths_exist(page):
+    """Those of the repository that a page names as code."""
+    named = re.findall(r"`((?:em_kernels|csrc|benchmarks|docs|tests)/[\w./-]*)`", PAGES[page])
+    assert [path for path in named if not (ROOT / path).exists()] == []
+
+
+# What is generated
+
+
+def test_benchmarks_are_what_the_results_say():
+    """README's part is held to them in test_bench."""
+    for path, text in report.generated().items():
+        begun = path.read_text().split(report.BEGIN)[1].split(report.END)[0]
+        assert begun.strip() == text
+
+
+def test_equations_are_numbered_as_in_the_reference():
+    numbers = re.findall(r"^ +\((\d)\)", reference.__doc__, re.M)
+    assert re.findall(r"\\tag\{(\d)\}", PAGES["mathematics.md"]) == numbers
+
+
+def alike(told, found):
+    """The same words; numbers within rounding, as libraries differ in what they keep."""
+    number = r"\d+(?:\.\d+)?"
+    assert re.split(number, told) == re.split(number, found)
+    pairs = zip(re.findall(number, told), re.findall(number, found), strict=True)
+    return all(float(a) == pytest.approx(float(b), rel=0.02, abs=0.051) for a, b in pairs)
+
+
+def words_of(text):
+    return " ".join(re.sub(r"[^\w\s.,:;+*$'-]|-{3,}", " ", text).split())
+
+
+def test_plans_of_7b():
+    """A 24 GB card's; python docs/plans.py writes the page anew."""
+    page = PAGES["memory.md"]
+    machines = [name for name in plans.MACHINES if name.startswith("24 GB")]
+    with plans.folders():
+        command, rows = plans.command(plans.MODEL + "7B"), plans.table(plans.MODEL + "7B", machines)
+    (told,) = (
+        f"```console\n{b.text}```" for b in BLOCKS if b.page == "memory.md" and b.kind == "console"
+    )
+    assert alike(words_of(told), words_of(command))
+    told = page.split("7B:\n\n")[1].splitlines()
+    for row in rows[2:]:
+        (line,) = (
+            line
+            for line in told[: 2 + len(plans.MACHINES)]
+            if line.split(" | ")[0] == row.split(" | ")[0]
+        )
+        assert alike(words_of(line), words_of(row))
+
+
+@pytest.mark.slow
+def test_plans_are_what_the_page_says():
+    begun = PAGES["memory.md"].split("<!-- docs/plans.py: begin -->")[1].split("<!-- end -->")[0]
+    with plans.folders():
+        assert alike(words_of(begun), words_of(plans.text()))
