@@ -1,19 +1,16 @@
 """TRL's GRPOTrainer on :func:`em_kernels.fused_token_stats`."""
 
-from functools import wraps
-from types import MethodType
+from functools import partial
 from typing import Any
 
-from torch import Tensor
-from transformers import PreTrainedModel
+import torch
+from torch import Tensor, nn
 
 from .functional import fused_token_stats
-from .hf import check_head, head_of
+from .hf import Head, causal_lm, check_head, head_of, head_reads
 
 try:
-    from accelerate.utils import is_peft_model
     from trl import GRPOTrainer
-    from trl.trainer.utils import FusedCausalLMOutput
 except ImportError as error:
     raise ImportError(
         "em_kernels.trl: needs trl >= 1.16; install em-kernels[trl] (what failed is above)"
@@ -67,43 +64,44 @@ class FusedGRPOTrainer(GRPOTrainer):
         config: Any = self.args
         if config.cast_lm_head_to_fp32:
             raise ValueError("cast_lm_head_to_fp32: logits are fp32 without it; leave it False")
-        model: Any = self.model
-        _fuse(model.get_base_model() if is_peft_model(model) else model, self.temperature)
-        if self.ref_model is not None:
-            reference = self.accelerator.unwrap_model(self.ref_model, keep_torch_compile=False)
-            _fuse(reference, self.temperature)
+        for model in (self.model, self.ref_model):
+            if model is not None:
+                training = model.training
+                with self.accelerator.autocast():
+                    check_head(model.eval(), head_of(causal_lm(model)))  # eval: no dropout
+                model.train(training)
 
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        **others: Any,
+    ) -> tuple[Tensor, Tensor, None]:
+        """Of the last logits_to_keep tokens, each (B, logits_to_keep); and no load-balancing loss.
 
-def _fuse(model: PreTrainedModel, temperature: float) -> None:
-    """Answer TRL's calls ``model(..., labels=labels, fused_lm_head=True)``; others as before.
+        The wrapped model is called, as DDP must see its forward.
+        """
+        rows = batch_size or len(input_ids)
+        parts = []
+        for ids, mask in zip(input_ids.split(rows), attention_mask.split(rows), strict=True):
+            read = partial(self._read, ids[:, -logits_to_keep:], mask[:, -logits_to_keep:])
+            with self.accelerator.autocast(), head_reads(model, read):
+                parts.append(model(input_ids=ids, attention_mask=mask, use_cache=False))
+        logprob, entropy = torch.cat(parts, dim=1)
+        return logprob, entropy, None
 
-    In the model's own forward, as what wraps the model (DDP, PEFT) must see the call.
-    """
-    training, plain = model.training, model.forward
-    check_head(model.eval(), head_of(model))
-    model.train(training)
-
-    @wraps(type(model).forward)  # generate looks at the signature
-    def forward(
-        self: PreTrainedModel,
-        *args: Any,
-        fused_lm_head: bool = False,
-        labels: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        if not fused_lm_head:
-            return plain(*args, labels=labels, **kwargs)
-        assert labels is not None
-        hidden = self.base_model(*args, **{**kwargs, "use_cache": False}).last_hidden_state
-        head, targets = head_of(self), labels[:, 1:]
+    def _read(self, tokens: Tensor, mask: Tensor, hidden: Tensor, head: Head) -> Tensor:
+        """Logprob and entropy (2, B, tokens): position t scores token t + 1."""
         stats = fused_token_stats(
-            hidden[:, :-1],
+            hidden[:, -tokens.shape[1] - 1 : -1],
             head.weight,
-            targets,
-            mask=targets != -100,
-            temperature=temperature,
+            tokens,
+            mask=mask,
+            temperature=self.temperature,
             **head.arguments(),
         )
-        return FusedCausalLMOutput(log_probs=stats.logprob, entropy=stats.entropy)
-
-    model.forward = MethodType(forward, model)
+        assert stats.logprob is not None and stats.entropy is not None
+        return torch.stack((stats.logprob, stats.entropy))
