@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint build docs bench bench-train gpu-24gb clean
+.PHONY: demo test lint build dist-check docs bench bench-train gpu-24gb clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -19,6 +19,10 @@ lint: $(INSTALLED)
 build: $(INSTALLED)
 	@$(BIN)/python setup.py --quiet build_ext --inplace --force
 	@$(BIN)/em-kernels info
+
+# Wheel and sdist of the last commit, into dist/; each tried in an empty environment, from the package registry.
+dist-check: $(INSTALLED)
+	@$(BIN)/python tests/dist_check.py
 
 docs: $(INSTALLED)
 	@$(BIN)/mkdocs build --strict --quiet && echo site/index.html

@@ -1,0 +1,108 @@
+"""Wheel and sdist of the last commit, into dist/; what they hold; and each at work in an empty
+environment outside the checkout. Needs a package registry: make dist-check
+"""
+
+import io
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+import venv
+from pathlib import Path
+from zipfile import ZipFile
+
+ROOT = Path(__file__).parents[1]
+CONSTRAINED = ("-qq", "--disable-pip-version-check", "--constraint", ROOT / "constraints.txt")
+BESIDE = {"CHANGELOG.md", "LICENSE", "MANIFEST.in", "README.md", "constraints.txt"}
+BESIDE |= {"pyproject.toml", "setup.py"}
+LOSS = """
+import sys, torch, em_kernels
+from em_kernels.rows import cpu, kernels_for
+from torch.testing import assert_close
+
+assert em_kernels.__file__.startswith(sys.prefix), em_kernels.__file__
+assert kernels_for(torch.ones(1, 1)) is cpu, cpu.WHY_NOT
+leaves = torch.randn(40, 32, requires_grad=True), torch.randn(5000, 32, requires_grad=True)
+loss = em_kernels.fused_entropy_loss(*leaves)
+plain = torch.distributions.Categorical(logits=leaves[0] @ leaves[1].T).entropy().mean()
+assert_close(loss, plain)
+assert_close(torch.autograd.grad(loss, leaves), torch.autograd.grad(plain, leaves))
+"""
+MODEL = """
+import sys, pathlib
+sys.path.append(sys.argv[1])
+from training.tiny import save_tiny
+
+save_tiny(pathlib.Path("model"))
+"""
+TRAIN = ("train", "--model", "model", "--prompt", "2+3=", "--steps", "1", "--rollouts", "2")
+TRAIN += ("--max-new-tokens", "8", "--output", "run")
+
+
+def run(folder: Path, *command: str | Path) -> None:
+    if subprocess.run(command, cwd=folder).returncode:
+        sys.exit(f"dist-check: failed in an empty environment: {' '.join(map(str, command))[:200]}")
+
+
+def build(folder: Path) -> tuple[Path, Path]:
+    """The wheel by way of the sdist."""
+    archive = subprocess.run(["git", "archive", "HEAD"], cwd=ROOT, check=True, capture_output=True)
+    with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as tracked:
+        tracked.extractall(folder, filter="data")
+        listed = {member.name for member in tracked if member.isfile()}
+    out = folder / "dist"
+    run(folder, sys.executable, "-m", "build", "--quiet", "--no-isolation", "--outdir", out)
+    (wheel,), (sdist,) = out.glob("*.whl"), out.glob("*.tar.gz")
+    if "-cp310-abi3-" not in wheel.name:
+        sys.exit(f"dist-check: {wheel.name} is not for every Python from 3.10 on (cp310-abi3)")
+    package = {name for name in listed if name.startswith("em_kernels/")}
+    sources = BESIDE | {name for name in listed if name.startswith("csrc/")}
+    inside = {name for name in ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    compare(wheel, inside, package | {"em_kernels/_C.abi3.so"})
+    with tarfile.open(sdist) as archive:
+        members = {m.name.partition("/")[2] for m in archive if m.isfile()}
+    made = ("em_kernels.egg-info/", "PKG-INFO", "setup.cfg")
+    compare(sdist, {name for name in members if not name.startswith(made)}, package | sources)
+    (ROOT / "dist").mkdir(exist_ok=True)
+    return tuple(Path(shutil.copy(path, ROOT / "dist")) for path in (wheel, sdist))
+
+
+def compare(archive: Path, inside: set[str], expected: set[str]) -> None:
+    if inside != expected:
+        sys.exit(
+            f"dist-check: {archive.name} lacks {sorted(expected - inside)}, "
+            f"and should not hold {sorted(inside - expected)}"
+        )
+
+
+def environment(folder: Path) -> Path:
+    """Where the programs of a new one are."""
+    venv.create(folder, with_pip=True)
+    return folder / "bin"
+
+
+def main() -> None:
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        wheel, sdist = build(folder / "source")
+        programs = environment(folder / "wheel")
+        run(folder, programs / "pip", "install", *CONSTRAINED, f"{wheel}[train]")
+        run(folder, programs / "em-kernels", "info")
+        run(folder, programs / "python", "-I", "-c", LOSS)
+        run(folder, programs / "python", "-I", "-c", MODEL, "source/tests")
+        run(folder, programs / "em-kernels", *TRAIN)
+        run(folder, programs / "em-kernels", "report", "run")
+        programs = environment(folder / "sdist")
+        run(folder, programs / "pip", "install", *CONSTRAINED, "torch", "setuptools", "ninja")
+        options = ("--no-build-isolation", "--no-deps")
+        run(folder, programs / "pip", "install", *CONSTRAINED, *options, sdist)
+        run(folder, programs / "python", "-I", "-c", LOSS)
+    sizes = ", ".join(f"{path.name} ({path.stat().st_size >> 10} KiB)" for path in (wheel, sdist))
+    print(f"dist-check: both work: {sizes}, in {time.monotonic() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
