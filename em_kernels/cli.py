@@ -28,6 +28,7 @@ USAGE = """usage: em-kernels COMMAND [options]
   bench        time, memory, work and error beside other libraries; GPU kernels' registers
 
 em-kernels COMMAND --help tells a command's options."""
+RANK = os.environ.get("RANK", "0")  # of a process that accelerate or torchrun started
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -65,7 +66,8 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 2
     except KeyboardInterrupt as error:  # Interrupted is one, and tells what was saved
-        print(f"em-kernels {name}: {str(error) or 'interrupted'}", file=sys.stderr)
+        if RANK == "0":
+            print(f"em-kernels {name}: {str(error) or 'interrupted'}", file=sys.stderr)
         return 130
 
 
@@ -81,7 +83,8 @@ def _run(name: str, command: Callable[[list[str]], int], arguments: list[str]) -
     try:
         return command(arguments)
     except (UserError, DemoModelError) as error:
-        print(f"em-kernels {name}: error: {error}", file=sys.stderr)
+        of_rank = f" rank {RANK}:" if RANK != "0" else ""
+        print(f"em-kernels {name}:{of_rank} error: {error}", file=sys.stderr)
         return 2
 
 
@@ -143,7 +146,8 @@ def train(arguments: list[str]) -> int:
         "--max-new-tokens 64; em-kernels train --resume runs/one-shot-em",
     )
     result = run(config, console=Console(stderr=True), resume=resume)
-    print(result.checkpoint)
+    if RANK == "0":
+        print(result.checkpoint)
     return 0
 
 

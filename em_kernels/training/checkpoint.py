@@ -34,16 +34,25 @@ def defining_settings(config: TrainConfig) -> dict[str, Any]:
     return values | {f"sampling.{k}": v for k, v in values.pop("sampling").items()}
 
 
-def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Writer:
+def write_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    weights: Mapping[str, Tensor] | None = None,
+) -> Writer:
     """What fills a folder, in bf16, for from_pretrained, vLLM and GGUF converters.
+
+    Args:
+        weights: of each parameter, by name; default its own.
 
     Memory: none on the device; on the host 2 GB, or 2 bytes a weight where they are not bf16.
     """
 
     def write(folder: Path) -> None:
-        wide = [p for p in model.parameters() if p.dtype != torch.bfloat16]
-        flat = ((p, p.detach().cpu().float().flatten()) for p in wide)
-        rounded = {id(p): to_bf16(x).view(p.shape) for p, x in flat}
+        rounded = {}
+        for name, p in model.named_parameters():
+            values = p.detach() if weights is None else weights[name]
+            if values.dtype != torch.bfloat16:
+                rounded[id(p)] = to_bf16(values.cpu().float().flatten()).view(p.shape)
         named = model.state_dict(keep_vars=True).items()  # a tied weight has two names
         state = {name: rounded.get(id(weight), weight.detach()) for name, weight in named}
         generation, model.generation_config = model.generation_config, GenerationConfig()

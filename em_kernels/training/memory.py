@@ -21,13 +21,13 @@ from .config import FULL_LR, LORA_LR, TrainConfig, UserError
 from .optimizer import SLAB as STEP_SLAB
 from .optimizer import state_bytes
 from .plan import GIB, MIB, Plan, cheaper, peak, phases
+from .ranks import World
 from .rounding import LENGTH
 from .seconds import RATES, Work, seconds_of
+from .shards import CONTEXT, PROCESS, divided, settings_of
 from .sketch import Sketch
 
 LIBRARIES = 256 * MIB  # of the context: what is loaded with the first kernels
-CONTEXT = GIB // 2  # of CUDA, libraries' workspaces included
-PROCESS = GIB  # of the host beside a GPU: torch, CUDA's libraries
 STAGING = 2 * 64 * MIB  # pinned
 FRAGMENTS = 0.05  # of what comes and goes, lost between a GPU allocator's blocks
 SCRATCH = 3 * 4 * STEP_SLAB  # of the optimizer
@@ -48,6 +48,7 @@ GREEDY, PLAIN, TOP_K, TOP_P = 16, 24, 28, 34
 CUDA_SORT = 24  # keys and indices again, in a GPU's sort
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+ALONE = World()
 
 
 def resolve(
@@ -56,12 +57,13 @@ def resolve(
     prompt_tokens: int,
     device: torch.device,
     held: int = 0,
+    world: World = ALONE,
 ) -> Plan:
     """The plan of a run, its settings complete.
 
     Raises: UserError where nothing fits: what is missing, and what would help, cheapest first.
     """
-    planner = Planner(config, model_config, prompt_tokens, device, held=held)
+    planner = Planner(config, model_config, prompt_tokens, device, held=held, world=world)
     plan = planner.choose()
     if not plan.fits:
         help = f"try {', or '.join(plan.remedies)}" if plan.remedies else "take a smaller model"
@@ -86,6 +88,9 @@ class Planner:
     Args:
         download: bytes; None: of all weights, in the dtype that the config names.
         held: bytes of the model that are on the device already.
+        world: all of the run's processes; the plan is of one.
+
+    Raises: UserError for settings that go with another engine.
     """
 
     def __init__(
@@ -96,16 +101,21 @@ class Planner:
         device: torch.device,
         download: int | None = 0,
         held: int = 0,
+        world: World = ALONE,
     ) -> None:
         cuda, host = device.type == "cuda", config.host_memory
+        if world.engine != "replicas":
+            config = settings_of(config, world.engine)
         dtype: Any = config.dtype
         if dtype == "auto":
             dtype = "bfloat16" if cuda or bf16_isa() else "float32"
         self.config = config.model_copy(update={"dtype": dtype})
         self.model_config, self.prompt, self.download = model_config, prompt_tokens, download
         self.cuda, self.dtype, self.rates = cuda, DTYPES[dtype], RATES[device.type]
-        free = free_host_bytes() + (0 if cuda else held)
-        self.device_limit = self.host_limit = free if host is None else int(host * GIB)
+        self.world = world
+        free = free_host_bytes() // world.on_machine + (0 if cuda else held)
+        limit = free if host is None else int(host * GIB) // world.on_machine
+        self.device_limit = self.host_limit = limit
         if cuda and config.gpu_memory is not None:
             self.device_limit = int(config.gpu_memory * GIB)
         elif cuda and torch.cuda.is_available():
@@ -126,7 +136,9 @@ class Planner:
             {"mode": "lora"},
             {"mode": "lora", "four_bit": True},
         ]
-        if not self.cuda:  # memory is the same on either side; 4 bits are for a GPU
+        if self.world.engine != "replicas":
+            del modes[1:]
+        elif not self.cuda:  # memory is the same on either side; 4 bits are for a GPU
             del modes[4], modes[1]
         plain = {"offload_dir": None, "four_bit": False}
         return [self.plan(self.config.model_copy(update={**plain, **mode})) for mode in modes]
@@ -190,10 +202,11 @@ class Planner:
     def _sized(self, config: TrainConfig) -> Plan:
         """With the largest batches that fit."""
         sketch, new = self.sketch(config), config.sampling.max_new_tokens
+        own = -(-config.rollouts // self.world.ranks)  # of this rank
         prompts = 1 if config.prompt_from is None else len(config.prompt_rows)
-        most = -(-config.rollouts // prompts)  # rows of a micro-batch
+        most = -(-own // prompts)  # rows of a micro-batch
         shared = config.share_prefix and sketch.can_share and most > 1
-        most = min(most if shared else config.rollouts, config.micro_batch_rows or config.rollouts)
+        most = min(most if shared else own, config.micro_batch_rows or own)
         row = new + (0 if shared else self.prompt)  # tokens
         chunk = config.chunk_bytes or self._chunk(sketch)
         device, host, disk = self._always(config, sketch)
@@ -232,10 +245,10 @@ class Planner:
                 rows = rows * 3 // 4
             rows = -(-most // -(-most // rows))  # batches alike
         of_row = self._of_completion(config, sketch)
-        batch = max(1, min(config.rollouts, MOST_ROWS, room // sum(of_row.values())))
-        batch = -(-config.rollouts // -(-config.rollouts // batch))
+        batch = max(1, min(own, MOST_ROWS, room // sum(of_row.values())))
+        batch = -(-own // -(-own // batch))
         if config.rollout_batch != "auto":
-            batch = min(config.rollouts, config.rollout_batch)
+            batch = min(own, config.rollout_batch)
         moving = {name: size * batch for name, size in of_row.items()}
         moving |= worst(rows, recompute)
         if config.chunk_bytes is None and config.mode == "offload" and self.cuda:
@@ -274,8 +287,8 @@ class Planner:
         if config.save_optimizer:
             disk["optimizer state"] = state
         work = Work(
-            self.prompt * (prompts if shared else config.rollouts),
-            -(-most // rows) * prompts if shared else -(-config.rollouts // rows),
+            self.prompt * (prompts if shared else own),
+            -(-most // rows) * prompts if shared else -(-own // rows),
             prompts if shared else 0,
             of_row["KV cache"],
             len(last) * each,
@@ -284,7 +297,8 @@ class Planner:
         if download is None:
             itemsize = getattr(self.model_config.dtype, "itemsize", 2)
             download = sketch.sizes.weights // self.dtype.itemsize * itemsize
-        seconds, once = seconds_of(config, sketch, work, self.rates, download)
+        of_rank = config.model_copy(update={"rollouts": own})
+        seconds, once = seconds_of(of_rank, sketch, work, self.rates, download)
         return Plan(
             config,
             {**device, **moving},
@@ -296,7 +310,7 @@ class Planner:
             seconds,
             once,
             self.rates,
-            pays=rows * row >= min(goal * row, 2048) and batch >= min(config.rollouts, 16),
+            pays=rows * row >= min(goal * row, 2048) and batch >= min(own, 16),
         )
 
     def _always(
@@ -305,6 +319,8 @@ class Planner:
         """Bytes that stay: on the device, on the host, on disk."""
         sizes = sketch.sizes
         device = {"weights": sizes.weights, "buffers": sizes.buffers}
+        if self.world.engine != "replicas":
+            return *divided(self.world, sketch, device, self.cuda), {}
         if config.four_bit:  # a byte's scale for 64 weights, a float's for 256 of those
             packed = sizes.linear // 2 + sizes.linear // 64 + sizes.linear // (64 * 256) * 4
             device["weights"] += packed - sizes.linear * self.dtype.itemsize

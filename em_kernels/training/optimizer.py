@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from .offload import Bounce, zeros_in_files
+from .ranks import Ranks
 from .rounding import to_bf16
 
 SLAB = 1 << 21  # elements, of 2^20, 2^21, 2^22 the fastest (2-core CPU); fp64 must fit a buffer
@@ -186,17 +187,26 @@ class MasterAdamW:
         return found
 
     @torch.no_grad()
+    def add_up(self, ranks: Ranks) -> None:
+        """Add the gradients of all ranks, the same bits on each."""
+        slots = list(self._slots.values())
+        self._wait()
+        for slot, *held in zip(slots, *ranks.gather([slot.held for slot in slots]), strict=True):
+            if any(held) and not slot.held:
+                slot.held = True
+                slot.gradient.zero_()
+        for parts in _slabs(slot for slot in slots if slot.held):
+            kept = [slot.gradient[part] for slot, part in parts]
+            wide = [x.to(slot.master.dtype) for x, (slot, _) in zip(kept, parts, strict=True)]
+            sums = ranks.add_up(torch.cat(wide)).split([len(x) for x in kept])
+            torch._foreach_copy_(kept, list(sums))
+
+    @torch.no_grad()
     def norm(self) -> float:
         """Global L2 norm of what was added since the last update, to 3e-8 of it."""
         squares = [torch.zeros((), dtype=torch.float64, device=self.device)]
         for parts in _slabs(self._held()):
-            norms = []
-            for values in self._wide(parts, "gradient", 0):
-                rows = values[: len(values) // NORM_ROW * NORM_ROW].view(-1, NORM_ROW)
-                norms.append(torch.linalg.vector_norm(rows, dim=1))
-                if rows.numel() < len(values):
-                    norms.append(torch.linalg.vector_norm(values[rows.numel() :])[None])
-            squares.append(torch.cat(norms).double().square().sum())
+            squares += [square_sum(values) for values in self._wide(parts, "gradient", 0)]
         return torch.stack(squares).sum().sqrt().item()
 
     @torch.no_grad()
@@ -293,6 +303,14 @@ class MasterAdamW:
             hook.remove()
         if self._bounce is not None:
             self._bounce.close()
+
+
+def square_sum(values: Tensor) -> Tensor:
+    """Of (n,), in fp64."""
+    rows = values[: len(values) // NORM_ROW * NORM_ROW].view(-1, NORM_ROW)
+    norms = [torch.linalg.vector_norm(rows, dim=1)]
+    norms.append(torch.linalg.vector_norm(values[rows.numel() :])[None])
+    return torch.cat(norms).double().square().sum()
 
 
 def _slabs(slots: Iterable[_Slot]) -> Iterator[list[tuple[_Slot, slice]]]:

@@ -216,7 +216,9 @@ def _generate_batch(
     rows = torch.arange(len(ids), device=ids.device)  # which result each row of the batch is
     cache = DynamicCache(config=model.config)
     if same > 0:
-        model.get_decoder()(input_ids=ids[:1, :same], past_key_values=cache, use_cache=True)
+        model(  # not its decoder: FSDP wants the root module
+            input_ids=ids[:1, :same], past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
         cache.batch_repeat_interleave(len(ids))
     while len(rows):
         processors = LogitsProcessorList()

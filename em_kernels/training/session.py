@@ -17,13 +17,15 @@ class Interrupted(KeyboardInterrupt):
 
 
 class StopRequest:
-    """Turns a first Ctrl-C or SIGTERM into Interrupted at the next check; a second acts at once."""
+    """Turns a first Ctrl-C or SIGTERM into Interrupted at the next check; a second acts at once,
+    unless patient: a launcher passes on what the terminal has sent already.
+    """
 
-    def __init__(self) -> None:
-        self.requested = False
+    def __init__(self, patient: bool = False) -> None:
+        self.requested, self.patient = False, patient
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if self.requested and not self.patient:
             raise KeyboardInterrupt
         self.requested = True
 

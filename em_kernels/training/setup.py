@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,6 +19,7 @@ from .checkpoint import defining_settings, steps_in
 from .config import TrainConfig, UserError, json_object, read_yaml
 from .data import Problem, encode, problems_of
 from .demo_model import fetch_demo
+from .ranks import find_ranks
 from .records import CONFIG, differing
 
 ADAPTERS = "adapter_config.json"
@@ -52,18 +51,11 @@ def as_recorded(config: TrainConfig) -> TrainConfig:
 
 
 def find_device(config: TrainConfig) -> torch.device:
-    """With its index: one process has one."""
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device: cuda was asked for, but torch sees no CUDA GPU; use auto or cpu")
-    cpu = config.device == "cpu" or not torch.cuda.is_available()
-    try:
-        accelerator = Accelerator(cpu=cpu)
-    except ValueError:  # this process has made one of another device
-        AcceleratorState._reset_state(reset_partial_state=True)
-        accelerator = Accelerator(cpu=cpu)
-    if accelerator.num_processes > 1:
+    """Of a command that one process runs; with its index."""
+    ranks = find_ranks(config)
+    if ranks.count > 1:
         raise UserError("device: one process only; start it without accelerate or torchrun")
-    return torch.device("cuda", torch.cuda.current_device()) if not cpu else accelerator.device
+    return ranks.device
 
 
 def resolve_source(model: str) -> str:
@@ -138,9 +130,11 @@ def load_task(config: TrainConfig) -> Task:
     return Task(source, tokenizer, problems, prompts, chat_template, model_config)
 
 
-def load_model(source: str, config: TrainConfig, device: torch.device) -> PreTrainedModel:
-    """The model on its device, its weights in config.dtype; the base of a LoRA in 4 bits where
-    these are asked for.
+def load_model(
+    source: str, config: TrainConfig, device: torch.device, dtype: str | None = None
+) -> PreTrainedModel:
+    """The model on a device, its weights in config.dtype, if no other is given; the base of a LoRA
+    in 4 bits where these are asked for.
     """
     quantisation = None
     if config.four_bit:
@@ -150,7 +144,7 @@ def load_model(source: str, config: TrainConfig, device: torch.device) -> PreTra
     try:
         opened: Any = AutoModelForCausalLM.from_pretrained(
             source,
-            dtype=getattr(torch, config.dtype),
+            dtype=getattr(torch, dtype or config.dtype),
             attn_implementation=config.attention,
             use_safetensors=True,
             output_loading_info=True,

@@ -194,6 +194,44 @@ def scored_states(
     return states.flatten(0, 1)[torch.tensor(index, dtype=torch.int64, device=model.device)]
 
 
+class Part(NamedTuple):
+    """A rank's of an update."""
+
+    work: list[tuple[Sequence[int] | None, list[list[Rollout]]]]  # its micro-batches, by prompt
+    tokens: int  # scored, of all ranks
+    batches: int  # that score any, of all ranks
+    rounds: int  # micro-batches of the rank that has most
+
+    def divisor(self, tokens: int, official: bool) -> int:
+        """Of a token's entropy, in a micro-batch that scores so many."""
+        return tokens * self.batches if official else self.tokens
+
+
+def part_of(
+    rollouts: Sequence[Rollout], config: TrainConfig, micro_batch: int, index: int, count: int
+) -> Part:
+    """Of rank index of count: rollouts of all lengths; the mean over tokens is over all ranks'."""
+    official, every = config.official_loss, len(rollouts)
+    if official:  # its mean of micro-batches' means depends on the order
+        micro_batch = sys.maxsize
+        shares = [rollouts[i * every // count : (i + 1) * every // count] for i in range(count)]
+    else:  # by length: little padding, ranks alike
+        rollouts = sorted(rollouts, key=len)
+        shares = [rollouts[i::count] for i in range(count)]
+    works = [
+        [
+            (ids, list(micro_batches(group, micro_batch, len(ids or ()), config.micro_batch_rows)))
+            for ids, group in by_prompt(share, config.share_prefix)
+        ]
+        for share in shares
+    ]
+    batches = [[batch for _, group in work for batch in group] for work in works]
+    counts = [sum(len(scored(r, official)) for r in batch) for own in batches for batch in own]
+    return Part(
+        works[index], sum(counts), sum(n > 0 for n in counts), max(len(own) for own in batches)
+    )
+
+
 def entropy_step(
     model: PreTrainedModel,
     head: Head,
@@ -202,30 +240,24 @@ def entropy_step(
     optimizer: MasterAdamW,
     micro_batch: int,
     check: Callable[[], None],
+    index: int = 0,
+    count: int = 1,
 ) -> StepLoss:
     """Add the gradient of the mean entropy over all scored tokens to the optimizer's.
 
     Args:
+        rollouts: of the update, all of them.
         config: with nothing "auto" left.
         micro_batch: tokens of one forward and backward.
         check: called before each; may raise to abandon the work.
+        index, count: of this rank, and of all: only its part is computed, and returned.
     """
     official = config.official_loss
-    if not official:  # little padding; a mean of means depends on the order
-        rollouts = sorted(rollouts, key=len)
-    if official:
-        micro_batch = sys.maxsize
-    work = [
-        (ids, list(micro_batches(group, micro_batch, len(ids or ()), config.micro_batch_rows)))
-        for ids, group in by_prompt(rollouts, config.share_prefix)
-    ]
-    counts = [
-        sum(len(scored(r, official)) for r in batch) for _, batches in work for batch in batches
-    ]
+    part = part_of(rollouts, config, micro_batch, index, count)
     sink = partial(_add_rows, optimizer, head.weight) if head.weight.requires_grad else None
     mean, reports = 0.0, torch.zeros(2)
     with recomputation(model, config.gradient_checkpointing is True):
-        for ids, batches in work:
+        for ids, batches in part.work:
             prompt = None if ids is None else Prompt(model, ids)
             firsts = 0 if prompt is None or official else sum(map(len, batches))
             for batch in batches:
@@ -238,15 +270,12 @@ def entropy_step(
                     firsts = 0
                 elif len(states) == 0:
                     continue
-                total = sum(counts)
-                if official:  # the mean of micro-batches' means
-                    total = len(states) * sum(count > 0 for count in counts)
                 loss, dstates, dbias, report = entropy_loss_into(
                     sink,
                     states,
                     head.weight,
                     reduction="sum",
-                    mask=(weights / total).to(states.device),
+                    mask=(weights / part.divisor(len(states), official)).to(states.device),
                     temperature=config.temperature,
                     grad_tolerance=config.grad_tolerance,
                     chunk_bytes=config.chunk_bytes,
@@ -257,7 +286,7 @@ def entropy_step(
                     optimizer.add(head.bias, dbias)
                 states.backward(dstates)
                 mean += loss.item()
-                reports += torch.stack(report).cpu() * (weights.sum() / sum(counts))
+                reports += torch.stack(report).cpu() * (weights.sum() / part.tokens)
             if prompt is not None:
                 prompt.backward()
     return StepLoss(mean, *reports.tolist())

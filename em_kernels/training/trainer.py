@@ -3,24 +3,24 @@
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from rich.console import Console
 from rich.markup import escape
 from transformers import PreTrainedModel
 
-from ..functional import entropy_loss_into
-from ..hf import check_head, head_of
-from .checkpoint import defining_settings, newest_state, read_state, save_checkpoint, write_model
+from .checkpoint import defining_settings, newest_state, read_state, save_checkpoint
 from .config import TrainConfig, UserError
+from .engines import engine_of
 from .grading import Grader
-from .memory import CONTEXT, resolve
-from .optimizer import MasterAdamW
+from .memory import resolve
 from .plan import Plan, cheaper
+from .ranks import Ranks, find_ranks
 from .records import (
     Running,
     append,
@@ -32,14 +32,14 @@ from .records import (
     trim,
     write_config,
 )
-from .rollout import Rollout, check_cache, generate
+from .rollout import Rollout, generate
 from .session import Interrupted, StopRequest, line_of, peak_memory_gib, progress_on
-from .setup import Task, as_recorded, find_device, load_model, load_task
-from .step import StepLoss, can_share_prefix, entropy_step
+from .setup import Task, as_recorded, load_model, load_task
+from .shards import CONTEXT
+from .step import StepLoss
 from .trackers import Tracking
 
 T = TypeVar("T")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass
@@ -51,6 +51,16 @@ class TrainResult:
     metrics: list[dict[str, Any]] = field(default_factory=list)
 
 
+class _Before(NamedTuple):
+    """What a stopped run left."""
+
+    done: int = 0  # updates that the checkpoint holds
+    checkpoint: Path | None = None
+    is_state: bool = False  # to go on from
+    metrics: Sequence[dict[str, Any]] = ()
+    completions: dict[int, list[Rollout]] | None = None
+
+
 def train(
     config: TrainConfig,
     *,
@@ -60,74 +70,90 @@ def train(
 ) -> TrainResult:
     """Run One-shot EM; leave config.yaml, metrics.jsonl, rollouts.jsonl, checkpoints/ in output.
 
+    Under `accelerate launch` or torchrun each process calls it alike; rank 0 writes, all return.
+
     Args:
         console: where progress goes; default stderr.
         model: config.model already loaded; trained in place.
         resume: output holds a run that was stopped; go on where it was. On the same machine, with
-            as many threads, losses, norms and weights are bit for bit those of a run that never
-            stopped; on a GPU as far as its attention's backward repeats itself. What config leaves
-            open is as that run has it.
+            as many threads and processes, losses, norms and weights are bit for bit those of a run
+            that never stopped; on a GPU as far as its attention's backward repeats itself. What
+            config leaves open is as that run has it.
 
     Raises:
         UserError: before anything is written, where the settings cannot work; or a full disk.
         Interrupted: after Ctrl-C, with a checkpoint of the last finished update.
     """
+    ranks = find_ranks(config)
     console = console or Console(stderr=True)
-    if resume:
-        config = as_recorded(config)
-    else:
-        check_output(config.output)
-    config.check_complete()
-    tracking = Tracking(config, console)
-    device = find_device(config)
-    task = load_task(config)
-    if config.chat_template and not task.chat_template:
-        console.print("The tokenizer has no chat template: the prompt is used as it is.")
-    with console.status("planning memory"):
-        held = 0 if model is None else sum(p.nbytes for p in model.parameters())
-        plan = resolve(config, task.model_config, max(map(len, task.prompts)), device, held)
-    plan.config.check_complete()
-    run = _Run(config, plan, task, console, device)
+    if not ranks.is_main:
+        console = Console(quiet=True)
+    held = 0 if model is None else sum(p.nbytes for p in model.parameters())
+    config, task, plan = ranks.from_main(lambda: _prepared(config, resume, ranks, held, console))
+    run = _Run(config, plan, task, console, ranks)
     try:
         run.load(model)
     except torch.OutOfMemoryError as error:
         raise run.failed(error) from error
+    own = config if ranks.is_main else config.model_copy(update={"report_to": "none"})
     with (
-        closing(run.optimizer),
+        closing(run.engine),
         run.grader,
-        Running(config.output) as running,
-        StopRequest() as stop,
-        tracking,
+        Running(config.output) if ranks.is_main else nullcontext() as running,
+        StopRequest(patient=ranks.count > 1) as stop,
+        Tracking(own, console) as tracking,
     ):
-        if running.death:
+        if running and running.death:
             console.print(running.death, markup=False, soft_wrap=True)
-        run.start(resume)
-        tracking.start(run.measured)
         try:
+            run.start(resume)
+            tracking.start(run.measured)
             for update in range(run.first, plan.config.steps + 1):
                 if reason := run.why_over():
                     console.print(f"Stopped early: {reason}.")
                     break
-                running.phase(f"update {update}")
+                if running:
+                    running.phase(f"update {update}")
                 run.update(update, stop)
                 tracking.log(run.result.metrics[-1])
                 if update in plan.config.save_at:
                     run.save()
             run.save()
-            stop.check()
+            ranks.together(stop, stop.check)
         except (Exception, Interrupted) as error:
             raise run.failed(error) from (None if isinstance(error, UserError) else error)
     return run.result
+
+
+def _prepared(
+    config: TrainConfig, resume: bool, ranks: Ranks, held: int, console: Console
+) -> tuple[TrainConfig, Task, Plan]:
+    """What is asked for, and how it is to be done; nothing is written."""
+    if resume:
+        config = as_recorded(config)
+    else:
+        check_output(config.output)
+    config.check_complete()
+    Tracking(config, console)
+    task = load_task(config)
+    if config.chat_template and not task.chat_template:
+        console.print("The tokenizer has no chat template: the prompt is used as it is.")
+    with console.status("planning memory"):
+        plan = resolve(
+            config, task.model_config, max(map(len, task.prompts)), ranks.device, held, ranks.world
+        )
+    plan.config.check_complete()
+    return config, task, plan
 
 
 class _Run:
     """A run's parts, and what its updates do to them."""
 
     def __init__(
-        self, asked: TrainConfig, plan: Plan, task: Task, console: Console, device: torch.device
+        self, asked: TrainConfig, plan: Plan, task: Task, console: Console, ranks: Ranks
     ) -> None:
         self.asked, self.config, self.plan = asked, plan.config, plan
-        self.task, self.console, self.device = task, console, device
+        self.task, self.console, self.ranks = task, console, ranks
         self.picks = [i % len(task.prompts) for i in range(plan.config.rollouts)]
         self.result, self.grader = TrainResult(asked.output), Grader()
         self.recorded: dict[int, list[Rollout]] = {}
@@ -135,16 +161,16 @@ class _Run:
         self.sizes = {name: getattr(plan.config, name) for name in ("micro_batch", "rollout_batch")}
         self.past_sizes: dict[int, dict[str, int]] = {}  # of updates before the stop
         self.is_whole = True  # the weights are those of a finished update
-        if device.type == "cuda":  # rather an error than a desktop's memory, or WSL's detour
-            total = torch.cuda.get_device_properties(device).total_memory
+        if ranks.device.type == "cuda":  # rather an error than a desktop's memory, or WSL's detour
+            total = torch.cuda.get_device_properties(ranks.device).total_memory
             share = min(1.0, (plan.device_limit - CONTEXT) / total)  # of the allocator
-            torch.cuda.set_per_process_memory_fraction(share, device)
+            torch.cuda.set_per_process_memory_fraction(share, ranks.device)
 
     def load(self, model: PreTrainedModel | None) -> None:
         """Model, head, optimizer; whatever does not suit is refused, and nothing written."""
-        config, task = self.config, self.task
+        config, task, ranks = self.config, self.task, self.ranks
         if config.rollouts_from is not None:
-            self.recorded = self.completions_in(config.rollouts_from)
+            self.recorded = ranks.from_main(partial(self.completions_in, config.rollouts_from))
             if len(self.recorded) < config.steps:
                 raise UserError(
                     f"rollouts_from: {config.rollouts_from} holds {len(self.recorded)} whole "
@@ -152,40 +178,15 @@ class _Run:
                 )
         if model is None:
             with self.console.status(escape(f"loading {config.model}")):
-                model = load_model(task.source, config, self.device)
-        if config.mode == "lora":  # before any forward, see there
-            from .lora import add_adapters, write_adapter  # peft takes seconds
-
-            self.write = write_adapter(add_adapters(model, config), task.tokenizer)
-        else:
-            self.write = write_model(model.requires_grad_(True), task.tokenizer)
-        try:
-            self.head = head_of(model)
-            check_head(model, self.head)
-            check_cache(model)
-            token = self.head.weight.new_zeros(1, self.head.weight.shape[1])
-            entropy_loss_into(  # chunk_bytes
-                None, token, self.head.weight.detach(), chunk_bytes=config.chunk_bytes
-            )
-        except (TypeError, ValueError) as error:
-            raise UserError(str(error)) from error
-        self.model = model.eval()  # no dropout
-        if config.share_prefix and not can_share_prefix(model):
+                # FSDP takes its parts of fp32 weights from the host, one after another
+                place = (
+                    ("cpu", "float32") if ranks.world.engine == "fsdp2" else (ranks.device, None)
+                )
+                model = load_model(task.source, config, torch.device(place[0]), place[1])
+        self.engine = engine_of(ranks.world.engine)(model, task.tokenizer, config, ranks)
+        if self.engine.config != config:
             self.console.print("The prompt is computed in every row: this model's cache asks it.")
-            self.config = config = config.model_copy(update={"share_prefix": False})
-        assert config.lr is not None
-        self.optimizer = MasterAdamW(
-            model.named_parameters(),
-            lr=config.lr,
-            betas=config.betas,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            clip=config.clip,
-            device=torch.device("cpu") if config.mode == "offload" else self.device,
-            moments=DTYPES[config.moments],
-            gradients=DTYPES[config.gradients],
-            folder=config.offload_dir if config.mode == "offload" else None,
-        )
+            self.config = self.engine.config
 
     def completions_in(self, run: Path) -> dict[int, list[Rollout]]:
         """Of each whole update of a run of the same prompts."""
@@ -206,97 +207,106 @@ class _Run:
 
     def start(self, resume: bool) -> None:
         """The folder; of a stopped run its newest whole state, and what it had sampled after it."""
-        config, output, done = self.config, self.config.output, 0
+        before = self.ranks.from_main(self._before if resume else self._begin)
         if not resume:
-            check_output(output)  # once more, as no other process starts there any more
-            write_config(output, config)
             return
         self.asked = self.asked.model_copy(update=dict.fromkeys(self.sizes, "auto"))  # if it was
-        own, metrics = self.completions_in(output), read_metrics(output)
-        self.written, self.measured = len(own), min(len(own), len(metrics))
+        own, metrics, done = before.completions or {}, list(before.metrics), before.done
+        self.written, self.measured = len(own), len(metrics)
         self.recorded |= own
-        self.result.metrics = metrics[: self.measured]
-        last = self.folder(self.measured)
-        state, refused = newest_state(output, defining_settings(config))
-        if state is not None and state[0] > self.measured:
-            refused.append(f"{state[1]} cannot be resumed from: records before it are missing")
-            state = None
-        for line in refused:
-            self.console.print(line, markup=False, soft_wrap=True)
-        if state is not None:
-            done, self.result.checkpoint = state
-            self.optimizer.load(read_state(self.result.checkpoint))
-        elif last.exists() and (self.measured >= config.steps or self.why_over()):
-            done, self.result.checkpoint = self.measured, last  # the end; nothing is left to do
+        self.result.checkpoint = before.checkpoint
+        if before.is_state and before.checkpoint is not None:
+            self.engine.load(read_state(before.checkpoint))
         self.first, self.result.metrics = done + 1, metrics[:done]
         self.past_sizes = {
             row["update"]: {name: row[name] for name in self.sizes if name in row}
             for row in metrics
         }
         self.sizes |= self.past_sizes.get(done, {})
-        trim(output, rollouts_upto=self.written, metrics_upto=self.measured)
-        write_config(output, config)
         self.console.print(
             f"Going on after update {done}; {self.written - done} more are trained anew on their "
             "recorded completions."
         )
 
+    def _begin(self) -> _Before:
+        check_output(self.config.output)  # once more, as no other process starts there any more
+        write_config(self.config.output, self.config)
+        return _Before()
+
+    def _before(self) -> _Before:
+        output = self.config.output
+        own, metrics = self.completions_in(output), read_metrics(output)
+        measured = min(len(own), len(metrics))
+        metrics = metrics[:measured]
+        last = self.folder(measured)
+        state, refused = newest_state(output, self._defining())
+        if state is not None and state[0] > measured:
+            refused.append(f"{state[1]} cannot be resumed from: records before it are missing")
+            state = None
+        for line in refused:
+            self.console.print(line, markup=False, soft_wrap=True)
+        done, checkpoint = state or (0, None)
+        over = measured >= self.config.steps or self.why_over(metrics)
+        if state is None and last.exists() and over:  # the end; nothing is left to do
+            done, checkpoint = measured, last
+        trim(output, rollouts_upto=len(own), metrics_upto=measured)
+        write_config(output, self.config)
+        return _Before(done, checkpoint, state is not None, metrics, own)
+
+    def _defining(self) -> dict[str, Any]:
+        return defining_settings(self.config) | self.ranks.describe()
+
     def update(self, update: int, stop: StopRequest) -> None:
         """One optimizer update and its records."""
-        config, task, began = self.config, self.task, time.perf_counter()
+        config, ranks, began = self.config, self.ranks, time.perf_counter()
+        own = range(ranks.index, config.rollouts, ranks.count)
         self.sizes |= self.past_sizes.get(update, {})
         with progress_on(self.console) as progress:
             title = f"update {update}/{config.steps}"
-            bar = progress.add_task(f"{title} sampling", total=config.rollouts)
+            bar = progress.add_task(f"{title} sampling", total=len(own))
 
-            def sample(batch_size: int) -> list[Rollout]:
+            def sample(batch_size: int) -> list[tuple[int, Rollout]]:
                 progress.reset(bar)
-                return generate(
-                    self.model,
-                    task.tokenizer,
-                    [task.prompts[pick] for pick in self.picks],
-                    [(config.seed, update, i) for i in range(config.rollouts)],
+                found = generate(
+                    self.engine.model,
+                    self.task.tokenizer,
+                    [self.task.prompts[self.picks[i]] for i in own],
+                    [(config.seed, update, i) for i in own],
                     config.sampling,
                     batch_size=batch_size,
                     on_done=lambda count: progress.advance(bar, count),
                     check=stop.check,
                 )
-
-            rollouts = self.recorded.get(update) or self._fitting("rollout_batch", sample, 1)
-            sampled = time.perf_counter()
-            records = self._records(update, rollouts, stop)
-            if update > self.written:
-                append(config.output / "rollouts.jsonl", records)
-            progress.update(bar, description=f"{title} training", completed=0)
+                return list(zip(own, found, strict=True))
 
             def learn(micro_batch: int) -> StepLoss:
-                self.optimizer.clear()
-                return entropy_step(
-                    self.model,
-                    self.head,
-                    rollouts,
-                    config,
-                    self.optimizer,
-                    micro_batch,
-                    stop.check,
-                )
+                return self.engine.learn(rollouts, micro_batch, stop.check)
 
-            longest = max(len(rollout.response_ids) for rollout in rollouts)
-            if config.official_loss:  # which depends on the micro-batches
-                longest = self.sizes["micro_batch"]
-            loss = self._fitting("micro_batch", learn, longest)
-            norm = self.optimizer.norm()
+            rollouts = self.recorded.get(update) or []
+            if not rollouts:
+                with self.engine.whole():
+                    mine = ranks.together(stop, lambda: self._fitting("rollout_batch", sample, 1))
+                shares = [dict(pairs) for pairs in ranks.gather(mine)]
+                rollouts = [shares[i % ranks.count][i] for i in range(config.rollouts)]
+            sampled = time.perf_counter()
+            accuracy = ranks.from_main(lambda: self._record(update, rollouts, stop))
+            progress.update(bar, description=f"{title} training", completed=0)
+            least = max(len(rollout.response_ids) for rollout in rollouts)
+            if config.official_loss or not self.engine.retries:  # it depends on the micro-batches
+                least = self.sizes["micro_batch"]
+            part = ranks.together(stop, lambda: self._fitting("micro_batch", learn, least))
+            loss = StepLoss(*ranks.total(part))
+            norm = self.engine.norm()
             if not math.isfinite(norm):
                 raise UserError(f"lr: the gradient of update {update} is not finite; lower it")
             self.is_whole = False
-            self.optimizer.step(norm)
+            self.engine.step(norm)
         now = time.perf_counter()
-        graded = [record["correct"] for record in records if record["correct"] is not None]
         tokens = sum(len(rollout.response_ids) for rollout in rollouts)
         row = {
             "update": update,
             "entropy": loss.entropy,
-            "accuracy": sum(graded) / len(graded) if graded else None,
+            "accuracy": accuracy,
             "grad_norm": norm,
             "active_share": loss.active_share,
             "dropped_share": loss.dropped_share,
@@ -307,27 +317,26 @@ class _Run:
             "tokens_per_s": tokens / (now - began),
             "sampling_s": sampled - began,
             "training_s": now - sampled,
-            "peak_memory_gib": peak_memory_gib(self.device),
+            "peak_memory_gib": max(ranks.gather(peak_memory_gib(ranks.device))),
             "planned_memory_gib": self.plan.allocated / 2**30,
             **self.sizes,
         }
         if update > self.measured:
-            append(config.output / "metrics.jsonl", [row])
+            ranks.from_main(lambda: append(config.output / "metrics.jsonl", [row]))
         self.result.metrics.append(row)
         self.is_whole = True
         self.console.print(line_of(row, config.steps), soft_wrap=True)
         if warning := cut_off(rollouts):
             self.console.print(warning, soft_wrap=True)
 
-    def _records(
-        self, update: int, rollouts: Sequence[Rollout], stop: StopRequest
-    ) -> list[dict[str, Any]]:
+    def _record(self, update: int, rollouts: Sequence[Rollout], stop: StopRequest) -> float | None:
+        """Write the completions down, graded; returns their accuracy."""
         texts = self.task.tokenizer.batch_decode(
             [rollout.response_ids for rollout in rollouts], skip_special_tokens=True
         )
         answers = [self.task.problems[pick].answer for pick in self.picks]
         right = self.grader.grade(list(zip(texts, answers, strict=True)), lambda _: stop.check())
-        return [
+        records = [
             {
                 "update": update,
                 "index": index,
@@ -339,6 +348,10 @@ class _Run:
             }
             for index, (rollout, text) in enumerate(zip(rollouts, texts, strict=True))
         ]
+        if update > self.written:
+            append(self.config.output / "rollouts.jsonl", records)
+        graded = [right[i] for i, answer in enumerate(answers) if answer is not None]
+        return sum(graded) / len(graded) if graded else None
 
     def _fitting(self, name: str, work: Callable[[int], T], least: int) -> T:
         """work(size), from the start with half the size where memory runs out and the size is not
@@ -354,9 +367,9 @@ class _Run:
             self.sizes[name] //= 2
             self.console.print(f"Out of memory: once more with {name} {self.sizes[name]}.")
 
-    def why_over(self) -> str:
+    def why_over(self, metrics: Sequence[dict[str, Any]] | None = None) -> str:
         """Why the last update was one to stop after, if it was."""
-        rows, config = self.result.metrics, self.config
+        rows, config = self.result.metrics if metrics is None else metrics, self.config
         if rows and rows[-1]["entropy"] < config.stop_below * rows[0]["entropy"]:
             return f"entropy below {config.stop_below:g} of its start"
         if rows and rows[-1]["repetition"] > config.stop_repetition:
@@ -373,9 +386,10 @@ class _Run:
         if (folder := self.folder(done)) == self.result.checkpoint:
             return
         with self.console.status(escape(f"writing {folder}")):
-            state = self.optimizer.state() if self.config.save_optimizer else None
-            facts = {"update": done, "settings": defining_settings(self.config)}
-            save_checkpoint(self.write, folder, state, facts, keep=self.config.keep)
+            state = self.engine.state() if self.config.save_optimizer else None
+            facts = {"update": done, "settings": self._defining()}
+            write, keep = self.engine.writer(), self.config.keep
+            self.ranks.from_main(lambda: save_checkpoint(write, folder, state, facts, keep=keep))
         self.result.checkpoint = folder
 
     def failed(self, error: BaseException) -> BaseException:
@@ -383,7 +397,9 @@ class _Run:
         kept = "no update yet"
         if self.result.metrics:
             kept = f"--resume {self.config.output} goes on"
-        if self.result.metrics and self.is_whole:
+        # that of many processes tells nobody else that it failed, but that all are interrupted
+        together = self.ranks.count == 1 or isinstance(error, Interrupted)
+        if self.result.metrics and self.is_whole and together:
             try:
                 self.save()
                 kept = f"{self.result.checkpoint} holds the last update"
@@ -394,7 +410,9 @@ class _Run:
         if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
             sizes = ", ".join(f"{name} {size}" for name, size in self.sizes.items())
             asked = {name: getattr(self.asked, name) for name in self.sizes}  # "auto" stays
-            options = cheaper(self.config.model_copy(update=asked), self.device.type == "cuda")
+            options = cheaper(
+                self.config.model_copy(update=asked), self.ranks.device.type == "cuda"
+            )
             remedies = ", ".join(flag for flag, _ in options)
             return UserError(f"out of memory with {sizes}; {kept}; use {remedies}")
         return error

@@ -1,0 +1,161 @@
+"""A run's processes, one a device: which this one is, who holds what, and what they tell each
+other. They are started by `accelerate launch` or torchrun; one process is the special case.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, DistributedType
+from accelerate.state import AcceleratorState
+from accelerate.utils import FullyShardedDataParallelPlugin
+
+from .config import TrainConfig, UserError
+from .session import Interrupted, StopRequest
+
+T = TypeVar("T")
+ENGINES = ("replicas", "fsdp2", "deepspeed")
+
+
+class World(NamedTuple):
+    """A run's processes.
+
+    on_machine: how many share one host's memory.
+    engine: who holds weights and optimizer. replicas: every rank all of them, and gradients are
+        added up (what accelerate calls MULTI_GPU or MULTI_CPU); fsdp2: each a part of both;
+        deepspeed: weights whole, of the optimizer a part (ZeRO 1 and 2).
+    on_host: its state is in host memory, as the engine's own settings have it.
+    """
+
+    ranks: int = 1
+    on_machine: int = 1
+    engine: str = "replicas"
+    on_host: bool = False
+
+
+class Ranks:
+    """Of a run.
+
+    index, count: of this process (its rank), and of all.
+    device: this process's, with its index.
+    """
+
+    def __init__(self, accelerator: Accelerator, device: torch.device) -> None:
+        self.accelerator, self.device = accelerator, device
+        state: Any = accelerator.state
+        there = dist.is_initialized()
+        # accelerate's own count is 1 where DeepSpeed runs on CPUs
+        self.index, self.count = (dist.get_rank(), dist.get_world_size()) if there else (0, 1)
+        on_machine = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:
+            on_host = state.deepspeed_plugin.offload_optimizer_device != "none"
+            self.world = World(self.count, on_machine, "deepspeed", on_host)
+        elif there and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+            plugin: Any = getattr(state, "fsdp_plugin", None) or FullyShardedDataParallelPlugin()
+            state.fsdp_plugin = plugin  # accelerate has it on GPUs alone
+            on_host = type(plugin.cpu_offload).__name__ == "CPUOffloadPolicy"
+            self.world = World(self.count, on_machine, "fsdp2", on_host)
+        else:
+            self.world = World(self.count, on_machine)
+
+    @property
+    def is_main(self) -> bool:
+        """Of one process: it writes the run's folder and the console."""
+        return self.index == 0
+
+    def describe(self) -> dict[str, Any]:
+        """What the last digits depend on, where it is not one process."""
+        if self.world == World():
+            return {}
+        return {"ranks": self.count, "engine": self.world.engine}
+
+    def gather(self, value: T) -> list[T]:
+        """Each rank's, in order; the same list on all."""
+        found: list[Any] = [value] * self.count
+        if self.count > 1:
+            dist.all_gather_object(found, value)
+        return found
+
+    def total(self, values: Sequence[float]) -> list[float]:
+        """Sums over the ranks, the same bits on all."""
+        return [sum(column) for column in zip(*self.gather(list(values)), strict=True)]
+
+    def add_up(self, values: torch.Tensor) -> torch.Tensor:
+        """The ranks' sum, in place where the devices allow."""
+        if self.count == 1:
+            return values
+        there = values.to(self.device)
+        dist.all_reduce(there)
+        return there.to(values.device)
+
+    def from_main(self, make: Callable[[], T]) -> T:
+        """What rank 0 makes, on every rank. Where it fails for a reason that the user can mend,
+        the others end without a word.
+        """
+        if self.count == 1:
+            return make()
+        found: list[Any] = [None]
+        if self.is_main:
+            try:
+                found = [make()]
+            except (UserError, Interrupted) as error:
+                found = [error]
+        dist.broadcast_object_list(found)
+        if isinstance(found[0], UserError) and not self.is_main:
+            raise SystemExit(2)
+        if isinstance(found[0], BaseException):
+            raise found[0]
+        return found[0]
+
+    def together(self, stop: StopRequest, work: Callable[[], T]) -> T:
+        """work(), which may give up where it finds a request to stop; every rank goes on or raises
+        Interrupted, none alone.
+        """
+        if self.count == 1:
+            return work()
+        found: list[T] = []
+        with suppress(Interrupted):
+            found.append(work())
+        if any(self.gather(stop.requested)):
+            raise Interrupted("interrupted")
+        return found[0]
+
+
+def find_ranks(config: TrainConfig) -> Ranks:
+    """Of the launcher that started this process.
+
+    Raises: UserError where it asks for what cannot work.
+    """
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device: cuda was asked for, but torch sees no CUDA GPU; use auto or cpu")
+    on_cpu = config.device == "cpu" or not torch.cuda.is_available()
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
+    cpu = on_cpu and not deepspeed  # accelerate has no DeepSpeed where it is told of CPUs
+    try:
+        accelerator = Accelerator(cpu=cpu)
+    except ValueError:  # this process has made one of another device
+        AcceleratorState._reset_state(reset_partial_state=True)
+        accelerator = Accelerator(cpu=cpu)
+    except ImportError as error:
+        raise UserError(f"deepspeed: {error}") from error
+    ranks = Ranks(
+        accelerator,
+        accelerator.device if on_cpu else torch.device("cuda", torch.cuda.current_device()),
+    )
+    state: Any = accelerator.state
+    if ranks.world.engine == "fsdp2" and state.fsdp_plugin.fsdp_version != 2:
+        raise UserError("fsdp: version 1 is not supported; launch with --fsdp_version 2")
+    if ranks.world.engine == "deepspeed" and (stage := state.deepspeed_plugin.zero_stage) not in (
+        1,
+        2,
+    ):
+        raise UserError(
+            f"deepspeed: ZeRO stage {stage} is not supported: sampling reads every weight at every "
+            "token, which stage 3 would fetch each time; use stage 2, or FSDP2"
+        )
+    if config.rollouts < ranks.count:
+        raise UserError(f"rollouts: {config.rollouts} are fewer than the {ranks.count} processes")
+    return ranks
