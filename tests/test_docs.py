@@ -16,6 +16,8 @@ from typing import NamedTuple
 from unittest.mock import patch
 
 import pytest
+from accelerate.commands.launch import launch_command_parser
+from torch.distributed.run import get_args_parser
 from training import tiny
 
 from em_kernels import cli, reference
@@ -65,7 +67,12 @@ def commands():
 
 
 COMMANDS = list(commands())
-OURS = [pytest.param(w, id=f"{p} {shlex.join(w)}") for p, w in COMMANDS if "em-kernels" in w]
+LAUNCHERS = {"accelerate": launch_command_parser, "torchrun": get_args_parser}
+OURS = [
+    pytest.param(words, id=f"{page} {shlex.join(words)}")
+    for page, words in COMMANDS
+    if words[0] in ("em-kernels", *LAUNCHERS)
+]
 
 
 def test_every_block_is_of_a_known_kind():
@@ -173,7 +180,12 @@ def only_parsed(monkeypatch):
 @pytest.mark.parametrize("words", OURS)
 def test_command_parses(words, only_parsed, runs, monkeypatch, capsys):
     monkeypatch.chdir(runs)  # --resume and --config want a run
-    arguments = words[words.index("em-kernels") + 1 :]
+    arguments = words[1:]
+    if words[0] in LAUNCHERS:
+        own = arguments[arguments[0] == "launch" :]
+        asked = LAUNCHERS[words[0]]().parse_args(own)
+        assert asked.module and asked.training_script == "em_kernels.cli"
+        arguments = asked.training_script_args
     if arguments == ["info"]:
         assert cli.main(arguments) == 0
         return
@@ -200,7 +212,7 @@ def test_other_commands_are_known():
             asked = {extra for found in extras for extra in found.split(",")}
             assert asked <= known, page
         else:
-            assert "em-kernels" in words, (page, words)
+            assert words[0] in ("em-kernels", *LAUNCHERS), (page, words)
 
 
 def test_merge_and_report_do_what_the_pages_say(runs, monkeypatch, capsys):
