@@ -1,0 +1,88 @@
+"""EntropyTrainer beside a Trainer with all logits in memory, each in a process of its own.
+python benchmarks/bench_hf_trainer.py adds to results/hf_trainer.json
+"""
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+import store
+import torch
+import transformers
+from transformers import Qwen2Config, Qwen2ForCausalLM, Trainer, TrainingArguments
+
+import em_kernels
+from em_kernels.hf_trainer import EntropyTrainer
+
+ROUNDS, STEPS, ROWS, LENGTH, TAU = 3, 2, 4, 512, 0.5
+# of Qwen2-0.5B, but 2 layers
+SHAPE = {"vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864}
+SHAPE |= {"num_hidden_layers": 2, "num_attention_heads": 14, "num_key_value_heads": 2}
+
+
+class LogitsTrainer(Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        logp = (model(**inputs).logits[:, :-1].float() / TAU).log_softmax(-1)
+        entropy = -(logp.exp() * logp).sum(-1)
+        return (entropy * (labels[:, 1:] != -100)).sum() / num_items_in_batch
+
+
+TRAINERS = {"logits": (LogitsTrainer, {}), "EntropyTrainer": (EntropyTrainer, {"temperature": TAU})}
+
+
+def measure(kind: str) -> dict:
+    """Of one process: its first step warms up."""
+    base, settings = TRAINERS[kind]
+
+    class Timed(base):
+        def training_step(self, *arguments):
+            start = time.perf_counter(), time.process_time()
+            loss = super().training_step(*arguments)
+            times.append((time.perf_counter() - start[0], time.process_time() - start[1]))
+            return loss
+
+    times: list[tuple[float, float]] = []
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(Qwen2Config(**SHAPE, tie_word_embeddings=True))
+    ids = torch.randint(SHAPE["vocab_size"], (ROWS * (STEPS + 1), LENGTH))
+    data = [{"input_ids": row, "labels": row} for row in ids]
+    with tempfile.TemporaryDirectory() as output:
+        options = {"per_device_train_batch_size": ROWS, "max_steps": STEPS + 1, "use_cpu": True}
+        options |= {"save_strategy": "no", "report_to": "none", "disable_tqdm": True}
+        arguments = TrainingArguments(output, logging_steps=1, **options)
+        trainer = Timed(model, arguments, train_dataset=data, **settings)
+        usage = [resource.getrusage(resource.RUSAGE_SELF)]
+        trainer.train()
+        usage.append(resource.getrusage(resource.RUSAGE_SELF))
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    wall, cpu = (statistics.median(column) for column in zip(*times[1:], strict=True))
+    before, peak = (at.ru_maxrss / 2**20 for at in usage)
+    peaks = {"peak_gib": peak, "peak_before_training_gib": before}
+    return {**peaks, "step_s": wall, "step_cpu_s": cpu, "losses": losses}
+
+
+def main() -> None:
+    rounds: dict[str, list[dict]] = {kind: [] for kind in TRAINERS}
+    for kind in [*TRAINERS] * ROUNDS:
+        run = [sys.executable, __file__, kind]
+        rounds[kind].append(json.loads(subprocess.check_output(run, text=True).splitlines()[-1]))
+    facts = {
+        "command": "OMP_NUM_THREADS=1 python benchmarks/bench_hf_trainer.py",
+        "model": f"random Qwen2, fp32, {SHAPE}; {ROWS} x {LENGTH} tokens, AdamW",
+        "versions": {m.__name__: m.__version__ for m in (em_kernels, torch, transformers)},
+    }
+    results = {}
+    for kind, rows in rounds.items():
+        names = rows[0].keys() - {"losses"}
+        medians = {name: statistics.median(row[name] for row in rows) for name in sorted(names)}
+        results[kind] = {**medians, **facts, "rounds": rows}
+    store.merge(store.RESULTS / "hf_trainer.json", "cpu", "trainer", results)
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(sys.argv[1]))) if len(sys.argv) > 1 else main()
