@@ -96,7 +96,16 @@ def main() -> None:
         run(folder, programs / "em-kernels", *TRAIN)
         run(folder, programs / "em-kernels", "report", "run")
         programs = environment(folder / "sdist")
-        run(folder, programs / "pip", "install", *CONSTRAINED, "torch", "setuptools", "ninja")
+        run(
+            folder,
+            programs / "pip",
+            "install",
+            *CONSTRAINED,
+            "torch",
+            "numpy",
+            "setuptools",
+            "ninja",
+        )
         options = ("--no-build-isolation", "--no-deps")
         run(folder, programs / "pip", "install", *CONSTRAINED, *options, sdist)
         run(folder, programs / "python", "-I", "-c", LOSS)
