@@ -3,9 +3,10 @@ other. They are started by `accelerate launch` or torchrun; one process is the s
 """
 
 import os
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -45,21 +46,22 @@ class Ranks:
 
     def __init__(self, accelerator: Accelerator, device: torch.device) -> None:
         self.accelerator, self.device = accelerator, device
-        state: Any = accelerator.state
         there = dist.is_initialized()
         # accelerate's own count is 1 where DeepSpeed runs on CPUs
         self.index, self.count = (dist.get_rank(), dist.get_world_size()) if there else (0, 1)
-        on_machine = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        state: Any = accelerator.state
+        self.plugin: Any = None  # accelerate's settings of the engine
+        engine, on_host = "replicas", False
         if accelerator.distributed_type == DistributedType.DEEPSPEED:
-            on_host = state.deepspeed_plugin.offload_optimizer_device != "none"
-            self.world = World(self.count, on_machine, "deepspeed", on_host)
+            engine, self.plugin = "deepspeed", state.deepspeed_plugin
+            on_host = self.plugin.offload_optimizer_device != "none"
         elif there and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-            plugin: Any = getattr(state, "fsdp_plugin", None) or FullyShardedDataParallelPlugin()
-            state.fsdp_plugin = plugin  # accelerate has it on GPUs alone
-            on_host = type(plugin.cpu_offload).__name__ == "CPUOffloadPolicy"
-            self.world = World(self.count, on_machine, "fsdp2", on_host)
-        else:
-            self.world = World(self.count, on_machine)
+            engine = "fsdp2"
+            self.plugin = getattr(state, "fsdp_plugin", None) or FullyShardedDataParallelPlugin()
+            state.fsdp_plugin = self.plugin  # which accelerate has on GPUs alone
+            on_host = type(self.plugin.cpu_offload).__name__ == "CPUOffloadPolicy"
+        on_machine = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        self.world = World(self.count, on_machine, engine, on_host)
 
     @property
     def is_main(self) -> bool:
@@ -104,11 +106,20 @@ class Ranks:
             except (UserError, Interrupted) as error:
                 found = [error]
         dist.broadcast_object_list(found)
-        if isinstance(found[0], UserError) and not self.is_main:
-            raise SystemExit(2)
+        if isinstance(found[0], UserError):
+            self.refuse(found[0])
         if isinstance(found[0], BaseException):
             raise found[0]
         return found[0]
+
+    def refuse(self, error: UserError) -> NoReturn:
+        """Raise what every rank has found, on rank 0; the others wait for it to say so, as the
+        launcher ends all when one ends.
+        """
+        if not self.is_main:
+            time.sleep(5)
+            raise SystemExit(2)
+        raise error
 
     def together(self, stop: StopRequest, work: Callable[[], T]) -> T:
         """work(), which may give up where it finds a request to stop; every rank goes on or raises
@@ -145,17 +156,14 @@ def find_ranks(config: TrainConfig) -> Ranks:
         accelerator,
         accelerator.device if on_cpu else torch.device("cuda", torch.cuda.current_device()),
     )
-    state: Any = accelerator.state
-    if ranks.world.engine == "fsdp2" and state.fsdp_plugin.fsdp_version != 2:
-        raise UserError("fsdp: version 1 is not supported; launch with --fsdp_version 2")
-    if ranks.world.engine == "deepspeed" and (stage := state.deepspeed_plugin.zero_stage) not in (
-        1,
-        2,
-    ):
-        raise UserError(
-            f"deepspeed: ZeRO stage {stage} is not supported: sampling reads every weight at every "
-            "token, which stage 3 would fetch each time; use stage 2, or FSDP2"
-        )
+    stage = getattr(ranks.plugin, "zero_stage", 2)
+    if getattr(ranks.plugin, "fsdp_version", 2) != 2:
+        ranks.refuse(UserError("fsdp: version 1 is not supported; launch with --fsdp_version 2"))
+    if stage not in (1, 2):
+        why = "sampling reads every weight at every token, which stage 3 would fetch each time"
+        remedy = "use stage 2, or FSDP2"
+        ranks.refuse(UserError(f"deepspeed: ZeRO stage {stage} is not supported: {why}; {remedy}"))
     if config.rollouts < ranks.count:
-        raise UserError(f"rollouts: {config.rollouts} are fewer than the {ranks.count} processes")
+        few = f"{config.rollouts} are fewer than the {ranks.count} processes"
+        ranks.refuse(UserError(f"rollouts: {few}; raise it"))
     return ranks

@@ -246,6 +246,7 @@ def _generate_batch(
             ),
             logits_processor=processors,
             stopping_criteria=StoppingCriteriaList([segment_end]),
+            synced_gpus=False,  # else under FSDP each rank waits for the others' segments
         )
         ids, cache = output.sequences, output.past_key_values
         length = segment_end.length

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -171,33 +171,44 @@ def micro_batches(
         yield batch
 
 
-def scored_states(
-    model: PreTrainedModel, batch: Sequence[Rollout], prompt: Prompt | None, official: bool
-) -> Tensor:
-    """Hidden states (n, D) at the scored positions; where there is a prompt, at those behind it.
-    Padding is on the right, where causal attention never looks.
+def padded(
+    batch: Sequence[Rollout], first: int, official: bool, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Their ids (B, T) from column `first` on, and of their flattened positions those that are
+    scored. Padding is on the right, where causal attention never looks.
     """
-    first = 0 if prompt is None else prompt.length  # position of the first column
     spans = [scored(rollout, official) for rollout in batch]
     columns = max(span.stop for span in spans) - first
-    if columns <= 0:
-        assert prompt is not None
-        return prompt.last[:0]
-    padded: list[list[int]] = []
+    rows: list[list[int]] = []
     index: list[int] = []
     for row, (rollout, span) in enumerate(zip(batch, spans, strict=True)):
         tokens = (rollout.prompt_ids + rollout.response_ids)[first : span.stop]
-        padded.append(tokens + [0] * (columns - len(tokens)))
+        rows.append(tokens + [0] * (columns - len(tokens)))
         index += [row * columns + t - first for t in span if t >= first]
-    ids = torch.tensor(padded, device=model.device)
+    ids = torch.tensor(rows, dtype=torch.int64, device=device)
+    return ids, torch.tensor(index, dtype=torch.int64, device=device)
+
+
+def scored_states(
+    model: PreTrainedModel, batch: Sequence[Rollout], prompt: Prompt | None, official: bool
+) -> Tensor:
+    """Hidden states (n, D) at the scored positions; where there is a prompt, at those behind it."""
+    first = 0 if prompt is None else prompt.length
+    ids, index = padded(batch, first, official, model.device)
+    if ids.shape[1] == 0:
+        assert prompt is not None
+        return prompt.last[:0]
     states = hidden_states(model, ids) if prompt is None else prompt.continued(ids)
-    return states.flatten(0, 1)[torch.tensor(index, dtype=torch.int64, device=model.device)]
+    return states.flatten(0, 1)[index]
+
+
+Work: TypeAlias = list[tuple[Sequence[int] | None, list[list[Rollout]]]]  # micro-batches, by prompt
 
 
 class Part(NamedTuple):
     """A rank's of an update."""
 
-    work: list[tuple[Sequence[int] | None, list[list[Rollout]]]]  # its micro-batches, by prompt
+    work: Work
     tokens: int  # scored, of all ranks
     batches: int  # that score any, of all ranks
     rounds: int  # micro-batches of the rank that has most
@@ -211,25 +222,24 @@ def part_of(
     rollouts: Sequence[Rollout], config: TrainConfig, micro_batch: int, index: int, count: int
 ) -> Part:
     """Of rank index of count: rollouts of all lengths; the mean over tokens is over all ranks'."""
-    official, every = config.official_loss, len(rollouts)
-    if official:  # its mean of micro-batches' means depends on the order
-        micro_batch = sys.maxsize
-        shares = [rollouts[i * every // count : (i + 1) * every // count] for i in range(count)]
+    official, rows = config.official_loss, config.micro_batch_rows
+
+    def work_of(rollouts: Sequence[Rollout], tokens: int) -> Work:
+        return [
+            (ids, list(micro_batches(group, tokens, len(ids or ()), rows)))
+            for ids, group in by_prompt(rollouts, config.share_prefix)
+        ]
+
+    if official:  # its mean is of the micro-batches' means: these are dealt, in the given order
+        work = work_of(rollouts, sys.maxsize)
+        works: list[Work] = [[(ids, b[i::count]) for ids, b in work] for i in range(count)]
     else:  # by length: little padding, ranks alike
         rollouts = sorted(rollouts, key=len)
-        shares = [rollouts[i::count] for i in range(count)]
-    works = [
-        [
-            (ids, list(micro_batches(group, micro_batch, len(ids or ()), config.micro_batch_rows)))
-            for ids, group in by_prompt(share, config.share_prefix)
-        ]
-        for share in shares
-    ]
+        works = [work_of(rollouts[i::count], micro_batch) for i in range(count)]
     batches = [[batch for _, group in work for batch in group] for work in works]
     counts = [sum(len(scored(r, official)) for r in batch) for own in batches for batch in own]
-    return Part(
-        works[index], sum(counts), sum(n > 0 for n in counts), max(len(own) for own in batches)
-    )
+    own = [(ids, group) for ids, group in works[index] if group]
+    return Part(own, sum(counts), sum(n > 0 for n in counts), max(map(len, batches)))
 
 
 def entropy_step(

@@ -13,24 +13,20 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..functional import fused_entropy_loss, gradient_report
-from ..hf import head_of
+from ..hf import Head, head_reads
 from .checkpoint import Writer, write_model
 from .config import TrainConfig, UserError
 from .engines import Engine, check_model
 from .optimizer import KINDS, square_sum
 from .ranks import Ranks
 from .rollout import Rollout
-from .step import StepLoss, part_of, recomputation, scored_states
+from .step import StepLoss, padded, part_of, recomputation
 
 MASTER, *MOMENTS = KINDS[:3]
 
 
 class Wrapped(Engine):
-    """A library holds the model and torch's AdamW; a forward of its root module is the loss.
-
-    The head is called too, with a forward that reads its weight: what prepares a module's weights
-    for its forward, and takes their gradients, does it there.
-    """
+    """A library holds the model and torch's AdamW; a forward of its root module is the loss."""
 
     root: Any  # what is called
     optimizer: Any
@@ -78,12 +74,10 @@ class Wrapped(Engine):
         batches = [batch for _, group in part.work for batch in group]
         seen: list[tuple[int, Tensor, Tensor]] = []  # tokens, loss, report
 
-        def forward(batch: Sequence[Rollout]) -> Tensor:
-            return layer(scored_states(self.model, batch, None, config.official_loss))
-
-        def read(states: Tensor) -> Tensor:
-            head, tokens = head_of(self.model), len(states) if len(seen) < len(batches) else 0
-            # made here: FSDP would round what the head is given to bf16
+        def read(hidden: Tensor, head: Head) -> Tensor:
+            states = hidden.flatten(0, 1)[index]
+            tokens = len(states) if len(seen) < len(batches) else 0
+            # made here: FSDP would round what a module is given to bf16
             weights = states.new_zeros(len(states), dtype=torch.float64)
             weights[:tokens] = 1 / max(1, part.divisor(tokens, config.official_loss))
             loss = fused_entropy_loss(
@@ -99,13 +93,14 @@ class Wrapped(Engine):
             seen.append((tokens, loss.detach(), torch.stack(gradient_report(loss))))
             return loss
 
-        layer: Any = self.model.get_output_embeddings()
         with (
             recomputation(self.model, config.gradient_checkpointing is True),
-            forwards_of((self.model, forward), (layer, read)),
+            head_reads(self.root, read),
         ):
             for i in range(part.rounds):  # as many on every rank; beyond its own, of weight 0
-                loss = self.root(batches[i] if i < len(batches) else rollouts[:1])
+                batch = batches[i] if i < len(batches) else rollouts[:1]
+                ids, index = padded(batch, 0, config.official_loss, ranks.device)
+                loss = self.root(input_ids=ids, use_cache=False)
                 self.backward(loss * ranks.count, i + 1 == part.rounds)
         mean = sum(loss.item() for _, loss, _ in seen)
         reports = sum(tokens / part.tokens * report.cpu() for tokens, _, report in seen)
@@ -138,7 +133,7 @@ class Fsdp2(Wrapped):
     """Each rank has a part of every weight, gradient and moment."""
 
     def prepare(self) -> None:
-        plugin: Any = self.ranks.accelerator.state.fsdp_plugin
+        plugin = self.ranks.plugin
         if self.config.dtype == "bfloat16":
             plugin.mixed_precision_policy = MixedPrecisionPolicy(
                 param_dtype=torch.bfloat16, reduce_dtype=torch.float32
@@ -212,7 +207,7 @@ class DeepSpeed(Wrapped):
     """
 
     def prepare(self) -> None:
-        settings = self.ranks.accelerator.state.deepspeed_plugin.deepspeed_config
+        settings = self.ranks.plugin.deepspeed_config
         for name in ("optimizer", "scheduler"):
             if name in settings:
                 raise UserError(
@@ -267,15 +262,3 @@ class DeepSpeed(Wrapped):
             self.updates = int(state[f"step.{name}"])
         for slot in self.optimizer.optimizer.state.values():  # a tensor of torch's, or a number
             slot["step"] = slot["step"] * 0 + self.updates
-
-
-@contextmanager
-def forwards_of(*pairs: tuple[Any, Callable[..., Tensor]]) -> Iterator[None]:
-    """In it modules have other forwards."""
-    for module, forward in pairs:
-        module.forward = forward
-    try:
-        yield
-    finally:
-        for module, _ in pairs:
-            del module.forward
