@@ -161,7 +161,7 @@ class Planner:
     def _remedies(self, config: TrainConfig) -> tuple[str, ...]:
         """That which costs nothing, or the three cheapest; or else the cheapest together."""
         found: list[str] = []
-        for text, change in cheaper(config, self.cuda):
+        for text, change in cheaper(config, self.cuda, self.world.engine):
             if len(found) < 3 and self.plan(config.model_copy(update=change)).fits:
                 found.append(text)
                 if "auto" in change.values():
@@ -169,7 +169,7 @@ class Planner:
         if found:
             return tuple(found)
         texts: list[str] = []
-        for text, change in cheaper(config, self.cuda):
+        for text, change in cheaper(config, self.cuda, self.world.engine):
             config, texts = config.model_copy(update=change), [*texts, text]
             if self.plan(config).fits:
                 return (" with ".join(texts),)

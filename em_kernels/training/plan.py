@@ -94,7 +94,9 @@ def peak(device: Mapping[str, int]) -> int:
     return max(phases(device).values())
 
 
-def cheaper(config: TrainConfig, cuda: bool) -> list[tuple[str, dict[str, Any]]]:
+def cheaper(
+    config: TrainConfig, cuda: bool, engine: str = "replicas"
+) -> list[tuple[str, dict[str, Any]]]:
     """Flags that save memory, and the settings that they change, in the order of their cost."""
     half = max(1, config.sampling.max_new_tokens // 2)
     short = config.sampling.model_copy(update={"max_new_tokens": half})
@@ -121,4 +123,5 @@ def cheaper(config: TrainConfig, cuda: bool) -> list[tuple[str, dict[str, Any]]]
         (whole, "--mode lora", {**free, "mode": "lora"}),
         (cuda and not config.four_bit, "--mode lora --4bit", four),
     ]
-    return [(text, change) for useful, text, change in options if useful]
+    fixed = set() if engine == "replicas" else {"mode", "moments", "gradients"}
+    return [(text, change) for useful, text, change in options if useful and not fixed & {*change}]

@@ -16,9 +16,12 @@ from ..cli import settings
 from .config import TrainConfig, UserError
 from .memory import Planner
 from .plan import GIB, PHASES, Plan, phases
+from .ranks import ENGINES, World
 
 HELP = """Nothing but the model's config.json is read: --model may also name that file. More flags:
---prompt-tokens N, of the prompt's length (128); --json, everything as JSON.
+--prompt-tokens N, of the prompt's length (128); --json, everything as JSON; --ranks N, of as many
+processes on a machine, with --engine fsdp2 or deepspeed where these divide the model, and --on-host
+where they keep the optimizer's state there.
 
 For another machine: --gpu-memory and --host-memory take GiB, of which a card sold with 24 GB has 22
 to 23.5, and no GPU need be here. Example: em-kernels plan --model Qwen/Qwen2.5-Math-7B
@@ -35,10 +38,17 @@ def plan_command(arguments: list[str]) -> int:
     before = argparse.ArgumentParser(prog="em-kernels plan", add_help=False, allow_abbrev=False)
     before.add_argument("--json", action="store_true")
     before.add_argument("--prompt-tokens", type=int, default=128)
+    before.add_argument("--ranks", type=int, default=1)
+    before.add_argument("--engine", choices=ENGINES, default=ENGINES[0])
+    before.add_argument("--on-host", action="store_true")
     known, rest = before.parse_known_args(arguments)
     config, _ = settings("plan", rest, HELP)
-    if known.prompt_tokens < 1:
-        raise UserError("prompt_tokens: must be at least 1")
+    for name in ("prompt_tokens", "ranks"):
+        if getattr(known, name) < 1:
+            raise UserError(f"{name}: must be at least 1")
+    if known.on_host and known.engine == ENGINES[0]:
+        raise UserError("on_host: goes with an engine; replicas have --mode offload")
+    world = World(known.ranks, known.ranks, known.engine, known.on_host)
     model_config = open_config(config.model)
     there = torch.cuda.is_available() or config.gpu_memory is not None
     device = torch.device("cuda" if config.device != "cpu" and there else "cpu")
@@ -46,16 +56,35 @@ def plan_command(arguments: list[str]) -> int:
         device = torch.device("cuda")
     with Console(stderr=True).status("running the model's shapes"):
         download = download_bytes(config.model)
-        planner = Planner(config, model_config, known.prompt_tokens, device, download)
+        planner = Planner(config, model_config, known.prompt_tokens, device, download, world=world)
         modes, chosen = planner.modes(), planner.choose()
-    command = shlex.join(["em-kernels", "train", *flags(command_of(config, chosen))])
+    command = shlex.join([*launcher(world), "train", *flags(command_of(config, chosen))])
     if known.json:
         plans = [as_json(plan) for plan in modes]
         found = {"modes": plans, "chosen": as_json(chosen), "command": command, "note": CAUTION}
         print(json.dumps(found, indent=2))
     else:
         show(Console(), modes, chosen, command)
+        if world.ranks > 1:
+            print(f"All of this is of one of {world.ranks} processes on one machine.")
     return 0 if chosen.fits else 1
+
+
+def launcher(world: World) -> list[str]:
+    """What a command of em-kernels begins with."""
+    if world == World():
+        return ["em-kernels"]
+    options = {
+        "replicas": ["--multi_gpu"] if world.ranks > 1 else [],
+        "fsdp2": ["--use_fsdp", "--fsdp_version", "2"],
+        "deepspeed": ["--use_deepspeed", "--zero_stage", "2"],
+    }[world.engine]
+    if world.on_host and world.engine == "fsdp2":
+        options += ["--fsdp_offload_params", "true"]
+    elif world.on_host:
+        options += ["--offload_optimizer_device", "cpu"]
+    count = ["--num_processes", str(world.ranks)]
+    return ["accelerate", "launch", *count, *options, "-m", "em_kernels.cli"]
 
 
 def open_config(model: str) -> PreTrainedConfig:

@@ -126,6 +126,27 @@ def read_rollouts(run: Path, rollouts: int) -> dict[int, list[Rollout]]:
     return {i + 1: found[i * rollouts :][:rollouts] for i in range(len(found) // rollouts)}
 
 
+def replayable(
+    run: Path, prompts: Sequence[list[int]], words: int, longest: int
+) -> dict[int, list[Rollout]]:
+    """Completions of each whole update of a run of the same prompts.
+
+    Raises: UserError for ones of other prompts, beyond the model's words, or too long.
+    """
+    found = read_rollouts(run, len(prompts))
+    for rollouts in found.values():
+        responses = [rollout.response_ids for rollout in rollouts]
+        if [r.prompt_ids for r in rollouts] != prompts or max(map(max, responses)) >= words:
+            raise UserError(
+                f"prompt: the completions in {run} are of another prompt, or another tokenizer"
+            )
+        if (most := max(map(len, responses))) > longest:
+            raise UserError(
+                f"sampling.max_new_tokens: completions in {run} have {most}; give as many"
+            )
+    return found
+
+
 def trim(run: Path, *, rollouts_upto: int, metrics_upto: int) -> None:
     """Cut off the lines of later updates, and a torn last one."""
     for path, upto in ((run / ROLLOUTS, rollouts_upto), (run / METRICS, metrics_upto)):

@@ -44,7 +44,7 @@ def divided(
     device = {**device, "head's gradient": head}
     if world.engine == "deepspeed":
         device["buckets"] = min(BUCKETS, 2 * trained) * sketch.itemsize
-    saving = 6 * trained  # rank 0 has the masters, and rounds them
+    saving = 6 * trained // world.on_machine  # rank 0 has the masters, and rounds them
     if not cuda:
         return {**device, **state, "saving": saving}, {}
     host = {"process": PROCESS, "saving": saving}

@@ -27,8 +27,8 @@ from .records import (
     check_output,
     cut_off,
     read_metrics,
-    read_rollouts,
     repetition,
+    replayable,
     trim,
     write_config,
 )
@@ -155,6 +155,12 @@ class _Run:
         self.asked, self.config, self.plan = asked, plan.config, plan
         self.task, self.console, self.ranks = task, console, ranks
         self.picks = [i % len(task.prompts) for i in range(plan.config.rollouts)]
+        self.completions_of = partial(
+            replayable,
+            prompts=[task.prompts[pick] for pick in self.picks],
+            words=task.model_config.get_text_config().vocab_size,
+            longest=plan.config.sampling.max_new_tokens,
+        )
         self.result, self.grader = TrainResult(asked.output), Grader()
         self.recorded: dict[int, list[Rollout]] = {}
         self.first, self.written, self.measured = 1, 0, 0  # next; rollouts, metrics on disk
@@ -170,7 +176,7 @@ class _Run:
         """Model, head, optimizer; whatever does not suit is refused, and nothing written."""
         config, task, ranks = self.config, self.task, self.ranks
         if config.rollouts_from is not None:
-            self.recorded = ranks.from_main(partial(self.completions_in, config.rollouts_from))
+            self.recorded = ranks.from_main(partial(self.completions_of, config.rollouts_from))
             if len(self.recorded) < config.steps:
                 raise UserError(
                     f"rollouts_from: {config.rollouts_from} holds {len(self.recorded)} whole "
@@ -187,23 +193,6 @@ class _Run:
         if self.engine.config != config:
             self.console.print("The prompt is computed in every row: this model's cache asks it.")
             self.config = self.engine.config
-
-    def completions_in(self, run: Path) -> dict[int, list[Rollout]]:
-        """Of each whole update of a run of the same prompts."""
-        config, prompts = self.config, [self.task.prompts[pick] for pick in self.picks]
-        words = self.task.model_config.get_text_config().vocab_size
-        found = read_rollouts(run, config.rollouts)
-        for rollouts in found.values():
-            responses = [rollout.response_ids for rollout in rollouts]
-            if [r.prompt_ids for r in rollouts] != prompts or max(map(max, responses)) >= words:
-                raise UserError(
-                    f"prompt: the completions in {run} are of another prompt, or another tokenizer"
-                )
-            if (longest := max(map(len, responses))) > config.sampling.max_new_tokens:
-                raise UserError(
-                    f"sampling.max_new_tokens: completions in {run} have {longest}; give as many"
-                )
-        return found
 
     def start(self, resume: bool) -> None:
         """The folder; of a stopped run its newest whole state, and what it had sampled after it."""
@@ -235,7 +224,7 @@ class _Run:
 
     def _before(self) -> _Before:
         output = self.config.output
-        own, metrics = self.completions_in(output), read_metrics(output)
+        own, metrics = self.completions_of(output), read_metrics(output)
         measured = min(len(own), len(metrics))
         metrics = metrics[:measured]
         last = self.folder(measured)
@@ -305,11 +294,9 @@ class _Run:
         tokens = sum(len(rollout.response_ids) for rollout in rollouts)
         row = {
             "update": update,
-            "entropy": loss.entropy,
+            **loss._asdict(),
             "accuracy": accuracy,
             "grad_norm": norm,
-            "active_share": loss.active_share,
-            "dropped_share": loss.dropped_share,
             "tokens": tokens,
             "mean_length": tokens / len(rollouts),
             "ended": sum(rollout.ended for rollout in rollouts) / len(rollouts),

@@ -134,10 +134,10 @@ class Fsdp2(Wrapped):
 
     def prepare(self) -> None:
         plugin = self.ranks.plugin
-        if self.config.dtype == "bfloat16":
-            plugin.mixed_precision_policy = MixedPrecisionPolicy(
-                param_dtype=torch.bfloat16, reduce_dtype=torch.float32
-            )
+        half = self.config.dtype == "bfloat16"
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if half else None, reduce_dtype=torch.float32
+        )
         self.root = fsdp2_prepare_model(self.ranks.accelerator, self.model)
         self.model = self.root
         self.reshards = plugin.reshard_after_forward

@@ -28,6 +28,7 @@ from em_kernels.training.rollout import Rollout  # noqa: E402
 from em_kernels.training.step import part_of, scored  # noqa: E402
 from em_kernels.training.trainer import train  # noqa: E402
 
+EXAMPLES = TESTS.parent / "examples"
 ENDS = PLAIN.model_copy(update={"stop": ("a", "b", "c", "d", "e", "1")})  # of all lengths
 BASE = {"steps": 3, "rollouts": 9, "micro_batch": 40, "sampling": ENDS, "save_optimizer": True}
 APART = {**BASE, "share_prefix": False}
@@ -258,16 +259,9 @@ def flags(folder, output, *more):
     return [str(word) for word in (*config, *more)]
 
 
-@pytest.mark.parametrize("engine", ["replicas", "fsdp2"])
-def test_accelerate_launch(folders, tmp_path, engine):
-    options = ["--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
-    options += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    options += ["--multi_gpu"] if engine == "replicas" else ["--use_fsdp", "--fsdp_version", "2"]
-    code, out, err = launched(
-        ("accelerate", "launch", *options, "-m", "em_kernels.cli"),
-        *("train", *flags(folders[True], "run")),
-        where=tmp_path,
-    )
+@pytest.mark.parametrize(("example", "engine"), [("2-gpus", "replicas"), ("8-gpus-fsdp2", "fsdp2")])
+def test_examples(folders, tmp_path, example, engine):
+    code, out, err = example_run(example, folders, tmp_path)
     assert code == 0, err
     assert out.splitlines()[-1] == "run/checkpoints/step-00002"
     assert out.count("step-00002") == 1 and err.count("update  2/2") == 1
@@ -358,6 +352,15 @@ def test_a_signal_leaves_the_last_finished_update(running, everyone):
     assert (home / last / "config.json").exists() and "Error: interrupted" not in said
 
 
+def example_run(example, folders, where, **env):
+    """Of a file in examples/, with two processes."""
+    options = ["--config_file", EXAMPLES / f"{example}.yaml", "--main_process_port", "0"]
+    command = ("-m", "em_kernels.cli", "train", *flags(folders[True], "run"))
+    return launched(
+        *(("accelerate", "launch"), *options, "--num_processes", "2", *command), where=where, **env
+    )
+
+
 # The division
 
 
@@ -423,6 +426,16 @@ def test_deepspeed_equals_one_process(deepspeed, folders, tmp_path, offload):
         expected = alone(folders, tmp_path / f"one-{name}", tied, asked)
         assert_same_run(left(tmp_path / name), expected, tied, 2e-6)
     assert_same_run(left(tmp_path / "half"), left(tmp_path / "tied"), True, 1e-6)
+
+
+@pytest.mark.slow
+def test_deepspeed_example(deepspeed, folders, tmp_path):
+    extensions = deepspeed(ZERO)["TORCH_EXTENSIONS_DIR"]
+    code, out, err = example_run(
+        "8-gpus-zero2-offload", folders, tmp_path, TORCH_EXTENSIONS_DIR=extensions
+    )
+    assert code == 0, err
+    assert out.splitlines()[-1] == "run/checkpoints/step-00002"
 
 
 @pytest.mark.slow
