@@ -38,8 +38,8 @@ TIMEOUT_S = 300
 
 def test_version_is_the_tested_one():
     assert __version__.startswith(f"{TESTED}."), (
-        f"the adapter was tested with trl {TESTED}, this is {__version__}: read its "
-        "add_fused_lm_head and _get_per_token_logps_and_entropies, then change TESTED"
+        f"em_kernels.trl was tested with trl {TESTED}, this is {__version__}: read what its "
+        "_get_per_token_logps_and_entropies is given and its loss expects, then change TESTED"
     )
 
 
