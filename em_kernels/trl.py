@@ -40,9 +40,9 @@ class FusedGRPOTrainer(GRPOTrainer):
         others: as trl.GRPOTrainer's. Among several parents this class comes before TRL's.
 
     Gradient: of log-probabilities and entropies, equation (8) of ``em_kernels.reference``.
-    Precision: logits and statistics are fp32 whatever the model's dtype, log-probabilities of words
-        the model is sure of included; under autocast the head's inputs are rounded to its dtype.
-    Memory: as :func:`em_kernels.fused_token_stats`; of the tokens of the completions only.
+    Precision: logits and statistics are fp32 whatever the model's dtype, where TRL rounds logits to
+        it; under autocast the hidden states and the head's weight are in autocast's.
+    Memory: as :func:`em_kernels.fused_token_stats`, for the completions' tokens only.
     Raises: TypeError, ValueError for what is not supported: FSDP and DeepSpeed; images; the
         load-balancing loss of a mixture of experts; ``cast_lm_head_to_fp32``, which the precision
         above makes needless; an adapter on the head; an architecture whose logits are not its head
