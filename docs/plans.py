@@ -19,6 +19,7 @@ from em_kernels.training import plan_command
 from em_kernels.training.config import TrainConfig
 from em_kernels.training.memory import Planner
 from em_kernels.training.plan import GIB, Plan
+from em_kernels.training.ranks import World
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from gpu_24gb import save_task
@@ -33,6 +34,18 @@ MACHINES = {  # GiB that can be used: of the card, of the host
     "24 GB card, 64 GB": (22.5, 60),
     "24 GB card, 96 GB": (22.5, 90),
     "24 GB card, 128 GB": (22.5, 120),
+}
+SEVERAL = {  # GiB of a card and of the host, cards
+    "2 cards of 24 GB, 128 GB of RAM": (22.5, 120, 2),
+    "8 cards of 24 GB, 256 GB": (22.5, 245, 8),
+    "8 cards of 48 GB, 512 GB": (46, 490, 8),
+    "2 cards of 80 GB, 256 GB": (78, 245, 2),
+}
+ENGINES = {  # name, optimizer's state on the host
+    "replicas": ("replicas", False),
+    "FSDP2": ("fsdp2", False),
+    "ZeRO-2": ("deepspeed", False),
+    "ZeRO-2, state on the host": ("deepspeed", True),
 }
 SIZES = ("7B", "1.5B")
 SHOWN = "24 GB card, 64 GB"  # in full, for the first size
@@ -83,6 +96,22 @@ def table(model: str, machines: Sequence[str]) -> list[str]:
     return [header, "|" + "---|" * (header.count("|") - 1), *rows]
 
 
+def several(model: str) -> list[str]:
+    """Lines of Markdown: what a process needs where there are several."""
+    config = plan_command.open_config(model)
+    rows = [f"| | {' | '.join(ENGINES)} |", "|" + "---|" * (len(ENGINES) + 1)]
+    for name, (gpu, host, cards) in SEVERAL.items():
+        cells = []
+        for engine, on_host in ENGINES.values():
+            asked = TrainConfig(model=model, gpu_memory=gpu, host_memory=host)
+            world = World(cards, cards, engine, on_host)
+            plan = Shared(asked, config, 128, torch.device("cuda"), world=world).choose()
+            what = f"`{plan.name}` " if engine == "replicas" and plan.fits else ""
+            cells.append(what + cell(plan, False))
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    return rows
+
+
 @contextmanager
 def folders() -> Iterator[None]:
     """Work where the models' names are folders' with a config.json."""
@@ -102,6 +131,8 @@ def text() -> str:
     lines = ["", command(MODEL + SIZES[0]), ""]
     for size in SIZES:
         lines += [f"{MODEL}{size}:", "", *table(MODEL + size, list(MACHINES)), ""]
+    what = f"{MODEL}{SIZES[0]} on several cards, of one process's card + its share of the host:"
+    lines += [what, "", *several(MODEL + SIZES[0]), ""]
     return "\n".join(lines) + "\n"
 
 

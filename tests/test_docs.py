@@ -4,6 +4,7 @@ somewhere, every generated number is what its source says.
 
 import ast
 import io
+import json
 import os
 import re
 import shlex
@@ -293,6 +294,13 @@ def test_benchmarks_are_what_the_results_say():
     for path, text in report.generated().items():
         begun = path.read_text().split(report.BEGIN)[1].split(report.END)[0]
         assert begun.strip() == text
+
+
+def test_the_readme_has_the_trainers_peaks():
+    trainer = json.loads((ROOT / "benchmarks/results/hf_trainer.json").read_text())["trainer"]
+    text = " ".join(PAGES["README.md"].split())
+    ours, theirs = (trainer[name]["peak_gib"] for name in ("EntropyTrainer", "logits"))
+    assert f"peaks at {ours:.1f} GiB, the same Trainer with logits at {theirs:.1f} GiB" in text
 
 
 def test_equations_are_numbered_as_in_the_reference():
