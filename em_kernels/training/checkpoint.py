@@ -52,9 +52,12 @@ def write_model(
         for name, p in model.named_parameters():
             values = p.detach() if weights is None else weights[name]
             if values.dtype != torch.bfloat16:
-                rounded[id(p)] = to_bf16(values.cpu().float().flatten()).view(p.shape)
+                values = to_bf16(values.cpu().float().flatten()).view(p.shape)
+            rounded[id(p)] = values
         named = model.state_dict(keep_vars=True).items()  # a tied weight has two names
-        state = {name: rounded.get(id(weight), weight.detach()) for name, weight in named}
+        state = {
+            name: rounded.get(id(weight), weight.detach()) for name, weight in named
+        }  # buffers
         generation, model.generation_config = model.generation_config, GenerationConfig()
         try:
             model.save_pretrained(folder, state_dict=state, max_shard_size="2GB")

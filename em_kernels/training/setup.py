@@ -130,11 +130,9 @@ def load_task(config: TrainConfig) -> Task:
     return Task(source, tokenizer, problems, prompts, chat_template, model_config)
 
 
-def load_model(
-    source: str, config: TrainConfig, device: torch.device, dtype: str | None = None
-) -> PreTrainedModel:
-    """The model on a device, its weights in config.dtype, if no other is given; the base of a LoRA
-    in 4 bits where these are asked for.
+def load_model(source: str, config: TrainConfig, device: torch.device) -> PreTrainedModel:
+    """The model on its device, its weights in config.dtype; the base of a LoRA in 4 bits where
+    these are asked for.
     """
     quantisation = None
     if config.four_bit:
@@ -144,7 +142,7 @@ def load_model(
     try:
         opened: Any = AutoModelForCausalLM.from_pretrained(
             source,
-            dtype=getattr(torch, dtype or config.dtype),
+            dtype=getattr(torch, config.dtype),
             attn_implementation=config.attention,
             use_safetensors=True,
             output_loading_info=True,

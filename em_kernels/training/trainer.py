@@ -184,11 +184,9 @@ class _Run:
                 )
         if model is None:
             with self.console.status(escape(f"loading {config.model}")):
-                # FSDP takes its parts of fp32 weights from the host, one after another
-                place = (
-                    ("cpu", "float32") if ranks.world.engine == "fsdp2" else (ranks.device, None)
-                )
-                model = load_model(task.source, config, torch.device(place[0]), place[1])
+                fsdp = ranks.world.engine == "fsdp2"  # takes its parts one after another
+                device = torch.device("cpu") if fsdp else ranks.device
+                model = load_model(task.source, config, device)
         self.engine = engine_of(ranks.world.engine)(model, task.tokenizer, config, ranks)
         if self.engine.config != config:
             self.console.print("The prompt is computed in every row: this model's cache asks it.")

@@ -20,6 +20,7 @@ from .engines import Engine, check_model
 from .optimizer import KINDS, square_sum
 from .ranks import Ranks
 from .rollout import Rollout
+from .rounding import dithered
 from .step import StepLoss, padded, part_of, recomputation
 
 MASTER, *MOMENTS = KINDS[:3]
@@ -116,7 +117,10 @@ class Wrapped(Engine):
         return found
 
     def writer(self) -> Writer:
-        return write_model(self.model, self.tokenizer, self._all(MASTER))
+        weights = self._all(MASTER)
+        if self.config.dtype == "bfloat16":  # as it computes
+            weights = {name: weight.bfloat16() for name, weight in weights.items()}
+        return write_model(self.model, self.tokenizer, weights)
 
     @torch.no_grad()
     def _all(self, kind: str) -> dict[str, Tensor]:
@@ -138,6 +142,10 @@ class Fsdp2(Wrapped):
         plugin.mixed_precision_policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if half else None, reduce_dtype=torch.float32
         )
+        self.model.float()  # its parts are the masters
+        with torch.no_grad():
+            for p in self.model.parameters() if half else ():
+                p.copy_(dithered(p.flatten()).view(p.shape))  # or ten updates would be rounded off
         self.root = fsdp2_prepare_model(self.ranks.accelerator, self.model)
         self.model = self.root
         self.reshards = plugin.reshard_after_forward
@@ -226,6 +234,16 @@ class DeepSpeed(Wrapped):
         settings.pop("train_batch_size", None)
         self.root, _ = self.ranks.accelerator.prepare(self.model, self.adamw())
         self.optimizer = self.root.optimizer
+        if self.config.dtype == "bfloat16":
+            for p in self.model.parameters():
+                self._set(p, dithered(self.full(MASTER, p).flatten()).view(p.shape))
+
+    @torch.no_grad()
+    def _set(self, parameter: Tensor, master: Tensor) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        parameter.copy_(master)
+        safe_set_full_fp32_param(parameter, master)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         self.root.set_gradient_accumulation_boundary(last)
@@ -247,16 +265,14 @@ class DeepSpeed(Wrapped):
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+        from deepspeed.utils import safe_set_full_optimizer_state
 
         with torch.enable_grad():  # the moments are there after a first step; what it does goes
             nothing = torch.stack([p.sum() for p in self.model.parameters()]).sum() * 0
             self.backward(nothing, last=True)
             self.root.step()
         for name, p in self.model.named_parameters():
-            master = state[f"{MASTER}.{name}"].to(p.device)
-            p.copy_(master)
-            safe_set_full_fp32_param(p, master)
+            self._set(p, state[f"{MASTER}.{name}"].to(p.device))
             for kind in MOMENTS:
                 safe_set_full_optimizer_state(p, state[f"{kind}.{name}"].to(p.device), kind)
             self.updates = int(state[f"step.{name}"])
