@@ -65,3 +65,19 @@ def test_updates_far_below_a_step_arrive_in_bf16_weights():
         whole += moved.square().sum().item()
     assert 0.9 < along / whole < 1.1
     assert nearest / whole < 0.3
+
+
+def test_the_nearest_of_dithered_weights_is_theirs():
+    """At first and as they move, but for ties, one in 2^16, and where the step itself changes."""
+    x = torch.cat([torch.randn(3 * 10**5) * 10.0**e for e in (-30, -3, 0, 30)]).bfloat16().float()
+    dithered = rounding.dithered(x)
+    assert (dithered != x).float().mean() > 0.99
+    for move in (0, 1e-4, -3e-4):
+        moved = to_bf16(x * (1 + move))
+        found = (dithered + x * move).bfloat16()
+        assert (found != moved).float().mean() < 5e-4
+
+
+def test_what_has_no_neighbours_is_not_dithered():
+    x = torch.tensor([0.0, -0.0, 1e-40, -1e-38, torch.inf, -torch.inf, torch.nan])
+    assert torch.equal(rounding.dithered(x).view(torch.int32), x.view(torch.int32))
