@@ -33,7 +33,7 @@ EXAMPLES = TESTS.parent / "examples"
 ENDS = PLAIN.model_copy(update={"stop": ("a", "b", "c", "d", "e", "1")})  # of all lengths
 BASE = {"steps": 3, "rollouts": 9, "micro_batch": 40, "sampling": ENDS, "save_optimizer": True}
 APART = {**BASE, "share_prefix": False}
-BF16 = {**APART, "dtype": "bfloat16", "lr": 1e-4}
+BF16 = {**APART, "dtype": "bfloat16", "lr": 1e-5}
 FSDP2 = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
