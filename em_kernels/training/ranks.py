@@ -6,19 +6,22 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from datetime import timedelta
+from functools import partial
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
-from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils import FullyShardedDataParallelPlugin, InitProcessGroupKwargs
 
 from .config import TrainConfig, UserError
 from .session import Interrupted, StopRequest
 
 T = TypeVar("T")
 ENGINES = ("replicas", "fsdp2", "deepspeed")
+PATIENCE = timedelta(hours=2)  # of ranks, while one writes or reads; NCCL's own is ten minutes
 
 
 class World(NamedTuple):
@@ -27,7 +30,7 @@ class World(NamedTuple):
     on_machine: how many share one host's memory.
     engine: who holds weights and optimizer. replicas: every rank all of them, and gradients are
         added up (what accelerate calls MULTI_GPU or MULTI_CPU); fsdp2: each a part of both;
-        deepspeed: weights whole, of the optimizer a part (ZeRO 1 and 2).
+        deepspeed: weights whole, of gradients and optimizer a part (ZeRO 2).
     on_host: its state is in host memory, as the engine's own settings have it.
     """
 
@@ -121,6 +124,16 @@ class Ranks:
             raise SystemExit(2)
         raise error
 
+    def agree(self, check: Callable[[], None]) -> None:
+        """check(); where it raises Interrupted on one rank, it is raised on all."""
+        asked = False
+        try:
+            check()
+        except Interrupted:
+            asked = True
+        if any(self.gather(asked)):
+            raise Interrupted("interrupted")
+
     def together(self, stop: StopRequest, work: Callable[[], T]) -> T:
         """work(), which may give up where it finds a request to stop; every rank goes on or raises
         Interrupted, none alone.
@@ -142,28 +155,39 @@ def find_ranks(config: TrainConfig) -> Ranks:
     """
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("device: cuda was asked for, but torch sees no CUDA GPU; use auto or cpu")
+    if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "").lower() == "true":
+        raise UserError("parallelism_config: is not supported; leave it out of accelerate's")
     on_cpu = config.device == "cpu" or not torch.cuda.is_available()
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
     cpu = on_cpu and not deepspeed  # accelerate has no DeepSpeed where it is told of CPUs
+    make = partial(Accelerator, cpu=cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
     try:
-        accelerator = Accelerator(cpu=cpu)
+        accelerator = make()
     except ValueError:  # this process has made one of another device
         AcceleratorState._reset_state(reset_partial_state=True)
-        accelerator = Accelerator(cpu=cpu)
+        accelerator = make()
     except ImportError as error:
         raise UserError(f"deepspeed: {error}") from error
+    except NotImplementedError as error:  # of cards and drivers without peer-to-peer
+        raise UserError(f"device: {error}") from error
     ranks = Ranks(
         accelerator,
         accelerator.device if on_cpu else torch.device("cuda", torch.cuda.current_device()),
     )
-    stage = getattr(ranks.plugin, "zero_stage", 2)
+    stage, engine = getattr(ranks.plugin, "zero_stage", 2), ranks.world.engine
+    if config.device == "cpu" and torch.cuda.is_available() and engine != "replicas":
+        hide = "hide it: CUDA_VISIBLE_DEVICES=''"
+        ranks.refuse(UserError(f"device: cpu: {engine} takes the GPU where there is one; {hide}"))
     if getattr(ranks.plugin, "fsdp_version", 2) != 2:
         ranks.refuse(UserError("fsdp: version 1 is not supported; launch with --fsdp_version 2"))
-    if stage not in (1, 2):
-        why = "sampling reads every weight at every token, which stage 3 would fetch each time"
+    if stage != 2:
+        why = "each process would hold all gradients"
+        if stage == 3:
+            why = "sampling reads every weight at every token, which it would fetch each time"
         remedy = "use stage 2, or FSDP2"
         ranks.refuse(UserError(f"deepspeed: ZeRO stage {stage} is not supported: {why}; {remedy}"))
     if config.rollouts < ranks.count:
         few = f"{config.rollouts} are fewer than the {ranks.count} processes"
         ranks.refuse(UserError(f"rollouts: {few}; raise it"))
+    ranks.gather(None)  # NCCL has its memory before a plan asks what is free
     return ranks

@@ -9,8 +9,10 @@ import torch
 from accelerate.utils import fsdp2_prepare_model
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..functional import fused_entropy_loss, gradient_report
 from ..hf import Head, head_reads
@@ -99,12 +101,14 @@ class Wrapped(Engine):
             head_reads(self.root, read),
         ):
             for i in range(part.rounds):  # as many on every rank; beyond its own, of weight 0
+                ranks.agree(check)
                 batch = batches[i] if i < len(batches) else rollouts[:1]
                 ids, index = padded(batch, 0, config.official_loss, ranks.device)
                 loss = self.root(input_ids=ids, use_cache=False)
                 self.backward(loss * ranks.count, i + 1 == part.rounds)
         mean = sum(loss.item() for _, loss, _ in seen)
-        reports = sum(tokens / part.tokens * report.cpu() for tokens, _, report in seen)
+        scored = max(1, part.tokens)
+        reports = sum(tokens / scored * report.cpu() for tokens, _, report in seen)
         assert isinstance(reports, Tensor)
         return StepLoss(mean, *reports.tolist())
 
@@ -138,6 +142,8 @@ class Fsdp2(Wrapped):
 
     def prepare(self) -> None:
         plugin = self.ranks.plugin
+        # else the launcher's default, none, which gathers the layers all at once
+        plugin.auto_wrap_policy = plugin.auto_wrap_policy or transformer_auto_wrap_policy
         half = self.config.dtype == "bfloat16"
         plugin.mixed_precision_policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if half else None, reduce_dtype=torch.float32
@@ -161,12 +167,10 @@ class Fsdp2(Wrapped):
         try:
             yield
         finally:
-            layers = {type(layer) for layer in self.model.get_decoder().layers}
             for part in parts:
                 part.reshard()
-                part.set_reshard_after_forward(
-                    self.reshards and type(part) in layers, recurse=False
-                )
+                again = self.reshards and isinstance(part, GradientCheckpointingLayer)
+                part.set_reshard_after_forward(again, recurse=False)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         loss.backward()
@@ -190,15 +194,15 @@ class Fsdp2(Wrapped):
 
     def full(self, kind: str, parameter: Any) -> Tensor:
         part = parameter if kind == MASTER else self.optimizer.state[parameter][kind]
-        return part.full_tensor()
+        return part.to(self.ranks.device).full_tensor()  # from the host, where FSDP offloads
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
-        def part_like(parameter: Any, whole: Tensor) -> DTensor:
-            there = whole.to(parameter.dtype).to(parameter.to_local().device)
-            return distribute_tensor(
-                there, parameter.device_mesh, parameter.placements, src_data_rank=None
-            )
+        def part_like(parameter: Any, whole: Tensor) -> Tensor:
+            mesh, placements = parameter.device_mesh, parameter.placements
+            whole = whole.to(parameter.dtype)
+            part = distribute_tensor(whole, mesh, placements, src_data_rank=None)  # on the device
+            return part.to(parameter.to_local().device)
 
         for name, p in self.model.named_parameters():
             p.copy_(part_like(p, state[f"{MASTER}.{name}"]))
@@ -211,7 +215,7 @@ class Fsdp2(Wrapped):
 
 class DeepSpeed(Wrapped):
     """Each rank has the weights, and of gradients and AdamW's state a part, on the device or the
-    host (ZeRO 1 and 2).
+    host (ZeRO 2).
     """
 
     def prepare(self) -> None:

@@ -17,15 +17,27 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from torch.distributed.fsdp import FSDPModule
 
 TESTS = Path(__file__).parents[1]
 sys.path.insert(0, str(TESTS))
 
-from training.tiny import PLAIN, make_model, read, run, save_tiny, settings  # noqa: E402
+from training.tiny import (  # noqa: E402
+    PLAIN,
+    make_model,
+    make_tokenizer,
+    read,
+    run,
+    save_tiny,
+    settings,
+)
 
-from em_kernels.training.config import TrainConfig  # noqa: E402
+from em_kernels.training.config import TrainConfig, UserError  # noqa: E402
+from em_kernels.training.engines import engine_of  # noqa: E402
+from em_kernels.training.ranks import find_ranks  # noqa: E402
 from em_kernels.training.rollout import Rollout  # noqa: E402
 from em_kernels.training.rounding import dithered  # noqa: E402
+from em_kernels.training.session import Interrupted, StopRequest  # noqa: E402
 from em_kernels.training.step import part_of, scored  # noqa: E402
 from em_kernels.training.trainer import train  # noqa: E402
 
@@ -34,11 +46,7 @@ ENDS = PLAIN.model_copy(update={"stop": ("a", "b", "c", "d", "e", "1")})  # of a
 BASE = {"steps": 3, "rollouts": 9, "micro_batch": 40, "sampling": ENDS, "save_optimizer": True}
 APART = {**BASE, "share_prefix": False}
 BF16 = {**APART, "dtype": "bfloat16", "lr": 1e-5}
-FSDP2 = {
-    "ACCELERATE_USE_FSDP": "true",
-    "FSDP_VERSION": "2",
-    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-}
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 RUNS = {  # of an engine, by name: folder's weights tied, settings
     "replicas": {
         "plain": (True, BASE),
@@ -62,7 +70,7 @@ RUNS = {  # of an engine, by name: folder's weights tied, settings
 def launched(launcher, *command, where, timeout=300, **env):
     """A finished command of a launcher, two processes of one thread each."""
     command = [f"{Path(sys.executable).parent}/{launcher[0]}", *launcher[1:], *map(str, command)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": pythonpath(), **env}
+    env = {**environment(hidden="cuda" not in command), **env}
     with subprocess.Popen(
         command,
         cwd=where,
@@ -80,8 +88,10 @@ def launched(launcher, *command, where, timeout=300, **env):
     return job.returncode, out, err
 
 
-def pythonpath():
-    return os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
+def environment(hidden=True):
+    path = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
+    gpus = {"CUDA_VISIBLE_DEVICES": ""} if hidden else {}  # FSDP and DeepSpeed would take them
+    return {**os.environ, **gpus, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
 
 
 def torchrun():
@@ -91,7 +101,8 @@ def torchrun():
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     home = tmp_path_factory.mktemp("models")
-    return {tied: save_tiny(home / str(tied), tied=tied) for tied in (True, False)}
+    found = {tied: save_tiny(home / str(tied), tied=tied) for tied in (True, False)}
+    return {**found, "falcon": save_tiny(home / "falcon", "falcon")}
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +145,36 @@ def processes(plan):
         rank = os.environ["RANK"]
         Path(f"{name}.{rank}.json").write_text(json.dumps(result.metrics))
         Path(f"{name}.{rank}.txt").write_text(console.file.getvalue())
+    config = settings(folder, Path("none"), **{**APART, "official_loss": True})
+    Path(f"engine.{rank}.json").write_text(json.dumps(engine_facts(config)))
+    torch.distributed.destroy_process_group()  # or its threads may outlive the interpreter
+
+
+def engine_facts(config):
+    """What each process finds by itself."""
+    ranks, stop = find_ranks(config), StopRequest()
+    engine = engine_of(ranks.world.engine)(make_model(), make_tokenizer(), config, ranks)
+    ended = [Rollout([5, 6], [0], True)] * 3  # whose only token the official loss leaves out
+    loss, norm = engine.learn(ended, 40, stop.check), engine.norm()
+    parts = [name for name, m in engine.model.named_modules() if isinstance(m, FSDPModule)]
+    stop.requested = ranks.index == 1  # by one alone
+    told = False
+    try:
+        ranks.agree(stop.check)
+    except Interrupted:
+        told = True
+    engine.close()
+    return {"loss": [*loss, norm], "told": told, "parts": parts}
+
+
+@pytest.mark.parametrize(("engine", "env"), [("replicas", {}), ("fsdp2", FSDP2)])
+def test_engines(by_engine, engine, env):
+    home = by_engine(engine, **env)
+    for rank in (0, 1):
+        facts = json.loads((home / f"engine.{rank}.json").read_text())
+        assert facts["loss"] == [0, 0, 0, 0] and facts["told"]
+        layers = [f"model.layers.{i}" for i in range(2)] if engine == "fsdp2" else []
+        assert [name for name in facts["parts"] if "layers" in name] == layers
 
 
 def left(run):
@@ -267,9 +308,12 @@ def flags(folder, output, *more):
     return [str(word) for word in (*config, *more)]
 
 
-@pytest.mark.parametrize(("example", "engine"), [("2-gpus", "replicas"), ("8-gpus-fsdp2", "fsdp2")])
-def test_examples(folders, tmp_path, example, engine):
-    code, out, err = example_run(example, folders, tmp_path)
+@pytest.mark.parametrize(
+    ("example", "engine", "model"),
+    [("2-gpus", "replicas", True), ("8-gpus-fsdp2", "fsdp2", "falcon")],  # whose layers are its h
+)
+def test_examples(folders, tmp_path, example, engine, model):
+    code, out, err = example_run(example, folders[model], tmp_path)
     assert code == 0, err
     assert out.splitlines()[-1] == "run/checkpoints/step-00002"
     assert out.count("step-00002") == 1 and err.count("update  2/2") == 1
@@ -296,12 +340,18 @@ def test_what_cannot_work_is_one_line(folders, tmp_path, more, env, line):
     assert "rank      : " in err  # the launcher's own table
 
 
+def test_a_mesh_of_many_dimensions_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    with pytest.raises(UserError, match="parallelism_config: is not supported"):
+        find_ranks(TrainConfig(device="cpu"))
+
+
 @pytest.fixture(params=[("replicas", {}), ("fsdp2", FSDP2)], ids=["replicas", "fsdp2"])
 def running(request, folders, tmp_path):
     """A job of many updates that has finished some, its launcher and the process of rank 1."""
     command = [f"{Path(sys.executable).parent}/torchrun", *torchrun()[1:], "-m", "em_kernels.cli"]
     command += ["train", *flags(folders[True], "run", "--steps", "100000", "--save-at", "100000")]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": pythonpath(), **request.param[1]}
+    env = {**environment(), **request.param[1]}
     with open(tmp_path / "said", "w+") as said:
         job = subprocess.Popen(
             command, cwd=tmp_path, env=env, stdout=said, stderr=said, start_new_session=True
@@ -360,10 +410,10 @@ def test_a_signal_leaves_the_last_finished_update(running, everyone):
     assert (home / last / "config.json").exists() and "Error: interrupted" not in said
 
 
-def example_run(example, folders, where, **env):
+def example_run(example, folder, where, **env):
     """Of a file in examples/, with two processes."""
     options = ["--config_file", EXAMPLES / f"{example}.yaml", "--main_process_port", "0"]
-    command = ("-m", "em_kernels.cli", "train", *flags(folders[True], "run"))
+    command = ("-m", "em_kernels.cli", "train", *flags(folder, "run"))
     return launched(
         *(("accelerate", "launch"), *options, "--num_processes", "2", *command), where=where, **env
     )
@@ -441,7 +491,7 @@ def test_deepspeed_equals_one_process(deepspeed, folders, tmp_path, offload):
 def test_deepspeed_example(deepspeed, folders, tmp_path):
     extensions = deepspeed(ZERO)["TORCH_EXTENSIONS_DIR"]
     code, out, err = example_run(
-        "8-gpus-zero2-offload", folders, tmp_path, TORCH_EXTENSIONS_DIR=extensions
+        "8-gpus-zero2-offload", folders[True], tmp_path, TORCH_EXTENSIONS_DIR=extensions
     )
     assert code == 0, err
     assert out.splitlines()[-1] == "run/checkpoints/step-00002"
@@ -452,6 +502,7 @@ def test_deepspeed_example(deepspeed, folders, tmp_path):
     ("config", "line"),
     [
         ({"zero_optimization": {"stage": 3}}, "ZeRO stage 3 is not supported"),
+        ({"zero_optimization": {"stage": 1}}, "stage 1 is not supported: each process would hold"),
         ({**ZERO, "optimizer": {"type": "AdamW"}}, "leave optimizer out of its configuration"),
     ],
 )
