@@ -5,6 +5,7 @@ import logging
 import os
 import platform
 import sys
+import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -83,7 +84,10 @@ def _run(name: str, command: Callable[[list[str]], int], arguments: list[str]) -
     try:
         return command(arguments)
     except (UserError, DemoModelError) as error:
-        of_rank = f" rank {RANK}:" if RANK != "0" else ""
+        of_rank = ""
+        if RANK != "0":
+            time.sleep(5)  # what all ranks find rank 0 says, and the launcher ends the others
+            of_rank = f" rank {RANK}:"
         print(f"em-kernels {name}:{of_rank} error: {error}", file=sys.stderr)
         return 2
 
@@ -134,6 +138,7 @@ def settings(command: str, arguments: list[str], examples: str) -> "tuple[TrainC
 
 def train(arguments: list[str]) -> int:
     """One-shot EM."""
+    import torch
     from rich.console import Console
 
     from .training.trainer import train as run
@@ -147,7 +152,9 @@ def train(arguments: list[str]) -> int:
     )
     result = run(config, console=Console(stderr=True), resume=resume)
     if RANK == "0":
-        print(result.checkpoint)
+        print(result.checkpoint, flush=True)
+    if torch.distributed.is_initialized():  # left to the interpreter's end, it may abort there
+        torch.distributed.destroy_process_group()
     return 0
 
 

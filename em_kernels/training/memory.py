@@ -320,7 +320,9 @@ class Planner:
         sizes = sketch.sizes
         device = {"weights": sizes.weights, "buffers": sizes.buffers}
         if self.world.engine != "replicas":
-            return *divided(self.world, sketch, device, self.cuda), {}
+            small = 12 * sizes.trained <= SMALL_STATE  # as save_optimizer auto has it
+            saves = small if config.save_optimizer == "auto" else config.save_optimizer
+            return *divided(self.world, sketch, device, self.cuda, saves), {}
         if config.four_bit:  # a byte's scale for 64 weights, a float's for 256 of those
             packed = sizes.linear // 2 + sizes.linear // 64 + sizes.linear // (64 * 256) * 4
             device["weights"] += packed - sizes.linear * self.dtype.itemsize

@@ -4,8 +4,8 @@ other. They are started by `accelerate launch` or torchrun; one process is the s
 
 import os
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from typing import Any, NamedTuple, NoReturn, TypeVar
@@ -114,6 +114,14 @@ class Ranks:
         if isinstance(found[0], BaseException):
             raise found[0]
         return found[0]
+
+    @contextmanager
+    def on_main(self, context: AbstractContextManager[T]) -> Iterator[T | None]:
+        """A context that rank 0 enters; where it cannot, all end."""
+        with ExitStack() as stack:
+            found: list[T] = []
+            self.from_main(lambda: found.append(stack.enter_context(context)))
+            yield found[0] if found else None
 
     def refuse(self, error: UserError) -> NoReturn:
         """Raise what every rank has found, on rank 0; the others wait for it to say so, as the

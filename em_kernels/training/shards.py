@@ -31,7 +31,7 @@ def settings_of(config: TrainConfig, engine: str) -> TrainConfig:
 
 
 def divided(
-    world: World, sketch: Sketch, device: dict[str, int], cuda: bool
+    world: World, sketch: Sketch, device: dict[str, int], cuda: bool, saves_state: bool
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Bytes that stay, on the device and on the host. Weights are whole, as sampling has them."""
     count, trained = world.ranks, sketch.sizes.trained
@@ -44,7 +44,8 @@ def divided(
     device = {**device, "head's gradient": head}
     if world.engine == "deepspeed":
         device["buckets"] = min(BUCKETS, 2 * trained) * sketch.itemsize
-    saving = 6 * trained // world.on_machine  # rank 0 has the masters, and rounds them
+    # rank 0 has the masters, and rounds them; before that the optimizer's state, where it is saved
+    saving = (18 if saves_state else 6) * trained // world.on_machine
     if not cuda:
         return {**device, **state, "saving": saving}, {}
     host = {"process": PROCESS, "saving": saving}

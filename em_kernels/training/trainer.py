@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -99,7 +99,7 @@ def train(
     with (
         closing(run.engine),
         run.grader,
-        Running(config.output) if ranks.is_main else nullcontext() as running,
+        ranks.on_main(Running(config.output)) as running,
         StopRequest(patient=ranks.count > 1) as stop,
         Tracking(own, console) as tracking,
     ):

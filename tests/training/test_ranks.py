@@ -35,6 +35,7 @@ from training.tiny import (  # noqa: E402
 from em_kernels.training.config import TrainConfig, UserError  # noqa: E402
 from em_kernels.training.engines import engine_of  # noqa: E402
 from em_kernels.training.ranks import find_ranks  # noqa: E402
+from em_kernels.training.records import Running  # noqa: E402
 from em_kernels.training.rollout import Rollout  # noqa: E402
 from em_kernels.training.rounding import dithered  # noqa: E402
 from em_kernels.training.session import Interrupted, StopRequest  # noqa: E402
@@ -344,6 +345,14 @@ def test_a_mesh_of_many_dimensions_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
     with pytest.raises(UserError, match="parallelism_config: is not supported"):
         find_ranks(TrainConfig(device="cpu"))
+
+
+def test_a_folder_in_use_is_one_line(folders, tmp_path):
+    command = ("-m", "em_kernels.cli", "train", *flags(folders[True], "run"))
+    with Running(tmp_path / "run"):
+        code, out, err = launched(torchrun(), *command, where=tmp_path)
+    ours = [words for words in err.splitlines() if words.startswith("em-kernels train:")]
+    assert code != 0 and len(ours) == 1 and "another process works in run now" in ours[0], err
 
 
 @pytest.fixture(params=[("replicas", {}), ("fsdp2", FSDP2)], ids=["replicas", "fsdp2"])
