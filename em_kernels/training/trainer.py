@@ -105,9 +105,9 @@ def train(
     ):
         if running and running.death:
             console.print(running.death, markup=False, soft_wrap=True)
+        run.start(resume)
+        tracking.start(run.measured)
         try:
-            run.start(resume)
-            tracking.start(run.measured)
             for update in range(run.first, plan.config.steps + 1):
                 if reason := run.why_over():
                     console.print(f"Stopped early: {reason}.")
