@@ -8,11 +8,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 
 import store
 import torch
 import transformers
+from timed import timed
 from transformers import Qwen2Config, Qwen2ForCausalLM, Trainer, TrainingArguments
 
 import em_kernels
@@ -39,14 +39,6 @@ def measure(kind: str) -> dict:
     """Of one process: its first step warms up."""
     base, settings = TRAINERS[kind]
 
-    class Timed(base):
-        def training_step(self, *arguments):
-            start = time.perf_counter(), time.process_time()
-            loss = super().training_step(*arguments)
-            times.append((time.perf_counter() - start[0], time.process_time() - start[1]))
-            return loss
-
-    times: list[tuple[float, float]] = []
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(Qwen2Config(**SHAPE, tie_word_embeddings=True))
     ids = torch.randint(SHAPE["vocab_size"], (ROWS * (STEPS + 1), LENGTH))
@@ -55,12 +47,12 @@ def measure(kind: str) -> dict:
         options = {"per_device_train_batch_size": ROWS, "max_steps": STEPS + 1, "use_cpu": True}
         options |= {"save_strategy": "no", "report_to": "none", "disable_tqdm": True}
         arguments = TrainingArguments(output, logging_steps=1, **options)
-        trainer = Timed(model, arguments, train_dataset=data, **settings)
+        trainer = timed(base)(model, arguments, train_dataset=data, **settings)
         usage = [resource.getrusage(resource.RUSAGE_SELF)]
         trainer.train()
         usage.append(resource.getrusage(resource.RUSAGE_SELF))
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    wall, cpu = (statistics.median(column) for column in zip(*times[1:], strict=True))
+    wall, cpu = (statistics.median(column) for column in zip(*trainer.times[1:], strict=True))
     before, peak = (at.ru_maxrss / 2**20 for at in usage)
     peaks = {"peak_gib": peak, "peak_before_training_gib": before}
     return {**peaks, "step_s": wall, "step_cpu_s": cpu, "losses": losses}

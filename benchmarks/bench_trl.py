@@ -8,9 +8,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 
 from datasets import Dataset
+from timed import timed
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, set_seed
 from trl import GRPOConfig, GRPOTrainer
 
@@ -38,14 +38,6 @@ TRAINERS = {"trl": GRPOTrainer, "em_kernels": FusedGRPOTrainer, "all logits": Lo
 
 
 def measure(kind: type[GRPOTrainer], model: str, dtype: str) -> dict:
-    class Timed(kind):
-        def training_step(self, *arguments):
-            start = time.perf_counter(), time.process_time()
-            loss = super().training_step(*arguments)
-            times.append((time.perf_counter() - start[0], time.process_time() - start[1]))
-            return loss
-
-    times: list[tuple[float, float]] = []
     set_seed(0)
     create, what = AutoModelForCausalLM.from_config, Qwen2Config(**WIDE, tie_word_embeddings=True)
     if model == "demo":
@@ -53,7 +45,7 @@ def measure(kind: type[GRPOTrainer], model: str, dtype: str) -> dict:
     with tempfile.TemporaryDirectory() as output:
         config = {"per_device_train_batch_size": ROWS, "num_generations": ROWS, **SETTINGS}
         config |= {"max_steps": STEPS + 1, "num_iterations": STEPS + 1, "bf16": dtype == "bf16"}
-        trainer = Timed(
+        trainer = timed(kind)(
             create(what),
             lambda completions, **others: list(map(float, map(len, completions))),
             GRPOConfig(output, **config),
@@ -61,7 +53,7 @@ def measure(kind: type[GRPOTrainer], model: str, dtype: str) -> dict:
             processing_class=AutoTokenizer.from_pretrained(fetch_demo()),
         )
         trainer.train()
-    seconds, cpu_seconds = (statistics.median(x) for x in zip(*times[1:], strict=True))
+    seconds, cpu_seconds = (statistics.median(x) for x in zip(*trainer.times[1:], strict=True))
     peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     steps = trainer.state.log_history[:-1]
     logged = {name: [step[name] for step in steps] for name in ("loss", "entropy", "grad_norm")}

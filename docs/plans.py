@@ -10,7 +10,6 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
 
@@ -65,12 +64,13 @@ def command(model: str) -> str:
     gpu, host = MACHINES[SHOWN]
     arguments = f"plan --model {model} --gpu-memory {gpu} --host-memory {host}"
     out = io.StringIO()
-    with (
-        patch.object(plan_command, "Planner", Shared),
-        patch.dict(os.environ, COLUMNS="96"),
-        redirect_stdout(out),
-    ):
-        main(arguments.split())
+    columns = os.environ.get("COLUMNS", "")
+    os.environ["COLUMNS"] = "96"
+    try:
+        with redirect_stdout(out):
+            main(arguments.split())
+    finally:
+        os.environ["COLUMNS"] = columns
     return f"```console\n$ em-kernels {arguments}\n{out.getvalue().rstrip()}\n```"
 
 

@@ -148,7 +148,8 @@ def train(arguments: list[str]) -> int:
         arguments,
         "--resume RUN goes on with a run that was stopped or killed, its settings those of RUN.\n\n"
         "Examples: em-kernels train --model demo --prompt 'What is 2 + 3?' --steps 2 --rollouts 8 "
-        "--max-new-tokens 64; em-kernels train --resume runs/one-shot-em",
+        "--max-new-tokens 64; em-kernels train --resume runs/one-shot-em. On several GPUs: "
+        "accelerate launch -m em_kernels.cli train ..., or torchrun.",
     )
     result = run(config, console=Console(stderr=True), resume=resume)
     if RANK == "0":

@@ -5,7 +5,6 @@ somewhere, every generated number is what its source says.
 import ast
 import io
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -14,7 +13,6 @@ import textwrap
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import NamedTuple
-from unittest.mock import patch
 
 import pytest
 from accelerate.commands.launch import launch_command_parser
@@ -230,7 +228,8 @@ def test_merge_and_report_do_what_the_pages_say(runs, monkeypatch, capsys):
 def flags():
     """All that --help of any command tells of."""
     told, names = io.StringIO(), re.findall(r"^  ([a-z-]+)  ", cli.USAGE, re.M)
-    with patch.dict(os.environ, COLUMNS="300"), redirect_stdout(told):
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(told):
+        patch.setenv("COLUMNS", "300")
         for arguments in [*([name] for name in names), ["bench", "--compile-report"]]:
             with suppress(SystemExit):
                 cli.main([*arguments, "--help"])

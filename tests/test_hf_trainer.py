@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from test_hf import Scaled
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.testing import assert_close
 from training.tiny import make_model
-from transformers import LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from em_kernels.hf import check_head, entropy_loss, head_of, head_reads
 from em_kernels.hf_trainer import EntropyTrainer
@@ -289,15 +290,6 @@ def test_bad_models():
         entropy_loss(nn.DataParallel(make_model()), batch)
     with pytest.raises(TypeError, match="^model: its head is a NoneType, not a plain nn.Linear"):
         entropy_loss(make_model().model, batch)
-
-
-class Scaled(LlamaForCausalLM):
-    """Logits of which no setting that we know tells."""
-
-    def forward(self, *args, **kwargs):
-        output = super().forward(*args, **kwargs)
-        output.logits = 1.01 * output.logits
-        return output
 
 
 def test_bad_settings_of_the_trainer(tmp_path):

@@ -9,8 +9,8 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
+from spawned import spawn
 from torch.testing import assert_close
 from truth import leaves, logits_of, stats_of
 
@@ -292,7 +292,7 @@ def worker(rank, folder):
 
 
 def test_a_vocabulary_of_two_ranks(tmp_path):
-    mp.spawn(worker, (str(tmp_path),), nprocs=2)
+    spawn(worker, str(tmp_path), nprocs=2)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     whole = of_a_shard(inputs()[1], None)
     for first, second, (outputs, (dh, dw)) in zip(*ranks, whole, strict=True):

@@ -3,14 +3,13 @@
 import importlib
 import os
 import sys
-import time
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from datasets import Dataset
 from peft import LoraConfig
+from spawned import spawn
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 from torch.testing import assert_close
@@ -33,7 +32,6 @@ CASES = {
     "adaptive": {"entropy_coef": 0.1, "use_adaptive_entropy": True, "entropy_target": 9.0},
     "lora": {"entropy_coef": -0.1, "beta": 0.1, "peft_config": LORA},
 }
-TIMEOUT_S = 300
 
 
 def test_version_is_the_tested_one():
@@ -222,14 +220,7 @@ def worker(rank, folder):
 
 def test_ranks_of_ddp_train_one_model(tmp_path):
     """As TRL's own statistics do, on other prompts each."""
-    context = mp.spawn(worker, (str(tmp_path),), nprocs=2, join=False)
-    deadline = time.monotonic() + TIMEOUT_S
-    try:
-        while not context.join(timeout=1):
-            assert time.monotonic() < deadline, "the ranks wait for each other"
-    finally:
-        for process in context.processes:
-            process.kill()
+    spawn(worker, str(tmp_path), nprocs=2, timeout_s=300)
     (moved, ids), (others, other_ids) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert not torch.equal(ids, other_ids)
     for name, x in moved.items():

@@ -45,7 +45,24 @@ class Engine(ABC):
         config: TrainConfig,
         ranks: Ranks,
     ) -> None:
-        self.model, self.tokenizer, self.config, self.ranks = model, tokenizer, config, ranks
+        self.model, self.tokenizer, self.config, self.ranks = model.eval(), tokenizer, config, ranks
+        self.prepare()  # eval: no dropout
+
+    def check_model(self) -> None:
+        """Raise UserError where the loss would not be of the model's own distribution."""
+        try:
+            head = head_of(self.model)
+            check_head(self.model, head)
+            check_cache(self.model)
+            token = head.weight.new_zeros(1, head.weight.shape[1])
+            weight, chunk_bytes = head.weight.detach(), self.config.chunk_bytes
+            entropy_loss_into(None, token, weight, chunk_bytes=chunk_bytes)  # chunk_bytes
+        except (TypeError, ValueError) as error:
+            raise UserError(str(error)) from error
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Make the optimizer; whatever does not suit is refused."""
 
     def whole(self) -> AbstractContextManager[object]:
         """In it each rank may call the model by itself."""
@@ -88,21 +105,15 @@ class Replicas(Engine):
 
     retries = True
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        config: TrainConfig,
-        ranks: Ranks,
-    ) -> None:
-        super().__init__(model, tokenizer, config, ranks)
+    def prepare(self) -> None:
+        model, config = self.model, self.config
         if config.mode == "lora":  # before any forward, see there
             from .lora import add_adapters, write_adapter  # peft takes seconds
 
-            self.write = write_adapter(add_adapters(model, config), tokenizer)
+            self.write = write_adapter(add_adapters(model, config), self.tokenizer)
         else:
-            self.write = write_model(model.requires_grad_(True), tokenizer)
-        check_model(model, config)
+            self.write = write_model(model.requires_grad_(True), self.tokenizer)
+        self.check_model()
         self.head = head_of(model)
         if config.share_prefix and not can_share_prefix(model):
             self.config = config.model_copy(update={"share_prefix": False})
@@ -115,7 +126,7 @@ class Replicas(Engine):
             eps=config.eps,
             weight_decay=config.weight_decay,
             clip=config.clip,
-            device=torch.device("cpu") if config.mode == "offload" else ranks.device,
+            device=torch.device("cpu") if config.mode == "offload" else self.ranks.device,
             moments=dtypes[config.moments],
             gradients=dtypes[config.gradients],
             folder=config.offload_dir if config.mode == "offload" else None,
@@ -156,17 +167,3 @@ class Replicas(Engine):
 
     def close(self) -> None:
         self.optimizer.close()
-
-
-def check_model(model: PreTrainedModel, config: TrainConfig) -> None:
-    """Raise UserError where the loss would not be of the model's own distribution."""
-    model.eval()  # no dropout
-    try:
-        head = head_of(model)
-        check_head(model, head)
-        check_cache(model)
-        token = head.weight.new_zeros(1, head.weight.shape[1])
-        weight = head.weight.detach()
-        entropy_loss_into(None, token, weight, chunk_bytes=config.chunk_bytes)  # chunk_bytes
-    except (TypeError, ValueError) as error:
-        raise UserError(str(error)) from error

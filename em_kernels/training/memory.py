@@ -24,7 +24,7 @@ from .plan import GIB, MIB, Plan, cheaper, peak, phases
 from .ranks import World
 from .rounding import LENGTH
 from .seconds import RATES, Work, seconds_of
-from .shards import CONTEXT, PROCESS, divided, settings_of
+from .shards import CONTEXT, PROCESS, SMALL_STATE, divided, settings_of
 from .sketch import Sketch
 
 LIBRARIES = 256 * MIB  # of the context: what is loaded with the first kernels
@@ -37,7 +37,6 @@ CHUNK = 256 * MIB  # of logits
 STATISTICS = 132  # bytes a token, measured like those below
 CHOICE = 36  # bytes a word, where columns are chosen
 SHARD = 5 * GIB  # read at a time while weights are loaded
-SMALL_STATE = 8 * GIB
 PAYS = {"cuda": 16384, "cpu": 1024}  # tokens of a micro-batch beyond which nothing is gained
 MOST_ROWS = 256  # sampled at a time, as a token of a step takes as long on a GPU, and here longer
 SHORT = 8  # times as many rows as whole ones make a micro-batch where they end early, at most
@@ -320,9 +319,7 @@ class Planner:
         sizes = sketch.sizes
         device = {"weights": sizes.weights, "buffers": sizes.buffers}
         if self.world.engine != "replicas":
-            small = 12 * sizes.trained <= SMALL_STATE  # as save_optimizer auto has it
-            saves = small if config.save_optimizer == "auto" else config.save_optimizer
-            return *divided(self.world, sketch, device, self.cuda, saves), {}
+            return *divided(config, self.world, sketch, device, self.cuda), {}
         if config.four_bit:  # a byte's scale for 64 weights, a float's for 256 of those
             packed = sizes.linear // 2 + sizes.linear // 64 + sizes.linear // (64 * 256) * 4
             device["weights"] += packed - sizes.linear * self.dtype.itemsize

@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import FullyShardedDataParallelPlugin, InitProcessGroupKwargs
 
 from .config import TrainConfig, UserError
-from .session import Interrupted, StopRequest
+from .session import Interrupted
 
 T = TypeVar("T")
 ENGINES = ("replicas", "fsdp2", "deepspeed")
@@ -132,26 +132,14 @@ class Ranks:
             raise SystemExit(2)
         raise error
 
-    def agree(self, check: Callable[[], None]) -> None:
-        """check(); where it raises Interrupted on one rank, it is raised on all."""
-        asked = False
-        try:
-            check()
-        except Interrupted:
-            asked = True
-        if any(self.gather(asked)):
-            raise Interrupted("interrupted")
-
-    def together(self, stop: StopRequest, work: Callable[[], T]) -> T:
-        """work(), which may give up where it finds a request to stop; every rank goes on or raises
-        Interrupted, none alone.
-        """
+    def together(self, work: Callable[[], T]) -> T:
+        """work(); where it raises Interrupted on one rank, that is raised on all."""
         if self.count == 1:
             return work()
         found: list[T] = []
         with suppress(Interrupted):
             found.append(work())
-        if any(self.gather(stop.requested)):
+        if not all(self.gather(bool(found))):
             raise Interrupted("interrupted")
         return found[0]
 

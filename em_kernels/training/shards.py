@@ -9,6 +9,7 @@ from .sketch import Sketch
 
 CONTEXT = GIB // 2  # of CUDA, libraries' workspaces included
 PROCESS = GIB  # of the host beside a GPU: torch, CUDA's libraries
+SMALL_STATE = 8 * GIB  # of the optimizer, that save_optimizer auto saves
 BUCKETS = 2 * 500_000_000  # elements that DeepSpeed adds up at a time, and the next
 
 
@@ -31,7 +32,7 @@ def settings_of(config: TrainConfig, engine: str) -> TrainConfig:
 
 
 def divided(
-    world: World, sketch: Sketch, device: dict[str, int], cuda: bool, saves_state: bool
+    config: TrainConfig, world: World, sketch: Sketch, device: dict[str, int], cuda: bool
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Bytes that stay, on the device and on the host. Weights are whole, as sampling has them."""
     count, trained = world.ranks, sketch.sizes.trained
@@ -45,7 +46,9 @@ def divided(
     if world.engine == "deepspeed":
         device["buckets"] = min(BUCKETS, 2 * trained) * sketch.itemsize
     # rank 0 has the masters, and rounds them; before that the optimizer's state, where it is saved
-    saving = (18 if saves_state else 6) * trained // world.on_machine
+    keeps = config.save_optimizer
+    keeps = 12 * trained <= SMALL_STATE if keeps == "auto" else keeps
+    saving = (18 if keeps else 6) * trained // world.on_machine
     if not cuda:
         return {**device, **state, "saving": saving}, {}
     host = {"process": PROCESS, "saving": saving}

@@ -119,7 +119,7 @@ def train(
                 if update in plan.config.save_at:
                     run.save()
             run.save()
-            ranks.together(stop, stop.check)
+            ranks.together(stop.check)
         except (Exception, Interrupted) as error:
             raise run.failed(error) from (None if isinstance(error, UserError) else error)
     return run.result
@@ -272,7 +272,7 @@ class _Run:
             rollouts = self.recorded.get(update) or []
             if not rollouts:
                 with self.engine.whole():
-                    mine = ranks.together(stop, lambda: self._fitting("rollout_batch", sample, 1))
+                    mine = ranks.together(lambda: self._fitting("rollout_batch", sample, 1))
                 shares = [dict(pairs) for pairs in ranks.gather(mine)]
                 rollouts = [shares[i % ranks.count][i] for i in range(config.rollouts)]
             sampled = time.perf_counter()
@@ -281,7 +281,7 @@ class _Run:
             least = max(len(rollout.response_ids) for rollout in rollouts)
             if config.official_loss or not self.engine.retries:  # it depends on the micro-batches
                 least = self.sizes["micro_batch"]
-            part = ranks.together(stop, lambda: self._fitting("micro_batch", learn, least))
+            part = ranks.together(lambda: self._fitting("micro_batch", learn, least))
             loss = StepLoss(*ranks.total(part))
             norm = self.engine.norm()
             if not math.isfinite(norm):

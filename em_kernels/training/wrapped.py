@@ -11,16 +11,14 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..functional import fused_entropy_loss, gradient_report
 from ..hf import Head, head_reads
 from .checkpoint import Writer, write_model
-from .config import TrainConfig, UserError
-from .engines import Engine, check_model
+from .config import UserError
+from .engines import Engine
 from .optimizer import KINDS, square_sum
-from .ranks import Ranks
 from .rollout import Rollout
 from .rounding import dithered
 from .step import StepLoss, padded, part_of, recomputation
@@ -33,21 +31,15 @@ class Wrapped(Engine):
 
     root: Any  # what is called
     optimizer: Any
+    updates = 0
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        config: TrainConfig,
-        ranks: Ranks,
-    ) -> None:
-        super().__init__(model.requires_grad_(True).eval(), tokenizer, config, ranks)
-        ranks.from_main(lambda: check_model(model, config))  # where weights are, whatever loads
-        self.updates = 0
-        self.prepare()
+    def prepare(self) -> None:
+        self.model.requires_grad_(True)
+        self.ranks.from_main(self.check_model)  # where weights are, whatever loads
+        self.wrap()
 
     @abstractmethod
-    def prepare(self) -> None:
+    def wrap(self) -> None:
         """Make root and optimizer."""
 
     @abstractmethod
@@ -101,7 +93,7 @@ class Wrapped(Engine):
             head_reads(self.root, read),
         ):
             for i in range(part.rounds):  # as many on every rank; beyond its own, of weight 0
-                ranks.agree(check)
+                ranks.together(check)
                 batch = batches[i] if i < len(batches) else rollouts[:1]
                 ids, index = padded(batch, 0, config.official_loss, ranks.device)
                 loss = self.root(input_ids=ids, use_cache=False)
@@ -140,7 +132,7 @@ class Wrapped(Engine):
 class Fsdp2(Wrapped):
     """Each rank has a part of every weight, gradient and moment."""
 
-    def prepare(self) -> None:
+    def wrap(self) -> None:
         plugin = self.ranks.plugin
         # else the launcher's default, none, which gathers the layers all at once
         plugin.auto_wrap_policy = plugin.auto_wrap_policy or transformer_auto_wrap_policy
@@ -176,12 +168,10 @@ class Fsdp2(Wrapped):
         loss.backward()
 
     def norm(self) -> float:
-        squares = [
-            square_sum(p.grad.to_local().flatten()).item()
-            for p in self.model.parameters()
-            if isinstance(p.grad, DTensor) and p.grad.to_local().numel()
-        ]
-        return self.ranks.total([sum(squares)])[0] ** 0.5
+        grads = [p.grad for p in self.model.parameters() if isinstance(p.grad, DTensor)]
+        parts = [grad.to_local().flatten() for grad in grads]
+        squares = [square_sum(part) for part in parts if part.numel()]
+        return self.ranks.total([torch.stack(squares).sum().item() if squares else 0])[0] ** 0.5
 
     def step(self, norm: float) -> None:
         coefficient = min(1.0, self.config.clip / (norm + 1e-6))
@@ -218,7 +208,7 @@ class DeepSpeed(Wrapped):
     host (ZeRO 2).
     """
 
-    def prepare(self) -> None:
+    def wrap(self) -> None:
         settings = self.ranks.plugin.deepspeed_config
         for name in ("optimizer", "scheduler"):
             if name in settings:

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from training.test_ranks import FSDP2, flags, launched
+from training.processes import FSDP2, flags, launched
 from training.tiny import read, save_tiny
 
 pytestmark = [

@@ -31,3 +31,11 @@ def demo():
     folder = fetch_demo()
     model = AutoModelForCausalLM.from_pretrained(folder)
     return model, AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """Of llama with tied weights (True) and untied ones (False), and of falcon."""
+    home = tmp_path_factory.mktemp("models")
+    found = {tied: save_tiny(home / str(tied), tied=tied) for tied in (True, False)}
+    return {**found, "falcon": save_tiny(home / "falcon", "falcon")}
