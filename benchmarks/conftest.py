@@ -19,6 +19,10 @@ if DEVICE == "cpu":
     keep_freed_memory()
 
 
+def pytest_addoption(parser):
+    parser.addoption("--results", type=Path, help="file, instead of results/<device>.json")
+
+
 def synchronize():
     if DEVICE == "cuda":
         torch.cuda.synchronize()
@@ -84,6 +88,6 @@ def pytest_terminal_summary(terminalreporter, config):
     for line in lines:
         write("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)))
     facts = {"em_kernels": em_kernels.__version__, "torch": torch.__version__, "rounds": ROUNDS}
-    path = store.path_of(DEVICE)
+    path = config.getoption("--results") or store.path_of(DEVICE)
     store.merge(path, DEVICE, "ratios", {row.pop("name"): row | facts for row in rows})
     write(f"written to {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")

@@ -1,0 +1,268 @@
+"""Proof of what the library claims for GPUs: make gpu, on a CUDA GPU, in nine minutes.
+
+Needs torch, triton and transformers, for the tests pytest and hypothesis; nothing of this checkout
+need be installed, and no network. Each part runs in a process of its own with a time limit and
+writes into one results file; what is in it is not run again, so a run cut short goes on where it
+stopped.
+"""
+
+import argparse
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import traceback
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # em_kernels, where it is not installed
+
+import ceilings  # noqa: E402
+import profiling  # noqa: E402
+import store  # noqa: E402
+import suite  # noqa: E402
+import torch  # noqa: E402
+import tuning  # noqa: E402
+from tuning import DRY, GPU, Sizes  # noqa: E402
+
+TESTS = {
+    "rows": ("gpu/test_rows_gpu.py", "gpu/test_sparse_gpu.py"),
+    "functions": (
+        *("test_hard_inputs.py", "test_functional.py", "test_token_loss.py"),
+        *("test_precision.py", "test_sink.py", "test_sparse.py"),
+    ),
+    "trainer": tuple(f"gpu/test_{name}_gpu.py" for name in ("optimizer", "trainer", "ranks")),
+}
+SHAPE = "qwen3-8b"  # N = 8192 of it: others have published times
+SUITE = (  # of em-kernels bench, what matters most first
+    f"--shape {SHAPE}",
+    f"--shape {SHAPE} --task stats --provider floor ours compile trl liger verl stable-eager",
+    f"--shape {SHAPE} --input uniform-1 --provider ours ours-sparse",
+    f"--shape {SHAPE} --task frozen forward --provider ours ours-sparse",
+    "--shape gemma2-2b llama3-8b --provider ours ours-sparse compile cce quack liger trl verl",
+)
+
+
+class Run(NamedTuple):
+    """What a part is told."""
+
+    sizes: Sizes
+    path: Path  # of the results
+    again: bool
+
+
+def run_tests(run: Run, files: tuple[str, ...]) -> dict:
+    """These files' GPU tests; in a dry run they are collected and skip themselves."""
+    import pytest
+
+    os.chdir(ROOT)
+    with TemporaryDirectory() as folder:
+        told = Path(folder) / "junit.xml"
+        chosen = [str(ROOT / "tests" / name) for name in files]
+        code = pytest.main([*chosen, "-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={told}"])
+        found = count(list(ElementTree.parse(told).getroot().iter("testcase")))
+    return found | {"failed": found["failed"] or int(code != 0)}
+
+
+def count(cases: list[ElementTree.Element]) -> dict:
+    """Passed, failed and skipped tests of a JUnit report, and what those said."""
+    failures, skips = dict[str, str](), dict[str, int]()
+    for case in cases:
+        for kind in ("failure", "error", "skipped"):
+            if (told := case.find(kind)) is None:
+                continue
+            why = (told.get("message") or "").partition("\n")[0][:300]
+            if kind == "skipped":
+                skips[why] = skips.get(why, 0) + 1
+            else:
+                failures[f"{case.get('classname')}::{case.get('name')}"] = why
+    left_out = sum(skips.values())
+    passed = len(cases) - len(failures) - left_out
+    told = {"failures": failures, "left_out_because": skips}
+    return {"passed": passed, "failed": len(failures), "left_out": left_out, **told}
+
+
+def tune_rows(run: Run) -> dict:
+    """Every setting of the Triton rows, in a dry run by the interpreter."""
+    if run.sizes == GPU:
+        from em_kernels.rows import triton as kernels
+    else:
+        sys.path.append(str(ROOT / "tests"))
+        import interpreted
+
+        from em_kernels.rows.configs import config_for
+
+        kernels = interpreted.load()
+        kernels.config_for = config_for
+    found = tuning.sweep_rows(kernels, run.sizes)
+    return found | {"commit": tuning.table_row(found)}
+
+
+def tune_chunks(run: Run) -> dict:
+    ways = tuning.sweep_chunks(run.sizes)
+    best = (f"{way} {size}" for way, size in tuning.best_chunks(ways).items())
+    return {"ways": ways, "commit": f"chunk_bytes that are enough: {', '.join(best)}"}
+
+
+def bench_suite(run: Run) -> dict:
+    """The cases that are not there yet."""
+    asked = SUITE if run.sizes == GPU else ("--shape 32x400 --tokens 24 --provider floor ours",)
+    device = ["--device", run.sizes.device]
+    cases = [c for one in asked for c in suite.cases_of(suite.parse([*one.split(), *device]))]
+    there = store.load(run.path).get("cases", {}) if run.path.exists() and not run.again else {}
+    left = [c for c in cases if "ratio" not in there.get(f"{c.problem} {c.provider}", {})]
+    return {"cases": len(cases), "measured": len(cases) - len(left) + suite.run(left, run.path)}
+
+
+def bench_ratios(run: Run) -> dict:
+    """make bench in bf16: ours over what it is to be measured by."""
+    import pytest
+
+    os.chdir(ROOT)
+    chosen = "bfloat16 or test_rows" if run.sizes == GPU else "test_rows"
+    flags = ["--benchmark-disable-gc", "-p", "no:cacheprovider", f"--results={run.path}"]
+    code = pytest.main([str(Path(__file__).with_name("bench_entropy.py")), "-k", chosen, *flags])
+    return {"failed": int(code != 0)}
+
+
+class Part(NamedTuple):
+    """Its time limit includes start and compilation."""
+
+    seconds: float
+    run: Callable[[Run], dict]
+
+
+PARTS = {
+    "environment": Part(60, lambda run: ceilings.environment(run.sizes)),
+    "rows": Part(150, partial(run_tests, files=TESTS["rows"])),
+    "functions": Part(120, partial(run_tests, files=TESTS["functions"])),
+    "trainer": Part(90, partial(run_tests, files=TESTS["trainer"])),
+    "memcheck": Part(90, lambda run: profiling.memcheck(run.sizes)),
+    "tune-rows": Part(90, tune_rows),
+    "tune-chunks": Part(60, tune_chunks),
+    "suite": Part(180, bench_suite),
+    "ratios": Part(90, bench_ratios),
+    "profile": Part(45, lambda run: profiling.profile(run.sizes)),
+    "counters": Part(45, lambda run: profiling.counters(run.sizes)),
+}
+LISTED = """parts:
+  environment        device, versions, and its ceilings: a copy, bf16 GEMMs
+  rows               tests of the Triton rows and of the sparse gradient, against fp64
+  functions          the library's own tests, hard inputs among them, on the GPU
+  trainer            tests of optimizer, trainer and several ranks
+  memcheck           compute-sanitizer, where it is there
+  tune-rows          every setting of em_kernels/rows/configs.py; prints the row to commit
+  tune-chunks        chunk_bytes: time and memory
+  suite              em-kernels bench at the shapes others publish, with those that are installed
+  ratios             make bench
+  profile            where the time of a step goes, by kernel
+  counters           Nsight Compute's of each row kernel, where it is there"""
+
+
+def is_done(row: dict) -> bool:
+    return "skipped" not in row and not row.get("failed")
+
+
+def line_of(name: str, row: dict) -> str:
+    if "skipped" in row:
+        return f"{name}: skipped: {row['skipped']}"
+    plain = {key: value for key, value in row.items() if isinstance(value, int | float)}
+    return f"{name}: {', '.join(f'{key} {value}' for key, value in plain.items())}"
+
+
+def work(name: str, run: Run) -> None:
+    """In a process, and process group, of the part's own: store what it found."""
+    os.setsid()
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # of processes that it starts
+    start = time.perf_counter()
+    try:
+        row = PARTS[name].run(run)
+    except ModuleNotFoundError as error:
+        row = {"skipped": f"{error.name} is not installed"}
+    except Exception as error:
+        traceback.print_exc()
+        row = {"skipped": f"failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}"}
+    row["seconds"] = round(time.perf_counter() - start, 1)
+    store.merge(run.path, run.sizes.device, "proof", {name: row})
+
+
+def in_own_process(name: str, run: Run, seconds: float) -> dict:
+    """What the part found. A dry run forks, which is quick; after a fork CUDA may not be there."""
+    context = multiprocessing.get_context("spawn" if run.sizes == GPU else "forkserver")
+    if run.sizes == DRY:
+        context.set_forkserver_preload(["gpu_proof", "pytest"])
+    process = context.Process(target=work, args=(name, run))
+    process.start()
+    try:
+        process.join(seconds)
+    finally:
+        if in_time := process.exitcode is not None:
+            why = f"failed: exit {process.exitcode}"
+        else:
+            why = f"stopped after {seconds:.0f} s"
+            os.killpg(process.pid, signal.SIGKILL)
+            process.join()
+    if not in_time or process.exitcode != 0:
+        store.merge(run.path, run.sizes.device, "proof", {name: {"skipped": why}})
+        return {"skipped": why}
+    return store.load(run.path)["proof"][name]
+
+
+def main(arguments: list[str]) -> int:
+    """0 done, 1 a part failed or time was over, 2 the user can mend it."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog=LISTED,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--part", nargs="+", choices=PARTS, metavar="NAME", help="only these")
+    parser.add_argument("--again", action="store_true", help="also what was done before")
+    parser.add_argument("--minutes", type=float, default=9.0, help="when to stop (9)")
+    parser.add_argument("--dry-run", action="store_true", help="every part, small, on the CPU")
+    parser.add_argument("--results", type=Path, help="file, instead of results/<device>.json")
+    options = parser.parse_args(arguments)
+    if not options.dry_run and not torch.cuda.is_available():
+        print("gpu_proof: error: torch sees no CUDA GPU; --dry-run needs none", file=sys.stderr)
+        return 2
+    usual = Path("runs/gpu-proof.json") if options.dry_run else store.path_of("cuda")
+    path = (options.results or usual).resolve()
+    run = Run(DRY if options.dry_run else GPU, path, options.again)
+    began, unwell = time.perf_counter(), []
+    try:
+        stored = store.load(path).get("proof", {}) if path.exists() else {}
+        for name in options.part or PARTS:
+            if is_done(stored.get(name, {"skipped": ""})) and not options.again:
+                print(f"{name}: is in {path}; --again runs it again")
+                continue
+            left = 60 * options.minutes - (time.perf_counter() - began)
+            if left > 0:
+                print(f"{name} ...", flush=True)
+                row = in_own_process(name, run, min(PARTS[name].seconds, left))
+            else:
+                row = {"skipped": f"stopped: {options.minutes:g} minutes are over"}
+            print(line_of(name, row), flush=True)
+            if row.get("failed") or row.get("skipped", "").startswith(("failed", "stopped")):
+                unwell.append(name)
+        rows = store.load(path)["proof"].values()
+    except store.BenchError as error:
+        print(f"gpu_proof: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("gpu_proof: interrupted; the parts that were done are kept", file=sys.stderr)
+        return 130
+    print(*(row["commit"] for row in rows if "commit" in row), sep="\n")
+    print(f"written to {path}")
+    if unwell:
+        print(f"the same command takes up what is left: {', '.join(unwell)}")
+    return int(bool(unwell))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

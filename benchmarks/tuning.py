@@ -1,0 +1,253 @@
+"""Settings of the Triton rows, and the chunk's size, swept on this device: rows to commit."""
+
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import product
+from types import ModuleType
+from typing import NamedTuple
+
+import inputs
+import torch
+import triton
+from measure import forget, in_turns, peak_bytes, timed_ms
+from providers import TOLERANCE, Problem, ours_loss, products
+from torch import Tensor
+
+from em_kernels import fused_token_stats, reference
+from em_kernels.reference import RowTransform, TokenStats
+from em_kernels.rows import RowTerms, gradient_buffer, portable, row_stride
+from em_kernels.rows.configs import DEFAULT, TUNED, RowConfig
+
+GRID = {  # of em_kernels/rows/configs.py
+    "statistics_warps": (1, 2, 4, 8),
+    "THREAD_V": (8, 16, 32),
+    "gradient_warps": (2, 4, 8),
+    "BLOCK_N": (1, 2, 4),
+    "BLOCK_V": (512, 1024, 2048, 4096),
+    "warps_per_sm": (32, 64),
+}
+FIELDS = {  # that a kernel's launch depends on
+    "statistics": ("statistics_warps", "THREAD_V", "warps_per_sm"),
+    "gradient": ("gradient_warps", "BLOCK_N", "BLOCK_V"),
+    "mass": ("THREAD_V", "warps_per_sm"),
+}
+THREAD_LOGITS = range(4, 33)  # of a gradient: fewer are loads too short, more spill
+BYTES = {"statistics": 4, "gradient": 6, "mass": 4}  # a logit: fp32 read, bf16 written
+GAIN = 0.02  # below it another setting is noise
+
+
+class Sizes(NamedTuple):
+    """Of what is measured, on a GPU or in a dry run."""
+
+    device: str
+    head: tuple[int, int, int]  # N, D, V
+    rows: int  # of a chunk
+    checked: tuple[int, int]  # rows and columns on which a setting is compared with plain torch
+    square: int  # of the GEMM that counts as the ceiling
+    copied: int  # bytes
+    chunks: tuple[int, ...]  # bytes
+
+
+GPU = Sizes(
+    "cuda", (8192, 4096, 151936), 1024, (37, 5003), 8192, 2**31, tuple(2**n for n in range(26, 32))
+)
+DRY = Sizes("cpu", (48, 32, 500), 4, (3, 1100), 256, 2**22, (2**14, 2**20))
+
+
+class RowProblem(NamedTuple):
+    """What the three kernels are launched on."""
+
+    terms: RowTerms
+    out: Tensor  # bf16
+
+    def launch(self, kernels: ModuleType, name: str) -> tuple[Tensor, ...]:
+        if name == "statistics":
+            return kernels.row_statistics(self.terms.y, self.terms.row, everything=False)[:3]
+        if name == "gradient":
+            kernels.row_gradient(*self.terms, self.out)
+            return (self.out,)
+        return kernels.column_mass(*self.terms)
+
+
+def row_problem(rows: int, columns: int, device: str) -> RowProblem:
+    """Of an entropy loss, as chunked.py lays it out."""
+    stride = row_stride(columns, torch.device(device))
+    y = torch.empty(rows, stride, device=device)[:, :columns].normal_(std=4)
+    row = RowTransform(None, torch.full((rows,), 2.0, device=device))
+    parts = portable.row_statistics(y[:, :columns], row)
+    one = torch.full((rows,), 1 / rows, device=device)
+    upstream = TokenStats(entropy=one, mean_logit=one)  # without it rows of dy would add up to 0
+    factors = reference.coefficients(reference.statistics(parts, columns), upstream, columns)
+    terms = RowTerms(y, row, parts.m, parts.s1.log1p(), factors)
+    return RowProblem(terms, gradient_buffer(y, torch.bfloat16) if y.is_cuda else y.bfloat16())
+
+
+def median_ms(device: str, run: Callable[[], object]) -> float:
+    """Of a kernel's own time where there is a GPU, with a cold L2 cache."""
+    if device == "cuda":
+        return triton.testing.do_bench(run, warmup=5, rep=30, return_mode="median")
+    return statistics.median(timed_ms(device, run) for _ in range(3))
+
+
+@contextmanager
+def settings(capability: tuple[int, int], config: RowConfig) -> Iterator[None]:
+    before = TUNED.get(capability)
+    TUNED[capability] = config
+    try:
+        yield
+    finally:
+        del TUNED[capability]
+        if before is not None:
+            TUNED[capability] = before
+
+
+def candidates(name: str) -> Iterator[RowConfig]:
+    """Those that differ for this kernel; its other fields are the default's."""
+    for values in product(*(GRID[field] for field in FIELDS[name])):
+        config = DEFAULT._replace(**dict(zip(FIELDS[name], values, strict=True)))
+        logits = config.BLOCK_N * config.BLOCK_V // (32 * config.gradient_warps)
+        if name != "gradient" or logits in THREAD_LOGITS:
+            yield config
+
+
+def key_of(name: str, config: RowConfig) -> str:
+    return " ".join(str(getattr(config, field)) for field in FIELDS[name])
+
+
+def sweep_rows(kernels: ModuleType, sizes: Sizes) -> dict:
+    """Every setting's time, what is best together, and that beside the default in turns."""
+    rows, columns, device = sizes.rows, sizes.head[2], sizes.device
+    timed, checked = row_problem(rows, columns, device), row_problem(*sizes.checked, device)
+    capability = torch.cuda.get_device_capability() if device == "cuda" else (0, 0)
+    times: dict[str, dict[str, float]] = {}
+    wrong: list[str] = []
+    for name in FIELDS:
+        times[name] = {}
+        expected = [x.clone() for x in checked.launch(portable, name)]
+        for config in candidates(name):
+            key = key_of(name, config)
+            with settings(capability, config):
+                try:
+                    why = difference(checked.launch(kernels, name), expected)
+                    if why is None:
+                        run = partial(timed.launch, kernels, name)
+                        times[name][key] = median_ms(device, run)
+                except triton.runtime.errors.OutOfResources as error:
+                    why = str(error)
+            if why:
+                wrong.append(f"{name} {key}: {why}")
+                print(f"  {wrong[-1]}", flush=True)
+        best = min(times[name], key=times[name].__getitem__)
+        print(f"  {name}: best {best} ({', '.join(FIELDS[name])})", flush=True)
+
+    def total(config: RowConfig) -> float:
+        return sum(times[name].get(key_of(name, config), torch.inf) for name in FIELDS)
+
+    best = min(map(RowConfig._make, product(*GRID.values())), key=total)
+    found = {"default": [], "best": []}
+    for _ in range(5):
+        for kind, config in (("default", DEFAULT), ("best", best)):
+            with settings(capability, config):
+                runs = {name: partial(timed.launch, kernels, name) for name in FIELDS}
+                found[kind].append({name: median_ms(device, runs[name]) for name in FIELDS})
+    medians = {
+        kind: {name: round(statistics.median(r[name] for r in rounds), 4) for name in FIELDS}
+        for kind, rounds in found.items()
+    }
+    y = timed.terms.y
+    copy_ms = median_ms(device, lambda: torch.empty_like(y).copy_(y))
+    gain = 1 - sum(medians["best"].values()) / sum(medians["default"].values())
+    winner = best if gain > GAIN else DEFAULT
+    return {
+        "rows": rows,
+        "columns": columns,
+        "capability": list(capability),
+        "copy_ms": round(copy_ms, 4),
+        "over_copy": {  # of as many bytes
+            kind: {n: round(ms / copy_ms * 8 / BYTES[n], 3) for n, ms in of.items()}
+            for kind, of in medians.items()
+        },
+        "ms": medians,
+        "gain": round(gain, 4),
+        "winner": winner._asdict(),
+        "fields": FIELDS,
+        "times_ms": {n: {k: round(ms, 4) for k, ms in of.items()} for n, of in times.items()},
+        "wrong": wrong,
+    }
+
+
+def difference(found: tuple[Tensor, ...], expected: list[Tensor]) -> str | None:
+    """Where they are not the same but for rounding, the gradient's to bf16."""
+    for mine, true in zip(found, expected, strict=True):
+        allowed = 2**-7 if mine.dtype == torch.bfloat16 else 1e-4
+        off = (mine.double() - true.double()).norm() / true.double().norm().clamp_min(1e-30)
+        if not off <= allowed:
+            return f"off by {off:.1e}"
+    return None
+
+
+def table_row(found: dict) -> str:
+    """For TUNED in em_kernels/rows/configs.py."""
+    values = ", ".join(f"{name}={value}" for name, value in found["winner"].items())
+    return f"{tuple(found['capability'])}: RowConfig({values}),"
+
+
+def statistics_loss(chunk: int | None) -> Callable[[Problem], Tensor]:
+    """Any upstream: the gradient's logits are computed again, slab by slab."""
+
+    def loss(problem: Problem) -> Tensor:
+        given = (problem.hidden, problem.weight, problem.targets)
+        stats = fused_token_stats(*given, temperature=problem.temperature, chunk_bytes=chunk)
+        return (stats.entropy + stats.logprob).mean()
+
+    return loss
+
+
+WAYS = {
+    "exact": lambda chunk: ours_loss(0.0, chunk),
+    "sparse": lambda chunk: ours_loss(TOLERANCE, chunk),
+    "statistics": statistics_loss,
+}
+
+
+def head_problem(sizes: Sizes) -> Problem:
+    given = inputs.lm_like(*sizes.head, torch.bfloat16, sizes.device)
+    leaves = (given.hidden.requires_grad_(), given.weight.requires_grad_())
+    return Problem(*leaves, given.targets, 0.5, None)
+
+
+def step(problem: Problem, loss: Callable[[Problem], Tensor]) -> Callable[[], None]:
+    """What a training step does."""
+
+    def run() -> None:
+        forget(problem)
+        loss(problem).backward()
+
+    return run
+
+
+def sweep_chunks(sizes: Sizes) -> dict[str, dict]:
+    """Time over the floor and peak memory of each way through the head, by chunk_bytes."""
+    problem, found = head_problem(sizes), {way: {} for way in WAYS}
+    for way, chunk in product(WAYS, sizes.chunks):
+        run = step(problem, WAYS[way](chunk))
+        run()
+        forget(problem)
+        peak = peak_bytes(sizes.device, run)
+        row = {} if peak is None else {"peak_mib": round(peak / 2**20)}
+        row |= in_turns(sizes.device, run, lambda: products(problem, 3))
+        name = f"{chunk / 2**20:g} MiB"
+        print(f"  {way}, chunks of {name}: {row['ratio']:.3f} of the floor", flush=True)
+        found[way][name] = row
+    return found
+
+
+def best_chunks(found: dict[str, dict]) -> dict[str, str]:
+    """Each way's smallest chunk that is as fast as its fastest, but for noise."""
+    best = {}
+    for way, rows in found.items():
+        most = (1 + GAIN) * min(row["ratio"] for row in rows.values())
+        best[way] = next(name for name, row in rows.items() if row["ratio"] <= most)
+    return best
