@@ -6,8 +6,10 @@ import sys
 
 import pytest
 import torch
-from training.processes import FSDP2, flags, launched
-from training.tiny import read, save_tiny
+
+pytest.importorskip("em_kernels.training.trainer")  # pip install '.[train]'
+from training.processes import FSDP2, flags, launched  # noqa: E402
+from training.tiny import read, save_tiny  # noqa: E402
 
 pytestmark = [
     pytest.mark.gpu,

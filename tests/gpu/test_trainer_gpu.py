@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+pytest.importorskip("em_kernels.training.trainer")  # pip install '.[train]'
 sys.path.append(str(Path(__file__).parents[1]))
-from training.tiny import read, run, save_tiny, settings
+from training.tiny import read, run, save_tiny, settings  # noqa: E402
 
 pytestmark = [
     pytest.mark.gpu,
