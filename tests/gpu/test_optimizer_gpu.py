@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+pytest.importorskip("em_kernels.training.offload")  # pip install '.[train]'
 from em_kernels.training import offload
 from em_kernels.training.optimizer import MasterAdamW
 from em_kernels.training.rounding import to_bf16

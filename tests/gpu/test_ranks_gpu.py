@@ -8,8 +8,8 @@ import pytest
 import torch
 
 pytest.importorskip("em_kernels.training.trainer")  # pip install '.[train]'
-from training.processes import FSDP2, flags, launched  # noqa: E402
-from training.tiny import read, save_tiny  # noqa: E402
+from training.processes import FSDP2, flags, launched
+from training.tiny import read, save_tiny
 
 pytestmark = [
     pytest.mark.gpu,

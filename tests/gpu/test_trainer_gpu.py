@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("em_kernels.training.trainer")  # pip install '.[train]'
 sys.path.append(str(Path(__file__).parents[1]))
-from training.tiny import read, run, save_tiny, settings  # noqa: E402
+from training.tiny import read, run, save_tiny, settings
 
 pytestmark = [
     pytest.mark.gpu,
