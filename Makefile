@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint build dist-check docs bench bench-train gpu-24gb clean
+.PHONY: demo test lint build dist-check docs bench bench-train gpu gpu-24gb clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -32,6 +32,9 @@ bench: $(INSTALLED)
 
 bench-train: $(INSTALLED)
 	@$(BIN)/python benchmarks/bench_train.py $(BENCH_ARGS)
+
+gpu: $(INSTALLED)
+	@$(BIN)/python benchmarks/gpu_proof.py $(GPU_ARGS)
 
 gpu-24gb: $(INSTALLED)
 	@$(BIN)/python benchmarks/gpu_24gb.py $(GPU_ARGS)

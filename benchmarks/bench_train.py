@@ -14,8 +14,8 @@ import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
-import report
 import store
+import tables
 import torch
 import transformers
 from loops import by_hand, ours
@@ -167,7 +167,7 @@ def main(arguments: list[str]) -> int:
     except BenchError as error:
         print(f"bench_train: error: {error}", file=sys.stderr)
         return 2
-    print("\n".join(["", *report.training(found), f"written to {path}"]))
+    print("\n".join(["", *tables.updates(found), f"written to {path}"]))
     return 0
 
 

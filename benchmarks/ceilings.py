@@ -39,12 +39,12 @@ def environment(sizes: Sizes) -> dict:
         return torch.randn(shape, dtype=torch.bfloat16, device=sizes.device)
 
     def tflops(n: int, k: int, m: int, run: Callable[[], object]) -> float:
-        return round(2e-9 * n * k * m / median_ms(sizes.device, run), 2)
+        return float(f"{2e-9 * n * k * m / median_ms(sizes.device, run):.3g}")
 
     source = torch.randint(256, (sizes.copied,), dtype=torch.uint8, device=sizes.device)
     target = torch.empty_like(source)
     copy_ms = median_ms(sizes.device, lambda: target.copy_(source))
-    found["copy_gb_per_s"] = round(2e-6 * sizes.copied / copy_ms, 1)
+    found["copy_gb_per_s"] = float(f"{2e-6 * sizes.copied / copy_ms:.4g}")
     a, b, side = (
         normal(sizes.square, sizes.square),
         normal(sizes.square, sizes.square),

@@ -158,6 +158,8 @@ def truth(case: Case, problem: Problem) -> dict[str, dict]:
             columns = row._replace(targets=at.amax(1))
             dy = reference.row_gradient(y[:, words], columns, m, log_s, factors)
             here["weight"] += dy.t() @ hidden
+            if not chosen.any():
+                continue
             some = RowTransform(
                 None, row.inv_temperature[chosen], 1.0, case.softcap, targets[chosen]
             )

@@ -65,6 +65,8 @@ def stable_loss(problem: Problem) -> Tensor:
 
 
 def linear_cross_entropy_loss(problem: Problem) -> Tensor:
+    if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        raise ImportError("needs torch >= 2.13")
     hidden = problem.hidden / problem.temperature
     options = torch.nn.LinearCrossEntropyOptions()
     return F.linear_cross_entropy(hidden, problem.weight, problem.targets, options=options)

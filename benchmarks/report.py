@@ -5,9 +5,13 @@ import re
 from pathlib import Path
 
 import store
+import tables
 from providers import PROVIDERS
 
-FEATURED = (("qwen2.5-1.5b", "lm-0.5"), ("smollm2-135m", "real-0.5"))  # shape, input
+FEATURED = {  # shape, input
+    "cpu": (("qwen2.5-1.5b", "lm-0.5"), ("smollm2-135m", "real-0.5")),
+    "cuda": (("qwen3-8b", "lm-0.5"), ("llama3-8b", "lm-0.5"), ("gemma2-2b", "lm-0.5")),
+}
 TITLES = {"lm": "LM-like input", "real": "real states", "uniform": "near-uniform input"}
 README = Path(__file__).parents[1] / "README.md"
 PAGE = README.parent / "docs" / "benchmarks.md"
@@ -38,7 +42,8 @@ def featured(cases: dict[str, dict]) -> list[list[dict]]:
         if row["shape"] != "scaling" and (row["dtype"], row["task"]) == ("bfloat16", "loss")
     ]
     measured = {(row["shape"], row["input"]): None for row in plain}
-    shown = [pair for pair in FEATURED if pair in measured] or list(measured)[:1]
+    usual = FEATURED[plain[0]["device"]] if plain else ()
+    shown = [pair for pair in usual if pair in measured] or list(measured)[:1]
     found = []
     for pair in shown:
         rows = [row for row in plain if (row["shape"], row["input"]) == pair]
@@ -61,6 +66,16 @@ def name_of(row: dict) -> str:
     return name if provider.quantity == "entropy" else f"{name} ({provider.quantity})"
 
 
+def cells(row: dict, memory: tuple[str, ...]) -> str:
+    """Of a table: time, ratio, memory, work, error; empty where a provider does not tell."""
+    low, high = row["ratio_quartiles"]
+    found = [f"{row['time_ms']:.0f} ms", f"{row['ratio']:.2f} ({low:.2f}-{high:.2f})"]
+    found += [f"{row[name]:.0f} MiB" if name in row else "" for name in memory]
+    found.append("" if row["gemm_units"] is None else f"{row['gemm_units']:.2f}")
+    found.append(f"{100 * worst_error(row):.2g} %" if "error" in row else "")
+    return " | ".join(found)
+
+
 def table(rows: list[dict]) -> list[str]:
     lines = [
         f"{heading(rows[0])}: loss with all gradients",
@@ -74,44 +89,13 @@ def table(rows: list[dict]) -> list[str]:
             unable.setdefault(row["skipped"], []).append(PROVIDERS[row["provider"]].title)
             continue
         name = name_of(row)
-        error = f"{100 * worst_error(row):.2g} %" if "error" in row else ""
         if "wrong" in row:
-            lines.append(f"| {name} | wrong | | | | | **{error}** |")
+            lines.append(f"| {name} | wrong | | | | | **{100 * worst_error(row):.2g} %** |")
             continue
-        low, high = row["ratio_quartiles"]
-        peak, beyond = row.get("peak_mib"), row.get("beyond_gradients_mib")
-        memory = "| |" if peak is None else f"| {peak:.0f} MiB | {beyond:.0f} MiB |"
-        work = "" if row["gemm_units"] is None else f"{row['gemm_units']:.2f}"
-        ratio = f"{row['ratio']:.2f} ({low:.2f}-{high:.2f})"
-        lines.append(f"| {name} | {row['time_ms']:.0f} ms | {ratio} {memory} {work} | {error} |")
+        lines.append(f"| {name} | {cells(row, ('peak_mib', 'beyond_gradients_mib'))} |")
     lines.append("")
     for why, names in unable.items():
         lines.append(f"Not here: {', '.join(names)}: {why}.")
-    return lines
-
-
-def model_of(rows: dict[str, dict]) -> str:
-    """What bench_train.py measured, in words."""
-    first = next(iter(rows.values()))
-    model = "SmolLM2-135M-Instruct" if first["model"] == "demo" else first["model"]
-    return f"{model}, {first['rollouts']} completions of the demo's prompt, sampled and trained"
-
-
-def training(rows: dict[str, dict]) -> list[str]:
-    """Whole updates of One-shot EM, as bench_train.py measured them."""
-    lines = [
-        f"A whole update of One-shot EM, {model_of(rows)}",
-        "",
-        "| | update | over ours | sampling | training | tokens | peak memory | updates |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows.values():
-        seconds = [f"{row[key]:.1f} s" for key in ("sampling_s", "training_s")]
-        lines.append(
-            f"| {row['program']} | {row['total_s']:.1f} s | {row['ratio']:.2f} "
-            f"| {' | '.join(seconds)} | {row['tokens']:.0f} | {row['peak_gib']:.2f} GiB "
-            f"| {row['updates']} |"
-        )
     return lines
 
 
@@ -130,13 +114,10 @@ def others(content: dict) -> list[str]:
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        low, high = row["ratio_quartiles"]
         kind, tau = row["input"].rsplit("-", 1)
         lines.append(
             f"| {row['shape']}, {TITLES[kind]}, {tau} | {row['task']} | {name_of(row)} "
-            f"| {row['time_ms']:.0f} ms | {row['ratio']:.2f} ({low:.2f}-{high:.2f}) "
-            f"| {row['beyond_gradients_mib']:.0f} MiB | {row['gemm_units']:.2f} "
-            f"| {100 * worst_error(row):.2g} % |"
+            f"| {cells(row, ('beyond_gradients_mib',))} |"
         )
     return lines
 
@@ -159,54 +140,11 @@ def by_size(content: dict) -> list[str]:
     return lines
 
 
-def ratios(rows: dict[str, dict]) -> list[str]:
-    """Of `make bench`."""
-    lines = [
-        f"By `make bench`, {max(row['date'] for row in rows.values())}: ratios, what they must be "
-        "and what is aimed at.",
-        "",
-        "| | over | ratio | must | aim | time |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in rows.values():
-        low, high = row["ratio_quartiles"]
-        lines.append(
-            f"| {row['what']} | {row['over']} | {row['ratio']:.2f} ({low:.2f}-{high:.2f}) "
-            f"| {row['must']} | {row['aim']} | {row['time_ms']:.0f} ms |"
-        )
-    return lines
-
-
-def study(report: dict) -> list[str]:
-    """What `em-kernels study` wrote, as its own table and words have it."""
-    best, rows = report["best_temperature"], report["rows"]
-    lines = [
-        f"{report['data']}, {report['model']} model, {report['held_out']} held-out problems, "
-        "accuracy in %",
-        "",
-        f"| | prompts | right before, by vote | greedy | change | sampled | over T = {best:g} |",
-        "|---|---|---|---|---|---|---|",
-        f"| untrained | | | {100 * report['base_greedy']:.1f} | | "
-        f"{100 * report['base_sampled']['1.0']:.1f} | |",
-        f"| untrained, more examples | | | {100 * report['more_examples']:.1f} | | | |",
-        f"| untrained, examples of the form only | | | {100 * report['form_only']:.1f} | | | |",
-    ]
-    for row in rows:
-        change, over = (
-            "{:+.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in row[key]))
-            for key in ("change", "over_temperature")
-        )
-        lines.append(
-            f"| {row['arm']}, {row['update']} updates | {row['prompts']} | {row['majority_right']} "
-            f"| {100 * row['greedy']:.1f} | {change} | {100 * row['sampled']:.1f} | {over} |"
-        )
-    return [*lines, "", report["reading"]]
-
-
 def about(content: dict) -> str:
-    """Device, date and versions of what is featured and of whole updates."""
-    groups, trained = featured(content.get("cases", {})), content.get("training", {})
-    rows = [row for group in [*groups, trained.values()] for row in group if "versions" in row]
+    """Device, date and versions of what is featured, of whole updates and of a GPU's proof."""
+    groups = [group for group in featured(content.get("cases", {}))]
+    groups += [content.get(name, {}).values() for name in ("training", "proof", "parts")]
+    rows = [row for group in groups for row in group if "versions" in row]
     versions = {name: v for row in rows for name, v in row["versions"].items()}
     known = ", ".join(f"{name} {versions[name]}" for name in sorted(versions))
     return f"On {content['device']}, {max(row['date'] for row in rows)}; {known}."
@@ -215,7 +153,8 @@ def about(content: dict) -> str:
 def measured(paths: list[Path]) -> list[tuple[Path, dict]]:
     """Files with something to show."""
     loaded = [(path, store.load(path)) for path in paths]
-    return [(p, c) for p, c in loaded if featured(c.get("cases", {})) or c.get("training")]
+    shown = ("training", "proof", "parts")
+    return [(p, c) for p, c in loaded if featured(c.get("cases", {})) or any(map(c.get, shown))]
 
 
 def block(paths: list[Path]) -> str:
@@ -225,12 +164,14 @@ def block(paths: list[Path]) -> str:
     lines: list[str] = []
     for path, content in measured(paths):
         groups, trained = featured(content.get("cases", {})), content.get("training", {})
+        if not groups and not trained:
+            continue
         lines += [about(content), ""]
         if groups:
             lines += [*table(groups[0]), ""]
         if trained:
             found = (f"{row['program']}: {row['total_s']:.1f} s" for row in trained.values())
-            lines += [f"A whole update ({model_of(trained)}): {'; '.join(found)}.", ""]
+            lines += [f"A whole update ({tables.model_of(trained)}): {'; '.join(found)}.", ""]
         if groups:
             light, dark = (f"benchmarks/results/{path.stem}-time-{t}.svg" for t in THEMES)
             lines += [
@@ -264,12 +205,14 @@ def page(paths: list[Path], studies: list[Path], folder: str = "") -> str:
             lines += ["### Memory over tokens and words", "", *by_size(content), ""]
             lines += [*plot(path, "memory", "peak memory over tokens, over words"), ""]
         if trained:
-            lines += ["### A whole update", "", *training(trained), ""]
+            lines += ["### A whole update", "", *tables.updates(trained), ""]
         if content.get("ratios"):
-            lines += ["### Must and aim", "", *ratios(content["ratios"]), ""]
+            lines += ["### Must and aim", "", *tables.ratios(content["ratios"]), ""]
+        for title, rows in tables.proof(content):
+            lines += [f"### {title}", "", *rows, ""]
     for path in studies:
         told = json.loads(path.read_text())
-        lines += [f"### A study: {told['data']}", "", *study(told), ""]
+        lines += [f"### A study: {told['data']}", "", *tables.study(told), ""]
     return "\n".join(lines).rstrip()
 
 

@@ -27,6 +27,7 @@ SHAPES = {  # D, V, softcap of real heads
     "qwen2.5-0.5b": (896, 151936, None),
     "qwen2.5-1.5b": (1536, 151936, None),
     "qwen2.5-7b": (3584, 152064, None),
+    "qwen3-8b": (4096, 151936, None),
     "llama3-8b": (4096, 128256, None),
     "gemma2-2b": (2304, 256000, 30.0),
 }
@@ -40,7 +41,6 @@ INPUTS = {  # kind and temperature
     "real-0.5": f"states of SmolLM2's own text sampled at 0.5 (--shape {REAL})",
     "real-1": "the same at 1",
 }
-DEFAULTS = report.FEATURED  # of a run without flags
 SCALING_PROVIDERS = ("ours-sparse", "ours", "ours-64mib", "trl", "stable-eager")
 SCALING_WIDTH = {"cpu": 128, "cuda": 2048}
 SCALING_TOKENS = (256, 1024, 4096, 16384, 32768)
@@ -54,8 +54,9 @@ def _listed(texts: dict[str, str]) -> str:
 
 DESCRIPTION = f"""Time, peak memory, GEMM work and error of losses, each in a process of its own.
 
-Without flags: {" and ".join(f"{shape} on {kind}" for shape, kind in DEFAULTS)}, bfloat16, loss
-with all gradients, every provider but {" and ".join(ASIDE["cpu"])} (80 s a call on a CPU).
+Without flags: {" and ".join(f"{shape} on {kind}" for shape, kind in report.FEATURED["cpu"])} on
+a CPU, {", ".join(shape for shape, _ in report.FEATURED["cuda"])} on a GPU; bfloat16, loss with all
+gradients, every provider but {" and ".join(ASIDE["cpu"])} (80 s a call on a CPU).
 Results merge into benchmarks/results/<device>.json after each case; Ctrl-C keeps them.
 
   time    median (quartiles) of rounds taken in turns with the bare matrix products, the floor;
@@ -124,7 +125,8 @@ def cases_of(options: argparse.Namespace) -> Iterator[Case]:
             providers = [name for name in PROVIDERS if name not in ASIDE[device]]
         wanted = list(product(shapes, kinds))
         if not shapes:
-            wanted = list(product([DEFAULTS[0][0]], kinds)) if options.input else list(DEFAULTS)
+            usual = report.FEATURED[device]
+            wanted = list(product([usual[0][0]], kinds)) if options.input else list(usual)
         problems = []
         for shape, kind in wanted:
             if shape == REAL or not kind.startswith("real"):

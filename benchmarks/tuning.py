@@ -18,7 +18,7 @@ from torch import Tensor
 from em_kernels import fused_token_stats, reference
 from em_kernels.reference import RowTransform, TokenStats
 from em_kernels.rows import RowTerms, gradient_buffer, portable, row_stride
-from em_kernels.rows.configs import DEFAULT, TUNED, RowConfig
+from em_kernels.rows.configs import DEFAULT, TUNED, RowConfig, config_for
 
 GRID = {  # of em_kernels/rows/configs.py
     "statistics_warps": (1, 2, 4, 8),
@@ -35,6 +35,7 @@ FIELDS = {  # that a kernel's launch depends on
 }
 THREAD_LOGITS = range(4, 33)  # of a gradient: fewer are loads too short, more spill
 BYTES = {"statistics": 4, "gradient": 6, "mass": 4}  # a logit: fp32 read, bf16 written
+ROUNDS = 5  # of the present settings and the best, in turns
 GAIN = 0.02  # below it another setting is noise
 
 
@@ -48,12 +49,14 @@ class Sizes(NamedTuple):
     square: int  # of the GEMM that counts as the ceiling
     copied: int  # bytes
     chunks: tuple[int, ...]  # bytes
+    grid: dict[str, tuple[int, ...]] = GRID
 
 
 GPU = Sizes(
     "cuda", (8192, 4096, 151936), 1024, (37, 5003), 8192, 2**31, tuple(2**n for n in range(26, 32))
 )
-DRY = Sizes("cpu", (48, 32, 500), 4, (3, 1100), 256, 2**22, (2**14, 2**20))
+FEW = {field: values[:2] for field, values in GRID.items()}  # the interpreter is slow
+DRY = Sizes("cpu", (48, 32, 500), 4, (3, 1100), 256, 2**22, (2**14, 2**20), FEW)
 
 
 class RowProblem(NamedTuple):
@@ -88,7 +91,8 @@ def median_ms(device: str, run: Callable[[], object]) -> float:
     """Of a kernel's own time where there is a GPU, with a cold L2 cache."""
     if device == "cuda":
         return triton.testing.do_bench(run, warmup=5, rep=30, return_mode="median")
-    return statistics.median(timed_ms(device, run) for _ in range(3))
+    run()
+    return timed_ms(device, run)
 
 
 @contextmanager
@@ -103,9 +107,9 @@ def settings(capability: tuple[int, int], config: RowConfig) -> Iterator[None]:
             TUNED[capability] = before
 
 
-def candidates(name: str) -> Iterator[RowConfig]:
+def candidates(name: str, grid: dict[str, tuple[int, ...]]) -> Iterator[RowConfig]:
     """Those that differ for this kernel; its other fields are the default's."""
-    for values in product(*(GRID[field] for field in FIELDS[name])):
+    for values in product(*(grid[field] for field in FIELDS[name])):
         config = DEFAULT._replace(**dict(zip(FIELDS[name], values, strict=True)))
         logits = config.BLOCK_N * config.BLOCK_V // (32 * config.gradient_warps)
         if name != "gradient" or logits in THREAD_LOGITS:
@@ -117,65 +121,74 @@ def key_of(name: str, config: RowConfig) -> str:
 
 
 def sweep_rows(kernels: ModuleType, sizes: Sizes) -> dict:
-    """Every setting's time, what is best together, and that beside the default in turns."""
+    """Every setting's time; the best together beside the present ones, in turns."""
     rows, columns, device = sizes.rows, sizes.head[2], sizes.device
-    timed, checked = row_problem(rows, columns, device), row_problem(*sizes.checked, device)
+    timed = row_problem(rows, columns, device)
     capability = torch.cuda.get_device_capability() if device == "cuda" else (0, 0)
-    times: dict[str, dict[str, float]] = {}
+    times, wrong = time_each(kernels, sizes, timed, capability)
+
+    def total(config: RowConfig) -> float:
+        return sum(times[name].get(key_of(name, config), torch.inf) for name in FIELDS)
+
+    best = min(map(RowConfig._make, product(*sizes.grid.values())), key=total)
+    compared = {"now": config_for(capability), "best": best}
+    rounds: dict[str, list] = {kind: [] for kind in compared}
+    for _, (kind, config) in product(range(ROUNDS), compared.items()):
+        with settings(capability, config):
+            runs = {name: partial(timed.launch, kernels, name) for name in FIELDS}
+            rounds[kind].append({name: median_ms(device, runs[name]) for name in FIELDS})
+    ms = {
+        kind: {name: round(statistics.median(r[name] for r in of), 4) for name in FIELDS}
+        for kind, of in rounds.items()
+    }
+    gain = 1 - sum(ms["best"].values()) / sum(ms["now"].values())
+    y = timed.terms.y
+    copy_ms = median_ms(device, lambda: torch.empty_like(y).copy_(y))
+    over_copy = {  # of as many bytes
+        kind: {name: round(t / copy_ms * 8 / BYTES[name], 3) for name, t in of.items()}
+        for kind, of in ms.items()
+    }
+    return {
+        "rows": rows,
+        "columns": columns,
+        "capability": list(capability),
+        "copy_ms": round(copy_ms, 4),
+        "ms": ms,
+        "over_copy": over_copy,
+        "gain": round(gain, 4),
+        "best": best._asdict(),
+        "winner": compared["best" if gain > GAIN else "now"]._asdict(),
+        "fields": FIELDS,
+        "times_ms": times,
+        "wrong": wrong,
+    }
+
+
+def time_each(
+    kernels: ModuleType, sizes: Sizes, timed: RowProblem, capability: tuple[int, int]
+) -> tuple[dict[str, dict[str, float]], list[str]]:
+    """Times by kernel and setting; the settings whose values are wrong, or that do not fit."""
+    checked = row_problem(*sizes.checked, sizes.device)
+    times: dict[str, dict[str, float]] = {name: {} for name in FIELDS}
     wrong: list[str] = []
     for name in FIELDS:
-        times[name] = {}
         expected = [x.clone() for x in checked.launch(portable, name)]
-        for config in candidates(name):
+        for config in candidates(name, sizes.grid):
             key = key_of(name, config)
             with settings(capability, config):
                 try:
                     why = difference(checked.launch(kernels, name), expected)
                     if why is None:
                         run = partial(timed.launch, kernels, name)
-                        times[name][key] = median_ms(device, run)
+                        times[name][key] = round(median_ms(sizes.device, run), 4)
                 except triton.runtime.errors.OutOfResources as error:
                     why = str(error)
             if why:
                 wrong.append(f"{name} {key}: {why}")
                 print(f"  {wrong[-1]}", flush=True)
-        best = min(times[name], key=times[name].__getitem__)
-        print(f"  {name}: best {best} ({', '.join(FIELDS[name])})", flush=True)
-
-    def total(config: RowConfig) -> float:
-        return sum(times[name].get(key_of(name, config), torch.inf) for name in FIELDS)
-
-    best = min(map(RowConfig._make, product(*GRID.values())), key=total)
-    found = {"default": [], "best": []}
-    for _ in range(5):
-        for kind, config in (("default", DEFAULT), ("best", best)):
-            with settings(capability, config):
-                runs = {name: partial(timed.launch, kernels, name) for name in FIELDS}
-                found[kind].append({name: median_ms(device, runs[name]) for name in FIELDS})
-    medians = {
-        kind: {name: round(statistics.median(r[name] for r in rounds), 4) for name in FIELDS}
-        for kind, rounds in found.items()
-    }
-    y = timed.terms.y
-    copy_ms = median_ms(device, lambda: torch.empty_like(y).copy_(y))
-    gain = 1 - sum(medians["best"].values()) / sum(medians["default"].values())
-    winner = best if gain > GAIN else DEFAULT
-    return {
-        "rows": rows,
-        "columns": columns,
-        "capability": list(capability),
-        "copy_ms": round(copy_ms, 4),
-        "over_copy": {  # of as many bytes
-            kind: {n: round(ms / copy_ms * 8 / BYTES[n], 3) for n, ms in of.items()}
-            for kind, of in medians.items()
-        },
-        "ms": medians,
-        "gain": round(gain, 4),
-        "winner": winner._asdict(),
-        "fields": FIELDS,
-        "times_ms": {n: {k: round(ms, 4) for k, ms in of.items()} for n, of in times.items()},
-        "wrong": wrong,
-    }
+        least = min(times[name], key=times[name].__getitem__, default="none")
+        print(f"  {name}: {least} ({', '.join(FIELDS[name])})", flush=True)
+    return times, wrong
 
 
 def difference(found: tuple[Tensor, ...], expected: list[Tensor]) -> str | None:

@@ -16,6 +16,9 @@ from .reference import RowTransform, TokenStats
 from .rows.cpu import is_built
 
 MAX_CHUNK_BYTES = 1 << 30  # fp32 dW is read and written once a chunk: few, large chunks
+# The longer side of a GPU's GEMM tile. Counted, not measured: dhidden at D = 4096 in tiles of
+# 128 x 256 on 132 multiprocessors fills 0.97 of a wave with 1024 rows, 0.55 of two with 1171.
+TILE = 256
 
 
 class Needs(NamedTuple):
@@ -128,7 +131,8 @@ def chunk_length(
     device: torch.device,
     enough: int = MAX_CHUNK_BYTES,
 ) -> int:
-    """How many of `total` rows (or columns) of logits fit in the budget, split evenly.
+    """How many of `total` rows (or columns) of logits fit in the budget, split evenly, on a GPU
+    into multiples of TILE.
 
     The default is `enough` or what is free, a power of two, so that what else runs seldom changes
     the order of sums.
@@ -142,8 +146,9 @@ def chunk_length(
         most = max(1, min(enough, MAX_CHUNK_BYTES, free_bytes(device) // 8))
         chunk_bytes = 1 << (most.bit_length() - 1)
     fitting = max(1, chunk_bytes // max(1, bytes_each))
-    pieces = max(1, -(-total // fitting))
-    return max(1, -(-total // pieces))
+    step = TILE if device.type == "cuda" and TILE <= fitting < total else 1
+    pieces = max(1, -(-total // (fitting // step * step)))
+    return max(1, -(-total // (pieces * step)) * step)
 
 
 def large_empty(shape: torch.Size | tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:

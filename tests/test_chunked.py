@@ -24,6 +24,19 @@ def test_chunks_fit_the_budget_and_are_even(total, budget):
         assert pieces * length - total < pieces
 
 
+@pytest.mark.parametrize("total", [1, 255, 257, 8192, 151_936])
+@pytest.mark.parametrize("fitting", [1, 255, 256, 700, 1177, 10**6])
+def test_chunks_on_a_gpu_are_whole_tiles_where_they_can_be(total, fitting):
+    length = chunk_length(total, 40, 40 * fitting, torch.device("cuda"))
+    assert 1 <= length <= fitting
+    if fitting >= total:
+        assert length == total
+    elif fitting >= problem.TILE:
+        assert length % problem.TILE == 0
+        pieces = -(-total // length)
+        assert pieces * (length - problem.TILE) < total  # no smaller chunks would do
+
+
 def test_default_budget_is_an_eighth_of_the_free_memory(monkeypatch):
     monkeypatch.setattr(problem, "free_bytes", lambda device: 8 * 40 * 7)
     assert chunk_length(12, 40, None, CPU) == 6  # 256 B, the power of two below 280 B

@@ -1,0 +1,176 @@
+"""Tables of whole updates, ratios, studies and of the proof on a GPU, as markdown."""
+
+from collections.abc import Iterator
+
+TESTS = {
+    "rows": "Triton rows and sparse gradient",
+    "functions": "public functions, hard inputs",
+    "trainer": "optimizer, trainer",
+    "ranks": "several processes",
+}
+KERNELS = 8  # of a step, those that take most
+
+
+def proof(content: dict) -> Iterator[tuple[str, list[str]]]:
+    """Titles and lines, of the parts that were done."""
+    found = {k: row for k, row in content.get("proof", {}).items() if "skipped" not in row}
+    if "environment" in found:
+        yield "Ceilings", ceilings(found["environment"])
+    if any(name in found for name in TESTS):
+        yield "Tests on the device", tests(found)
+    if "tune-rows" in found:
+        yield "Settings of the row kernels", settings(found["tune-rows"], found.get("counters"))
+    if "tune-chunks" in found:
+        yield "Chunks", chunks(found["tune-chunks"]["ways"])
+    if "profile" in found:
+        yield "Where a step's time goes", steps(found["profile"])
+    if content.get("parts"):
+        yield "Training on 24 GB", training(content["parts"])
+
+
+def ceilings(row: dict) -> list[str]:
+    head = ", ".join(f"{name} {rate:.0f}" for name, rate in row["head_tflops"].items())
+    return [
+        f"A copy moves {row['copy_gb_per_s']:.0f} GB/s, bytes read and written; a square bf16 GEMM "
+        f"runs at {row['square_tflops']:.0f} TFLOP/s. The head's products of a chunk, into fp32 "
+        f"unless said, TFLOP/s: {head}."
+    ]
+
+
+def tests(proof: dict[str, dict]) -> list[str]:
+    lines = ["| tests, on the device | passed | failed | left out |", "|---|---|---|---|"]
+    for name, title in TESTS.items():
+        if row := proof.get(name):
+            counted = (row["passed"], row["failed"], row["left_out"])
+            lines.append(f"| {title} | {' | '.join(map(str, counted))} |")
+    if row := proof.get("memcheck"):
+        told = (f"{kind}: {row[kind]}" for kind in ("memcheck", "racecheck") if kind in row)
+        lines += ["", f"compute-sanitizer, {'; '.join(told)}."] if "memcheck" in row else []
+    return lines
+
+
+def settings(row: dict, counted: dict | None) -> list[str]:
+    """Time over a copy of as many bytes, of the settings then and of the best."""
+    lines = [
+        f"{row['rows']} x {row['columns']} logits; over the time of a copy of as many bytes.",
+        "",
+        "| kernel | settings then | the best | which |",
+        "|---|---|---|---|",
+    ]
+    for kernel, fields in row["fields"].items():
+        over = [f"{row['over_copy'][kind][kernel]:.2f}" for kind in ("now", "best")]
+        values = ", ".join(f"{field} {row['best'][field]}" for field in fields)
+        lines.append(f"| {kernel} | {' | '.join(over)} | {values} |")
+    if counted and "left_out" not in counted:
+        names = list(next(v for v in counted.values() if isinstance(v, dict)))
+        lines += ["", f"| Nsight Compute | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+        rows = {kernel: of for kernel, of in counted.items() if isinstance(of, dict)}
+        lines += [f"| {kernel} | {' | '.join(of.values())} |" for kernel, of in rows.items()]
+    return lines
+
+
+def chunks(ways: dict[str, dict]) -> list[str]:
+    lines = ["| | chunk_bytes | over the GEMM floor | peak memory |", "|---|---|---|---|"]
+    for way, rows in ways.items():
+        for size, row in rows.items():
+            low, high = row["ratio_quartiles"]
+            peak = f"{row['peak_mib']} MiB" if "peak_mib" in row else ""
+            lines.append(f"| {way} | {size} | {row['ratio']:.2f} ({low:.2f}-{high:.2f}) | {peak} |")
+    return lines
+
+
+def steps(row: dict) -> list[str]:
+    lines = ["| | ms | times | kernel |", "|---|---|---|---|"]
+    for way, found in row.items():
+        if isinstance(found, dict):
+            lines.append(f"| **{way}** | {found['wall_ms']:.2f} | | the whole step |")
+            lines += [f"| | {ms:.2f} | {n} | `{name}` |" for name, ms, n in found["top"][:KERNELS]]
+    return lines
+
+
+def training(parts: dict[str, dict]) -> list[str]:
+    """Of `make gpu-24gb`."""
+    lines = [
+        "64 completions of 128 + 512 tokens an update; GiB, measured and planned.",
+        "",
+        "| | device peak | planned | host peak | planned | sampling | training |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, row in parts.items():
+        if "skipped" in row:
+            lines.append(f"| {name} | {row['skipped']} | | | | | |")
+            continue
+        memory = ("device_peak_gib", "planned_device_gib", "host_peak_gib", "planned_host_gib")
+        last = row["updates"][-1]
+        seconds = f"{last['sampling_s']:.1f} s | {last['training_s']:.1f} s"
+        lines.append(f"| {name} | {' | '.join(f'{row[key]:.1f}' for key in memory)} | {seconds} |")
+    return lines
+
+
+def model_of(rows: dict[str, dict]) -> str:
+    """What bench_train.py measured, in words."""
+    first = next(iter(rows.values()))
+    model = "SmolLM2-135M-Instruct" if first["model"] == "demo" else first["model"]
+    return f"{model}, {first['rollouts']} completions of the demo's prompt, sampled and trained"
+
+
+def updates(rows: dict[str, dict]) -> list[str]:
+    """Whole updates of One-shot EM, as bench_train.py measured them."""
+    lines = [
+        f"A whole update of One-shot EM, {model_of(rows)}",
+        "",
+        "| | update | over ours | sampling | training | tokens | peak memory | updates |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows.values():
+        seconds = [f"{row[key]:.1f} s" for key in ("sampling_s", "training_s")]
+        lines.append(
+            f"| {row['program']} | {row['total_s']:.1f} s | {row['ratio']:.2f} "
+            f"| {' | '.join(seconds)} | {row['tokens']:.0f} | {row['peak_gib']:.2f} GiB "
+            f"| {row['updates']} |"
+        )
+    return lines
+
+
+def ratios(rows: dict[str, dict]) -> list[str]:
+    """Of `make bench`."""
+    lines = [
+        f"By `make bench`, {max(row['date'] for row in rows.values())}: ratios, what they must be "
+        "and what is aimed at.",
+        "",
+        "| | over | ratio | must | aim | time |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows.values():
+        low, high = row["ratio_quartiles"]
+        lines.append(
+            f"| {row['what']} | {row['over']} | {row['ratio']:.2f} ({low:.2f}-{high:.2f}) "
+            f"| {row['must']} | {row['aim']} | {row['time_ms']:.0f} ms |"
+        )
+    return lines
+
+
+def study(report: dict) -> list[str]:
+    """What `em-kernels study` wrote, as its own table and words have it."""
+    best, rows = report["best_temperature"], report["rows"]
+    lines = [
+        f"{report['data']}, {report['model']} model, {report['held_out']} held-out problems, "
+        "accuracy in %",
+        "",
+        f"| | prompts | right before, by vote | greedy | change | sampled | over T = {best:g} |",
+        "|---|---|---|---|---|---|---|",
+        f"| untrained | | | {100 * report['base_greedy']:.1f} | | "
+        f"{100 * report['base_sampled']['1.0']:.1f} | |",
+        f"| untrained, more examples | | | {100 * report['more_examples']:.1f} | | | |",
+        f"| untrained, examples of the form only | | | {100 * report['form_only']:.1f} | | | |",
+    ]
+    for row in rows:
+        change, over = (
+            "{:+.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in row[key]))
+            for key in ("change", "over_temperature")
+        )
+        lines.append(
+            f"| {row['arm']}, {row['update']} updates | {row['prompts']} | {row['majority_right']} "
+            f"| {100 * row['greedy']:.1f} | {change} | {100 * row['sampled']:.1f} | {over} |"
+        )
+    return [*lines, "", report["reading"]]

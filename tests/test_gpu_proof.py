@@ -1,0 +1,156 @@
+"""make gpu, as a dry run: its parts, their limits, what is kept, what is told."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import gpu_proof  # noqa: E402
+import profiling  # noqa: E402
+import report  # noqa: E402
+import store  # noqa: E402
+import suite  # noqa: E402
+import tuning  # noqa: E402
+
+from em_kernels.rows import portable  # noqa: E402
+from em_kernels.rows.configs import DEFAULT, TUNED, RowConfig, config_for  # noqa: E402
+
+
+def proof(*arguments, **env):
+    command = [sys.executable, ROOT / "benchmarks" / "gpu_proof.py", "--dry-run", *arguments]
+    alone = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | env
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, env=alone)
+
+
+def test_parts_are_kept_and_cut_short(tmp_path):
+    """The first time one part is done; then no second is left for the other; then it is done."""
+    path = tmp_path / "proof.json"
+    names = ["--part", "environment", "tune-chunks", "--results", path]
+    first = proof(*names[:2], *names[3:])
+    assert first.returncode == 0, first.stderr
+    assert "environment: copy_gb_per_s" in first.stdout and "written to" in first.stdout
+    kept = store.load(path)["proof"]["environment"]
+    assert kept["copy_gb_per_s"] > 0 and kept["versions"]["torch"] == torch.__version__
+    assert all(rate > 0 for rate in kept["head_tflops"].values())
+
+    cut = proof(*names, "--minutes", "0.005")
+    assert cut.returncode == 1
+    assert "environment: is in" in cut.stdout and "tune-chunks: skipped: stopped" in cut.stdout
+    assert "takes up what is left: tune-chunks" in cut.stdout
+    assert store.load(path)["proof"]["environment"] == kept
+
+    rest = proof(*names)
+    assert rest.returncode == 0, rest.stderr
+    found = store.load(path)["proof"]
+    assert found["environment"] == kept and "environment: is in" in rest.stdout
+    assert found["tune-chunks"]["ways"].keys() == tuning.WAYS.keys()
+    assert found["tune-chunks"]["commit"] in rest.stdout
+
+
+@pytest.mark.parametrize("seconds", [0.5, 5])  # at its start; with its processes at work
+def test_a_part_over_its_limit_is_stopped_with_all_it_started(seconds, tmp_path):
+    path = tmp_path / "proof.json"
+    ran = proof("--part", "suite", "--results", path, "--minutes", seconds / 60, TMPDIR=tmp_path)
+    assert ran.returncode == 1 and "suite: skipped: stopped after" in ran.stdout, ran.stderr
+    assert store.load(path)["proof"]["suite"]["skipped"].startswith("stopped after")
+    left = subprocess.run(["pgrep", "-f", f"measure.*{tmp_path}"], capture_output=True, text=True)
+    assert left.stdout == ""
+
+
+@pytest.mark.slow
+def test_every_part_and_its_page(tmp_path):
+    path = tmp_path / "proof.json"
+    ran = proof("--results", path)
+    assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr
+    found = store.load(path)["proof"]
+    assert found.keys() == gpu_proof.PARTS.keys()
+    assert not [name for name, row in found.items() if not gpu_proof.is_done(row)]
+    if not torch.cuda.is_available():
+        assert found["rows"]["left_out"] > 600 and found["functions"]["left_out"] > 300
+    assert not found["tune-rows"]["wrong"]
+    capability, _, row = found["tune-rows"]["commit"].partition(": ")
+    assert capability == "(0, 0)" and eval(f"[{row}]", {"RowConfig": RowConfig})[0] in offered()
+    assert found["suite"] == found["suite"] | {"cases": 2, "measured": 2}
+    report.write(path)
+    page = path.with_suffix(".md").read_text()
+    for title in ("Ceilings", "Tests on the device", "Settings of the row kernels", "Chunks"):
+        assert f"### {title}" in page
+    for way in tuning.WAYS:
+        assert f"**{way}**" in page
+
+
+def offered():
+    return {RowConfig(*values) for values in tuning.product(*tuning.FEW.values())} | {DEFAULT}
+
+
+def test_settings_are_put_back():
+    other = DEFAULT._replace(BLOCK_N=2)
+    assert TUNED.get((0, 0)) is None
+    with pytest.raises(KeyError), tuning.settings((0, 0), other):
+        assert config_for((0, 0)) == other
+        raise KeyError
+    assert config_for((0, 0)) == DEFAULT
+
+
+def test_a_wrong_setting_is_found():
+    """By values: one that drops a column, one that writes NaN, one that is right."""
+    problem = tuning.row_problem(3, 700, "cpu")
+    for name in tuning.FIELDS:
+        true = [x.clone() for x in problem.launch(portable, name)]
+        assert tuning.difference(problem.launch(portable, name), true) is None
+        for value in (0.0, torch.nan):
+            off = [x.clone() for x in true]
+            off[0].view(-1)[off[0].abs().argmax()] = value
+            assert "off by" in tuning.difference(tuple(off), true)
+
+
+def test_the_smallest_chunk_that_is_as_fast():
+    ways = {"exact": {"1": {"ratio": 1.5}, "2": {"ratio": 1.21}, "4": {"ratio": 1.2}}}
+    assert tuning.best_chunks(ways) == {"exact": "2"}
+
+
+def test_the_suite_is_asked_for_what_exists():
+    """Names of shapes, tasks, inputs and providers; a GPU is not there to measure them on."""
+    for one in gpu_proof.SUITE:
+        options = suite.parse([*one.split(), "--device", "cpu"])
+        cases = list(suite.cases_of(options))
+        assert cases and all(case.dtype == "bfloat16" for case in cases)
+
+
+def test_junit_reports_are_counted():
+    text = """<testsuites><testsuite>
+      <testcase classname="a" name="one"/>
+      <testcase classname="a" name="two"><failure message="E 1 != 2&#10;more"/></testcase>
+      <testcase classname="a" name="three"><skipped message="needs two GPUs"/></testcase>
+      <testcase classname="a" name="four"><error message="boom"/></testcase>
+    </testsuite></testsuites>"""
+    found = gpu_proof.count(list(ElementTree.fromstring(text).iter("testcase")))
+    assert (found["passed"], found["failed"], found["left_out"]) == (1, 2, 1)
+    assert found["failures"] == {"a::two": "E 1 != 2", "a::four": "boom"}
+    assert found["left_out_because"] == {"needs two GPUs": 1}
+
+
+def test_small_case_runs_here():
+    profiling.small_case("cpu")
+
+
+def test_without_a_gpu_it_says_so(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("a CUDA GPU is there")
+    assert gpu_proof.main([]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and "sees no CUDA GPU" in err
+
+
+def test_readme_claims_no_gpu_until_one_is_in_the_results():
+    devices = [json.loads(p.read_text()).get("proof") for p in store.RESULTS.glob("*.json")]
+    readme = (ROOT / "README.md").read_text()
+    assert bool(re.search("No GPU has run this code yet", readme)) == (not any(devices))
