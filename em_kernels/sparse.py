@@ -106,7 +106,7 @@ class Counts:
         self.values, self.arrived = torch.stack(counts), None
         if self.values.is_cuda:
             stream = torch.cuda.current_stream(self.values.device)
-            host = torch.empty(len(counts), dtype=self.values.dtype, pin_memory=True)
+            host = torch.empty_like(self.values, device="cpu", pin_memory=True)
             self.values = host.copy_(self.values, non_blocking=True)
             self.arrived = stream.record_event()
 

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import needs_extension
+from conftest import needs_extension, on_cpu_only
 from test_memory import changes
 from test_sparse import N, V, peaked
 from torch.utils.flop_counter import FlopCounterMode
@@ -36,6 +36,7 @@ def gradients_of(hidden, weight, tolerance, *, bias=None, **arguments):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("trained", [(0, 1, 2), (0,), (1,), (2,), (0, 1)])
 @pytest.mark.parametrize("chunk", [1000, 40])
+@on_cpu_only
 def test_gradients_are_near_the_exact_ones(chunk, trained, dtype):
     inputs = [*peaked(200, 3000, dtype=dtype), torch.zeros(3000, dtype=dtype)]
     h, w, b = (x.detach().requires_grad_(i in trained) for i, x in enumerate(inputs))
@@ -58,6 +59,7 @@ def test_gradients_are_near_the_exact_ones(chunk, trained, dtype):
 @pytest.mark.usefixtures("rows")
 @pytest.mark.parametrize("flat_from", [0, 1, 3])
 @pytest.mark.parametrize("chunk", [32, 256])
+@on_cpu_only
 def test_flat_distributions_get_the_dense_gradient(chunk, flat_from):
     """From the first chunk on bit by bit; later, what was sparse before is kept. Of 256 tokens 64
     are looked at first.
@@ -233,6 +235,7 @@ def test_tied_weight():
 
 
 @pytest.mark.usefixtures("rows")
+@on_cpu_only
 def test_same_bits_twice_with_any_number_of_threads():
     inputs = peaked(200, 5000, dtype=torch.bfloat16)
     threads, found = torch.get_num_threads(), []

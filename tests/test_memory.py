@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import needs_extension
+from conftest import needs_extension, on_cpu_only
 from torch.profiler import ProfilerActivity, profile
 from truth import draw, entropy_of
 
@@ -67,6 +67,7 @@ def test_recorder_looks_into_custom_operators():
 @pytest.mark.usefixtures("rows")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("loss", LOSSES)
+@on_cpu_only
 def test_no_tensor_of_the_size_of_the_logits(loss, dtype):
     inputs = draw(N, D, V, dtype=dtype)[:3]
     found = allocations(lambda: LOSSES[loss](*inputs, chunk_bytes=CHUNK_BYTES).backward())
@@ -90,6 +91,7 @@ def test_peak_is_one_chunk_and_the_gradients(loss):
 
 @pytest.mark.usefixtures("rows")
 @pytest.mark.parametrize("loss", LOSSES)
+@on_cpu_only
 def test_frozen_weight_has_no_gradient_in_memory(loss):
     hidden, weight, bias, _ = draw(N, D, V)
     frozen = weight.detach(), bias.detach()
@@ -119,6 +121,7 @@ def test_no_grad_makes_no_gradient():
 
 
 @pytest.mark.usefixtures("rows")
+@on_cpu_only
 def test_budget_bounds_the_slabs_of_dweight(monkeypatch):
     """Few tokens of a wide model: a slab's fp32 dweight is larger than its logits."""
     n, d, budget = 16, 256, 16 * V * 4
@@ -131,6 +134,7 @@ def test_budget_bounds_the_slabs_of_dweight(monkeypatch):
 
 @pytest.mark.usefixtures("rows")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@on_cpu_only
 def test_entropy_from_logits(dtype, monkeypatch):
     monkeypatch.setattr(logits, "BLOCK_BYTES", CHUNK_BYTES)
     x = torch.randn(N, V, dtype=dtype, requires_grad=True)

@@ -117,6 +117,18 @@ def test_without_targets_there_is_no_logprob():
     assert [name for name in FLOAT_STATS if getattr(given[0], name) is None] == ["logprob"]
 
 
+def test_whatever_the_default_device():
+    hidden, weight, _, targets = draw(N, D, V)
+    found = []
+    for default in ("cpu", "meta"):
+        with torch.device(default):
+            loss = fused_token_loss(
+                hidden, weight, targets, LOSS_FNS["cross-entropy"], grad_tolerance=0.1
+            )
+            found.append((loss, *torch.autograd.grad(loss, (hidden, weight))))
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
 def test_no_tokens():
     hidden, weight, _, _ = draw(N, D, V)
     loss = fused_token_loss(hidden[:0], weight, None, lambda s, i: s.entropy)

@@ -29,7 +29,7 @@ def _contiguous(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def row_statistics(y: Tensor, row: RowTransform, everything: bool = True) -> RowParts:
     """Equation (1) and the sums of (5), (6)."""
     found = y.new_empty(6, y.shape[0])
-    argmax = torch.empty(y.shape[0], dtype=torch.int64)
+    argmax = y.new_empty(y.shape[0], dtype=torch.int64)
     torch.ops.em_kernels.row_statistics(y, *_arguments(row), found, argmax)
     return RowParts._make([*found, argmax])
 
