@@ -214,9 +214,9 @@ def on_gpu_with_truth(dtype, n=130, d=64, v=4099):
 
 @pytest.mark.parametrize("dtype", [torch.float32, *NARROW])
 @pytest.mark.parametrize("transform", [{"temperature": 0.5}, {"softcap": 20.0}])
-@pytest.mark.parametrize("chunk_bytes", [None, 700_000])
-def test_entropy_loss(dtype, transform, chunk_bytes):
-    inputs, wide, _ = on_gpu_with_truth(dtype)
+@pytest.mark.parametrize("n, chunk_bytes", [(130, None), (130, 700_000), (1, None)])
+def test_entropy_loss(n, chunk_bytes, transform, dtype):
+    inputs, wide, _ = on_gpu_with_truth(dtype, n)
     arguments = {**transform, "chunk_bytes": chunk_bytes}
 
     def run():
@@ -235,10 +235,10 @@ def test_entropy_loss(dtype, transform, chunk_bytes):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *NARROW])
-@pytest.mark.parametrize("chunk_bytes", [None, 700_000])
-def test_token_stats(dtype, chunk_bytes):
-    inputs, wide, targets = on_gpu_with_truth(dtype)
-    targets[::5] = -100
+@pytest.mark.parametrize("n, chunk_bytes", [(130, None), (130, 700_000), (1, None)])
+def test_token_stats(n, chunk_bytes, dtype):
+    inputs, wide, targets = on_gpu_with_truth(dtype, n)
+    targets[3::5] = -100
     names = (*FLOAT_STATS, "argmax")
 
     def total(found):
@@ -277,9 +277,15 @@ def test_chunk_bytes_bounds_the_peak(reduction, dtype):
     n, d, v, chunk_bytes = 2048, 64, 32768, 32 << 20
     inputs = [x.detach().cuda().requires_grad_() for x in draw(n, d, v, dtype=dtype)[:2]]
     gradients = sum(x.numel() * (4 + x.element_size()) for x in inputs)
+
+    def run():
+        fused_entropy_loss(*inputs, reduction=reduction, chunk_bytes=chunk_bytes).sum().backward()
+
+    run()  # each thread's cuBLAS takes a workspace, 32 MiB on Hopper, and keeps it
+    for x in inputs:
+        x.grad = None
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    fused_entropy_loss(*inputs, reduction=reduction, chunk_bytes=chunk_bytes).sum().backward()
+    run()
     peak = torch.cuda.max_memory_allocated() - before
-    cublas_workspace, per_token = 33 << 20, 64 * n * 4  # Hopper's workspace is 32 MiB
-    assert peak <= chunk_bytes + gradients + per_token + cublas_workspace
+    assert peak <= chunk_bytes + gradients + 64 * n * 4 + (1 << 20)
