@@ -9,6 +9,7 @@ stopped.
 import argparse
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import time
@@ -87,6 +88,8 @@ def count(cases: list[ElementTree.Element]) -> dict:
             if (told := case.find(kind)) is None:
                 continue
             why = (told.get("message") or "").partition("\n")[0][:300]
+            if why == "collection skipped":  # a whole file's; its reason is in the text
+                why = re.search(r"Skipped: (.*).\)|$", told.text or "")[1] or why
             if kind == "skipped":
                 skips[why] = skips.get(why, 0) + 1
             else:
@@ -176,10 +179,6 @@ LISTED = """parts:
   counters           Nsight Compute's of each row kernel, where it is there"""
 
 
-def is_done(row: dict) -> bool:
-    return "skipped" not in row and not row.get("failed")
-
-
 def line_of(name: str, row: dict) -> str:
     if "skipped" in row:
         return f"{name}: skipped: {row['skipped']}"
@@ -251,7 +250,7 @@ def main(arguments: list[str]) -> int:
     try:
         stored = store.load(path).get("proof", {}) if path.exists() else {}
         for name in options.part or PARTS:
-            if is_done(stored.get(name, {"skipped": ""})) and not options.again:
+            if store.is_measured(stored.get(name, {"skipped": ""})) and not options.again:
                 print(f"{name}: is in {path}; --again runs it again")
                 continue
             left = 60 * options.minutes - (time.perf_counter() - began)

@@ -45,13 +45,17 @@ def load(path: Path) -> dict:
     return content
 
 
+def is_measured(row: dict) -> bool:
+    return "skipped" not in row and not row.get("failed")
+
+
 def merge(path: Path, device: str, section: str, results: dict[str, dict]) -> None:
-    """Add to the file's section ("cases" or "ratios"); the rest stays. Whole or not at all."""
+    """Add to one of the file's sections; the rest stays. Whole or not at all."""
     content = load(path) if path.exists() else {"schema": SCHEMA, "device": device_name(device)}
     facts = {"date": time.strftime("%Y-%m-%d"), "python": platform.python_version()}
     kept = content.setdefault(section, {})
     for key, row in results.items():
-        if "skipped" not in row or "skipped" in kept.get(key, row):  # never over a measurement
+        if "skipped" not in row or not is_measured(kept.get(key, row)):  # never over a measurement
             kept[key] = row | facts
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = path.with_suffix(".part")

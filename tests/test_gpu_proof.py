@@ -72,7 +72,7 @@ def test_every_part_and_its_page(tmp_path):
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr
     found = store.load(path)["proof"]
     assert found.keys() == gpu_proof.PARTS.keys()
-    assert not [name for name, row in found.items() if not gpu_proof.is_done(row)]
+    assert not [name for name, row in found.items() if not store.is_measured(row)]
     if not torch.cuda.is_available():
         assert found["rows"]["left_out"] > 600 and found["functions"]["left_out"] > 300
     assert not found["tune-rows"]["wrong"]
@@ -131,11 +131,23 @@ def test_junit_reports_are_counted():
       <testcase classname="a" name="two"><failure message="E 1 != 2&#10;more"/></testcase>
       <testcase classname="a" name="three"><skipped message="needs two GPUs"/></testcase>
       <testcase classname="a" name="four"><error message="boom"/></testcase>
+      <testcase classname="" name="b"><skipped message="collection skipped"
+        >('/b.py', 9, "Skipped: could not import 'x': No module named 'tyro'")</skipped></testcase>
     </testsuite></testsuites>"""
     found = gpu_proof.count(list(ElementTree.fromstring(text).iter("testcase")))
-    assert (found["passed"], found["failed"], found["left_out"]) == (1, 2, 1)
+    assert (found["passed"], found["failed"], found["left_out"]) == (1, 2, 2)
     assert found["failures"] == {"a::two": "E 1 != 2", "a::four": "boom"}
-    assert found["left_out_because"] == {"needs two GPUs": 1}
+    absent = "could not import 'x': No module named 'tyro'"
+    assert found["left_out_because"] == {"needs two GPUs": 1, absent: 1}
+
+
+def test_a_failed_part_is_replaced_and_a_good_one_kept(tmp_path):
+    path = tmp_path / "proof.json"
+    for row in ({"failed": 1}, {"skipped": "no"}, {"failed": 0}, {"skipped": "no"}):
+        store.merge(path, "cpu", "proof", {"rows": row})
+        kept = store.load(path)["proof"]["rows"]
+        assert kept.items() >= ({"failed": 0} if kept.get("failed") == 0 else row).items()
+    assert kept["failed"] == 0
 
 
 def test_small_case_runs_here():
