@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, masking_utils
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
 
 from ..hf import head_of
 from .config import TrainConfig, UserError
@@ -123,7 +124,7 @@ class _Net:
     def sizes(self) -> Sizes:
         embedding = self.model.get_input_embeddings().weight
         head = self.model.get_output_embeddings().weight
-        linear = {m.weight for m in self.model.modules() if isinstance(m, nn.Linear)}
+        linear = {m.weight for m in self.model.modules() if isinstance(m, nn.Linear | Conv1D)}
         matrices = sum(p.numel() for p in self.base if p.dim() > 1)
         return Sizes(
             sum(p.nbytes for p in self.base),
@@ -228,7 +229,7 @@ class Sketch:
         else:
             self.nets = [_Net(config, dtype, attention, lora) if lora else whole]
         self.sizes = Sizes(*self._whole([net.sizes() for net in self.nets]))
-        linear = [m for m in whole.model.modules() if isinstance(m, nn.Linear)]
+        linear = [m for m in whole.model.modules() if isinstance(m, nn.Linear | Conv1D)]
         self.largest = max(m.weight.numel() for m in linear if len(m.weight) != self.words)
         self.runs: dict[tuple, Activations] = {}
 

@@ -440,13 +440,15 @@ def recorded(function):
         ("qwen2", torch.bfloat16, {}, True),
         ("qwen2", torch.bfloat16, {}, False),
         ("gemma2", torch.float32, {"head_dim": 16, "query_pre_attn_scalar": 16}, False),
+        ("gpt2", torch.float32, {}, False),  # its layers are Conv1D
     ],
 )
 def test_activations_to_the_byte(kind, dtype, options, shared, recompute):
     attention = "eager" if kind == "gemma2" else "sdpa"
     model_config = AutoConfig.for_model(kind, **SMALL, **options)
     sketch = Sketch(model_config, dtype, attention)
-    assert sketch.can_share == (kind == "qwen2")  # not with a sliding window
+    assert sketch.can_share == (kind != "gemma2")  # not with a sliding window
+    assert 0 < sketch.largest < sketch.sizes.linear
     rows, prompt, new = 4, 20, 40
     found = sketch.run(rows, prompt, new, shared, recompute)
     model = AutoModelForCausalLM.from_config(
