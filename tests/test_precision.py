@@ -18,6 +18,8 @@ from truth import (
 )
 
 from em_kernels import fused_entropy_loss, fused_token_stats
+from em_kernels.problem import Problem
+from em_kernels.rows import row_stride
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -45,7 +47,8 @@ def problems(choose):
     }
     mask = masks[choose(st.sampled_from(list(masks)))]
     tokens = choose(st.sampled_from([None, 1, 2, 7]))
-    chunk_bytes = tokens and tokens * max(n + d, v) * (8 if dtype == torch.float64 else 4)
+    longest = max(n + d, row_stride(v, inputs[0].device))
+    chunk_bytes = tokens and tokens * longest * Problem(*inputs[:2]).logit_bytes
     return inputs, targets, mask, transform, chunk_bytes
 
 
