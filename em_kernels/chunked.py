@@ -32,12 +32,13 @@ class Chunk(NamedTuple):
     m: Tensor  # (n,)
     log_s: Tensor  # (n,)
     stats: TokenStats
+    room: int  # rows of dy that may wait to be multiplied together; 0: none
 
 
 def _chunks(
-    problem: Problem, active: Tensor | None, everything: bool, buffers: Callable[[], int]
+    problem: Problem, active: Tensor | None, everything: bool, sums: Sums
 ) -> Iterator[Chunk]:
-    """In so many buffers in turn, or later in fewer and larger ones of the same memory."""
+    """In as many buffers in turn as sums wants, or later in fewer, larger ones of that memory."""
     hidden, weight, shard = problem.hidden, problem.weight, problem.shard
     count = len(hidden) if active is None else len(active)
     widest = row_stride(max(problem.sizes), hidden.device)
@@ -45,10 +46,14 @@ def _chunks(
     memory = hidden.new_empty(0)
     start = held = 0
     while start < count:
-        if held != buffers():
-            held, left = buffers(), count - start
+        if held != sums.buffers:
+            held, left, together = sums.buffers, count - start, 0
             row_bytes = widest * (problem.logit_bytes + (held - 1) * problem.dtype.itemsize)
             length = chunk_length(left, row_bytes, problem.chunk_bytes, hidden.device)
+            if 1 < sums.together < length < left:
+                together = sums.together
+                row_bytes += widest * (together - 1) * problem.operand.itemsize
+                length = chunk_length(left, row_bytes, problem.chunk_bytes, hidden.device)
             if shard is not None:
                 length = shard.smallest(length)  # free memory differs, chunks are collective calls
             if start == 0:
@@ -69,7 +74,8 @@ def _chunks(
             parts = shard.merge(parts)
         goals = None if problem.targets is None else problem.targets[tokens]
         stats = reference.statistics(parts, problem.vocab_size, goals)
-        yield Chunk(tokens, h, y, row, parts.m, torch.log1p(parts.s1), stats)
+        log_s = torch.log1p(parts.s1)
+        yield Chunk(tokens, h, y, row, parts.m, log_s, stats, together * length)
 
 
 def gradients_in_forward(
@@ -91,7 +97,7 @@ def gradients_in_forward(
     loss = problem.hidden.new_zeros((), dtype=problem.dtype)
     sums = Sums(problem, needs, sink)
     waiting: deque[Pending] = deque()
-    for chunk in _chunks(problem, active, everything, lambda: sums.buffers):
+    for chunk in _chunks(problem, active, everything, sums):
         losses, upstream = per_token(chunk.stats, chunk.tokens)
         loss += losses.sum(dtype=problem.dtype)
         if not any(needs):
@@ -99,7 +105,7 @@ def gradients_in_forward(
         upstream, scale = in_range_of(problem.operand, upstream)
         factors = reference.coefficients(chunk.stats, upstream, problem.vocab_size)
         terms = RowTerms(chunk.y, chunk.row, chunk.m, chunk.log_s, factors)
-        waiting.append(sums.begin(chunk.tokens, chunk.hidden, terms, scale))
+        waiting.append(sums.begin(chunk.tokens, chunk.hidden, terms, scale, chunk.room))
         while len(waiting) >= sums.buffers:
             sums.finish(waiting.popleft())
     for pending in waiting:

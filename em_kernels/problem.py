@@ -100,10 +100,14 @@ class Problem(NamedTuple):
         return statistics, self.hidden.new_zeros(count if everything else 0, dtype=torch.int64)
 
     @property
+    def dy_is_apart(self) -> bool:
+        """Whether dy has memory of its own: a GPU's, in the 16 bits that the GEMM wants."""
+        return self.hidden.is_cuda and self.operand != self.dtype
+
+    @property
     def logit_bytes(self) -> int:
-        """Of one logit, and on a GPU of its gradient in the 16 bits that the GEMM wants."""
-        separate = self.hidden.is_cuda and self.operand != self.dtype
-        return self.dtype.itemsize + (self.operand.itemsize if separate else 0)
+        """Of one logit, and of its gradient where that is apart."""
+        return self.dtype.itemsize + (self.operand.itemsize if self.dy_is_apart else 0)
 
 
 def inv_temperature(temperature: float | Tensor, tokens: slice | Tensor, like: Tensor) -> Tensor:

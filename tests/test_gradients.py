@@ -310,3 +310,38 @@ def test_memory_is_a_chunk_and_the_words_that_are_kept(dtype, trained):
     assert max(itertools.accumulate(sizes)) <= budget + returned + union + slab + dh + per_token
     if dtype == torch.bfloat16 or 1 not in trained:
         assert v * d * 4 not in sizes
+
+
+@pytest.mark.parametrize("mask", [None, torch.arange(500) % 3 > 0])
+@pytest.mark.parametrize("trained", [(0, 1, 2), (1,), (0,)])
+def test_dy_of_several_chunks_is_multiplied_at_once_as_on_a_gpu(trained, mask, monkeypatch):
+    """There dy of 16 bits is apart from the logits: that of some chunks fits into the budget."""
+    inputs = [x.detach() for x in peaked(500, 1000, dtype=torch.bfloat16)]
+    inputs.append(torch.zeros(1000, dtype=torch.bfloat16))
+    hidden, weight, bias = (x.requires_grad_(i in trained) for i, x in enumerate(inputs))
+    arguments = {"bias": bias, "mask": mask, "temperature": 0.5, "chunk_bytes": 60 * 1000 * 12}
+    monkeypatch.setattr(problem, "operand_dtype", lambda weight: torch.bfloat16)
+    _, expected = gradients_of(hidden, weight, 0.0, **arguments | {"chunk_bytes": None})
+    rows, products, add_all = [], [], gradients.WordSum.add_all
+
+    def counted(total, dy, *arguments):
+        products.append(len(dy))
+        add_all(total, dy, *arguments)
+
+    class Counting(gradients.Sums):
+        def begin(self, tokens, hidden, *arguments):
+            rows.append(len(hidden))
+            return super().begin(tokens, hidden, *arguments)
+
+    monkeypatch.setattr(problem.Problem, "dy_is_apart", True)
+    monkeypatch.setattr(gradients.WordSum, "add_all", counted)
+    monkeypatch.setattr(chunked, "Sums", Counting)
+    _, found = gradients_of(hidden, weight, 0.0, **arguments)
+    if trained == (0,):  # the weight is read as often for larger chunks
+        assert max(rows) > 60 and not products
+    elif mask is None:
+        assert rows == [56] * 8 + [52] and products == [224, 224, 52]
+    else:
+        assert rows == [56] * 5 + [53] and products == [224, 109]
+    for mine, same in zip(found, expected, strict=True):
+        assert relative_error(mine, same.double()) < 2 * torch.finfo(torch.bfloat16).eps
