@@ -226,8 +226,10 @@ def test_merge_and_report_do_what_the_pages_say(runs, monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def flags():
-    """All that --help of any command tells of."""
+    """All that --help of any command, and of make gpu, tells of."""
     told, names = io.StringIO(), re.findall(r"^  ([a-z-]+)  ", cli.USAGE, re.M)
+    proof = [sys.executable, ROOT / "benchmarks" / "gpu_proof.py", "--help"]
+    told.write(subprocess.run(proof, capture_output=True, text=True).stdout)
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(told):
         patch.setenv("COLUMNS", "300")
         for arguments in [*([name] for name in names), ["bench", "--compile-report"]]:
