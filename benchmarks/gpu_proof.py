@@ -37,8 +37,9 @@ from tuning import DRY, GPU, Sizes  # noqa: E402
 TESTS = {
     "rows": ("gpu/test_rows_gpu.py", "gpu/test_sparse_gpu.py"),
     "functions": (
-        *("test_hard_inputs.py", "test_functional.py", "test_token_loss.py"),
-        *("test_precision.py", "test_sink.py", "test_sparse.py"),
+        "gpu/test_functional_gpu.py",
+        *("test_functional.py", "test_gradients.py", "test_hard_inputs.py", "test_peers.py"),
+        *("test_precision.py", "test_sink.py", "test_sparse.py", "test_token_loss.py"),
     ),
     "trainer": ("gpu/test_optimizer_gpu.py", "gpu/test_trainer_gpu.py"),
     "ranks": ("gpu/test_ranks_gpu.py",),

@@ -125,6 +125,22 @@ def test_the_suite_is_asked_for_what_exists():
         assert cases and all(case.dtype == "bfloat16" for case in cases)
 
 
+def test_every_file_of_gpu_tests_is_part_of_it():
+    parts = {name for names in gpu_proof.TESTS.values() for name in names}
+    assert all((ROOT / "tests" / name).exists() for name in parts)
+    assert {f"gpu/{path.name}" for path in (ROOT / "tests" / "gpu").glob("test_*.py")} <= parts
+
+
+@pytest.mark.slow
+def test_every_gpu_test_is_part_of_it():
+    """By the rows fixture too."""
+    tests = ROOT / "tests"
+    asked = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "gpu", tests]
+    listed = subprocess.run(asked, capture_output=True, text=True, cwd=ROOT).stdout
+    found = set(re.findall(r"^tests/(\S+\.py)", listed, re.M))
+    assert found == {name for names in gpu_proof.TESTS.values() for name in names}
+
+
 def test_junit_reports_are_counted():
     text = """<testsuites><testsuite>
       <testcase classname="a" name="one"/>
