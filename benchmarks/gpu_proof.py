@@ -114,7 +114,7 @@ def tune_rows(run: Run) -> dict:
         kernels = interpreted.load()
         kernels.config_for = config_for
     found = tuning.sweep_rows(kernels, run.sizes)
-    return found | {"commit": tuning.table_row(found)}
+    return found | {"commit": tuning.table_row(found, run.sizes.device)}
 
 
 def tune_chunks(run: Run) -> dict:
@@ -157,7 +157,7 @@ PARTS = {
     "functions": Part(120, partial(run_tests, files=TESTS["functions"])),
     "trainer": Part(90, partial(run_tests, files=TESTS["trainer"])),
     "ranks": Part(90, partial(run_tests, files=TESTS["ranks"])),
-    "memcheck": Part(90, lambda run: profiling.memcheck(run.sizes)),
+    "memcheck": Part(110, lambda run: profiling.memcheck(run.sizes)),
     "tune-rows": Part(90, tune_rows),
     "tune-chunks": Part(60, tune_chunks),
     "suite": Part(210, bench_suite),

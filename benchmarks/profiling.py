@@ -16,6 +16,7 @@ from tuning import DRY, FIELDS, GPU, WAYS, Sizes, head_problem, row_problem, ste
 from em_kernels import fused_entropy_loss, fused_token_stats
 from em_kernels.rows import kernels_for
 
+CHECKED_S = 50  # of each of compute-sanitizer's tools
 COUNTERS = {  # of Nsight Compute
     "gpu__time_duration.sum": "time",
     "dram__throughput.avg.pct_of_peak_sustained_elapsed": "memory_percent",
@@ -65,12 +66,16 @@ def memcheck(sizes: Sizes) -> dict:
     found: dict = {"failed": 0}
     alone = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # else tensors share allocations
     for kind in ("memcheck", "racecheck"):
-        asked = [sanitizer, "--tool", kind, "--error-exitcode", "9", *command]
+        limit = ["timeout", "--kill-after=2", str(CHECKED_S)]  # with what the tool starts
+        asked = [*limit, sanitizer, "--tool", kind, "--error-exitcode", "9", *command]
         ran = subprocess.run(asked, capture_output=True, text=True, env=alone)
         told = ran.stdout + ran.stderr
         print(told[-3000:], flush=True)
         found[kind] = (re.findall(r"[A-Z]+ SUMMARY.*", told) or [f"exit {ran.returncode}"])[-1]
-        found["failed"] += ran.returncode != 0
+        if ran.returncode == 124:
+            found[kind] = f"stopped after {CHECKED_S} s"
+        elif ran.returncode != 0:
+            found["failed"] += 1
     return found
 
 

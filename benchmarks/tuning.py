@@ -1,6 +1,7 @@
 """Settings of the Triton rows, and the chunk's size, swept on this device: rows to commit."""
 
 import statistics
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -13,6 +14,7 @@ import torch
 import triton
 from measure import forget, in_turns, peak_bytes, timed_ms
 from providers import TOLERANCE, Problem, ours_loss, products
+from store import device_name
 from torch import Tensor
 
 from em_kernels import fused_token_stats, reference
@@ -201,10 +203,17 @@ def difference(found: tuple[Tensor, ...], expected: list[Tensor]) -> str | None:
     return None
 
 
-def table_row(found: dict) -> str:
-    """For TUNED in em_kernels/rows/configs.py."""
+def table_row(found: dict, device: str) -> str:
+    """For TUNED in em_kernels/rows/configs.py, with where it comes from."""
+    versions = (
+        f"torch {torch.__version__}, triton {triton.__version__}, {time.strftime('%Y-%m-%d')}"
+    )
+    over = ", ".join(f"{name} {ratio:.2f}" for name, ratio in found["over_copy"]["best"].items())
     values = ", ".join(f"{name}={value}" for name, value in found["winner"].items())
-    return f"{tuple(found['capability'])}: RowConfig({values}),"
+    return (
+        f"# {device_name(device)}, {versions}, {time.strftime('%Y-%m-%d')}; over a copy: {over}\n"
+        f"{tuple(found['capability'])}: RowConfig({values}),"
+    )
 
 
 def statistics_loss(chunk: int | None) -> Callable[[Problem], Tensor]:

@@ -76,7 +76,9 @@ def test_every_part_and_its_page(tmp_path):
     if not torch.cuda.is_available():
         assert found["rows"]["left_out"] > 600 and found["functions"]["left_out"] > 300
     assert not found["tune-rows"]["wrong"]
-    capability, _, row = found["tune-rows"]["commit"].partition(": ")
+    source, row = found["tune-rows"]["commit"].split("\n")
+    assert source.startswith("# ") and torch.__version__ in source
+    capability, _, row = row.partition(": ")
     assert capability == "(0, 0)" and eval(f"[{row}]", {"RowConfig": RowConfig})[0] in offered()
     assert found["suite"] == found["suite"] | {"cases": 2, "measured": 2}
     report.write(path)
