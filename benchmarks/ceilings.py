@@ -45,22 +45,20 @@ def environment(sizes: Sizes) -> dict:
     target = torch.empty_like(source)
     copy_ms = median_ms(sizes.device, lambda: target.copy_(source))
     found["copy_gb_per_s"] = float(f"{2e-6 * sizes.copied / copy_ms:.4g}")
-    a, b, side = (
-        normal(sizes.square, sizes.square),
-        normal(sizes.square, sizes.square),
-        sizes.square,
-    )
+    side = sizes.square
+    a, b = normal(side, side), normal(side, side)
     found["square_tflops"] = tflops(side, side, side, lambda: a @ b)
-    n, (_, d, v) = sizes.rows, sizes.head
-    hidden, weight, dy = normal(n, d), normal(v, d), normal(n, v)
-    wide = torch.empty(n, v, device=sizes.device)
+    (_, d, v), n, m = sizes.head, sizes.rows, sizes.gathered
+    found |= {"rows": n, "gathered": m}
+    hidden, weight, dy = normal(m, d), normal(v, d), normal(m, v)
+    few, logits = hidden[:n], torch.empty(n, v, device=sizes.device)
     dh, dw = (torch.zeros(x.shape, device=sizes.device) for x in (hidden, weight))
-    found["head_tflops"] = {  # a chunk's; ours return fp32
-        "logits": tflops(n, d, v, lambda: gemm(wide, hidden, weight.t())),
-        "logits in bf16": tflops(n, d, v, lambda: hidden @ weight.t()),
-        "dhidden": tflops(n, d, v, lambda: gemm(dh, dy, weight)),
-        "dhidden in bf16": tflops(n, d, v, lambda: dy @ weight),
-        "dweight, added": tflops(n, d, v, lambda: gemm(dw, dy.t(), hidden, accumulate=True)),
-        "dweight in bf16": tflops(n, d, v, lambda: dy.t() @ hidden),
+    found["head_tflops"] = {
+        "logits": tflops(n, d, v, lambda: gemm(logits, few, weight.t())),
+        "logits in bf16": tflops(n, d, v, lambda: few @ weight.t()),
+        "dhidden": tflops(m, d, v, lambda: gemm(dh, dy, weight)),
+        "dhidden in bf16": tflops(m, d, v, lambda: dy @ weight),
+        "dweight, added": tflops(m, d, v, lambda: gemm(dw, dy.t(), hidden, accumulate=True)),
+        "dweight in bf16": tflops(m, d, v, lambda: dy.t() @ hidden),
     }
     return found

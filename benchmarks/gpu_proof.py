@@ -20,14 +20,13 @@ from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # em_kernels, where it is not installed
 
 import ceilings  # noqa: E402
-import profiling  # noqa: E402
+import gpu_tools  # noqa: E402
 import store  # noqa: E402
 import suite  # noqa: E402
 import torch  # noqa: E402
@@ -63,21 +62,23 @@ class Run(NamedTuple):
     again: bool
 
 
-def run_tests(run: Run, files: tuple[str, ...]) -> dict:
-    """These files' GPU tests; in a dry run they are collected and skip themselves."""
+def run_tests(run: Run, name: str) -> dict:
+    """The GPU tests of some files; in a dry run they are collected and skip themselves. All that
+    they said is kept beside the results.
+    """
     import pytest
 
     os.chdir(ROOT)
-    with TemporaryDirectory() as folder:
-        told = Path(folder) / "junit.xml"
-        chosen = [str(ROOT / "tests" / name) for name in files]
-        flags = ["-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={told}"]
-        if len(files) > 1 and find_spec("xdist"):
-            flags += ["-n", str(min(WORKERS, os.cpu_count() or 1))]
-        code = pytest.main([*chosen, *flags])
-        found = count(list(ElementTree.parse(told).getroot().iter("testcase")))
+    told = run.path.with_name(f"{run.path.stem}-{name}.xml")
+    flags = ["-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={told}"]
+    if len(TESTS[name]) > 1 and find_spec("xdist"):
+        flags += ["-n", str(min(WORKERS, os.cpu_count() or 1))]
+    code = pytest.main([*(str(ROOT / "tests" / file) for file in TESTS[name]), *flags])
+    found = count(list(ElementTree.parse(told).getroot().iter("testcase")))
     if code == pytest.ExitCode.NO_TESTS_COLLECTED:  # whole files can leave themselves out
         return {"skipped": "; ".join(found["left_out_because"]) or "failed: there is no GPU test"}
+    if found["failed"] == 0:
+        told.unlink()
     return found | {"failed": found["failed"] or int(code != 0)}
 
 
@@ -88,13 +89,14 @@ def count(cases: list[ElementTree.Element]) -> dict:
         for kind in ("failure", "error", "skipped"):
             if (told := case.find(kind)) is None:
                 continue
-            why = (told.get("message") or "").partition("\n")[0][:300]
-            if why == "collection skipped":  # a whole file's; its reason is in the text
-                why = re.search(r"Skipped: (.*).\)|$", told.text or "")[1] or why
-            if kind == "skipped":
-                skips[why] = skips.get(why, 0) + 1
-            else:
+            why = (told.get("message") or "")[:1000]
+            if kind != "skipped":
                 failures[f"{case.get('classname')}::{case.get('name')}"] = why
+                continue
+            if why == "collection skipped":  # a whole file's; its reason is in the text
+                found = re.search(r"Skipped: (.*).\)$", told.text or "")
+                why = found[1] if found else why
+            skips[why] = skips.get(why, 0) + 1
     left_out = sum(skips.values())
     passed = len(cases) - len(failures) - left_out
     told = {"failures": failures, "left_out_because": skips}
@@ -130,7 +132,11 @@ def bench_suite(run: Run) -> dict:
     cases = [c for one in asked for c in suite.cases_of(suite.parse([*one.split(), *device]))]
     there = store.load(run.path).get("cases", {}) if run.path.exists() and not run.again else {}
     left = [c for c in cases if "ratio" not in there.get(f"{c.problem} {c.provider}", {})]
-    return {"cases": len(cases), "measured": len(cases) - len(left) + suite.run(left, run.path)}
+    measured = len(cases) - len(left) + suite.run(left, run.path)
+    there = store.load(run.path)["cases"]
+    ours = [there[f"{c.problem} {c.provider}"] for c in cases if c.provider.startswith("ours")]
+    failed = sum("wrong" in row or row.get("skipped", "").startswith("failed") for row in ours)
+    return {"cases": len(cases), "measured": measured, "failed": failed}
 
 
 def bench_ratios(run: Run) -> dict:
@@ -149,35 +155,66 @@ class Part(NamedTuple):
 
     seconds: float
     run: Callable[[Run], dict]
+    text: str
 
 
 PARTS = {
-    "environment": Part(60, lambda run: ceilings.environment(run.sizes)),
-    "rows": Part(150, partial(run_tests, files=TESTS["rows"])),
-    "functions": Part(120, partial(run_tests, files=TESTS["functions"])),
-    "trainer": Part(90, partial(run_tests, files=TESTS["trainer"])),
-    "ranks": Part(90, partial(run_tests, files=TESTS["ranks"])),
-    "memcheck": Part(110, lambda run: profiling.memcheck(run.sizes)),
-    "tune-rows": Part(90, tune_rows),
-    "tune-chunks": Part(60, tune_chunks),
-    "suite": Part(210, bench_suite),
-    "ratios": Part(90, bench_ratios),
-    "profile": Part(45, lambda run: profiling.profile(run.sizes)),
-    "counters": Part(45, lambda run: profiling.counters(run.sizes)),
+    "environment": Part(
+        45,
+        lambda run: ceilings.environment(run.sizes),
+        "device, versions, and its ceilings: a copy, bf16 GEMMs",
+    ),
+    "rows": Part(
+        120,
+        partial(run_tests, name="rows"),
+        "tests of the Triton rows and of the sparse gradient, against fp64",
+    ),
+    "functions": Part(
+        120,
+        partial(run_tests, name="functions"),
+        "the library's own tests, hard inputs among them, on the GPU",
+    ),
+    "trainer": Part(
+        90,
+        partial(run_tests, name="trainer"),
+        "tests of optimizer and trainer, which need pip install '.[train]'",
+    ),
+    "ranks": Part(90, partial(run_tests, name="ranks"), "tests of several processes, over NCCL"),
+    "memcheck": Part(
+        60,
+        lambda run: gpu_tools.sanitize(run.sizes, "memcheck"),
+        "compute-sanitizer over a small case, where it is there",
+    ),
+    "tune-rows": Part(
+        90,
+        tune_rows,
+        "every setting of em_kernels/rows/configs.py; prints the row to commit",
+    ),
+    "tune-chunks": Part(60, tune_chunks, "chunk_bytes: time and memory"),
+    "profile": Part(
+        45,
+        lambda run: gpu_tools.profile(run.sizes),
+        "where the time of a step goes, by kernel",
+    ),
+    "suite": Part(
+        210,
+        bench_suite,
+        "em-kernels bench at the shapes others publish, with those that are installed",
+    ),
+    "ratios": Part(90, bench_ratios, "make bench, in bf16"),
+    "counters": Part(
+        45,
+        lambda run: gpu_tools.counters(run.sizes),
+        "Nsight Compute's of each row kernel, where it is there",
+    ),
+    "racecheck": Part(
+        60,
+        lambda run: gpu_tools.sanitize(run.sizes, "racecheck"),
+        "compute-sanitizer again: races in shared memory",
+    ),
 }
-LISTED = """parts:
-  environment        device, versions, and its ceilings: a copy, bf16 GEMMs
-  rows               tests of the Triton rows and of the sparse gradient, against fp64
-  functions          the library's own tests, hard inputs among them, on the GPU
-  trainer            tests of optimizer and trainer, which need pip install '.[train]'
-  ranks              tests of several processes, over NCCL
-  memcheck           compute-sanitizer, where it is there
-  tune-rows          every setting of em_kernels/rows/configs.py; prints the row to commit
-  tune-chunks        chunk_bytes: time and memory
-  suite              em-kernels bench at the shapes others publish, with those that are installed
-  ratios             make bench
-  profile            where the time of a step goes, by kernel
-  counters           Nsight Compute's of each row kernel, where it is there"""
+LISTED = "\n".join(f"  {name:<19}{part.text}" for name, part in PARTS.items())
+FAILED = 3  # exit code of a part whose tests, values or cases failed
 
 
 def line_of(name: str, row: dict) -> str:
@@ -187,8 +224,12 @@ def line_of(name: str, row: dict) -> str:
     return f"{name}: {', '.join(f'{key} {value}' for key, value in plain.items())}"
 
 
+def is_unwell(row: dict) -> bool:
+    return bool(row.get("failed")) or row.get("skipped", "").startswith(("failed", "stopped"))
+
+
 def work(name: str, run: Run) -> None:
-    """In a process, and process group, of the part's own: store what it found."""
+    """In a process, and process group, of the part's own: store and print what it found."""
     os.setsid()
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # of processes that it starts
     start = time.perf_counter()
@@ -201,10 +242,12 @@ def work(name: str, run: Run) -> None:
         row = {"skipped": f"failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}"}
     row["seconds"] = round(time.perf_counter() - start, 1)
     store.merge(run.path, run.sizes.device, "proof", {name: row})
+    print(line_of(name, row), flush=True)
+    sys.exit(FAILED if is_unwell(row) else 0)
 
 
-def in_own_process(name: str, run: Run, seconds: float) -> dict:
-    """What the part found. A dry run forks, which is quick; after a fork CUDA may not be there."""
+def in_own_process(name: str, run: Run, seconds: float) -> bool:
+    """Whether it went well. A dry run forks, which is quick; after a fork CUDA may not be there."""
     context = multiprocessing.get_context("spawn" if run.sizes == GPU else "forkserver")
     if run.sizes == DRY:
         context.set_forkserver_preload(["gpu_proof", "pytest"])
@@ -213,25 +256,25 @@ def in_own_process(name: str, run: Run, seconds: float) -> dict:
     try:
         process.join(seconds)
     finally:
-        if in_time := process.exitcode is not None:
-            why = f"failed: exit {process.exitcode}"
-        else:
-            why = f"stopped after {seconds:.3g} s"
+        in_time = process.exitcode is not None
+        if not in_time:
             with suppress(ProcessLookupError):  # not yet a group of its own
                 os.killpg(process.pid, signal.SIGKILL)
             process.kill()
             process.join()
-    if not in_time or process.exitcode != 0:
-        store.merge(run.path, run.sizes.device, "proof", {name: {"skipped": why}})
-        return {"skipped": why}
-    return store.load(run.path)["proof"][name]
+    if in_time and process.exitcode in (0, FAILED):
+        return process.exitcode == 0
+    why = f"failed: exit {process.exitcode}" if in_time else f"stopped after {seconds:.3g} s"
+    store.merge(run.path, run.sizes.device, "proof", {name: {"skipped": why}})
+    print(f"{name}: skipped: {why}", flush=True)
+    return False
 
 
 def main(arguments: list[str]) -> int:
     """0 done, 1 a part failed or time was over, 2 the user can mend it."""
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog=LISTED,
+        epilog=f"parts, in this order:\n{LISTED}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -250,18 +293,21 @@ def main(arguments: list[str]) -> int:
     began, unwell = time.perf_counter(), []
     try:
         stored = store.load(path).get("proof", {}) if path.exists() else {}
-        for name in options.part or PARTS:
-            if store.is_measured(stored.get(name, {"skipped": ""})) and not options.again:
+        done = [] if options.again else [n for n, row in stored.items() if store.is_measured(row)]
+        # what failed before comes after what was not tried
+        for name in sorted(
+            options.part or PARTS, key=lambda n: bool(stored.get(n, {}).get("failed"))
+        ):
+            if name in done:
                 print(f"{name}: is in {path}; --again runs it again")
                 continue
             left = 60 * options.minutes - (time.perf_counter() - began)
-            if left > 0:
-                print(f"{name} ...", flush=True)
-                row = in_own_process(name, run, min(PARTS[name].seconds, left))
-            else:
-                row = {"skipped": f"stopped: {options.minutes:g} minutes are over"}
-            print(line_of(name, row), flush=True)
-            if row.get("failed") or row.get("skipped", "").startswith(("failed", "stopped")):
+            if left <= 0:
+                print(f"{name}: not begun, {options.minutes:g} minutes are over")
+                unwell.append(name)
+                continue
+            print(f"{name} ...", flush=True)
+            if not in_own_process(name, run, min(PARTS[name].seconds, left)):
                 unwell.append(name)
         rows = store.load(path)["proof"].values()
     except store.BenchError as error:

@@ -142,10 +142,11 @@ def by_size(content: dict) -> list[str]:
 
 def about(content: dict) -> str:
     """Device, date and versions of what is featured, of whole updates and of a GPU's proof."""
-    groups = [group for group in featured(content.get("cases", {}))]
-    groups += [content.get(name, {}).values() for name in ("training", "proof", "parts")]
-    rows = [row for group in groups for row in group if "versions" in row]
-    versions = {name: v for row in rows for name, v in row["versions"].items()}
+    groups = featured(content.get("cases", {}))
+    groups += [list(content.get(name, {}).values()) for name in ("training", "proof", "parts")]
+    rows = [row for group in groups for row in group if "skipped" not in row]
+    rows = rows or [row for group in groups for row in group]
+    versions = {name: v for row in rows for name, v in row.get("versions", {}).items()}
     known = ", ".join(f"{name} {versions[name]}" for name in sorted(versions))
     return f"On {content['device']}, {max(row['date'] for row in rows)}; {known}."
 

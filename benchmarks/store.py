@@ -55,7 +55,7 @@ def merge(path: Path, device: str, section: str, results: dict[str, dict]) -> No
     facts = {"date": time.strftime("%Y-%m-%d"), "python": platform.python_version()}
     kept = content.setdefault(section, {})
     for key, row in results.items():
-        if "skipped" not in row or not is_measured(kept.get(key, row)):  # never over a measurement
+        if "skipped" not in row or "skipped" in kept.get(key, row):  # never over what was found
             kept[key] = row | facts
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = path.with_suffix(".part")

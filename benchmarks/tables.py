@@ -31,9 +31,9 @@ def proof(content: dict) -> Iterator[tuple[str, list[str]]]:
 def ceilings(row: dict) -> list[str]:
     head = ", ".join(f"{name} {rate:.0f}" for name, rate in row["head_tflops"].items())
     return [
-        f"A copy moves {row['copy_gb_per_s']:.0f} GB/s, bytes read and written; a square bf16 GEMM "
-        f"runs at {row['square_tflops']:.0f} TFLOP/s. The head's products of a chunk, into fp32 "
-        f"unless said, TFLOP/s: {head}."
+        f"A copy moves {row['copy_gb_per_s']:.0f} GB/s, bytes read and written; a square bf16 "
+        f"GEMM runs at {row['square_tflops']:.0f} TFLOP/s. The head's products, of {row['rows']} "
+        f"rows of logits and {row['gathered']} of dy, into fp32 unless said, TFLOP/s: {head}."
     ]
 
 
@@ -43,9 +43,9 @@ def tests(proof: dict[str, dict]) -> list[str]:
         if row := proof.get(name):
             counted = (row["passed"], row["failed"], row["left_out"])
             lines.append(f"| {title} | {' | '.join(map(str, counted))} |")
-    if row := proof.get("memcheck"):
-        told = (f"{kind}: {row[kind]}" for kind in ("memcheck", "racecheck") if kind in row)
-        lines += ["", f"compute-sanitizer, {'; '.join(told)}."] if "memcheck" in row else []
+    checked = {kind: proof.get(kind, {}).get("summary") for kind in ("memcheck", "racecheck")}
+    if told := [f"{kind}: {summary}" for kind, summary in checked.items() if summary]:
+        lines += ["", f"compute-sanitizer, {'; '.join(told)}."]
     return lines
 
 
@@ -59,7 +59,7 @@ def settings(row: dict, counted: dict | None) -> list[str]:
     ]
     for kernel, fields in row["fields"].items():
         over = [f"{row['over_copy'][kind][kernel]:.2f}" for kind in ("now", "best")]
-        values = ", ".join(f"{field} {row['best'][field]}" for field in fields)
+        values = ", ".join(f"{field} {row['settings']['best'][field]}" for field in fields)
         lines.append(f"| {kernel} | {' | '.join(over)} | {values} |")
     if counted and "left_out" not in counted:
         names = list(next(v for v in counted.values() if isinstance(v, dict)))

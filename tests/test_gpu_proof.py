@@ -14,7 +14,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import gpu_proof  # noqa: E402
-import profiling  # noqa: E402
+import gpu_tools  # noqa: E402
 import report  # noqa: E402
 import store  # noqa: E402
 import suite  # noqa: E402
@@ -80,7 +80,7 @@ def test_every_part_and_its_page(tmp_path):
     assert source.startswith("# ") and torch.__version__ in source
     capability, _, row = row.partition(": ")
     assert capability == "(0, 0)" and eval(f"[{row}]", {"RowConfig": RowConfig})[0] in offered()
-    assert found["suite"] == found["suite"] | {"cases": 2, "measured": 2}
+    assert found["suite"] == found["suite"] | {"cases": 2, "measured": 2, "failed": 0}
     report.write(path)
     page = path.with_suffix(".md").read_text()
     for title in ("Ceilings", "Tests on the device", "Settings of the row kernels", "Chunks"):
@@ -154,22 +154,25 @@ def test_junit_reports_are_counted():
     </testsuite></testsuites>"""
     found = gpu_proof.count(list(ElementTree.fromstring(text).iter("testcase")))
     assert (found["passed"], found["failed"], found["left_out"]) == (1, 2, 2)
-    assert found["failures"] == {"a::two": "E 1 != 2", "a::four": "boom"}
+    assert found["failures"] == {"a::two": "E 1 != 2\nmore", "a::four": "boom"}
     absent = "could not import 'x': No module named 'tyro'"
     assert found["left_out_because"] == {"needs two GPUs": 1, absent: 1}
 
 
-def test_a_failed_part_is_replaced_and_a_good_one_kept(tmp_path):
+def test_a_failed_part_is_kept_until_it_is_done_again(tmp_path):
+    """A run of it that is cut short tells less; it comes after what was not tried."""
     path = tmp_path / "proof.json"
-    for row in ({"failed": 1}, {"skipped": "no"}, {"failed": 0}, {"skipped": "no"}):
-        store.merge(path, "cpu", "proof", {"rows": row})
-        kept = store.load(path)["proof"]["rows"]
-        assert kept.items() >= ({"failed": 0} if kept.get("failed") == 0 else row).items()
-    assert kept["failed"] == 0
+    for row in ({"skipped": "no"}, {"failed": 1, "failures": {"a": "b"}}, {"skipped": "stopped"}):
+        store.merge(path, "cpu", "proof", {"environment": row})
+    assert store.load(path)["proof"]["environment"]["failures"] == {"a": "b"}
+    ran = proof("--part", "environment", "profile", "--results", path)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.index("profile ...") < ran.stdout.index("environment ...")
+    assert "failed" not in store.load(path)["proof"]["environment"]
 
 
 def test_small_case_runs_here():
-    profiling.small_case("cpu")
+    gpu_tools.small_case("cpu")
 
 
 def test_without_a_gpu_it_says_so(capsys):

@@ -334,6 +334,7 @@ def test_dy_of_several_chunks_is_multiplied_at_once_as_on_a_gpu(trained, mask, m
             return super().begin(tokens, hidden, *arguments)
 
     monkeypatch.setattr(problem.Problem, "dy_is_apart", True)
+    monkeypatch.setattr(chunked, "TILE", 50)
     monkeypatch.setattr(gradients.WordSum, "add_all", counted)
     monkeypatch.setattr(chunked, "Sums", Counting)
     _, found = gradients_of(hidden, weight, 0.0, **arguments)
@@ -345,3 +346,7 @@ def test_dy_of_several_chunks_is_multiplied_at_once_as_on_a_gpu(trained, mask, m
         assert rows == [56] * 5 + [53] and products == [224, 109]
     for mine, same in zip(found, expected, strict=True):
         assert relative_error(mine, same.double()) < 2 * torch.finfo(torch.bfloat16).eps
+    monkeypatch.setattr(chunked, "TILE", 60)  # too few rows would be left
+    rows.clear()
+    gradients_of(hidden, weight, 0.0, **arguments)
+    assert max(rows) > 60
