@@ -15,7 +15,7 @@ from torch import Tensor
 from . import reference, rows
 from .gemm import gemm
 from .gradients import Gradients, Pending, Sink, Sums
-from .problem import Needs, Problem, chunk_length, in_range_of, large_empty
+from .problem import TILE, Needs, Problem, chunk_length, in_range_of, large_empty
 from .reference import RowTransform, TokenStats
 from .rows import RowTerms, row_stride
 
@@ -32,7 +32,6 @@ class Chunk(NamedTuple):
     m: Tensor  # (n,)
     log_s: Tensor  # (n,)
     stats: TokenStats
-    room: int  # rows of dy that may wait to be multiplied together; 0: none
 
 
 def _chunks(
@@ -44,18 +43,23 @@ def _chunks(
     widest = row_stride(max(problem.sizes), hidden.device)
     stride = row_stride(len(weight), hidden.device)
     memory = hidden.new_empty(0)
+
+    def fitting(left: int, row_bytes: int) -> int:
+        length = chunk_length(left, row_bytes, problem.chunk_bytes, hidden.device)
+        # free memory differs, chunks are collective calls
+        return length if shard is None else shard.smallest(length)
+
     start = held = 0
     while start < count:
         if held != sums.buffers:
-            held, left, together = sums.buffers, count - start, 0
+            held, left = sums.buffers, count - start
             row_bytes = widest * (problem.logit_bytes + (held - 1) * problem.dtype.itemsize)
-            length = chunk_length(left, row_bytes, problem.chunk_bytes, hidden.device)
+            length = fitting(left, row_bytes)
             if 1 < sums.together < length < left:
-                together = sums.together
-                row_bytes += widest * (together - 1) * problem.operand.itemsize
-                length = chunk_length(left, row_bytes, problem.chunk_bytes, hidden.device)
-            if shard is not None:
-                length = shard.smallest(length)  # free memory differs, chunks are collective calls
+                row_bytes += widest * (sums.together - 1) * problem.operand.itemsize
+                fewer = fitting(left, row_bytes)
+                if fewer >= TILE:
+                    length, sums.room = fewer, min(sums.together * fewer, left)
             if start == 0:
                 rows_held = min(held, -(-left // length)) * length  # whole buffers
                 memory = large_empty((rows_held * stride,), problem.dtype, hidden)
@@ -74,8 +78,7 @@ def _chunks(
             parts = shard.merge(parts)
         goals = None if problem.targets is None else problem.targets[tokens]
         stats = reference.statistics(parts, problem.vocab_size, goals)
-        log_s = torch.log1p(parts.s1)
-        yield Chunk(tokens, h, y, row, parts.m, log_s, stats, together * length)
+        yield Chunk(tokens, h, y, row, parts.m, torch.log1p(parts.s1), stats)
 
 
 def gradients_in_forward(
@@ -92,7 +95,8 @@ def gradients_in_forward(
     TokenStats; everything: q, sums of z and argmax are computed too; sink: takes the weight's
     gradient.
     Work: 2 without gradients, +2 for hidden, +2 for weight; with a tolerance, +2 times the share of
-    the columns that are multiplied. Memory: one chunk and what is returned.
+    the columns that are multiplied. Memory: one chunk and what is returned; where the mask leaves
+    tokens out, copies of the others that are multiplied together.
     """
     loss = problem.hidden.new_zeros((), dtype=problem.dtype)
     sums = Sums(problem, needs, sink)
@@ -105,7 +109,7 @@ def gradients_in_forward(
         upstream, scale = in_range_of(problem.operand, upstream)
         factors = reference.coefficients(chunk.stats, upstream, problem.vocab_size)
         terms = RowTerms(chunk.y, chunk.row, chunk.m, chunk.log_s, factors)
-        waiting.append(sums.begin(chunk.tokens, chunk.hidden, terms, scale, chunk.room))
+        waiting.append(sums.begin(chunk.tokens, chunk.hidden, terms, scale))
         while len(waiting) >= sums.buffers:
             sums.finish(waiting.popleft())
     for pending in waiting:

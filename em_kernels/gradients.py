@@ -49,7 +49,6 @@ class Pending(NamedTuple):
     hidden: Tensor  # (n, D)
     terms: RowTerms
     scale: float  # of its gradients, which dy lacks
-    room: int  # rows of dy that may wait to be multiplied together; 0: none
     choice: Choice | None  # None: all columns
     fresh: Tensor | None  # (V,) bool, columns chosen for the first time
     counts: Counts | None  # of both
@@ -75,7 +74,8 @@ class Sums:
         gathers = self.tolerance == 0 and needs.weight and problem.dy_is_apart
         # a dy in fp16 has a scale of its own for each chunk
         self.together = TOGETHER if gathers and problem.operand != torch.float16 else 1
-        self.dy: Tensor | None = None  # (room, stride) of chunks that wait
+        self.room = 0  # rows of dy that may wait to be multiplied together; 0: none
+        self.dy: Tensor | None = None  # (room, stride)
         self.tokens: list[slice | Tensor] = []  # of these
         self.filled = 0  # rows
         self.seen: Tensor | None = None  # (V,) bool
@@ -84,9 +84,9 @@ class Sums:
         self.dropped, self.mass = hidden.new_zeros(2, dtype=wide)
 
     def begin(
-        self, tokens: slice | Tensor, hidden: Tensor, terms: RowTerms, scale: float, room: int
+        self, tokens: slice | Tensor, hidden: Tensor, terms: RowTerms, scale: float
     ) -> Pending:
-        dense = Pending(tokens, hidden, terms, scale, room, None, None, None)
+        dense = Pending(tokens, hidden, terms, scale, None, None, None)
         if self.tolerance == 0:
             return dense
         if self.dense_ahead > 0:
@@ -153,18 +153,18 @@ class Sums:
 
     def _add_all(self, chunk: Pending) -> None:
         y = chunk.terms.y
-        if chunk.room == 0:
+        if self.room == 0:
             dy = rows.row_gradient(chunk.terms, rows.gradient_buffer(y, self.problem.operand))
             self._multiply(chunk.tokens, chunk.hidden, dy, chunk.scale)
             return
+        if self.filled + len(y) > self.room:
+            self._multiply_waiting()
         if self.dy is None:
-            self.dy = y.new_empty(chunk.room, y.stride(0), dtype=self.problem.operand)
+            self.dy = y.new_empty(self.room, y.stride(0), dtype=self.problem.operand)
         end = self.filled + len(y)
         rows.row_gradient(chunk.terms, self.dy[self.filled : end, : y.shape[1]])
         self.tokens.append(chunk.tokens)
         self.filled = end
-        if end + len(y) > len(self.dy):
-            self._multiply_waiting()
 
     def _multiply_waiting(self) -> None:
         """What chunks have left in dy; their tokens are neighbours, or so many of a list."""
