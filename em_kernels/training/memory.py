@@ -15,7 +15,7 @@ from ..free_memory import free_host_bytes
 from ..gemm import bf16_isa
 from ..gradients import SLAB_BYTES as SLAB
 from ..gradients import SLAB_WORDS
-from ..problem import free_bytes
+from ..problem import chunk_length, free_bytes
 from ..sparse import SAMPLE
 from .config import FULL_LR, LORA_LR, TrainConfig, UserError
 from .optimizer import SLAB as STEP_SLAB
@@ -361,13 +361,15 @@ class Planner:
         of a chunk and their words, at most half of all, or a sample of the other words.
         """
         words, width, itemsize = sketch.words, sketch.width, self.dtype.itemsize
-        rows = max(1, min(states, chunk // self._logit_bytes(sketch)))
-        rows = -(-states // -(-states // rows))  # chunks alike
-        total = rows * self._logit_bytes(sketch) + states * (width * 4 + STATISTICS)
+        device, row = torch.device("cuda" if self.cuda else "cpu"), self._logit_bytes(sketch)
+        held = row * chunk_length(states, row, max(row, chunk), device)
+        if self.cuda and not config.grad_tolerance:  # dy of chunks that wait fills the budget
+            held = min(states * words * (4 + itemsize), chunk)
+        total = held + states * (width * 4 + STATISTICS)
         if config.mode != "lora":
             total += min(SLAB, words * width * 4)
         if config.grad_tolerance:
-            word = rows * 8 + width * itemsize
+            word = held // row * 8 + width * itemsize
             some = min(words // 2, max(SLAB_WORDS, min(SLAB, chunk) // word))
             total += max(some * word, min(SAMPLE, words) * width * itemsize) + CHOICE * words
         return total
