@@ -82,7 +82,7 @@ def test_union_of_many_chunks_words(own, is_whole):
     words = torch.arange(640) % (80 * own)
     inputs = (0.75 * weight[words]).requires_grad_(), weight.requires_grad_()
     arguments = {"chunk_bytes": 80 * 640 * 4, "reduction": "sum"}
-    loss = fused_entropy_loss(*inputs, grad_tolerance=0.01, **arguments)  # held: torch 2.11 frees it
+    loss = fused_entropy_loss(*inputs, grad_tolerance=0.01, **arguments)  # held for 2.11
     values = loss.grad_fn.saved_tensors[1]
     assert len(values) == 640 if is_whole else 160 <= len(values) <= 320
     assert values.untyped_storage().nbytes() <= (1.0 if is_whole else 0.5) * 640 * 64 * 4
