@@ -28,7 +28,7 @@ docs: $(INSTALLED)
 	@$(BIN)/mkdocs build --strict --quiet && echo site/index.html
 
 bench: $(INSTALLED)
-	@$(BIN)/python -m pytest benchmarks/bench_*.py --benchmark-disable-gc --benchmark-columns=median,iqr,rounds
+	@$(BIN)/python -m pytest benchmarks/bench_*.py -rs --benchmark-disable-gc --benchmark-columns=median,iqr,rounds
 
 bench-train: $(INSTALLED)
 	@$(BIN)/python benchmarks/bench_train.py $(BENCH_ARGS)

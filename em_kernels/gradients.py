@@ -172,10 +172,11 @@ class Sums:
             return
         assert self.dy is not None
         first, last = self.tokens[0], self.tokens[-1]
-        if isinstance(first, slice) and isinstance(last, slice):
+        if isinstance(first, slice):
+            assert isinstance(last, slice)
             tokens: slice | Tensor = slice(first.start, last.stop)
         else:
-            tokens = torch.cat([t for t in self.tokens if isinstance(t, Tensor)])
+            tokens = torch.cat(self.tokens)  # type: ignore[arg-type]  # all of a kind
         dy = self.dy[: self.filled, : len(self.problem.weight)]
         self._multiply(tokens, self.problem.hidden[tokens], dy, 1.0)
         self.tokens, self.filled = [], 0

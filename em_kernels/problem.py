@@ -15,9 +15,9 @@ from .parallel import VocabularyShard
 from .reference import RowTransform, TokenStats
 from .rows.cpu import is_built
 
-MAX_CHUNK_BYTES = 1 << 30  # fp32 dW is read and written once a chunk: few, large chunks
+MAX_CHUNK_BYTES = 1 << 30  # fp32 dW is read and written once a chunk, or some: few, large ones
 # The longer side of a GPU's GEMM tile. Counted, not measured: dhidden at D = 4096 in tiles of
-# 128 x 256 on 132 multiprocessors fills 0.97 of a wave with 1024 rows, 0.55 of two with 1171.
+# 128 x 256 on 132 multiprocessors fills 0.97 of its waves with 1024 or 2048 rows, 0.55 with 1171.
 TILE = 256
 
 

@@ -93,6 +93,15 @@ def offered():
     return {RowConfig(*values) for values in tuning.product(*tuning.FEW.values())} | {DEFAULT}
 
 
+def test_a_page_of_whatever_was_done(tmp_path):
+    """Tests alone; and nothing but a part that could not run."""
+    path = tmp_path / "proof.json"
+    store.merge(path, "cpu", "proof", {"environment": {"skipped": "stopped after 1 s"}})
+    assert "stopped" not in report.page([path], [])
+    store.merge(path, "cpu", "proof", {"rows": {"passed": 7, "failed": 0, "left_out": 2}})
+    assert "| Triton rows and sparse gradient | 7 | 0 | 2 |" in report.page([path], [])
+
+
 def test_settings_are_put_back():
     other = DEFAULT._replace(BLOCK_N=2)
     assert TUNED.get((0, 0)) is None

@@ -362,14 +362,15 @@ class Planner:
         """
         words, width, itemsize = sketch.words, sketch.width, self.dtype.itemsize
         device, row = torch.device("cuda" if self.cuda else "cpu"), self._logit_bytes(sketch)
-        held = row * chunk_length(states, row, max(row, chunk), device)
+        rows = chunk_length(states, row, max(row, chunk), device)
+        held = rows * row
         if self.cuda and not config.grad_tolerance:  # dy of chunks that wait fills the budget
             held = min(states * words * (4 + itemsize), chunk)
         total = held + states * (width * 4 + STATISTICS)
         if config.mode != "lora":
             total += min(SLAB, words * width * 4)
         if config.grad_tolerance:
-            word = held // row * 8 + width * itemsize
+            word = rows * 8 + width * itemsize
             some = min(words // 2, max(SLAB_WORDS, min(SLAB, chunk) // word))
             total += max(some * word, min(SAMPLE, words) * width * itemsize) + CHOICE * words
         return total

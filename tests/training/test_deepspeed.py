@@ -27,7 +27,7 @@ OFFLOAD = {
 def deepspeed(tmp_path_factory):
     """Environment of a launcher that runs it on CPUs; what it compiles lies apart."""
     if find_spec("deepspeed") is None:
-        pytest.skip("deepspeed is not installed: DS_BUILD_OPS=0 pip install --no-build-isolation")
+        pytest.skip("no deepspeed: DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed")
     home = tmp_path_factory.mktemp("deepspeed")
 
     def environment(config):

@@ -11,10 +11,12 @@ from torch.profiler import ProfilerActivity, profile
 from training import tiny
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 
+from em_kernels import chunked, problem
 from em_kernels.cli import settings
 from em_kernels.free_memory import free_host_bytes
 from em_kernels.functional import entropy_loss_into
 from em_kernels.gemm import bf16_isa
+from em_kernels.gradients import WordSink
 from em_kernels.training import rounding, trainer
 from em_kernels.training.config import Sampling, TrainConfig, UserError
 from em_kernels.training.memory import Planner, resolve
@@ -493,6 +495,34 @@ def test_head(words, width, states, chunk, trained):
         lambda: entropy_loss_into(sink, hidden, weight, mask=mask, chunk_bytes=1 << chunk)
     )
     assert max(live) == pytest.approx(planned, rel=0.05)
+
+
+@pytest.mark.skipif(bf16_isa() == 0, reason="this CPU multiplies no bf16")
+@pytest.mark.parametrize("states", [20, 33, 50, 300])  # in a chunk, in four, in more
+def test_head_on_a_gpu_where_dy_of_chunks_waits(states, monkeypatch):
+    """The loop as a GPU runs it, in the memory of this machine: within the plan and the budget."""
+    words, width, chunk = 20000, 64, 1 << 22
+    shape = {**SMALL, "vocab_size": words, "hidden_size": width}
+    model_config = AutoConfig.for_model("llama", **shape)
+    changes = {"dtype": "bfloat16", "grad_tolerance": 0, "gpu_memory": 8.0, "host_memory": 8.0}
+    asked = config(mode="full", **changes)
+    planner = Planner(asked, model_config, 1, CUDA)
+    planned = planner._head(asked, Sketch(model_config, torch.bfloat16), states, chunk)
+    monkeypatch.setattr(problem.Problem, "dy_is_apart", True)
+    monkeypatch.setattr(chunked, "TILE", 8)
+    hidden, weight = (torch.randn(n, width, dtype=torch.bfloat16) for n in (states, words))
+    counts, add_all = [], WordSink.add_all
+
+    def counted(sink, dy, *arguments):
+        counts.append(len(dy))
+        add_all(sink, dy, *arguments)
+
+    monkeypatch.setattr(WordSink, "add_all", counted)
+    _, live = recorded(
+        lambda: entropy_loss_into(lambda words, values: None, hidden, weight, chunk_bytes=chunk)
+    )
+    assert max(live) <= 1.05 * planned
+    assert counts == {20: [20], 33: [33], 50: [50], 300: [68] * 4 + [28]}[states]
 
 
 MARK = 12_345_677  # bytes
