@@ -1,6 +1,7 @@
 import pytest
 import torch
-from training.tiny import make_model, make_tokenizer, save_tiny
+from training.lives import BASE, MODES, command
+from training.tiny import make_model, make_tokenizer, save_tiny, settings
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
@@ -39,3 +40,43 @@ def folders(tmp_path_factory):
     home = tmp_path_factory.mktemp("models")
     found = {tied: save_tiny(home / str(tied), tied=tied) for tied in (True, False)}
     return {**found, "falcon": save_tiny(home / "falcon", "falcon")}
+
+
+@pytest.fixture
+def start(folder, tmp_path):
+    """start(name, *points, **settings) runs a new run there."""
+
+    def start(name, *points, **changes):
+        config = settings(folder, tmp_path / name, **{**BASE, **changes})
+        if config.offload_dir is not None:
+            config = config.model_copy(update={"offload_dir": tmp_path / config.offload_dir})
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(config.to_yaml())
+        return command(["train", "--config", path], tmp_path / name, *points)
+
+    return start
+
+
+@pytest.fixture
+def resume(tmp_path):
+    def resume(name, *flags, points=()):
+        return command(["train", "--resume", tmp_path / name, *flags], tmp_path / name, *points)
+
+    return resume
+
+
+@pytest.fixture(scope="session")
+def whole_of(folder, tmp_path_factory):
+    """The folder of a mode's run that was never stopped."""
+    found = {}
+
+    def whole_of(mode):
+        if mode not in found:
+            home = tmp_path_factory.mktemp("whole")
+            config = settings(folder, home / "run", **{**BASE, **MODES[mode]})
+            (home / "run.yaml").write_text(config.to_yaml())
+            assert command(["train", "--config", home / "run.yaml"], home / "log").code == 0
+            found[mode] = home / "run"
+        return found[mode]
+
+    return whole_of
