@@ -1,19 +1,16 @@
 """The plan against known arithmetic, to the byte, and against recorded runs."""
 
 import itertools
-import json
-import shlex
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 from training import tiny
-from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
+from training.shapes import QWEN, SMALL, two_layers
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from em_kernels import chunked, problem
-from em_kernels.cli import settings
-from em_kernels.free_memory import free_host_bytes
 from em_kernels.functional import entropy_loss_into
 from em_kernels.gemm import bf16_isa
 from em_kernels.gradients import WordSink
@@ -21,46 +18,12 @@ from em_kernels.training import rounding, trainer
 from em_kernels.training.config import Sampling, TrainConfig, UserError
 from em_kernels.training.memory import Planner, resolve
 from em_kernels.training.plan import GIB, phases
-from em_kernels.training.plan_command import flags, open_config, plan_command
+from em_kernels.training.plan_command import open_config
 from em_kernels.training.rollout import Rollout
 from em_kernels.training.sketch import Sketch
 from em_kernels.training.step import Prompt, recomputation, scored_states
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
-QWEN = {
-    "7B": Qwen2Config(
-        hidden_size=3584,
-        intermediate_size=18944,
-        num_hidden_layers=28,
-        num_attention_heads=28,
-        num_key_value_heads=4,
-        vocab_size=152064,
-        tie_word_embeddings=False,
-        dtype="bfloat16",
-    ),
-    "1.5B": Qwen2Config(
-        hidden_size=1536,
-        intermediate_size=8960,
-        num_hidden_layers=28,
-        num_attention_heads=12,
-        num_key_value_heads=2,
-        vocab_size=151936,
-        tie_word_embeddings=True,
-        dtype="bfloat16",
-    ),
-}
-SMALL = {
-    "hidden_size": 64,
-    "intermediate_size": 160,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 400,
-    "max_position_embeddings": 256,
-    "pad_token_id": None,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
 
 
 def config(**changes):
@@ -186,13 +149,6 @@ def small():
     return AutoConfig.for_model("qwen2", tie_word_embeddings=True, **SMALL)
 
 
-@pytest.fixture(scope="module")
-def two_layers():
-    return AutoConfig.for_model(
-        "qwen2", tie_word_embeddings=True, **SMALL | {"num_hidden_layers": 2}
-    )
-
-
 SHORT = {"sampling": {"max_new_tokens": 40}}
 
 
@@ -236,11 +192,11 @@ def test_lora_has_its_own_lr(small):
     assert plan.device["adapters"] == 4 * 8 * a_layer
 
 
-def test_batches_shrink_with_memory(two_layers):
+def test_batches_shrink_with_memory():
     sizes = []
     for memory in (0.56, 0.53):
         asked = config(gpu_memory=memory, host_memory=8, mode="full", **SHORT)
-        plan = resolve(asked, two_layers, 20, CUDA)
+        plan = resolve(asked, two_layers(), 20, CUDA)
         assert plan.device_total <= plan.device_limit == int(memory * GIB)
         sizes.append((plan.config.micro_batch, plan.config.rollout_batch))
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) > 1
@@ -253,11 +209,11 @@ def test_batches_shrink_with_memory(two_layers):
         ({"rollout_batch": 600, "rollouts": 600}, "--rollout-batch auto"),
     ],
 )
-def test_refusals_name_what_is_missing_and_what_helps(changes, remedy, two_layers):
+def test_refusals_name_what_is_missing_and_what_helps(changes, remedy):
     asked = config(mode="full", gpu_memory=0.54, host_memory=8, **changes, **SHORT)
     message = rf"^memory: mode full: \d\.\d+ GiB of device memory are missing \(.*; try {remedy}$"
     with pytest.raises(UserError, match=message):
-        resolve(asked, two_layers, 20, CUDA)
+        resolve(asked, two_layers(), 20, CUDA)
 
 
 def test_remedies_in_the_order_of_their_cost():
@@ -271,158 +227,16 @@ def test_remedies_in_the_order_of_their_cost():
     )
 
 
-def test_no_remedy(two_layers):
+def test_no_remedy():
     with pytest.raises(UserError, match="take a smaller model"):
-        resolve(config(gpu_memory=0.4, host_memory=8, **SHORT), two_layers, 20, CUDA)
+        resolve(config(gpu_memory=0.4, host_memory=8, **SHORT), two_layers(), 20, CUDA)
 
 
-def test_planning_for_a_gpu_without_one(two_layers):
+def test_planning_for_a_gpu_without_one():
     if torch.cuda.is_available():
         pytest.skip("a CUDA GPU is there")
     with pytest.raises(UserError, match="^gpu_memory: "):
-        resolve(config(), two_layers, 20, CUDA)
-
-
-def cgroup(folder, limit, used, cache, version):
-    folder.mkdir(parents=True, exist_ok=True)
-    names = ("max", "current") if version == 2 else ("limit_in_bytes", "usage_in_bytes")
-    for name, value in zip(names, (limit, used), strict=True):
-        (folder / f"memory.{name}").write_text(f"{value}\n")
-    stat = "inactive_file" if version == 2 else "total_inactive_file"
-    (folder / "memory.stat").write_text(f"anon 5\n{stat} {cache}\n")
-
-
-@pytest.fixture
-def machine(tmp_path):
-    """/proc and /sys/fs/cgroup, of 1000 KiB available."""
-    proc, cgroups = tmp_path / "proc", tmp_path / "cgroup"
-    (proc / "self").mkdir(parents=True)
-    cgroups.mkdir()
-    (proc / "meminfo").write_text("MemTotal: 4000 kB\nMemAvailable:    1000 kB\n")
-    return proc, cgroups
-
-
-def test_free_memory_without_limits(machine):
-    proc, cgroups = machine
-    assert free_host_bytes(*machine) == 1000 << 10
-    (proc / "self/cgroup").write_text("0::/user/session\n")
-    cgroup(cgroups / "user", "max", 10, 0, version=2)
-    assert free_host_bytes(*machine) == 1000 << 10
-    assert free_host_bytes() > 0
-
-
-@pytest.mark.parametrize("version", [1, 2])
-def test_the_tightest_group_counts(machine, version):
-    proc, cgroups = machine
-    line, root = ("0::", cgroups) if version == 2 else ("4:cpu,memory:", cgroups / "memory")
-    other = "" if version == 2 else "9:name=systemd:/\n0::/\n"
-    (proc / "self/cgroup").write_text(f"{line}/a/b\n{other}")
-    cgroup(root / "a/b", 1 << 60, 100_000, 0, version)
-    assert free_host_bytes(*machine) == 1000 << 10
-    cgroup(root / "a", 500_000, 300_000, 40_000, version)
-    assert free_host_bytes(*machine) == 240_000  # what files fill can be had
-    cgroup(root / "a/b", 400_000, 390_000, 0, version)
-    assert free_host_bytes(*machine) == 10_000
-    cgroup(root / "a/b", 400_000, 500_000, 0, version)
-    assert free_host_bytes(*machine) == 0
-
-
-@pytest.mark.parametrize("version", [1, 2])
-def test_inside_a_container_the_path_is_the_hosts(machine, version):
-    proc, cgroups = machine
-    line, root = ("0::", cgroups) if version == 2 else ("4:memory:", cgroups / "memory")
-    (proc / "self/cgroup").write_text(f"{line}/docker/0123/not/here\n")
-    cgroup(root, 300_000, 100_000, 0, version)
-    assert free_host_bytes(*machine) == 200_000
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, two_layers):
-    path = tmp_path_factory.mktemp("model")
-    two_layers.save_pretrained(path)
-    return path
-
-
-def flags_of(line):
-    words = shlex.split(line)
-    assert words[:2] == ["em-kernels", "train"]
-    return words[2:]
-
-
-@pytest.mark.parametrize("file", [False, True])
-def test_command_for_another_machine(file, folder, two_layers, capsys):
-    asked = [
-        "--gpu-memory",
-        "0.56",
-        "--host-memory",
-        "8",
-        "--max-new-tokens",
-        "40",
-        "--prompt",
-        "a b",
-    ]
-    source = folder / "config.json" if file else folder
-    arguments = ["--model", str(source), "--device", "cuda", "--prompt-tokens", "20", *asked]
-    assert plan_command([*arguments, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    names = ["full", "offload", "offload to disk", "lora", "lora 4bit"]
-    assert [mode["name"] for mode in found["modes"]] == names
-    chosen = found["chosen"]
-    assert chosen["fits"] and chosen["download"] == 0 and chosen["device_limit"] == int(0.56 * GIB)
-    assert chosen["rates"]["flops"] > 0 and "sensitive" in found["note"]
-    train = settings("plan", flags_of(found["command"]), "")[0]
-    assert train.model == str(folder) and train.prompt == "a b" and train.mode == chosen["name"]
-    again = resolve(train, two_layers, 20, CUDA)
-    assert again.device == chosen["device"] and again.host == chosen["host"]
-    different = {
-        k for k, v in again.config.model_dump(mode="json").items() if v != chosen["config"][k]
-    }
-    assert different <= {"model"}
-
-
-def test_table(folder, capsys):
-    arguments = ["--model", str(folder), "--device", "cpu", "--max-new-tokens", "40"]
-    assert plan_command([*arguments, "--host-memory", "4"]) == 0
-    text = capsys.readouterr().out
-    for word in ("full", "lora", "scratch", "KV cache", "TFLOP/s", "Seconds", "sensitive"):
-        assert word in text
-    line = next(line for line in text.splitlines() if line.startswith("em-kernels train"))
-    assert settings("plan", flags_of(line), "")[0].prompt == "YOUR PROMPT"
-    assert plan_command([*arguments, "--host-memory", "0.01"]) == 1
-    assert "missing" in capsys.readouterr().out
-
-
-def test_flags_are_parsed_back():
-    changed = config(
-        prompt='it\'s "quoted" -- $HOME',
-        save_at=(2, 4),
-        chat_template=False,
-        save_optimizer=True,
-        gradient_checkpointing=False,
-        four_bit=True,
-        mode="lora",
-        lora_targets=("q_proj", "v_proj"),
-        offload_dir="some where",
-        sampling={"temperature": 0.25, "stop": ("a b", "x"), "max_new_tokens": 7},
-        betas=(0.8, 0.9),
-        micro_batch=77,
-        keep=3,
-        eps=1e-10,
-    )
-    assert settings("plan", flags(changed), "")[0] == changed
-
-
-@pytest.mark.parametrize(
-    "arguments, word",
-    [
-        ([], "model"),
-        (["--model", "./nowhere"], "model"),
-        (["--model", "demo", "--prompt-tokens", "0"], "prompt_tokens"),
-    ],
-)
-def test_bad_plans(arguments, word):
-    with pytest.raises(UserError, match=f"^{word}: "):
-        plan_command(arguments)
+        resolve(config(), two_layers(), 20, CUDA)
 
 
 def recorded(function):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from training.test_memory_plan import QWEN
+from training.shapes import QWEN
 
 from em_kernels.training.config import TrainConfig, UserError
 from em_kernels.training.memory import Planner

@@ -1,0 +1,58 @@
+"""Free memory of a machine, and within the limits of control groups."""
+
+import pytest
+
+from em_kernels.free_memory import free_host_bytes
+
+
+def cgroup(folder, limit, used, cache, version):
+    folder.mkdir(parents=True, exist_ok=True)
+    names = ("max", "current") if version == 2 else ("limit_in_bytes", "usage_in_bytes")
+    for name, value in zip(names, (limit, used), strict=True):
+        (folder / f"memory.{name}").write_text(f"{value}\n")
+    stat = "inactive_file" if version == 2 else "total_inactive_file"
+    (folder / "memory.stat").write_text(f"anon 5\n{stat} {cache}\n")
+
+
+@pytest.fixture
+def machine(tmp_path):
+    """/proc and /sys/fs/cgroup, of 1000 KiB available."""
+    proc, cgroups = tmp_path / "proc", tmp_path / "cgroup"
+    (proc / "self").mkdir(parents=True)
+    cgroups.mkdir()
+    (proc / "meminfo").write_text("MemTotal: 4000 kB\nMemAvailable:    1000 kB\n")
+    return proc, cgroups
+
+
+def test_free_memory_without_limits(machine):
+    proc, cgroups = machine
+    assert free_host_bytes(*machine) == 1000 << 10
+    (proc / "self/cgroup").write_text("0::/user/session\n")
+    cgroup(cgroups / "user", "max", 10, 0, version=2)
+    assert free_host_bytes(*machine) == 1000 << 10
+    assert free_host_bytes() > 0
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_tightest_group_counts(machine, version):
+    proc, cgroups = machine
+    line, root = ("0::", cgroups) if version == 2 else ("4:cpu,memory:", cgroups / "memory")
+    other = "" if version == 2 else "9:name=systemd:/\n0::/\n"
+    (proc / "self/cgroup").write_text(f"{line}/a/b\n{other}")
+    cgroup(root / "a/b", 1 << 60, 100_000, 0, version)
+    assert free_host_bytes(*machine) == 1000 << 10
+    cgroup(root / "a", 500_000, 300_000, 40_000, version)
+    assert free_host_bytes(*machine) == 240_000  # what files fill can be had
+    cgroup(root / "a/b", 400_000, 390_000, 0, version)
+    assert free_host_bytes(*machine) == 10_000
+    cgroup(root / "a/b", 400_000, 500_000, 0, version)
+    assert free_host_bytes(*machine) == 0
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_inside_a_container_the_path_is_the_hosts(machine, version):
+    proc, cgroups = machine
+    line, root = ("0::", cgroups) if version == 2 else ("4:memory:", cgroups / "memory")
+    (proc / "self/cgroup").write_text(f"{line}/docker/0123/not/here\n")
+    cgroup(root, 300_000, 100_000, 0, version)
+    assert free_host_bytes(*machine) == 200_000

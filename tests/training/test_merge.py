@@ -1,0 +1,204 @@
+"""Adapters that are written open elsewhere and merge exactly."""
+
+import json
+import shutil
+import socket
+
+import huggingface_hub.constants
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, PeftModel
+from safetensors.torch import load_file, save_file
+from training.adapters import (
+    ARCHITECTURES,
+    DTYPES,
+    IDS,
+    WIDE,
+    error_of,
+    is_adapter,
+    lora,
+    saved,
+    trained,
+    wide,
+)
+from training.tiny import make_tokenizer, rounded, save_tiny
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from em_kernels.hf import check_head, head_of
+from em_kernels.training.config import UserError
+from em_kernels.training.lora import add_adapters, merge, merge_command
+
+
+def test_adapter_folder_is_written_without_the_network(tmp_path, monkeypatch):
+    asked = []
+
+    def refuse(*args, **kwargs):
+        asked.append(args)
+        raise OSError("no network")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    model = wide()
+    model.name_or_path = "somebody/a-model"
+    adapted = trained(model)
+    folder = saved(adapted, tmp_path / "adapter")
+    assert not asked
+    assert {path.name for path in folder.iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "chat_template.jinja",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "somebody/a-model"
+    assert (config["r"], config["lora_alpha"], config["inference_mode"]) == (4, 12, True)
+    assert adapted.peft_config["default"].inference_mode is False
+    opened = PeftModel.from_pretrained(wide(), folder)
+    assert torch.equal(opened(IDS).logits, model(IDS).logits)
+    assert not asked
+
+
+@DTYPES
+@pytest.mark.parametrize("targets", [("all-linear",), ("q_proj", "down_proj")])
+def test_peft_opens_the_folder(targets, dtype, tmp_path):
+    base = save_tiny(tmp_path / "model", **WIDE, num_hidden_layers=3)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    adapted = trained(model, lora(lora_targets=targets))
+    folder = saved(adapted, tmp_path / "adapter")
+    weights = load_file(folder / "adapter_model.safetensors")
+    assert {w.dtype for w in weights.values()} == {torch.float32}
+    opened = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    here, there = dict(adapted.named_parameters()), dict(opened.named_parameters())
+    assert here.keys() == there.keys()
+    assert all(torch.equal(here[n], there[n]) and here[n].dtype == there[n].dtype for n in here)
+    assert torch.equal(opened(IDS).logits, model(IDS).logits)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.chat_template == make_tokenizer().chat_template
+
+
+def test_name_is_the_settings_where_the_model_has_none(tmp_path):
+    folder = saved(add_adapters(wide(), lora(model="./here")), tmp_path / "adapter")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "./here"
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """Of a bf16 base."""
+    base = save_tiny(tmp_path / "model", dtype=torch.bfloat16, **WIDE)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    return saved(trained(model), tmp_path / "adapter")
+
+
+@DTYPES
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
+def test_merged_weights_are_the_exact_sums_rounded_once(kind, dtype, tmp_path):
+    base = save_tiny(tmp_path / "model", kind, dtype=dtype, **WIDE, **ARCHITECTURES[kind])
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.mul(2**16).round() / 2**16  # so that fp32 sums are exact
+    model.to(dtype).save_pretrained(base)
+    model.float()
+    before = {n: p.detach().double() for n, p in model.named_parameters()}
+    adapted = trained(model)
+    for name, parameter in adapted.named_parameters():
+        if is_adapter(name):
+            parameter.data = parameter.data.mul(64).round() / 64
+    logits = model(IDS).logits
+    layers = {n: m for n, m in model.named_modules() if hasattr(m, "lora_A")}
+    output = merge(saved(adapted, tmp_path / "adapter"), tmp_path / "merged")
+    found = AutoModelForCausalLM.from_pretrained(output)
+    assert found.dtype == torch.bfloat16 and type(found) is type(model)
+    for name, parameter in found.named_parameters():
+        layer, exact = layers.get(name.removesuffix(".weight")), before[name]
+        if layer is not None:
+            a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            delta = 3.0 * (b.double() @ a.double())
+            exact = exact + (delta.T if kind == "gpt2" else delta)
+            assert not torch.equal(rounded(before[name]), parameter)
+        assert torch.equal(parameter, rounded(exact)), name
+    merged = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)(IDS).logits
+    assert 0 < error_of(merged, logits) < 0.04
+
+
+def test_deltas_that_bf16_would_round_away(tmp_path):
+    """1 + 2^-11 is 1, to the nearest; one in sixteen weights has to become 1 + 2^-7."""
+    base = save_tiny(tmp_path / "model", dtype=torch.bfloat16, **WIDE)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    model.model.layers[0].mlp.up_proj.weight.data.fill_(1.0)
+    model.save_pretrained(base)
+    adapted = add_adapters(model, lora(lora_rank=1, lora_alpha=1, lora_targets=("up_proj",)))
+    layer = model.model.layers[0].mlp.up_proj
+    layer.lora_A["default"].weight.data.fill_(1.0)
+    layer.lora_B["default"].weight.data.fill_(2**-11)
+    output = merge(saved(adapted, tmp_path / "adapter"), tmp_path / "merged")
+    found = AutoModelForCausalLM.from_pretrained(output).model.layers[0].mlp.up_proj.weight
+    assert set(found.unique().tolist()) == {1.0, 1 + 2**-7}
+    assert (found.float().mean() - 1).item() == pytest.approx(2**-11, rel=0.1)
+
+
+def test_merged_folder_is_complete(tmp_path, adapter):
+    shutil.copytree(tmp_path / "model", tmp_path / "model2")
+    (tmp_path / "merged").mkdir()  # empty is as good as none
+    output = merge(adapter, tmp_path / "merged")
+    names = {path.name for path in output.iterdir()}
+    assert {"config.json", "generation_config.json", "model.safetensors"} <= names
+    assert {"tokenizer.json", "chat_template.jinja"} <= names
+    assert not any(name.startswith("adapter") for name in names)
+    assert AutoConfig.from_pretrained(output).dtype == torch.bfloat16
+    assert {w.dtype for w in load_file(output / "model.safetensors").values()} == {torch.bfloat16}
+    model = AutoModelForCausalLM.from_pretrained(output)
+    assert model.generation_config.eos_token_id == 0
+    check_head(model, head_of(model))
+    assert head_of(model).weight is model.model.embed_tokens.weight  # still tied
+    assert AutoTokenizer.from_pretrained(output).chat_template == make_tokenizer().chat_template
+
+
+def test_command_takes_a_runs_newest_checkpoint(tmp_path, adapter, capsys):
+    checkpoints = tmp_path / "run" / "checkpoints"
+    for name in ("step-00009", "step-99999", "step-100000", ".step-100001.partial"):
+        shutil.copytree(adapter, checkpoints / name)
+    for folder in checkpoints.iterdir():
+        if folder.name != "step-100000":
+            (folder / "adapter_model.safetensors").write_bytes(b"")
+    assert merge_command([str(tmp_path / "run"), "--output", str(tmp_path / "merged")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'merged'}\n"
+    AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    with pytest.raises(SystemExit, match="0"):
+        merge_command(["--help"])
+    assert "usage: em-kernels merge [-h] --output DIR RUN_OR_CHECKPOINT" in capsys.readouterr().out
+
+
+def test_output_that_holds_something_is_refused(tmp_path, adapter):
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="^output: .*merged already holds"):
+        merge(adapter, tmp_path / "merged")
+    assert (tmp_path / "merged" / "notes.txt").read_text() == "mine"
+
+
+def test_what_cannot_be_merged_leaves_nothing(tmp_path, adapter, folder):
+    def refused(where, message):
+        with pytest.raises(UserError, match=message) as caught:
+            merge(where, tmp_path / "merged")
+        assert "\n" not in str(caught.value)
+        assert not [p for p in tmp_path.iterdir() if "merged" in p.name]
+
+    refused(folder, r"^merge: .* has no adapter_config.json; name a run of mode lora$")
+    refused(tmp_path / "nothing", "has no adapter_config.json")
+    file = adapter / "adapter_model.safetensors"
+    whole, weights = file.read_bytes(), load_file(file)
+    first = next(name for name in weights if ".lora_A." in name)
+    save_file({n: w for n, w in weights.items() if n != first}, file)
+    refused(adapter, "it is not a plain LoRA")
+    save_file({n.replace("layers.1", "layers.7"): w for n, w in weights.items()}, file)
+    refused(adapter, "7")
+    save_file({**weights, first: torch.zeros(4, 3)}, file)
+    refused(adapter, f"^merge: {adapter}: .*3")
+    file.write_bytes(whole[:-8])
+    refused(adapter, f"^merge: {adapter}: ")
+    file.write_bytes(whole)
+    (tmp_path / "model").rename(tmp_path / "elsewhere")
+    refused(adapter, f"^merge: {adapter}: .*{tmp_path / 'model'}")

@@ -1,0 +1,104 @@
+"""The plan as a command: its table, and flags that train as it says."""
+
+import json
+import shlex
+
+import pytest
+import torch
+from training.shapes import two_layers
+
+from em_kernels.cli import settings
+from em_kernels.training.config import TrainConfig, UserError
+from em_kernels.training.memory import resolve
+from em_kernels.training.plan import GIB
+from em_kernels.training.plan_command import flags, plan_command
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    two_layers().save_pretrained(path)
+    return path
+
+
+def flags_of(line):
+    words = shlex.split(line)
+    assert words[:2] == ["em-kernels", "train"]
+    return words[2:]
+
+
+@pytest.mark.parametrize("file", [False, True])
+def test_command_for_another_machine(file, folder, capsys):
+    asked = [
+        "--gpu-memory",
+        "0.56",
+        "--host-memory",
+        "8",
+        "--max-new-tokens",
+        "40",
+        "--prompt",
+        "a b",
+    ]
+    source = folder / "config.json" if file else folder
+    arguments = ["--model", str(source), "--device", "cuda", "--prompt-tokens", "20", *asked]
+    assert plan_command([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    names = ["full", "offload", "offload to disk", "lora", "lora 4bit"]
+    assert [mode["name"] for mode in found["modes"]] == names
+    chosen = found["chosen"]
+    assert chosen["fits"] and chosen["download"] == 0 and chosen["device_limit"] == int(0.56 * GIB)
+    assert chosen["rates"]["flops"] > 0 and "sensitive" in found["note"]
+    train = settings("plan", flags_of(found["command"]), "")[0]
+    assert train.model == str(folder) and train.prompt == "a b" and train.mode == chosen["name"]
+    again = resolve(train, two_layers(), 20, torch.device("cuda"))
+    assert again.device == chosen["device"] and again.host == chosen["host"]
+    different = {
+        k for k, v in again.config.model_dump(mode="json").items() if v != chosen["config"][k]
+    }
+    assert different <= {"model"}
+
+
+def test_table(folder, capsys):
+    arguments = ["--model", str(folder), "--device", "cpu", "--max-new-tokens", "40"]
+    assert plan_command([*arguments, "--host-memory", "4"]) == 0
+    text = capsys.readouterr().out
+    for word in ("full", "lora", "scratch", "KV cache", "TFLOP/s", "Seconds", "sensitive"):
+        assert word in text
+    line = next(line for line in text.splitlines() if line.startswith("em-kernels train"))
+    assert settings("plan", flags_of(line), "")[0].prompt == "YOUR PROMPT"
+    assert plan_command([*arguments, "--host-memory", "0.01"]) == 1
+    assert "missing" in capsys.readouterr().out
+
+
+def test_flags_are_parsed_back():
+    changed = TrainConfig(
+        model="m",
+        prompt='it\'s "quoted" -- $HOME',
+        save_at=(2, 4),
+        chat_template=False,
+        save_optimizer=True,
+        gradient_checkpointing=False,
+        four_bit=True,
+        mode="lora",
+        lora_targets=("q_proj", "v_proj"),
+        offload_dir="some where",
+        sampling={"temperature": 0.25, "stop": ("a b", "x"), "max_new_tokens": 7},
+        betas=(0.8, 0.9),
+        micro_batch=77,
+        keep=3,
+        eps=1e-10,
+    )
+    assert settings("plan", flags(changed), "")[0] == changed
+
+
+@pytest.mark.parametrize(
+    "arguments, word",
+    [
+        ([], "model"),
+        (["--model", "./nowhere"], "model"),
+        (["--model", "demo", "--prompt-tokens", "0"], "prompt_tokens"),
+    ],
+)
+def test_bad_plans(arguments, word):
+    with pytest.raises(UserError, match=f"^{word}: "):
+        plan_command(arguments)
