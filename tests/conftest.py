@@ -7,6 +7,9 @@ from torch.overrides import TorchFunctionMode
 from em_kernels import rows as row_kernels
 from em_kernels.rows import cpu, portable
 
+pytest.register_assert_rewrite(
+    *(f"training.{name}" for name in ("adapters", "lives", "processes", "updates"))
+)
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")
 

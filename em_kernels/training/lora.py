@@ -140,10 +140,13 @@ def merge(adapter: Path, output: Path) -> Path:
         plain = names and not config.use_rslora
         if not plain or weights.keys() ^ {n + end for n in names for end in (A, B)}:
             raise ValueError("it is not a plain LoRA")
+        layers = dict(model.named_modules())
         for name in names:
-            layer = model.get_submodule(name.removeprefix("base_model.model."))
+            layer: Any = layers.get(path := name.removeprefix("base_model.model."))
             delta = weights[name + B] @ weights[name + A] * (config.lora_alpha / config.r)
             delta = delta.T if isinstance(layer, Conv1D) else delta
+            if layer is None or layer.weight.shape != delta.shape:
+                raise ValueError(f"{source} has no {path} of {tuple(delta.shape)}; is it the base?")
             total = (layer.weight.float() + delta).flatten()
             layer.weight.data = to_bf16(total).view(layer.weight.shape)
     except Exception as error:  # peft, transformers, safetensors and the hub raise many kinds

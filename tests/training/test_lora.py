@@ -70,7 +70,7 @@ def test_only_adapters_get_gradients(kind, dtype):
     assert all(torch.equal(p, base[n]) for n, p in adapted.named_parameters() if n in base)
 
 
-def test_gradients_are_those_of_the_product(tokenizer):
+def test_gradients_are_those_of_the_product():
     """d loss / dB = scale * G A^T and d loss / dA = scale * B^T G, with G the sum's gradient."""
     model = wide("qwen2", dtype=torch.float64)
     adapted = trained(model)

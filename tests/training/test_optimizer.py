@@ -134,8 +134,8 @@ def test_where_the_state_lies(where, dtype, moments, gradients, slabs, tmp_path,
     model, options = Net(dtype), {"moments": moments, "gradients": gradients}
     other = copy.deepcopy(model)
     norms = run(model, make(model, 0.5, **options), range(4))
-    folder = tmp_path / "new" if "files" in where else None
-    ours = make(other, 0.5, "bounce" in where, folder=folder, **options)
+    folder = tmp_path / "new" if where == "files" else None
+    ours = make(other, 0.5, where == "bounce", folder=folder, **options)
     assert run(other, ours, range(4)) == norms
     assert_same(weights(model), weights(other))
     ours.close()

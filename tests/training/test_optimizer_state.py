@@ -100,8 +100,9 @@ def test_memory_is_taken_at_the_start():
     answers = spawn.Queue()
     process = spawn.Process(target=taken, args=(answers,))
     process.start()
-    size, norm = answers.get(timeout=120)
-    process.join()
+    process.join(120)
+    assert process.exitcode == 0
+    size, norm = answers.get()
     assert size > 0.95 * 4 * 4 * 2**23  # masters, moments, gradients
     assert norm == 0
 
@@ -114,6 +115,7 @@ def test_files_leave_nothing(tmp_path):
     for kind in ("master", "exp_avg", "exp_avg_sq"):
         assert f"{tmp_path}/deep/folder/{kind}." in mapped
     run(model, ours, range(2))
+    assert not list((tmp_path / "deep" / "folder").iterdir())
 
 
 def test_full_disk(tmp_path):
