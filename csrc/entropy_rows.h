@@ -123,7 +123,13 @@ EM_INLINE int lead_and_total(const float* __restrict z, int count, float max, do
     lead = candidate < lead ? candidate : lead;
     total += z[j] - origin;
   }
-  row_total += total + static_cast<double>(count) * origin;
+  double exact = total + static_cast<double>(count) * origin;
+  if (!std::isfinite(exact)) {  // by a -inf or NaN, or fp32 could not hold it
+    exact = 0.0;
+#pragma omp simd reduction(+ : exact)
+    for (int j = 0; j < count; ++j) exact += z[j];
+  }
+  row_total += exact;
   return lead;
 }
 

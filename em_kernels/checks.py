@@ -35,7 +35,9 @@ def check_values(
         elif mask.dtype != torch.bool and not negative_mask_allowed:
             questions["mask"] = (mask < 0).sum()
     if isinstance(temperature, Tensor):
-        questions["temperature"] = (~((temperature >= LEAST) & (temperature <= MOST))).sum()
+        least = torch.promote_types(temperature.dtype, torch.float32)  # fp16 rounds LEAST to 0
+        wide = temperature.to(least)
+        questions["temperature"] = (~((wide >= LEAST) & (wide <= MOST))).sum()
     if targets is not None:
         in_range = (targets >= 0) & (targets < vocab_size)
         questions["targets"] = (~(in_range | (targets == reference.IGNORE_INDEX))).sum()
@@ -65,6 +67,14 @@ def check_float(name: str, x: Tensor) -> None:
         )
     if x.dtype not in DTYPES:
         raise TypeError(f"{name}: dtype {x.dtype} is not supported; use fp32, bf16, fp16 or fp64")
+    check_tangent(name, x)
+
+
+def check_tangent(name: str, x: Tensor) -> None:
+    if unpack_dual(x).tangent is not None:
+        raise RuntimeError(
+            f"{name}: has a forward-mode tangent, which would be lost; use em_kernels.reference"
+        )
 
 
 def check_head(
@@ -93,13 +103,9 @@ def check_head(
             raise ValueError(
                 f"{name}: is on {x.device}, hidden on {hidden.device}; move one of them"
             )
-    for name, x in (("hidden", hidden), ("weight", weight), ("bias", bias)):
-        if x is not None and unpack_dual(x).tangent is not None:
-            raise RuntimeError(
-                f"{name}: has a forward-mode tangent, which would be lost; use em_kernels.reference"
-            )
     device_type = hidden.device.type
-    if torch.is_autocast_enabled(device_type) and hidden.dtype != torch.float64:
+    casts = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    if casts and hidden.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
         return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     for name, x in (("weight", weight), ("bias", bias)):
@@ -120,6 +126,7 @@ def check_per_token(name: str, x: Tensor, rows: Tensor) -> None:
         raise ValueError(f"{name}: is on {x.device}, expected {rows.device}")
     if x.requires_grad:
         raise ValueError(f"{name}: must not require grad; pass {name}.detach()")
+    check_tangent(name, x)
 
 
 def check_number(name: str, x: float) -> float:

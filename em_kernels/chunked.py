@@ -132,7 +132,10 @@ def entropy_loss(
 
 
 def token_loss(
-    problem: Problem, loss_fn: Callable[[TokenStats, Tensor], Tensor], needs: Needs
+    problem: Problem,
+    loss_fn: Callable[[TokenStats, Tensor], Tensor],
+    grad_enabled: bool,
+    needs: Needs,
 ) -> tuple[Tensor, Gradients]:
     """gradients_in_forward of loss_fn's losses, weighted by the mask: autograd gives their
     derivatives inside the chunk.
@@ -144,7 +147,7 @@ def token_loss(
     def per_token(stats: TokenStats, tokens: slice | Tensor) -> tuple[Tensor, TokenStats]:
         leaves = TokenStats(*(None if x is None else x.detach().clone() for x in stats))
         floats = [x for x in leaves[:5] if x is not None]
-        with torch.set_grad_enabled(any(needs)):
+        with torch.set_grad_enabled(grad_enabled):
             for x in floats:
                 x.requires_grad_(any(needs))
             losses = loss_fn(leaves, everywhere[tokens].clone())

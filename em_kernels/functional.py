@@ -44,7 +44,8 @@ def fused_entropy_loss(
         bias: (V,) or None; a bias of -inf removes a word from the vocabulary.
         mask: (...) bool, int or float weight of each token. Tokens of weight 0 cost nothing and may
             hold NaN.
-        temperature: > 0; a number, or (...) one per token. The logits are divided by it.
+        temperature: > 0; a number, or (...) one per token. The logits are divided by it. Under
+            torch.compile a number is compiled in: one that changes is given as a tensor, ().
         reduction: "mean" (divided by the mask's sum; 0 where that is 0), "sum", or "none". Negative
             weights are for "sum" and "none" only.
         logit_scale, softcap: of models that have them (Cohere, Granite; Gemma 2).
@@ -58,7 +59,7 @@ def fused_entropy_loss(
             memory, rounded down to a power of two. It sets the order of sums, and which words a
             tolerance leaves out: give it where the same bits are wanted again on a fuller machine.
         process_group: ranks that hold consecutive rows of the weight each, bias split alike; every
-            rank passes the same hidden, with the same requires_grad, and gets the same loss and
+            rank passes the same hidden, all with the same requires_grad, and gets the same loss and
             dhidden.
 
     Returns:
@@ -189,7 +190,8 @@ def fused_token_stats(
     everything = not set(names) <= set(TokenStats._fields[:3])
     found, argmax, *_ = ops.token_stats(*arguments, needs, everything, unit)
     fields = dict(zip(TokenStats._fields, found.unbind(0), strict=False), argmax=argmax)
-    return TokenStats(**{name: fields[name].reshape(shape) for name in names})
+    # copies, to be written into: the backward needs what was found
+    return TokenStats(**{name: fields[name].clone().reshape(shape) for name in names})
 
 
 @torch._disable_dynamo  # torch.compiler.disable would import the compiler here and now
@@ -261,7 +263,9 @@ def fused_token_loss(
         process_group,
     )
     needs = _needs(hidden, weight, bias)
-    return ops.TokenLoss.apply(hidden, weight, bias, loss_fn, needs, *settings, grad_tolerance)
+    grad_enabled = torch.is_grad_enabled()
+    head = (hidden, weight, bias)
+    return ops.TokenLoss.apply(*head, loss_fn, grad_enabled, needs, *settings, grad_tolerance)
 
 
 class GradientReport(NamedTuple):
@@ -374,7 +378,7 @@ def entropy_from_logits(logits: Tensor, *, temperature: float | Tensor = 1.0) ->
     temperatures, scalars = check_transform(temperature, 1.0, None, logits)
     flat = logits.reshape(-1, logits.shape[-1])
     entropy, *_ = ops.entropy_from_logits(flat, temperatures, scalars[2])
-    return entropy.reshape(logits.shape[:-1])
+    return entropy.clone().reshape(logits.shape[:-1])  # the backward needs it as it is
 
 
 def _needs(*tensors: Tensor | None) -> list[bool]:

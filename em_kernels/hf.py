@@ -2,7 +2,9 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from threading import RLock
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,7 @@ from transformers import Cache, PreTrainedModel
 from .functional import fused_entropy_loss
 from .reference import IGNORE_INDEX, RowTransform, transform
 
+READING: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()  # a model's lock
 INPUTS = ("input_ids", "attention_mask", "position_ids")  # of a batch, that the model is given
 
 
@@ -75,7 +78,8 @@ def head_reads(model: nn.Module, read: Callable[[Tensor, Head], Tensor]) -> Iter
 
     The head's module is called and `read` runs as its forward, within that of the wrapped model:
     whatever prepares a module's weights for its forward (FSDP, DeepSpeed ZeRO), or a model for its
-    backward (DDP), does so here.
+    backward (DDP), does so here. Threads take turns; model(...) of another thread meanwhile is read
+    as well.
     """
     lm = causal_lm(model)
     head_of(lm)
@@ -88,17 +92,18 @@ def head_reads(model: nn.Module, read: Callable[[Tensor, Head], Tensor]) -> Iter
         return layer(lm.get_decoder()(**given).last_hidden_state)
 
     modules = {lm: forward, layer: lambda hidden: read(hidden, head_of(lm))}
-    before = {module: vars(module).get("forward") for module in modules}
-    try:
-        for module, function in modules.items():
-            module.forward = function
-        yield
-    finally:
-        for module, function in before.items():
-            if function is None:
-                del module.forward
-            else:
+    with READING.setdefault(lm, RLock()):
+        before = {module: vars(module).get("forward") for module in modules}
+        try:
+            for module, function in modules.items():
                 module.forward = function
+            yield
+        finally:
+            for module, function in before.items():
+                if function is None:
+                    del module.forward
+                else:
+                    module.forward = function
 
 
 @torch.no_grad()

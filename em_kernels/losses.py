@@ -162,7 +162,8 @@ def grpo_loss(
         hidden: (..., T, D), each the state that its token of `targets` was sampled from.
         weight: (V, D) of the output head.
         targets: (..., T) int64 tokens.
-        mask: (..., T), 0 outside the completions: nothing is read there, and all may be NaN.
+        mask: (..., T), 0 outside the completions: nothing is read there, and all may be NaN;
+            targets are tokens, or -100.
         advantages: (...) of completions, or (..., T) of tokens.
         old_logprobs: (..., T) of the policy that sampled; None: this one's, so that the ratio is 1.
         ref_logprobs: (..., T) of the reference, where beta is not 0.

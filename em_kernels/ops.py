@@ -69,7 +69,7 @@ def entropy_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss (), and gradients.Gradients: dhidden, dweight, dbias, words, report."""
     problem = _problem(
-        int(needs[0]),
+        needs[0] + 2 * needs[1],
         hidden,
         weight,
         bias,
@@ -160,17 +160,18 @@ class TokenLoss(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         loss_fn: Callable[[TokenStats, Tensor], Tensor],
+        grad_enabled: bool,
         needs: Sequence[bool],
         *settings,
     ) -> Tensor:
-        problem = _problem(int(needs[0]), hidden, weight, bias, *settings)
-        loss, gradients = chunked.token_loss(problem, loss_fn, Needs(*needs))
+        problem = _problem(needs[0] + 2 * needs[1], hidden, weight, bias, *settings)
+        loss, gradients = chunked.token_loss(problem, loss_fn, grad_enabled, Needs(*needs))
         saved.save_gradients(ctx, (hidden, weight, bias), needs, problem.grad_tolerance, gradients)
         return loss
 
     @staticmethod
     def backward(ctx, upstream):
-        return *saved.saved_gradients(ctx, upstream), *(None,) * 9
+        return *saved.saved_gradients(ctx, upstream), *(None,) * 10
 
 
 @torch.library.custom_op("em_kernels::token_stats", mutates_args=())
@@ -301,8 +302,12 @@ def _token_stats_setup(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(*others)
     ctx.set_materialize_grads(False)
     _, m, log_s, dh = others
+    ctx.dtype = hidden.dtype
+    if ctx.settings[-1] >= 0:  # the gradient is made: nothing holds hidden and weight
+        ctx.save_for_backward(dh, targets, mask)
+        return
     tensors = (hidden, weight, bias, targets, mask, temperatures)
-    ctx.save_for_backward(statistics, m, log_s, dh, *tensors)
+    ctx.save_for_backward(statistics, m, log_s, *tensors)
 
 
 def _token_stats_backward(ctx, upstream, *_):
@@ -311,17 +316,16 @@ def _token_stats_backward(ctx, upstream, *_):
     if upstream is None:
         return nothing
     *settings, needs, _, unit = ctx.settings
-    statistics, m, log_s, dh, *tensors = ctx.saved_tensors
     if unit >= 0:
-        hidden, _, _, targets, mask, _ = tensors
+        dh, targets, mask = ctx.saved_tensors
         factors = upstream[unit]
         if mask is not None:  # not even NaN reaches a token that was left out
             factors = factors.masked_fill(mask == 0, 0)
         if targets is not None and TokenStats._fields[unit] == "logprob":
             factors = factors.masked_fill(targets == IGNORE_INDEX, 0)
-        scaled = torch.mul(dh, factors[:, None], out=torch.empty_like(hidden))
+        scaled = torch.mul(dh, factors[:, None], out=torch.empty_like(dh, dtype=ctx.dtype))
         return scaled, *nothing[1:]
-    gradients = token_stats_backward(upstream, statistics, m, log_s, *tensors, *settings, needs)
+    gradients = token_stats_backward(upstream, *ctx.saved_tensors, *settings, needs)
     return *(g if need else None for g, need in zip(gradients, needs, strict=True)), *nothing[3:]
 
 

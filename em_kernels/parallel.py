@@ -25,8 +25,8 @@ class VocabularyShard:
         sizes, paths = gathered.t().tolist()
         if len(set(paths)) > 1:  # else they would wait for each other
             raise ValueError(
-                "process_group: its ranks differ in requires_grad of hidden, or of the head where "
-                "one statistic is asked for; give all ranks the same"
+                "process_group: its ranks differ in requires_grad of hidden or of the head; "
+                "give all ranks the same"
             )
         self.sizes: list[int] = sizes
         self.start = sum(self.sizes[: dist.get_rank(group)])

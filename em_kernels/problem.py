@@ -88,6 +88,7 @@ class Problem(NamedTuple):
         if not mean or len(weights) == 0:
             return weights.to(self.dtype)
         if weights.is_floating_point():  # their sum might overflow
+            weights = weights.to(torch.promote_types(weights.dtype, self.dtype))
             largest = weights.amax()
             weights = weights / torch.where(largest == 0, 1, largest)
         total = weights.sum(dtype=self.dtype)

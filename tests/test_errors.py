@@ -49,6 +49,8 @@ OF_BOTH = [
     ("temperature", INF, ValueError, "inf"),
     ("temperature", 1e-39, ValueError, "1e-37"),
     ("temperature", torch.full((N,), 1e-39), ValueError, "1e-37"),
+    ("temperature", torch.zeros(N).half(), ValueError, "4 values"),
+    ("temperature", torch.tensor(INF).half(), ValueError, "4 values"),
     ("temperature", None, TypeError, "None"),
     ("temperature", "hot", TypeError, "str"),
     ("temperature", BROADCASTABLE, ValueError, "(4,)"),
@@ -176,11 +178,27 @@ def test_dtensors_are_refused_with_the_way_out(tmp_path):
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("loss", [fused_entropy_loss, lambda h, w: fused_token_stats(h, w).entropy])
-def test_no_silent_zero_in_forward_mode(loss):
-    hidden, weight = torch.randn(N, D), torch.randn(V, D)
-    with pytest.raises(RuntimeError, match="^hidden: has a forward-mode tangent"):
-        torch.func.jvp(lambda h: loss(h, weight), (hidden,), (torch.ones_like(hidden),))
+@pytest.mark.parametrize("name", ["hidden", "weight", "bias", "mask", "temperature", "scalar"])
+@pytest.mark.parametrize("loss", [fused_entropy_loss, lambda **x: fused_token_stats(**x).entropy])
+def test_no_silent_zero_in_forward_mode(loss, name):
+    hidden, weight, bias, _ = (x.detach() for x in draw(N, D, V))
+    arguments = {"hidden": hidden, "weight": weight, "bias": bias, "mask": torch.ones(N)}
+    arguments["temperature"] = torch.tensor(1.0) if name == "scalar" else torch.ones(N)
+    name = "temperature" if name == "scalar" else name
+    x = arguments.pop(name)
+    with pytest.raises(RuntimeError, match=f"^{name}: has a forward-mode tangent"):
+        torch.func.jvp(lambda x: loss(**arguments, **{name: x}), (x,), (x,))
+
+
+def test_no_silent_zero_in_forward_mode_of_logits():
+    with pytest.raises(RuntimeError, match="^logits: has a forward-mode tangent"):
+        torch.func.jvp(entropy_from_logits, (torch.ones(N, V),), (torch.ones(N, V),))
+
+
+def test_meta_tensors_have_shapes():
+    hidden, weight, bias, targets = (x.detach().to("meta") for x in draw(N, D, V))
+    assert fused_entropy_loss(hidden, weight, bias=bias).shape == ()
+    assert fused_token_stats(hidden, weight, targets).logprob.shape == (N,)
 
 
 def test_means_of_weights_of_any_size():

@@ -278,6 +278,37 @@ def test_inputs_are_left_alone():
 
 
 @pytest.mark.usefixtures("rows")
+@pytest.mark.parametrize("names", [["entropy"], ["entropy", "logprob"]])
+def test_outputs_may_be_written_into(names):
+    """And a head that one statistic found frozen may be, before the backward."""
+    hidden, weight, _, targets = draw(N, D, V)
+    weight = weight.detach()
+    (expected,) = torch.autograd.grad(fused_token_stats(hidden, weight).entropy.sum(), hidden)
+    entropy = fused_token_stats(hidden, weight, targets, stats=names).entropy
+    entropy *= 2
+    if names == ["entropy"]:
+        weight.zero_()
+    assert torch.equal(torch.autograd.grad(entropy.sum(), hidden)[0], 2 * expected)
+    logits = torch.randn(N, V, requires_grad=True)
+    (expected,) = torch.autograd.grad(entropy_from_logits(logits).sum(), logits)
+    entropy = entropy_from_logits(logits)
+    entropy *= 2
+    assert torch.equal(torch.autograd.grad(entropy.sum(), logits)[0], 2 * expected)
+
+
+@pytest.mark.usefixtures("rows")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_16_bit_mask_weighs_as_the_same_numbers_in_fp32(dtype):
+    hidden, weight, *_ = draw(N, D, V)
+    mask = (0.9 / torch.randint(1, 300, (N,))).to(dtype)
+    found, expected = (
+        torch.autograd.grad(fused_entropy_loss(hidden, weight, mask=m), hidden)[0]
+        for m in (mask, mask.float())
+    )
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.usefixtures("rows")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(V,), (5, V), (2, 3, V), (0, V), (5, 1)])
 def test_entropy_from_logits(shape, dtype):

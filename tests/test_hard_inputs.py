@@ -73,6 +73,18 @@ def test_equal_logits(v, value):
 
 
 @on_triton_too
+@pytest.mark.parametrize("v", [50, 5000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_words_masked_by_the_least_number(dtype, v):
+    """Not by -inf; fp32 cannot hold the sum of two."""
+    logits = torch.randn(4, v).masked_fill(torch.rand(4, v) < 0.5, torch.finfo(dtype).min)
+    true_entropy, true_gradient = truth_of(logits)
+    for entropy, gradient in entropy_and_gradient(logits):
+        assert_close(entropy.double(), true_entropy, rtol=2e-6, atol=0)
+        assert_rows_close(gradient, true_gradient)
+
+
+@on_triton_too
 @pytest.mark.parametrize("gap", [200.0, 1e4, 1e30])
 def test_one_hot_rows(gap):
     logits = torch.zeros(3, 40)

@@ -4,6 +4,7 @@ import copy
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -216,6 +217,21 @@ def test_forwards_are_put_back():
         model(input_ids=torch.ones(1, 2, dtype=torch.int64))
     assert model.forward is forward
     assert "forward" not in vars(model.lm_head)
+
+
+def test_threads_take_turns():
+    model, batch = make_model(), collate(list(examples())[:4])
+    fewer = batch["labels"].masked_fill(torch.arange(batch["labels"].shape[1]) % 2 == 0, -100)
+    batches = [batch, {**batch, "labels": fewer}]
+    expected = [eager(model, batch).item() for batch in batches]
+    assert expected[0] != expected[1]
+
+    def loss_of(turn):
+        return entropy_loss(model, batches[turn % 2], temperature=TAU).item()
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(loss_of, range(200))) == pytest.approx(expected * 100, rel=1e-5)
+    assert "forward" not in vars(model) and "forward" not in vars(model.lm_head)
 
 
 def stop():

@@ -6,7 +6,7 @@ from test_chunked import work
 from torch.testing import assert_close
 from truth import FLOAT_STATS, draw, leaves, logits_of, relative_error, stats_of
 
-from em_kernels import TokenStats, fused_token_loss
+from em_kernels import TokenStats, fused_token_loss, fused_token_stats
 
 N, D, V = 24, 16, 300
 TAU = torch.linspace(0.5, 1.5, N)
@@ -187,6 +187,15 @@ def test_bad_loss_fn(loss_fn, error, text):
     hidden, weight, _, targets = draw(N, D, V)
     with pytest.raises(error, match=text):
         fused_token_loss(hidden, weight, targets, loss_fn)
+
+
+def test_a_parameter_of_a_loss_of_frozen_inputs():
+    hidden, weight, _, targets = (x.detach() for x in draw(N, D, V))
+    with pytest.raises(ValueError, match=r"loss_fn: uses a tensor \(1,\) that requires grad"):
+        fused_token_loss(hidden, weight, targets, with_a_parameter)
+    with torch.no_grad():
+        found = fused_token_loss(hidden, weight, targets, with_a_parameter)
+    assert_close(found, fused_token_stats(hidden, weight).entropy.sum())
 
 
 def test_compile_breaks_the_graph_and_says_where():
