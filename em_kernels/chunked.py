@@ -134,11 +134,11 @@ def entropy_loss(
 def token_loss(
     problem: Problem,
     loss_fn: Callable[[TokenStats, Tensor], Tensor],
-    grad_enabled: bool,
     needs: Needs,
+    grad_enabled: bool = True,
 ) -> tuple[Tensor, Gradients]:
     """gradients_in_forward of loss_fn's losses, weighted by the mask: autograd gives their
-    derivatives inside the chunk.
+    derivatives inside the chunk; grad_enabled: where the caller is.
     """
     active = problem.active(negative_mask_allowed=True)
     everywhere = torch.arange(len(problem.hidden), device=problem.hidden.device)

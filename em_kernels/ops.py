@@ -165,7 +165,7 @@ class TokenLoss(torch.autograd.Function):
         *settings,
     ) -> Tensor:
         problem = _problem(needs[0] + 2 * needs[1], hidden, weight, bias, *settings)
-        loss, gradients = chunked.token_loss(problem, loss_fn, grad_enabled, Needs(*needs))
+        loss, gradients = chunked.token_loss(problem, loss_fn, Needs(*needs), grad_enabled)
         saved.save_gradients(ctx, (hidden, weight, bias), needs, problem.grad_tolerance, gradients)
         return loss
 

@@ -1,3 +1,5 @@
+import signal
+
 import interpreted
 import pytest
 import torch
@@ -10,6 +12,7 @@ from em_kernels.rows import cpu, portable
 pytest.register_assert_rewrite(
     *(f"training.{name}" for name in ("adapters", "lives", "processes", "updates"))
 )
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")
 
