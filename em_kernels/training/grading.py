@@ -31,6 +31,7 @@ KILL_S = 5 * STEP_S  # a pair takes three steps
 WORKER_BYTES = 2**30  # beyond what a worker holds before its first answer
 LONGEST = 2000  # characters; those of MATH-500 and Minerva have at most 210
 SHORT = 100  # characters
+MINUS = "\N{MINUS SIGN}"
 
 _EXPONENT = r"[eE][+-]?\d{1,3}(?!\d)"
 _DIGITS = rf"(?:\d{{1,3}}(?:,\d{{3}})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+|{_EXPONENT})?"
@@ -38,10 +39,11 @@ _NUMBER = re.compile(rf"(?:(?<!\w)-)?(?:{_DIGITS}|(?<![\w.])\.\d+)")
 _TEXT = r"\\(?:text\w*|math(?:rm|bf|it)|mbox)\s*\{([^{}]*)\}"
 _UNIT = r"\\(?:text|mathrm|mbox)\s*\{(?![eij]\})[^{}]*\}(?:\^\{?\d\}?)?$"
 _CLEANED = {  # before math-verify, which has other ideas of these
+    MINUS: "-",
     r"^(?:\\?\$|\\\(|\\\[|\s)+|(?:\\?\$|\\\)|\\\]|(?<=[^.])\.|\s)+$": "",
     r"\\displaystyle\b\s*": "",
     rf"^{_TEXT}$": r"\1",
-    r"(?<=[a-zA-Z\d})\]])\s*" + _UNIT: "",
+    r"(?<=[a-zA-Z\d})\]])(?<![a-zA-Z]{3}\})(?:\s|~|\\[,;:! ])*" + _UNIT: "",  # not of words
     r"^\+|^[A-Za-z]\s*\\in\b": "",  # x \in [0, 1] as the set
     r"(?<=\d)(?:\\[,!; ]|\{,\}|~|\s)+(?=\d{3}(?![\d/]))": "",  # 1\,000
     r"(?<=\d)\.(?=/)": "",  # 1./3
@@ -54,6 +56,7 @@ def final_answer(text: str) -> str | None:
     r"""The content of the last \boxed{}, or else the last number."""
     if (boxed := _boxed(text)) is not None:
         return boxed
+    text = re.sub(r"(?<==)\s*-\s*(?=[\d.])", "-", text.replace(MINUS, "-"))  # x = - 5
     numbers = _NUMBER.findall(text)
     return numbers[-1] if numbers else None
 
