@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 import sys
 from bisect import bisect
 from collections.abc import Iterator, Sequence
@@ -56,9 +57,9 @@ def read_run(folder: Path) -> Run:
     rollouts, n = read_rollouts(folder, config.rollouts), config.rollouts
     lines = (folder / ROLLOUTS).read_bytes().split(b"\n") if rollouts else []
     records = {i: [json.loads(line) for line in lines[i * n - n : i * n]] for i in rollouts}
-    graded = sum(record["correct"] is not None for record in records.get(1, ())) or n
+    answered = sum(record["correct"] is not None for record in records.get(1, ())) or n
     for row in metrics:
-        row["right"] = np.arange(graded) < round((row["accuracy"] or 0) * graded)
+        row["right"] = np.arange(answered) < round((row["accuracy"] or 0) * answered)
     steps = (folder / "checkpoints").glob("step-*")
     checkpoint = max(steps, key=lambda path: (len(path.name), path.name), default=None)
     return Run(folder, config, metrics, rollouts, records, checkpoint)
@@ -91,6 +92,11 @@ def p_value(one: dict[str, Any], other: dict[str, Any]) -> float:
     return float(fisher_exact([np.bincount(row["right"], minlength=2) for row in (one, other)])[1])
 
 
+def graded(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The updates whose accuracy is known: an answer may have been added on resume."""
+    return [row for row in metrics if row["accuracy"] is not None]
+
+
 def happened(metrics: list[dict[str, Any]]) -> str:
     """In a sentence or two."""
     if not metrics:
@@ -101,15 +107,17 @@ def happened(metrics: list[dict[str, Any]]) -> str:
     if first is last:
         text = f"One update, before which the entropy was {first['entropy']:.3g} nats a token; "
         text += "after it nothing was sampled."
-    if first["accuracy"] is None:
+    if not (known := graded(metrics)):
         return f"{text} Accuracy is not known: the prompt came without an answer."
+    since = "" if known[0] is first else f" in update {known[0]['update']}"
+    first, last = known[0], known[-1]
     if first is last:
-        return f"{text} {accuracy} was {first['accuracy']:.0%}."
+        return f"{text} {accuracy} was {first['accuracy']:.0%}{since}."
     p = p_value(first, last)
     told = "more than chance explains" if p < SIGNIFICANT else "a change is not shown"
     return (
-        f"{text} {accuracy} went from {first['accuracy']:.0%} to {last['accuracy']:.0%} of the "
-        f"completions; {told} (Fisher's exact p = {p:.2g})."
+        f"{text} {accuracy} went from {first['accuracy']:.0%}{since} to {last['accuracy']:.0%} of "
+        f"the completions; {told} (Fisher's exact p = {p:.2g})."
     )
 
 
@@ -124,9 +132,9 @@ def warnings(metrics: list[dict[str, Any]]) -> Iterator[str]:
     if last > max(0.05, 2 * first):
         risen = f"Repetition rose from {first:.1%} to {last:.1%} of the 4-grams"
         yield f"{risen}: collapse shows there first."
-    if (now := metrics[-1])["accuracy"] is None:
+    if not (known := graded(metrics)):
         return
-    best = max(metrics, key=lambda row: row["accuracy"])
+    now, best = known[-1], max(known, key=lambda row: row["accuracy"])
     if now["accuracy"] < best["accuracy"] and now["entropy"] < best["entropy"]:
         if (p := p_value(best, now)) >= SIGNIFICANT:
             return
@@ -235,9 +243,10 @@ def write_report(
     names = [run.resolve().name for run in runs]
     names = [n if names.count(n) == 1 else str(r) for n, r in zip(names, runs, strict=True)]
     found = [read_run(run) for run in runs]
-    plots = output.with_name(f"{output.stem}-plots")
     if output.is_dir():
         raise UserError(f"output: {output} is a folder; name a file, {output / 'report.html'} say")
+    plots = output.with_name(f"{output.stem}-plots")
+    ours = not plots.exists()
     try:
         plots.mkdir(parents=True, exist_ok=True)
         parts, shown = list[dict[str, Any]](), max(1, min(3, SHOWN // (2 * len(found))))
@@ -254,8 +263,12 @@ def write_report(
             parts=parts, curves=drawn, levels=LEVELS, version=__version__
         )
         write_whole(output, page.encode("utf-8", "replace").decode())  # text may be no UTF-8
-    except OSError as error:
-        raise UserError(f"output: cannot write {output}: {error}") from error
+    except BaseException as error:  # Ctrl-C too
+        if ours:
+            shutil.rmtree(plots, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise UserError(f"output: cannot write {output}: {error}") from error
+        raise
     return output
 
 

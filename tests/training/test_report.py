@@ -232,6 +232,15 @@ def test_adapters_and_one_update(folder, tmp_path):
     assert "sampled by the model before that update" not in page.told
 
 
+def test_an_answer_that_came_on_resume(folder, tmp_path):
+    config = settings(folder, tmp_path / "run", steps=1, save_optimizer=True)
+    run(config)
+    assert main(["train", "--resume", str(tmp_path / "run"), "--steps", "2", "--answer", "5"]) == 0
+    accuracy = [row["accuracy"] for row in read(tmp_path / "run" / "metrics.jsonl")]
+    page = report(tmp_path / "run", models=False)
+    assert accuracy[0] is None and f"prompt was {accuracy[1]:.0%} in update 2." in page.told
+
+
 def test_long_completions_and_several_runs(folder, tmp_path):
     model = save_tiny(tmp_path / "model", max_position_embeddings=512)
     sampling = PLAIN.model_copy(update={"max_new_tokens": LONGEST + 4})
@@ -292,6 +301,11 @@ def test_words_follow_the_numbers():
     assert told_of(fall, rollouts=4)[1] == []  # of four completions chance may be the cause
     unknown = [{"entropy": 0.5, "accuracy": None}, {"entropy": 0.6, "accuracy": None}]
     assert "Accuracy is not known" in told_of(unknown)[0] and told_of(unknown)[1] == []
+    late = [{"entropy": 0.6, "accuracy": None}, *fall]  # the answer came on resume
+    said, (warning,) = told_of(late)
+    assert "Accuracy on the training prompt went from 25% in update 2 to 25% of the" in said
+    assert "fell from 75% in update 3 to 25% in update 4" in warning
+    assert told_of(late[:2])[0].endswith("Accuracy on the training prompt was 25% in update 2.")
     bad = [{**unknown[0], "ended": 0.4}, {**unknown[1], "repetition": 0.2}]
     cut, repeated = told_of(bad)[1]
     assert "cut off at sampling.max_new_tokens in 1 of 2 updates" in cut
@@ -310,14 +324,22 @@ def test_the_command(trained, tmp_path, capfd):
     assert "Example: em-kernels report runs/seed15" in " ".join(capfd.readouterr().out.split())
 
 
-@pytest.mark.parametrize("what", ["no run", "folder", "file in the way", "damaged"])
-def test_what_is_refused(what, trained, tmp_path, capfd):
+@pytest.mark.parametrize(
+    "what", ["no run", "folder", "here", "file in the way", "too long a name", "damaged"]
+)
+def test_what_is_refused(what, trained, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
     runs, output = tmp_path / "run", tmp_path / "page.html"
     shutil.copytree(trained, runs)
     if what == "no run":
         runs, line = tmp_path, f"RUN: {tmp_path} is not the folder of a run: .* name the --output"
     elif what == "folder":
         output, line = tmp_path, f"output: {tmp_path} is a folder; name a file"
+    elif what == "here":
+        output, line = ".", r"output: \. is a folder; name a file, report.html say"
+    elif what == "too long a name":  # not for the plots, which are drawn first
+        output = tmp_path / ("x" * 245 + ".html")
+        line = f"output: cannot write {output}: "
     elif what == "file in the way":
         output = runs / "config.yaml" / "page.html"
         line = f"output: cannot write {output}: "
