@@ -58,7 +58,7 @@ class TaskSettings(Settings):
     """Worked examples of template few-shot: the first problems of the data, left out of it."""
     sampling: Sampling = Sampling()
     """How completions are sampled."""
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Of samples and of a generator's problems: completion k of problem i depends on (seed, i, k).
     """
     batch_size: Positive = 64
@@ -75,9 +75,13 @@ class TaskSettings(Settings):
         if not self.data:
             raise UserError("data: missing; name a file, a dataset, addition or gym:TASK")
         shots = self.shots if self.template == "few-shot" else 0
-        count = None if self.count is None else self.count + shots + self.skip
         found = read_problems(
-            self.data, subset=self.subset, split=self.split, count=count, seed=self.seed
+            self.data,
+            subset=self.subset,
+            split=self.split,
+            count=self.count,
+            more=shots + self.skip,
+            seed=self.seed,
         )
         if len(found) <= shots + self.skip:
             raise UserError(

@@ -49,11 +49,11 @@ def read_rows(path: Path, setting: str = "prompt_from") -> list[dict[str, Any]]:
 
             return pyarrow.parquet.read_table(path).to_pylist()
         if path.suffix in (".jsonl", ".json"):
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")
             if text.lstrip().startswith("["):
                 return json.loads(text)
             return [json.loads(line) for line in text.split("\n") if line.strip()]
-    except (OSError, ValueError) as error:  # pyarrow's and json's errors are ValueErrors
+    except (OSError, ValueError, RecursionError) as error:  # pyarrow's, json's; deep nesting
         reason = " ".join(str(error).split())
         raise UserError(f"{setting}: cannot read {path}: {reason}") from error
     raise UserError(f"{setting}: {path} is neither .jsonl nor .parquet")
@@ -74,7 +74,8 @@ def as_problem(row: Any, where: object, setting: str = "prompt_from") -> Problem
         raise UserError(f"{setting}: {where}: the prompt is not text in UTF-8")
     reward = row.get("reward_model")
     answers = {**row, **(reward if isinstance(reward, dict) else {})}
-    answer = next((answers[n] for n in ANSWER_COLUMNS if answers.get(n) is not None), None)
+    given = [answers[name] for name in ANSWER_COLUMNS if answers.get(name) is not None]
+    answer = next((value for value in given if str(value).strip()), None)
     if isinstance(answer, list):  # of several all are asked for
         answer = ", ".join(map(str, answer))
     solution = row.get("solution")
@@ -100,12 +101,24 @@ def problems_of(config: TrainConfig) -> list[Problem]:
 
 
 def read_problems(
-    source: str, *, subset: str | None = None, split: str = "test", count: int | None, seed: int = 0
+    source: str,
+    *,
+    subset: str | None = None,
+    split: str = "test",
+    count: int | None,
+    more: int = 0,
+    seed: int = 0,
 ) -> list[Problem]:
     """So many problems, or all: of a .jsonl or .parquet file, of "addition" (distinct sums of two
     two-digit numbers), of "gym:NAME" (distinct problems of a reasoning-gym task), or of a dataset
     of the hub. Of a generator 1000 by default, others for another seed.
+
+    Args:
+        more: problems beyond those, for examples and to skip.
     """
+    generated = source == "addition" or source.startswith("gym:")
+    if generated or count is not None:
+        count = (count or 1000) + more
     if source == "addition":
         rng = random.Random(seed)
         pairs = [(a, b) for a in range(10, 100) for b in range(10, 100)]
@@ -113,9 +126,9 @@ def read_problems(
         pairs = [*ADDITION_SHOTS, *rng.sample(pairs, len(pairs))]
         sums = [(f"{a} + {b}", str(a + b)) for a, b in pairs]
         found = [Problem(f"What is {task}?", total, f"{task} = {total}") for task, total in sums]
-        count = count or 1000
-    elif source.startswith("gym:"):
-        found = _gym(source.removeprefix("gym:"), count := count or 1000, seed)
+    elif generated:
+        assert count is not None
+        found = _gym(source.removeprefix("gym:"), count, seed)
     else:
         path = Path(source).expanduser()
         is_file = path.suffix in (".parquet", ".jsonl", ".json") or path.is_file()
@@ -189,7 +202,7 @@ def encode(
     if not chat_template:
         return tokenizer(prompt).input_ids
     messages = [{"role": "user", "content": prompt}]
-    settings = {"tokenize": False, "add_generation_prompt": True, **template_kwargs}
+    settings = {"add_generation_prompt": True, **template_kwargs, "tokenize": False}
     try:
         text = tokenizer.apply_chat_template(messages, **settings)
     except Exception as error:  # the template's own, of any kind

@@ -4,7 +4,7 @@ import argparse
 import json
 from collections.abc import Mapping, Sequence
 from functools import partial
-from math import comb
+from math import ceil, comb, floor
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -43,6 +43,7 @@ from .setup import check_context, fingerprint
 PROBLEMS, RESULTS = "problems.jsonl", "results.json"
 STREAM = 1  # of randomness; selection's is 2
 RESAMPLES = 2000
+Temperatures = Annotated[tuple[Annotated[float, Field(ge=0.01, le=100)], ...], Field(min_length=1)]
 NAMES = (*FREE, "model", "temperatures")  # that may differ between what is compared
 HELP = """--regrade DIR grades the completions that an evaluation has kept once more; --against DIR
 compares with an earlier evaluation of the same problems, by McNemar's exact test.
@@ -71,11 +72,7 @@ class EvalConfig(TaskSettings):
     most probable one (this is what greedy sampling would say), and how probable is it at each of
     temperatures? For template few-shot and answers that can be written in one way.
     """
-    temperatures: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] = (
-        1.0,
-        0.5,
-        0.25,
-    )
+    temperatures: Temperatures = (1.0, 0.5, 0.25)
     """Of teacher_forced."""
     server: str | None = None
     """Evaluate through this OpenAI-compatible server, such as http://localhost:8000/v1 of vLLM."""
@@ -154,9 +151,12 @@ def wilson(right: np.ndarray) -> tuple[float, float]:
 
 
 def of_problems(values: np.ndarray) -> tuple[float, float]:
-    """95 % interval of a mean over problems, by resampling them."""
-    if np.ptp(values) == 0 and values[0] in (0, 1):  # resampling would be sure of it
-        return wilson(values == 1)
+    """95 % interval of a mean over problems, by resampling them; where that would be sure of it,
+    as wide as if each were right or wrong.
+    """
+    if np.ptp(values) == 0 and 0 <= values[0] <= 1:
+        fewest, most = (np.arange(values.size) < count(values.sum()) for count in (floor, ceil))
+        return wilson(fewest)[0], wilson(most)[1]
     draw = partial(bootstrap, n_resamples=RESAMPLES, method="percentile", rng=0)
     interval = draw((values,), np.mean).confidence_interval
     return float(interval.low), float(interval.high)
@@ -233,6 +233,8 @@ def _check_comparable(folder: Path, samples: int, problems: str) -> None:
 
 def regrade(folder: Path, console: Console) -> dict[str, Any]:
     """Grade the completions that an evaluation has kept, and write results.json anew."""
+    if not (folder / PROBLEMS).is_file():
+        raise UserError(f"regrade: {folder} is no evaluation's folder: it has no {PROBLEMS}")
     try:
         settings = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
         config = EvalConfig(**{**settings, "output": folder})  # which may have been moved

@@ -19,10 +19,10 @@ from .completions import TaskSettings, digest, open_model
 from .config import Positive, Sampling, TrainConfig, UserError, from_flags
 from .data import Problem, few_shot
 from .effects import ARMS, EXAMPLES, analyse, table_of
-from .evaluate import known_answers, percent, score
+from .evaluate import Temperatures, known_answers, percent, score
 from .records import CONFIG, resumable, write_whole
 from .select import Candidate, SelectConfig, select
-from .setup import fingerprint
+from .setup import ADAPTERS, fingerprint, resolve_source
 from .trainer import train
 
 HELP = """Three arms of prompts of one pool: those of highest variance of correctness, random ones,
@@ -62,11 +62,7 @@ class StudyConfig(TaskSettings):
     """Learning rate, constant."""
     rollouts: Positive = 32
     """Completions per update."""
-    temperatures: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] = (
-        1.0,
-        0.5,
-        0.25,
-    )
+    temperatures: Temperatures = (1.0, 0.5, 0.25)
     """Of the untrained model; a trained one, at T = 1, must beat the best of them."""
     output: Path = Path("runs/study")
     """Folder of the study; holds every verdict, and a run's records for each prompt."""
@@ -109,6 +105,11 @@ def run_study(config: StudyConfig, console: Console) -> dict[str, Any]:
     """Select, train, score, and write study.json, which is returned."""
     if config.pool < (least := 2 * config.prompts + 4):
         raise UserError(f"pool: {config.pool} do not make three arms; take {least} or more")
+    if Path(resolve_source(config.model), ADAPTERS).exists():  # which train refuses, much later
+        raise UserError(
+            f"model: {config.model} holds adapters; em-kernels merge RUN --output DIR makes a "
+            "model of a run's"
+        )
     if config.count is not None:
         raise UserError("count: goes with select and eval; a study takes pool and held_out")
     count = config.pool + config.held_out + EXAMPLES

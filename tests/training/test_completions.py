@@ -82,6 +82,15 @@ def test_worked_examples_and_skipped_ones_are_left_out(tmp_path):
         task.model_copy(update={"count": 6}).problems()
 
 
+@pytest.mark.parametrize("data", ["addition", "gym:products"])
+def test_a_generator_makes_what_is_left_out_too(data):
+    task = TaskSettings(data=data, template="few-shot", skip=1000)
+    problems, shots = task.problems()
+    assert len(problems) == 1000 and len(shots) == 2
+    again, _ = task.model_copy(update={"skip": 0}).problems()
+    assert len(again) == 1000 and not {*problems} & {*again}
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, folder):
     place = tmp_path_factory.mktemp("place")
@@ -105,6 +114,7 @@ REFUSED = [
     (["--skip", "300"], "data: rows.jsonl has 300 problems; .* leave none"),
     (["--count", "301"], "count: rows.jsonl has 300 problems"),
     (["--samples", "2"], "samples: are all the same at sampling.temperature 0"),
+    (["--seed", str(2**32)], "seed: 4294967296: input should be less than 4294967296"),
     (["--model", ""], "model: missing"),
     (["--model", "/no/folder"], "model: there is no folder /no/folder"),
     (["--model", "./plain"], "template: the tokenizer has no chat template; use few-shot or raw"),

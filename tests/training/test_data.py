@@ -44,6 +44,10 @@ SCHEMAS = {
     "RLVR, text": ({"problem": "p", "reward_model": {"ground_truth": "12.8"}}, ("p", "12.8")),
     "several answers": ({"question": "q", "final_answer": ["1", "-1"]}, ("q", "1, -1")),
     "blank answer": ({"question": "q", "answer": " "}, ("q", None)),
+    "blank answer beside a solution": (
+        {"question": "q", "answer": "", "solution": r"\boxed{5}"},
+        ("q", "5"),
+    ),
     "several turns": ({"prompt": CHAT}, ("And 4?", None)),
     "prompt alone": ({"prompt": "p"}, ("p", None)),
     "empty columns": (
@@ -85,6 +89,13 @@ def test_lines_end_at_newlines_only(tmp_path):
     lines = [json.dumps({"prompt": text}, ensure_ascii=False) for text in texts]
     path.write_bytes(("\r\n".join(lines) + "\n\n  \n").encode())
     assert [row["prompt"] for row in read_rows(path)] == texts
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+def test_a_byte_order_mark_is_no_text(name, tmp_path):
+    rows, path = [{"prompt": "p"}], tmp_path / name
+    path.write_text(json.dumps(rows if name == "rows.json" else rows[0]), encoding="utf-8-sig")
+    assert read_rows(path) == rows
 
 
 def test_rows_of_a_file(tmp_path):
@@ -141,6 +152,7 @@ def test_template_kwargs(tokenizer):
         encode(tokenizer, "the", True)
     tokenizer.chat_template = kept
     assert texts == ["the abc", "the"]
+    assert encode(tokenizer, "the", True, {"tokenize": True}) == encode(tokenizer, "the", True)
 
 
 def test_few_shot():
@@ -257,6 +269,9 @@ def test_a_file(tmp_path):
     assert read_problems(str(path), count=2) == [Problem("p0", "0"), Problem("p1", "1")]
     with pytest.raises(UserError, match="^count: .* has 5 problems, 6 are asked for"):
         read_problems(str(path), count=6)
+    path.write_text("[" * 100_000)
+    with pytest.raises(UserError, match="^data: cannot read .*: maximum recursion depth exceeded"):
+        read_problems(str(path), count=None)
     path.write_text("\n")
     with pytest.raises(UserError, match="^data: .* has no rows"):
         read_problems(str(path), count=None)

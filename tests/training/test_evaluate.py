@@ -116,7 +116,16 @@ def test_interval_over_problems_covers():
         low, high = of_problems(rng.binomial(8, rates) / 8)
         hits += low <= 1 / 3 <= high
     assert 0.90 < hits / 400 < 0.98
-    assert of_problems(np.full(5, 0.25)) == (0.25, 0.25)
+
+
+def test_interval_where_resampling_sees_no_spread():
+    """As wide as if 1.25 of 5 right were 1 on the low side, 2 on the high; one problem in between
+    tells nothing.
+    """
+    assert of_problems(np.full(5, 0.25)) == (wilson(outcomes(1, 5))[0], wilson(outcomes(2, 5))[1])
+    assert of_problems(np.full(5, 1.0)) == wilson(outcomes(5, 5))
+    low, high = of_problems(np.array([0.5]))
+    assert (low, high) == (wilson(outcomes(0, 1))[0], wilson(outcomes(1, 1))[1]) == (0, 1)
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +195,22 @@ def test_eval_is_generate_and_grade(folder, tokenizer, tmp_path, capfd):
     assert "pass@8" in stdout and stdout.endswith(f"Kept in {output}\n")
 
 
+def test_one_problem(folder, tmp_path, capfd):
+    base = ["eval", "--model", str(folder), "--data", "addition", "--template", "few-shot", *FLAGS]
+    base += ["--count", "1", "--output"]
+    assert main([*base, str(tmp_path / "forced"), "--teacher-forced"]) == 0
+    said = capfd.readouterr().out
+    assert "0.0 [0.0, 79.3]" in said and said.count("0.0 [0.0, 100.0]") == 3
+    sampled = tmp_path / "sampled"
+    assert main([*base, str(sampled), "--samples", "2", "--temperature", "1"]) == 0
+    rows, total = read(sampled / "completions.jsonl"), read(sampled / "problems.jsonl")[0]["answer"]
+    rows[0]["text"], rows[1]["text"] = total, "no"
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (sampled / "completions.jsonl").write_text(lines)
+    assert main(["eval", "--regrade", str(sampled)]) == 0
+    assert "50.0 [0.0, 100.0]" in capfd.readouterr().out
+
+
 def test_regrade_and_against(folder, tokenizer, tmp_path, capfd):
     data = rows_of(tmp_path / "rows.jsonl", QUESTIONS, "123456")
     base = ["eval", "--model", str(folder), *data, *FLAGS, "--template", "raw", "--output"]
@@ -245,6 +270,10 @@ def test_refused_comparisons(folder, tmp_path, capfd):
     assert not (tmp_path / "nothing").exists()
     assert "regrade: goes with --against alone" in refused(["--regrade", one, *data], capfd)
     assert f"regrade: {nothing} is no evaluation's folder" in refused(["--regrade", nothing], capfd)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("prompt: p\n")  # of train
+    line = refused(["--regrade", str(tmp_path / "run")], capfd)
+    assert line.endswith("run is no evaluation's folder: it has no problems.jsonl\n")
     lines = (tmp_path / "many" / "completions.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "many" / "completions.jsonl").write_text("".join(lines[:-1]))
     assert f"regrade: {many} is not finished" in refused(["--regrade", many], capfd)
@@ -336,6 +365,8 @@ def test_teacher_forced_eval(folder, tokenizer, tmp_path, capfd):
     assert results["right"] == [[g] for g in greedy] and results["problems"] == 5
     assert not (output / "completions.jsonl").exists()
     assert "probability of the answer, T = 0.5" in capfd.readouterr().out
+    line = refused([*arguments[1:], "--temperatures", "1e-40"], capfd)
+    assert "temperatures.0: 1e-40: input should be greater than or equal to 0.01" in line
     for name, wrong in (("chat", []), ("few-shot", ["--server", "http://127.0.0.1:1"])):
         line = refused([*arguments[1:], "--template", name, *wrong], capfd)
         assert "teacher_forced: goes with template few-shot and a model of this machine" in line

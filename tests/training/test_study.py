@@ -144,13 +144,17 @@ def test_killed_and_gone_on(place, whole, tmp_path):
         (["--template", "chat"], "template: 'chat'"),
         (["--model", "./nowhere"], "model: there is no folder ./nowhere"),
         (["--data", "unanswered.jsonl"], "data: not every problem of .* has an answer"),
+        (["--model", "adapters"], "model: .*adapters holds adapters; em-kernels merge RUN"),
+        (["--temperatures", "1e-40"], "temperatures.0: 1e-40: "),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
 )
 def test_refused_in_one_line_with_nothing_written(options, said, place, tmp_path, capfd):
     rows = (place / "rows.jsonl").read_text().splitlines(keepends=True)
     (place / "unanswered.jsonl").write_text("".join(rows[:-1]) + '{"prompt": "9"}\n')
-    options = [str(place / o) if o.endswith(".jsonl") else o for o in options]
+    (place / "adapters").mkdir(exist_ok=True)
+    (place / "adapters" / "adapter_config.json").write_text("{}")
+    options = [str(place / o) if o in ("unanswered.jsonl", "adapters") else o for o in options]
     assert main([*command(place, tmp_path / "study"), *options]) == 2
     stdout, stderr = capfd.readouterr()
     assert stdout == "" and stderr.count("\n") == 1, stderr
