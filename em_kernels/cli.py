@@ -1,6 +1,7 @@
 """`em-kernels COMMAND`: USAGE has them all."""
 
 import argparse
+import errno
 import logging
 import os
 import platform
@@ -33,7 +34,25 @@ RANK = os.environ.get("RANK", "0")  # of a process that accelerate or torchrun s
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; 0 done, 1 failed, 2 the user can mend it, 130 interrupted."""
+    """Run a command; 0 done, 1 failed, 2 the user can mend it, 130 interrupted, 141 nobody reads
+    what it prints (head, say).
+    """
+    try:
+        try:
+            return _dispatch(argv)
+        finally:
+            sys.stdout.flush()
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # flushed again at the end
+        if error.errno == errno.EPIPE:
+            return 141
+        print(f"em-kernels: error: cannot print: {error.strerror}", file=sys.stderr)
+        return 1
+
+
+def _dispatch(argv: list[str] | None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     commands = {
         "info": info,
@@ -118,7 +137,8 @@ def settings(command: str, arguments: list[str], examples: str) -> "tuple[TrainC
         default = read_yaml(known.config)
     elif known.preset is not None:
         default = preset(known.preset)
-    given = {argument.split("=")[0] for argument in rest}  # of prompt and file the flag's wins
+    # of prompt and file the flag's wins
+    given = {argument.split("=")[0].replace("_", "-") for argument in rest}
     if "--prompt-from" in given and "--prompt" not in given:
         default = default.model_copy(update={"prompt": None, "answer": None})
     if "--prompt" in given and "--prompt-from" not in given:
@@ -139,8 +159,8 @@ def settings(command: str, arguments: list[str], examples: str) -> "tuple[TrainC
 def train(arguments: list[str]) -> int:
     """One-shot EM."""
     import torch
-    from rich.console import Console
 
+    from .training.console import Terminal
     from .training.trainer import train as run
 
     config, resume = settings(
@@ -151,7 +171,7 @@ def train(arguments: list[str]) -> int:
         "--max-new-tokens 64; em-kernels train --resume runs/one-shot-em. On several GPUs: "
         "accelerate launch -m em_kernels.cli train ..., or torchrun.",
     )
-    result = run(config, console=Console(stderr=True), resume=resume)
+    result = run(config, console=Terminal(stderr=True), resume=resume)
     if RANK == "0":
         print(result.checkpoint, flush=True)
     if torch.distributed.is_initialized():  # left to the interpreter's end, it may abort there
@@ -216,8 +236,7 @@ def demo(arguments: list[str]) -> int:
         "--output", type=Path, help="folder of it all; None is runs/demo-N, the first free"
     )
     known = parser.parse_args(arguments)
-    from rich.console import Console
-
+    from .training.console import Terminal
     from .training.demo import run_demo
 
     output = known.output
@@ -225,7 +244,7 @@ def demo(arguments: list[str]) -> int:
         free = (Path(f"runs/demo-{n}") for n in range(1, sys.maxsize))
         output = next(folder for folder in free if not folder.exists())
     try:
-        run_demo(known.seed, output, Console())
+        run_demo(known.seed, output, Terminal())
     except KeyboardInterrupt:
         again = f"em-kernels demo --seed {known.seed} --output {output}"
         raise KeyboardInterrupt(f"interrupted; {again} goes on") from None

@@ -159,7 +159,8 @@ REFUSED = [  # arguments beside --model model, what the line names
     ([*PROMPT, "--steps", "0"], "steps: 0"),
     ([*PROMPT, "--rollouts", "0"], "rollouts: 0"),
     ([*PROMPT, "--seed", "-1"], "seed: -1"),
-    ([*PROMPT, "--seed", str(2**63)], "seed: 9223372036854775808"),
+    ([*PROMPT, "--seed", str(2**32)], "seed: 4294967296"),
+    ([*PROMPT, "--eps", "1e-300"], "eps: 1e-300"),
     ([*PROMPT, "--stop-below", "1"], "stop_below: 1.0"),
     ([*PROMPT, "--chunk-bytes", "0"], "chunk_bytes: 0"),
     ([*PROMPT, "--output", "occupied"], "output: occupied already holds"),
@@ -264,6 +265,33 @@ def test_as_a_process(place, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
+@pytest.mark.parametrize(
+    "command, code, said",
+    [
+        ("train --help | head -1", 141, ""),
+        ("plan --model model --device cpu --prompt-tokens 9 --max-new-tokens 9 | head -1", 0, ""),
+        ("info > /dev/full", 1, "em-kernels: error: cannot print: No space left on device\n"),
+    ],
+)
+def test_nobody_reads_what_it_prints(command, code, said, at):
+    script = f"python -m em_kernels.cli {command}; exit ${{PIPESTATUS[0]}}"
+    path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-c", script], env={**os.environ, "PATH": path}, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (code, said)
+
+
+def test_training_goes_on_when_nobody_reads_its_progress(at, tmp_path):
+    command = [sys.executable, "-m", "em_kernels.cli", "train", "--model", "model", *PROMPT]
+    command += [*SHORT, "--steps", "5", "--output", str(tmp_path / "run")]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=writer, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path}/run/checkpoints/step-00005\n")
+
+
 def test_progress_goes_to_stderr_and_the_checkpoint_to_stdout(at, tmp_path, capfd):
     output = tmp_path / "[/odd] folder"
     assert main(["train", "--model", "model", *PROMPT, *SHORT, "--output", str(output)]) == 0
@@ -281,8 +309,8 @@ def test_flags_override_yaml_and_yaml_the_defaults(at, tmp_path):
     output = tmp_path / "run"
     flags = ["--rollouts", "2", "--top-k", "9", "--output", str(output), "--prompt", "from a flag"]
     assert main(["train", "--config", str(settings), *flags]) == 0
-    wanted = {"model": "model", "prompt": "from a flag", "steps": 1, "rollouts": 2, "lr": 1e-5}
-    wanted |= {"seed": 4, "output": output, "clip": 1.0}
+    wanted = {"prompt": "from a flag", "steps": 1, "rollouts": 2, "lr": 1e-5}
+    wanted |= {"model": str(at / "model"), "seed": 4, "output": output, "clip": 1.0}
     wanted["sampling"] = Sampling(max_new_tokens=3, top_k=9, stop=("\n",))
     found = read_yaml(output / "config.yaml")
     assert {name: getattr(found, name) for name in wanted} == wanted

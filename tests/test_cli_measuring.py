@@ -48,7 +48,7 @@ def test_flags_that_cannot_be_parsed(arguments, said, capfd):
     [
         (["select", "--samples", "1"], "samples: 1: .* greater than or equal to 2"),
         (["select", "--promising", "0"], "promising: 0.0: .* greater than 0"),
-        (["eval", "--temperatures", "0"], "temperatures.0: 0.0: .* greater than 0"),
+        (["eval", "--temperatures", "0"], "temperatures.0: 0.0: .* greater than or equal to 0.01"),
         (["eval", "--server", "here", "--teacher-forced"], "teacher_forced: goes with"),
         (["study", "--updates"], "updates: "),
         (["study", "--prompts", "1"], "prompts: 1: .* greater than or equal to 4"),

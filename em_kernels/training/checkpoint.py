@@ -30,7 +30,7 @@ FREE = {  # settings that leave the numbers of an update as they are
 
 def defining_settings(config: TrainConfig) -> dict[str, Any]:
     """Every setting that determines the numbers, by name, as JSON has it."""
-    values = config.model_dump(mode="json", exclude=FREE)
+    values = config.located().model_dump(mode="json", exclude=FREE)
     return values | {f"sampling.{k}": v for k, v in values.pop("sampling").items()}
 
 
@@ -87,7 +87,7 @@ def save_checkpoint(
     """
     partial, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("partial", "old"))
     try:
-        _clear(partial, old, *folder.parent.glob(".step-*"))
+        _clear(partial, old, *_left_in(folder.parent))
         partial.mkdir(parents=True)
         write(partial)
         if state is not None:
@@ -107,7 +107,7 @@ def save_checkpoint(
             _drop_states(others)
         for path in others[: max(0, len(others) + 1 - keep)] if keep else ():
             path.rename(path.with_name(f".{path.name}.partial"))
-        _clear(*folder.parent.glob(".step-*"))
+        _clear(*_left_in(folder.parent))
     except Exception as error:  # safetensors and tokenizers report a full disk in their own classes
         why = " ".join(str(error).split())
         raise UserError(f"output: cannot write the checkpoint {folder}: {why}") from error
@@ -123,7 +123,7 @@ def newest_state(
     is one; and for each newer one a line that says why not that. What a kill left is removed.
     """
     refused = list[str]()
-    _clear(*(run / "checkpoints").glob(".step-*"))
+    _clear(*_left_in(run / "checkpoints"))
     steps = steps_in(run / "checkpoints")
     while steps:
         folder = steps.pop()
@@ -189,6 +189,12 @@ def steps_in(checkpoints: Path) -> list[Path]:
     """Folders of checkpoints, the oldest first."""
     found = [path for path in checkpoints.glob("step-*") if path.name[5:].isdecimal()]
     return sorted(found, key=lambda path: int(path.name[5:]))
+
+
+def _left_in(checkpoints: Path) -> list[Path]:
+    """What a writer that was killed left there."""
+    named = checkpoints.glob(".step-*") if checkpoints.name == "checkpoints" else ()
+    return [path for path in named if path.suffix in (".partial", ".old")]
 
 
 def _clear(*paths: Path) -> None:

@@ -4,6 +4,7 @@ from.
 
 import difflib
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -44,11 +45,14 @@ class Settings(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise UserError(one_line(error)) from None
+            raise UserError(one_line(error, type(self))) from None
 
     def to_yaml(self) -> str:
         """Every setting, readable by :func:`read_yaml`."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        values = self.model_dump(mode="json")
+        text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+        # U+0085 ends a line in YAML
+        return yaml.safe_dump(values, sort_keys=False) if "\x85" in text else text
 
 
 class Sampling(Settings):
@@ -111,13 +115,13 @@ class TrainConfig(Settings):
         0.999,
     )
     """AdamW's decay rates."""
-    eps: Annotated[float, Field(gt=0)] = 1e-8
+    eps: Annotated[float, Field(ge=1e-30)] = 1e-8
     """AdamW's epsilon."""
     weight_decay: Annotated[float, Field(ge=0, lt=1)] = 0.01
     """AdamW's decoupled weight decay."""
     clip: Annotated[float, Field(gt=0)] = 1.0
     """Largest global gradient norm."""
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 15
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 15
     """Completion i of update u depends on (seed, u, i) alone."""
     stop_below: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Stop early once the entropy is below this share of its first value; 0 never does."""
@@ -206,6 +210,15 @@ class TrainConfig(Settings):
     def temperature(self) -> float:
         """Of the loss."""
         return self.loss_temperature or self.sampling.temperature or 1.0
+
+    def located(self) -> "TrainConfig":
+        """Its files and folders named so that they are found from any directory."""
+        names = ("prompt_from", "rollouts_from", "offload_dir")
+        paths = {name: Path(value) for name in names if (value := getattr(self, name)) is not None}
+        update: dict[str, Any] = {n: Path(os.path.abspath(path)) for n, path in paths.items()}
+        if self.model and os.path.isdir(self.model):  # not of the hub
+            update["model"] = os.path.abspath(self.model)
+        return self.model_copy(update=update)
 
     def check_complete(self) -> None:
         """Raise UserError where settings are missing, or do not go together."""
@@ -321,16 +334,17 @@ def read_yaml(path: Path) -> TrainConfig:
         raise UserError(f"config: {path}: names of settings must be text") from error
 
 
-def one_line(error: ValidationError) -> str:
+def one_line(error: ValidationError, kind: type[Settings]) -> str:
     """The first complaint: setting, value, what is wrong, and for an unknown setting the nearest
-    known one.
+    known one of this kind.
     """
     complaint: dict[str, Any] = dict(error.errors()[0])
     prefix = "sampling." if error.title == "Sampling" else ""
     name = prefix + ".".join(str(part) for part in complaint["loc"])
     if complaint["type"] == "extra_forbidden":
-        known = {field: field for field in TrainConfig.model_fields}
-        known |= {field: f"sampling.{field}" for field in Sampling.model_fields}
+        known = {field: prefix + field for field in kind.model_fields}
+        if "sampling" in known:
+            known |= {field: f"sampling.{field}" for field in Sampling.model_fields}
         near = difflib.get_close_matches(name.split(".")[-1], known, n=1)
         hint = f"; did you mean {known[near[0]]}?" if near else ""
         return f"{name}: unknown setting{hint}"

@@ -85,11 +85,12 @@ def _is_whole(folder: Path) -> bool:
 def _make(folder: Path, quiet: bool) -> None:
     import gguf  # noqa: F401  a missing package is known before the download
     from filelock import FileLock
-    from rich.console import Console
+
+    from .console import Terminal
 
     cache = folder.parent
     cache.mkdir(parents=True, exist_ok=True)
-    console = Console(stderr=True, quiet=quiet)
+    console = Terminal(stderr=True, quiet=quiet)
     console.print(f"Making {NAME}, one process at a time")
     with console.status("Working"), FileLock(f"{folder}.lock"):
         if _is_whole(folder):

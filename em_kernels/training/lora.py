@@ -125,6 +125,7 @@ def merge(adapter: Path, output: Path) -> Path:
 
     Raises: UserError; output is written whole or not at all.
     """
+    output = output.absolute()
     check_output(output)
     folders = adapter.glob("checkpoints/step-*")
     folder = max(folders, key=lambda path: (len(path.name), path.name), default=adapter)
@@ -137,7 +138,8 @@ def merge(adapter: Path, output: Path) -> Path:
         source = str(config.base_model_name_or_path)
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
         names = [name.removesuffix(A) for name in weights if name.endswith(A)]
-        plain = names and not config.use_rslora
+        others = (config.use_rslora, config.use_dora, config.rank_pattern, config.alpha_pattern)
+        plain = names and not any(others)
         if not plain or weights.keys() ^ {n + end for n in names for end in (A, B)}:
             raise ValueError("it is not a plain LoRA")
         layers = dict(model.named_modules())

@@ -284,7 +284,7 @@ class Planner:
             each = 4 * trained
         disk["checkpoints"] = count * each
         if config.save_optimizer:
-            disk["optimizer state"] = state
+            disk["optimizer state"] = state * min(2, len(last))  # the next is written beside it
         work = Work(
             self.prompt * (prompts if shared else own),
             -(-most // rows) * prompts if shared else -(-own // rows),

@@ -14,9 +14,11 @@ from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 
 from ..cli import settings
 from .config import TrainConfig, UserError
+from .console import Terminal
 from .memory import Planner
 from .plan import GIB, PHASES, Plan, phases
 from .ranks import ENGINES, World
+from .setup import check_context
 
 HELP = """Nothing but the model's config.json is read: --model may also name that file. More flags:
 --prompt-tokens N, of the prompt's length (128); --json, everything as JSON; --ranks N, of as many
@@ -50,11 +52,13 @@ def plan_command(arguments: list[str]) -> int:
         raise UserError("on_host: goes with an engine; replicas have --mode offload")
     world = World(known.ranks, known.ranks, known.engine, known.on_host)
     model_config = open_config(config.model)
+    longest = known.prompt_tokens, config.sampling.max_new_tokens
+    check_context(model_config, *longest, "prompt_tokens: are", "lower it")
     there = torch.cuda.is_available() or config.gpu_memory is not None
     device = torch.device("cuda" if config.device != "cpu" and there else "cpu")
     if config.device == "cuda":
         device = torch.device("cuda")
-    with Console(stderr=True).status("running the model's shapes"):
+    with Terminal(stderr=True).status("running the model's shapes"):
         download = download_bytes(config.model)
         planner = Planner(config, model_config, known.prompt_tokens, device, download, world=world)
         modes, chosen = planner.modes(), planner.choose()
@@ -64,7 +68,7 @@ def plan_command(arguments: list[str]) -> int:
         found = {"modes": plans, "chosen": as_json(chosen), "command": command, "note": CAUTION}
         print(json.dumps(found, indent=2))
     else:
-        show(Console(), modes, chosen, command)
+        show(Terminal(), modes, chosen, command)
         if world.ranks > 1:
             print(f"All of this is of one of {world.ranks} processes on one machine.")
     return 0 if chosen.fits else 1
@@ -99,6 +103,7 @@ def open_config(model: str) -> PreTrainedConfig:
             num_attention_heads=9,
             num_key_value_heads=3,
             vocab_size=49152,
+            max_position_embeddings=8192,
             tie_word_embeddings=True,
             dtype="float32",
         )

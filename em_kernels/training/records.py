@@ -23,7 +23,7 @@ MARKER, PARTIAL = "running.json", f".{CONFIG}.partial"
 def check_output(output: Path, remedy: str = "choose another, or --resume it") -> None:
     """Raise UserError unless the folder is new or empty, but for a start that was killed."""
     if output.exists() and (
-        not output.is_dir() or {*os.listdir(output)} - {MARKER, PARTIAL, ASKED}
+        not output.is_dir() or {*os.listdir(output)} - {MARKER, PARTIAL, ASKED, f".{ASKED}.partial"}
     ):
         raise UserError(f"output: {output} already holds a run or other files; {remedy}")
 
@@ -38,10 +38,14 @@ def append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 def write_whole(path: Path, text: str) -> None:
     """A file, whole or not at all."""
     partial = path.parent / f".{path.name}.partial"
-    with _writing(path):
-        partial.write_text(text, encoding="utf-8")
-        sync(partial)
-        partial.replace(path)
+    try:
+        with _writing(path):
+            partial.write_text(text, encoding="utf-8")
+            sync(partial)
+            partial.replace(path)
+    except UserError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def write_config(run: Path, config: Settings) -> None:

@@ -66,8 +66,10 @@ class _InverseCdf(LogitsProcessor):
 class _SegmentEnd(StoppingCriteria):
     """Notes where rows end, and ends the segment when enough of them have, or when asked to."""
 
-    def __init__(self, ends: StoppingCriteriaList, rows: int, check: Callable[[], None] | None):
-        self.ends, self.check = ends, check
+    def __init__(
+        self, ends: StoppingCriteriaList, rows: int, start: int, check: Callable[[], None] | None
+    ) -> None:
+        self.ends, self.start, self.check = ends, start, check
         self.enough = -(-rows // LEAVE_SHARE)
         self.length: Tensor | None = None
 
@@ -77,8 +79,8 @@ class _SegmentEnd(StoppingCriteria):
         if self.length is None:
             self.length = input_ids.new_zeros(len(input_ids))
         ended = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-        for criterion in self.ends:
-            ended |= criterion(input_ids, scores)
+        for criterion in self.ends:  # a stop string does not begin in the prompt
+            ended |= criterion(input_ids[:, self.start :], scores)
         now = ended & (self.length == 0)
         self.length = torch.where(now, input_ids.shape[1], self.length)
         return torch.full_like(ended, int((self.length > 0).sum()) >= self.enough)
@@ -232,7 +234,7 @@ def _generate_batch(
             if sampling.top_p < 1:
                 processors.append(TopPLogitsWarper(sampling.top_p))
             processors.append(_InverseCdf(uniforms[rows], prompt_length))
-        segment_end = _SegmentEnd(endings, len(rows), check)
+        segment_end = _SegmentEnd(endings, len(rows), prompt_length, check)
         output = model.generate(  # type: ignore[operator]
             ids,
             attention_mask=mask,

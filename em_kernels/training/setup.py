@@ -20,7 +20,7 @@ from .config import TrainConfig, UserError, json_object, read_yaml
 from .data import Problem, encode, problems_of
 from .demo_model import fetch_demo
 from .ranks import find_ranks
-from .records import CONFIG, differing
+from .records import CONFIG, differing, read_rollouts
 
 ADAPTERS = "adapter_config.json"
 
@@ -66,7 +66,8 @@ def resolve_source(model: str) -> str:
         raise UserError(f"model: there is no folder {model}")
     source = str(fetch_demo()) if model == "demo" else os.path.expanduser(model)
     checkpoints = steps_in(Path(source, "checkpoints"))
-    return str(checkpoints[-1]) if checkpoints else source
+    source = str(checkpoints[-1]) if checkpoints else source
+    return os.path.abspath(source) if os.path.isdir(source) else source  # a LoRA names it as base
 
 
 def fingerprint(model: str) -> str:
@@ -123,11 +124,30 @@ def load_task(config: TrainConfig) -> Task:
     prompts = [encode(tokenizer, problem.prompt, chat_template, kwargs) for problem in problems]
     if not all(prompts):
         raise UserError("prompt: the tokenizer makes no token of it")
+    if (last := max(map(max, prompts))) >= (words := model_config.get_text_config().vocab_size):
+        raise UserError(
+            f"prompt: has token {last} ({tokenizer.decode(last)!r}), the model {words} words; "
+            "leave it out, or name the model of this tokenizer"
+        )
     longest = max(map(len, prompts))
     check_context(
         model_config, longest, config.sampling.max_new_tokens, "prompt: has", "shorten it"
     )
     return Task(source, tokenizer, problems, prompts, chat_template, model_config)
+
+
+def as_sampled(task: Task, config: TrainConfig, run: Path) -> Task:
+    """With the prompts of this run's completions where the chat template tells the day, as Llama's
+    does, and they were sampled on another.
+    """
+    asks = task.chat_template and "strftime_now" in str(task.tokenizer.chat_template)
+    recorded = read_rollouts(run, config.rollouts) if asks else {}
+    if not recorded:
+        return task
+    prompts = [rollout.prompt_ids for rollout in recorded[1][: len(task.prompts)]]
+    texts = task.tokenizer.batch_decode(prompts)
+    same = all(p.prompt.strip() in text for p, text in zip(task.problems, texts, strict=True))
+    return task._replace(prompts=prompts) if same else task  # which will be refused
 
 
 def load_model(source: str, config: TrainConfig, device: torch.device) -> PreTrainedModel:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from .checkpoint import defining_settings, newest_state, read_state, save_checkpoint
 from .config import TrainConfig, UserError
+from .console import Terminal
 from .engines import engine_of
 from .grading import Grader
 from .memory import resolve
@@ -34,7 +35,7 @@ from .records import (
 )
 from .rollout import Rollout, generate
 from .session import Interrupted, StopRequest, line_of, peak_memory_gib, progress_on
-from .setup import Task, as_recorded, load_model, load_task
+from .setup import Task, as_recorded, as_sampled, load_model, load_task
 from .shards import CONTEXT
 from .step import StepLoss
 from .trackers import Tracking
@@ -85,7 +86,7 @@ def train(
         Interrupted: after Ctrl-C, with a checkpoint of the last finished update.
     """
     ranks = find_ranks(config)
-    console = console or Console(stderr=True)
+    console = console or Terminal(stderr=True)
     if not ranks.is_main:
         console = Console(quiet=True)
     held = 0 if model is None else sum(p.nbytes for p in model.parameters())
@@ -136,6 +137,8 @@ def _prepared(
     config.check_complete()
     Tracking(config, console)
     task = load_task(config)
+    for run in (config.rollouts_from, config.output if resume else None):
+        task = task if run is None else as_sampled(task, config, run)
     if config.chat_template and not task.chat_template:
         console.print("The tokenizer has no chat template: the prompt is used as it is.")
     with console.status("planning memory"):
@@ -217,7 +220,7 @@ class _Run:
 
     def _begin(self) -> _Before:
         check_output(self.config.output)  # once more, as no other process starts there any more
-        write_config(self.config.output, self.config)
+        write_config(self.config.output, self.config.located())
         return _Before()
 
     def _before(self) -> _Before:

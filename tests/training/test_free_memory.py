@@ -1,8 +1,14 @@
-"""Free memory of a machine, and within the limits of control groups."""
+"""Free memory of a machine, and within the limits of control groups; the disk that a run takes."""
 
 import pytest
+import torch
+from training.tiny import run, save_tiny, settings
+from transformers import AutoConfig
 
 from em_kernels.free_memory import free_host_bytes
+from em_kernels.training import checkpoint
+from em_kernels.training.memory import resolve
+from em_kernels.training.ranks import World
 
 
 def cgroup(folder, limit, used, cache, version):
@@ -56,3 +62,20 @@ def test_inside_a_container_the_path_is_the_hosts(machine, version):
     (proc / "self/cgroup").write_text(f"{line}/docker/0123/not/here\n")
     cgroup(root, 300_000, 100_000, 0, version)
     assert free_host_bytes(*machine) == 200_000
+
+
+def test_disk_holds_the_next_state_beside_the_last(tmp_path, monkeypatch):
+    folder = save_tiny(tmp_path / "model", hidden_size=256, intermediate_size=512)
+    changes = {"save_optimizer": True, "save_at": (1, 2, 3), "steps": 3}
+    config = settings(folder, tmp_path / "run", **changes)
+    seen, sync = [], checkpoint.sync
+
+    def measured(path):
+        sync(path)
+        seen.append(sum(p.stat().st_size for p in config.output.rglob("*") if p.is_file()))
+
+    monkeypatch.setattr(checkpoint, "sync", measured)
+    run(config)
+    model_config = AutoConfig.from_pretrained(folder)
+    planned = resolve(config, model_config, 10, torch.device("cpu"), 0, World())
+    assert max(seen) == pytest.approx(sum(planned.disk.values()), rel=0.02)

@@ -1,8 +1,10 @@
 """Adapters that are written open elsewhere and merge exactly."""
 
 import json
+import os
 import shutil
 import socket
+from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
@@ -168,6 +170,25 @@ def test_command_takes_a_runs_newest_checkpoint(tmp_path, adapter, capsys):
     with pytest.raises(SystemExit, match="0"):
         merge_command(["--help"])
     assert "usage: em-kernels merge [-h] --output DIR RUN_OR_CHECKPOINT" in capsys.readouterr().out
+
+
+def test_neighbours_of_the_output_stay(tmp_path, adapter, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "new" / ".step-00001.partial").mkdir(parents=True)
+    merge(adapter, Path("new") / "merged")
+    assert sorted(os.listdir("new")) == [".step-00001.partial", "merged"]
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    assert merge(adapter, Path(".")) == tmp_path / "empty"
+    AutoModelForCausalLM.from_pretrained(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("name", ["alpha_pattern", "rank_pattern"])
+def test_layers_of_their_own_scale_are_refused(name, tmp_path, adapter):
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: {"q_proj": 4}}))
+    with pytest.raises(UserError, match="it is not a plain LoRA"):
+        merge(adapter, tmp_path / "merged")
 
 
 def test_output_that_holds_something_is_refused(tmp_path, adapter):

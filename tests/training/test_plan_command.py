@@ -97,6 +97,8 @@ def test_flags_are_parsed_back():
         ([], "model"),
         (["--model", "./nowhere"], "model"),
         (["--model", "demo", "--prompt-tokens", "0"], "prompt_tokens"),
+        (["--model", "demo", "--prompt-tokens", "8192"], "prompt_tokens"),
+        (["--model", "demo", "--max-new-tokens", "8192"], "sampling.max_new_tokens"),
     ],
 )
 def test_bad_plans(arguments, word):

@@ -13,6 +13,7 @@ from em_kernels.training.config import TrainConfig, UserError, read_yaml
 from em_kernels.training.records import (
     Running,
     append,
+    check_output,
     cut_off,
     read_metrics,
     read_rollouts,
@@ -142,8 +143,9 @@ def test_a_folder_that_is_no_runs(tmp_path):
     assert read_rollouts(tmp_path, N) == {}  # stopped before the first update
 
 
-def test_config(tmp_path):
-    config = TrainConfig(model="demo", prompt="ünï: é\n")
+@pytest.mark.parametrize("prompt", ["ünï: é\n", "a\x85b", " \u2028\u2029\ufeff\t\x7f "])
+def test_config(prompt, tmp_path):
+    config = TrainConfig(model="demo", prompt=prompt)
     write_config(tmp_path, config)
     assert read_yaml(tmp_path / "config.yaml") == config
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
@@ -157,7 +159,16 @@ def test_full_disk(tmp_path):
     (tmp_path / ".config.yaml.partial").symlink_to("/dev/full")
     with pytest.raises(UserError, match="output: cannot write .*config.yaml: .*No space left"):
         write_config(tmp_path, TrainConfig())
-    assert not (tmp_path / "config.yaml").exists()
+    assert sorted(os.listdir(tmp_path)) == ["metrics.jsonl"]
+
+
+def test_a_start_that_was_killed_is_no_run(tmp_path):
+    for name in (".config.yaml.partial", ".asked.json.partial", "asked.json", "running.json"):
+        (tmp_path / name).touch()
+    check_output(tmp_path)
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(UserError, match="output: .* already holds a run"):
+        check_output(tmp_path)
 
 
 # The marker

@@ -12,13 +12,15 @@ from transformers import (
     GenerationConfig,
     LogitsProcessorList,
     RepetitionPenaltyLogitsProcessor,
+    StoppingCriteriaList,
+    StopStringCriteria,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
 from em_kernels.training.config import DEMO_SHOTS, Sampling
-from em_kernels.training.rollout import _InverseCdf, generate
+from em_kernels.training.rollout import _InverseCdf, _SegmentEnd, generate
 
 PLAIN = Sampling(temperature=1, top_k=0, top_p=1, repetition_penalty=1, max_new_tokens=24)
 GREEDY = PLAIN.model_copy(update={"temperature": 0})
@@ -362,3 +364,13 @@ def test_a_uniform_never_falls_on_an_impossible_token():
     uniforms = torch.tensor([0, 0.25, 0.5, 1 - 2**-53], dtype=torch.float64)[:, None]
     left = _InverseCdf(uniforms, start=3)(torch.zeros(4, 3, dtype=torch.int64), scores)
     assert left.argmax(-1).tolist() == [1, 1, 3, 3]
+
+
+def test_a_stop_string_does_not_begin_in_the_prompt(tokenizer):
+    prompt = tokenizer("abc\n").input_ids
+    newline = tokenizer("\n").input_ids
+    ends = StoppingCriteriaList([StopStringCriteria(tokenizer, ["\n\n"])])
+    segment = _SegmentEnd(ends, 1, len(prompt), None)
+    assert not segment(torch.tensor([prompt + newline]), None)
+    assert segment(torch.tensor([prompt + newline + newline]), None)
+    assert segment.length.tolist() == [len(prompt) + 2]

@@ -1,7 +1,8 @@
-"""What a run refuses to start from, with nothing written."""
+"""What a run starts from, and what it refuses to, with nothing written."""
 
 import shutil
 from io import StringIO
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,9 +10,9 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers
 from training.tiny import TRAINING_TEXT, make_model, read, run, save_tiny, settings
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from em_kernels.training.config import UserError
+from em_kernels.training.config import UserError, read_yaml
 from em_kernels.training.trainer import train
 
 
@@ -76,3 +77,48 @@ def test_lora_target_is_refused_before_weights_are_read(target, said, tmp_path):
     with pytest.raises(UserError, match=f"lora_targets: {target} {said}"):
         run(config)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_token_that_the_model_does_not_have(folder, tmp_path):
+    model = shutil.copytree(folder, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(model)
+    with pytest.raises(UserError, match=r"prompt: has token 267 \('<new>'\), the model 267 words"):
+        run(settings(model, tmp_path / "run", prompt="a <new> one"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_goes_on_when_its_template_tells_another_day(folder, tmp_path):
+    """As Llama's does; here it is another after a microsecond."""
+    model = shutil.copytree(folder, tmp_path / "model")
+    template = model / "chat_template.jinja"
+    template.write_text("{{ strftime_now('%f') }}" + template.read_text())
+    first = settings(model, tmp_path / "run", steps=1)
+    run(first)
+    more = first.model_copy(update={"steps": 2})
+    assert len(train(more, console=Console(quiet=True), resume=True).metrics) == 2
+    replayed = {"output": tmp_path / "again", "rollouts_from": first.output}
+    run(more.model_copy(update=replayed))
+    rows = read(first.output / "rollouts.jsonl")
+    assert len({tuple(row["prompt_ids"]) for row in rows}) == 1 and len(rows) == 12
+    assert (tmp_path / "again" / "rollouts.jsonl").read_bytes() == (
+        first.output / "rollouts.jsonl"
+    ).read_bytes()
+    other = {"output": tmp_path / "other", "rollouts_from": first.output, "prompt": "Hello"}
+    with pytest.raises(UserError, match="prompt: the completions .* are of another prompt"):
+        run(more.model_copy(update=other))
+
+
+def test_a_run_of_relative_paths_goes_on_from_anywhere(folder, tmp_path, monkeypatch):
+    shutil.copytree(folder, tmp_path / "here" / "model")
+    (tmp_path / "here" / "prompts.jsonl").write_text('{"prompt": "a"}\n')
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    changes = {"prompt": None, "prompt_from": "prompts.jsonl"}
+    run(settings("model", "run", steps=1, **changes))
+    monkeypatch.chdir(tmp_path / "there")
+    later = read_yaml(tmp_path / "here" / "run" / "config.yaml")
+    update = {"output": Path("../here/run"), "steps": 2, "model": "../here/model"}
+    later = later.model_copy(update=update)
+    assert len(train(later, console=Console(quiet=True), resume=True).metrics) == 2
