@@ -142,7 +142,7 @@ REFUSED = [  # arguments beside --model model, what the line names
     ([*PROMPT, "--clip", "-1"], "clip: -1.0"),
     ([*PROMPT, "--weight-decay", "-0.1"], "weight_decay: -0.1"),
     ([*PROMPT, "--temperature", "-1"], "sampling.temperature: -1.0"),
-    ([*PROMPT, "--temperature", "1e-50"], "sampling.temperature: 1e-50 is below 0.01"),
+    ([*PROMPT, "--temperature", "1e-50"], "sampling.temperature: 1e-50: is below 0.01"),
     ([*PROMPT, "--chunk-bytes", "100"], "chunk_bytes: 100 is less than one row"),
     (
         [*PROMPT, "--attention", "flash_attention_2", "--dtype", "float32"],

@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
 from tyro.conf import arg
 
 
@@ -55,11 +56,17 @@ class Settings(BaseModel):
         return yaml.safe_dump(values, sort_keys=False) if "\x85" in text else text
 
 
+def _zero_or_more(temperature: float) -> float:
+    if 0 < temperature < 0.01:  # logits over it might overflow
+        raise PydanticCustomError("low", "is below 0.01; 0 is greedy")
+    return temperature
+
+
 class Sampling(Settings):
     """How completions are sampled; a model's generation_config gives only its EOS ids."""
 
-    temperature: Annotated[float, Field(ge=0, le=100)] = 0.5
-    """Sampling temperature; 0 is greedy."""
+    temperature: Annotated[float, Field(ge=0, le=100), AfterValidator(_zero_or_more)] = 0.5
+    """Sampling temperature, 0.01 or more; 0 is greedy."""
     top_k: Annotated[int, Field(ge=0)] = 50
     """Keep the k most probable tokens; 0 keeps all."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
@@ -238,10 +245,6 @@ class TrainConfig(Settings):
             raise UserError(
                 f"rollouts: {self.rollouts} do not reach {len(self.prompt_rows)} prompt_rows"
             )
-        if 0 < self.sampling.temperature < 0.01:
-            raise UserError(
-                f"sampling.temperature: {self.sampling.temperature} is below 0.01; 0 is greedy"
-            )
         if self.four_bit and self.mode not in ("auto", "lora"):
             raise UserError(f"4bit: goes with mode lora; {self.mode} trains the weights themselves")
         if self.offload_dir is not None and self.mode not in ("auto", "offload"):
@@ -295,7 +298,7 @@ def json_object(name: str, text: str) -> dict[str, Any]:
     """A setting that is a JSON object."""
     try:
         found = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
         raise UserError(f'{name}: {text!r} is not a JSON object such as {{"name": false}}')

@@ -33,6 +33,7 @@ from .completions import (
     token_ids,
 )
 from .config import Positive, Sampling, UserError, from_flags, json_object
+from .console import Terminal
 from .data import Problem, as_problem, read_rows
 from .grading import Grader
 from .records import CONFIG, FREE, differing, read_lines, resumable, write_whole
@@ -363,16 +364,16 @@ def eval_command(arguments: list[str]) -> int:
     before.add_argument("--regrade", type=Path)
     before.add_argument("--against", type=Path)
     known, rest = before.parse_known_args(arguments)
-    console = Console()
+    console = Terminal()
     if known.against is not None:
         read_results(known.against)  # before the work
     if known.regrade is not None and rest:
         raise UserError(f"regrade: goes with --against alone, not with {rest[0]}")
     if known.regrade is not None:
-        folder, results = known.regrade, regrade(known.regrade, Console(stderr=True))
+        folder, results = known.regrade, regrade(known.regrade, Terminal(stderr=True))
     else:
         config = from_flags(EvalConfig, "eval", rest, HELP)
-        folder, results = config.output, evaluate(config, Console(stderr=True), known.against)
+        folder, results = config.output, evaluate(config, Terminal(stderr=True), known.against)
     show(results, console)
     if known.against is not None:
         console.print(compare(known.against, folder), markup=False, soft_wrap=True)

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .. import __version__
 from .config import TrainConfig, UserError, read_yaml
+from .console import Terminal
 from .figures import COLOURS, curves, density
 from .records import CONFIG, ROLLOUTS, read_metrics, read_rollouts, write_whole
 from .rollout import Rollout
@@ -239,7 +240,7 @@ def write_report(
 
     Raises: UserError for a folder that is no run's, and where output cannot be written.
     """
-    console = console or Console(stderr=True)
+    console = console or Terminal(stderr=True)
     names = [run.resolve().name for run in runs]
     names = [n if names.count(n) == 1 else str(r) for n, r in zip(names, runs, strict=True)]
     found = [read_run(run) for run in runs]

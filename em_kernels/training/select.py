@@ -28,6 +28,7 @@ from .completions import (
     token_ids,
 )
 from .config import TrainConfig, UserError, from_flags
+from .console import Terminal
 from .data import Problem
 from .grading import Grader
 from .plan_command import flags
@@ -192,8 +193,8 @@ def select_command(arguments: list[str]) -> int:
     """Rank, write, show."""
     config = from_flags(SelectConfig, "select", arguments, HELP)
     pool, shots = config.problems()
-    console = Console(stderr=True)
+    console = Terminal(stderr=True)
     ranked = select(config, pool, shots, *open_model(config, console), console)
-    show(config, ranked, Console())
+    show(config, ranked, Terminal())
     print(config.output / SELECTION)
     return 0

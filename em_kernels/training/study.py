@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .completions import TaskSettings, digest, open_model
 from .config import Positive, Sampling, TrainConfig, UserError, from_flags
+from .console import Terminal
 from .data import Problem, few_shot
 from .effects import ARMS, EXAMPLES, analyse, table_of
 from .evaluate import Temperatures, known_answers, percent, score
@@ -239,8 +240,8 @@ def _trained(
 def study_command(arguments: list[str]) -> int:
     """Run it, show the table and what it says."""
     config = from_flags(StudyConfig, "study", arguments, HELP)
-    report = run_study(config, Console(stderr=True))
-    console = Console()
+    report = run_study(config, Terminal(stderr=True))
+    console = Terminal()
     console.print(table_of(report))
     console.print(report["reading"], markup=False)
     print(config.output / "study.json")

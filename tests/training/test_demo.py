@@ -37,7 +37,8 @@ def test_the_whole_demo(small, tmp_path, capfd):
     pool = [few_shot(problems[:2], problem) for problem in problems[2:6]]
     assert sorted(row["prompt"] for row in ranked) == sorted(pool)
     config = read_yaml(output / "run" / "config.yaml")
-    assert (config.prompt_from, config.prompt) == (output / "selection" / "selection.jsonl", None)
+    chosen = (output / "selection" / "selection.jsonl").absolute()
+    assert (config.prompt_from, config.prompt) == (chosen, None)
     assert (config.seed, config.steps, config.rollouts, config.lr) == (4, 5, 32, 5e-6)
     assert 1 <= len(read(output / "run" / "metrics.jsonl")) <= 5
     held_out = [{"prompt": p.prompt, "answer": p.answer} for p in problems[6:]]
