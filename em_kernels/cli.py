@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # flushed again at the end
         if error.errno == errno.EPIPE:
             return 141
-        print(f"em-kernels: error: cannot print: {error.strerror}", file=sys.stderr)
+        print(f"em-kernels: error: cannot write: {error.strerror}", file=sys.stderr)
         return 1
 
 

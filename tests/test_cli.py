@@ -270,7 +270,7 @@ def test_as_a_process(place, tmp_path):
     [
         ("train --help | head -1", 141, ""),
         ("plan --model model --device cpu --prompt-tokens 9 --max-new-tokens 9 | head -1", 0, ""),
-        ("info > /dev/full", 1, "em-kernels: error: cannot print: No space left on device\n"),
+        ("info > /dev/full", 1, "em-kernels: error: cannot write: No space left on device\n"),
     ],
 )
 def test_nobody_reads_what_it_prints(command, code, said, at):

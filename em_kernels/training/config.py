@@ -56,7 +56,7 @@ class Settings(BaseModel):
         return yaml.safe_dump(values, sort_keys=False) if "\x85" in text else text
 
 
-def _zero_or_more(temperature: float) -> float:
+def _not_too_cold(temperature: float) -> float:
     if 0 < temperature < 0.01:  # logits over it might overflow
         raise PydanticCustomError("low", "is below 0.01; 0 is greedy")
     return temperature
@@ -65,7 +65,7 @@ def _zero_or_more(temperature: float) -> float:
 class Sampling(Settings):
     """How completions are sampled; a model's generation_config gives only its EOS ids."""
 
-    temperature: Annotated[float, Field(ge=0, le=100), AfterValidator(_zero_or_more)] = 0.5
+    temperature: Annotated[float, Field(ge=0, le=100), AfterValidator(_not_too_cold)] = 0.5
     """Sampling temperature, 0.01 or more; 0 is greedy."""
     top_k: Annotated[int, Field(ge=0)] = 50
     """Keep the k most probable tokens; 0 keeps all."""

@@ -98,6 +98,15 @@ def open_source(model: str) -> tuple[str, PreTrainedConfig, PreTrainedTokenizerB
     return source, model_config, tokenizer
 
 
+def refuse_adapters(source: str) -> None:
+    """Raise UserError where a folder has them in place of a whole model."""
+    if Path(source, ADAPTERS).exists():
+        raise UserError(
+            f"model: {source} holds adapters; em-kernels merge RUN --output DIR makes a model of "
+            "a run's"
+        )
+
+
 def check_context(config: PreTrainedConfig, longest: int, new: int, told: str, remedy: str) -> None:
     """Raise UserError where a prompt of so many tokens and a completion exceed the model's."""
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -114,11 +123,7 @@ def load_task(config: TrainConfig) -> Task:
     """Tokenizer and prompts, checked against the model's context; no weights are read."""
     problems = problems_of(config)
     source, model_config, tokenizer = open_source(config.model)
-    if Path(source, ADAPTERS).exists():
-        raise UserError(
-            f"model: {source} holds adapters; em-kernels merge RUN --output DIR makes a model of "
-            "a run's"
-        )
+    refuse_adapters(source)
     chat_template = config.chat_template and tokenizer.chat_template is not None
     kwargs = json_object("template_kwargs", config.template_kwargs)
     prompts = [encode(tokenizer, problem.prompt, chat_template, kwargs) for problem in problems]

@@ -23,7 +23,7 @@ from .effects import ARMS, EXAMPLES, analyse, table_of
 from .evaluate import Temperatures, known_answers, percent, score
 from .records import CONFIG, resumable, write_whole
 from .select import Candidate, SelectConfig, select
-from .setup import ADAPTERS, fingerprint, resolve_source
+from .setup import fingerprint, refuse_adapters, resolve_source
 from .trainer import train
 
 HELP = """Three arms of prompts of one pool: those of highest variance of correctness, random ones,
@@ -106,11 +106,7 @@ def run_study(config: StudyConfig, console: Console) -> dict[str, Any]:
     """Select, train, score, and write study.json, which is returned."""
     if config.pool < (least := 2 * config.prompts + 4):
         raise UserError(f"pool: {config.pool} do not make three arms; take {least} or more")
-    if Path(resolve_source(config.model), ADAPTERS).exists():  # which train refuses, much later
-        raise UserError(
-            f"model: {config.model} holds adapters; em-kernels merge RUN --output DIR makes a "
-            "model of a run's"
-        )
+    refuse_adapters(resolve_source(config.model))  # as train would, much later
     if config.count is not None:
         raise UserError("count: goes with select and eval; a study takes pool and held_out")
     count = config.pool + config.held_out + EXAMPLES
