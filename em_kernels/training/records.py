@@ -44,7 +44,8 @@ def write_whole(path: Path, text: str) -> None:
             sync(partial)
             partial.replace(path)
     except UserError:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
         raise
 
 

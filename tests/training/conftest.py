@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 from training.lives import BASE, MODES, command
@@ -40,6 +42,19 @@ def folders(tmp_path_factory):
     home = tmp_path_factory.mktemp("models")
     found = {tied: save_tiny(home / str(tied), tied=tied) for tied in (True, False)}
     return {**found, "falcon": save_tiny(home / "falcon", "falcon")}
+
+
+@pytest.fixture
+def published():
+    """published(name): the path of an evaluation file as its authors gave it out."""
+    folder = Path(__file__).parents[3] / "shared" / "data"
+
+    def published(name):
+        if not (path := folder / f"{name}.jsonl").exists():
+            pytest.skip(f"needs the published {path.name}; put it into {folder}")
+        return path
+
+    return published
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Problems from text and files, in the schemas that are met in the wild."""
 
 import json
-from pathlib import Path
 
 import datasets
 import huggingface_hub.constants
@@ -19,8 +18,6 @@ from em_kernels.training.data import (
     read_problems,
     read_rows,
 )
-
-SHARED = Path(__file__).parents[3] / "shared" / "data"
 
 CHAT = [
     {"role": "system", "content": "Be brief."},
@@ -294,14 +291,9 @@ def test_a_json_list(tmp_path):
         read_problems(str(tmp_path / "rows"), count=None)
 
 
-@pytest.mark.parametrize(
-    "name, rows", [("math500.jsonl", 500), ("amc23.jsonl", 40), ("minerva_math.jsonl", 272)]
-)
-def test_real_files(name, rows):
-    path = SHARED / name
-    if not path.exists():
-        pytest.skip(f"{path} is not here")
-    found = read_problems(str(path), count=None)
+@pytest.mark.parametrize("name, rows", [("math500", 500), ("amc23", 40), ("minerva_math", 272)])
+def test_real_files(name, rows, published):
+    found = read_problems(str(published(name)), count=None)
     assert len(found) == rows and len(set(found)) == rows
     assert all(problem.prompt.strip() and problem.answer for problem in found)
     assert all(len(problem.answer) < 300 and "boxed" not in problem.answer for problem in found)

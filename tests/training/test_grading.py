@@ -14,8 +14,6 @@ import pytest
 from em_kernels.training import grading
 from em_kernels.training.grading import Grader, final_answer
 
-DATA = Path(__file__).parents[3] / "shared" / "data"
-
 
 @pytest.fixture(scope="module")
 def grader():
@@ -322,11 +320,9 @@ def test_nothing_starts_for_numbers_and_words():
 
 
 @pytest.mark.parametrize("name", ["math500", "minerva_math", "amc23"])
-def test_reference_answers(name, grader):
+def test_reference_answers(name, grader, published):
     """Each is itself, also to math-verify, and none is another."""
-    if not (path := DATA / f"{name}.jsonl").exists():
-        pytest.skip(f"{path} is not there")
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [json.loads(line) for line in published(name).read_text().splitlines()]
     answers = [str(row.get("answer") or final_answer(row["solution"])) for row in rows]
     alike = [(boxed(answer), answer) for answer in answers]
     alike += [(boxed(rf"\! {a}"), a) for a in answers if re.search(r"[=^(]|\\frac|\\sqrt", a)]

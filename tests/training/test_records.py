@@ -162,6 +162,12 @@ def test_full_disk(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["metrics.jsonl"]
 
 
+def test_a_folder_that_is_a_file(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="output: cannot write .*config.yaml: .*Not a directory"):
+        write_config(tmp_path / "file", TrainConfig())
+
+
 def test_a_start_that_was_killed_is_no_run(tmp_path):
     for name in (".config.yaml.partial", ".asked.json.partial", "asked.json", "running.json"):
         (tmp_path / name).touch()
