@@ -7,13 +7,16 @@ import subprocess
 import sys
 import threading
 
+import huggingface_hub.constants
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import torch
+from training.lives import command
 from training.tiny import make_tokenizer, save_tiny
 from transformers.utils.logging import disable_progress_bar
 
+import em_kernels
 from em_kernels.cli import main
 from em_kernels.training.config import Sampling, TrainConfig, read_yaml
 
@@ -238,6 +241,7 @@ def test_unknown_command(arguments, capfd):
 
 @pytest.mark.parametrize("package", ["tyro", "accelerate", "pydantic"])
 def test_missing_package_is_named(package, monkeypatch, capfd):
+    monkeypatch.setattr(em_kernels, "training", em_kernels.training)  # put back, as the modules are
     for name in [name for name in sys.modules if name.startswith("em_kernels.training")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
@@ -245,10 +249,12 @@ def test_missing_package_is_named(package, monkeypatch, capfd):
     assert f"{package} is not installed; pip install 'em-kernels[train,eval,gym]'" in line
 
 
-def run(*arguments, cwd):
+def run(*arguments, cwd, stdout=subprocess.PIPE):
+    """A finished process of the command line, with an interpreter of its own."""
     command = [sys.executable, "-m", "em_kernels.cli", *arguments]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        command, cwd=cwd, stdin=subprocess.DEVNULL, stdout=stdout, stderr=subprocess.PIPE, text=True
+    )
 
 
 def test_as_a_process(place, tmp_path):
@@ -258,38 +264,45 @@ def test_as_a_process(place, tmp_path):
     assert (done.returncode, done.stdout) == (0, f"{output}/checkpoints/step-00001\n")
     assert done.stderr.count("\n") == 2 and done.stderr.startswith("update  1/1  loss = entropy")
     assert "\nWarning: 2 of 2 completions were cut off; raise" in done.stderr
-    again = run("train", "--model", "no/such-model", *PROMPT, *SHORT, cwd=tmp_path)
-    assert (again.returncode, again.stdout) == (2, "")
-    assert again.stderr.count("\n") == 1
-    assert again.stderr.startswith("em-kernels train: error: model: cannot open 'no/such-model'")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-@pytest.mark.parametrize(
-    "command, code, said",
-    [
-        ("train --help | head -1", 141, ""),
-        ("plan --model model --device cpu --prompt-tokens 9 --max-new-tokens 9 | head -1", 0, ""),
-        ("info > /dev/full", 1, "em-kernels: error: cannot write: No space left on device\n"),
-    ],
-)
-def test_nobody_reads_what_it_prints(command, code, said, at):
-    script = f"python -m em_kernels.cli {command}; exit ${{PIPESTATUS[0]}}"
-    path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
-    done = subprocess.run(
-        ["bash", "-c", script], env={**os.environ, "PATH": path}, capture_output=True, text=True
-    )
-    assert (done.returncode, done.stderr) == (code, said)
+def test_a_model_that_the_hub_would_have(tmp_path, monkeypatch, capfd):
+    """One line, and not those of the libraries that look for it."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    line = refused(["train", "--model", "no/such-model", *PROMPT, *SHORT], capfd)
+    assert line.startswith("em-kernels train: error: model: cannot open 'no/such-model'")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nobody_reads_its_help(tmp_path):
+    """The pipe's reader has left before the command starts."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = run("train", "--help", cwd=tmp_path, stdout=writer)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_full_disk_for_what_it_prints(tmp_path):
+    with open("/dev/full", "w") as full:
+        done = run("info", cwd=tmp_path, stdout=full)
+    said = "em-kernels: error: cannot write: No space left on device\n"
+    assert (done.returncode, done.stderr) == (1, said)
+
+
+def test_nobody_reads_a_table(at, tmp_path):
+    asked = ["--model", at / "model", "--device", "cpu", "--prompt-tokens", "9"]
+    asked += ["--max-new-tokens", "9"]
+    done = command(["plan", *asked], tmp_path / "log", "nobody reads stdout")
+    assert (done.code, done.err) == (0, "")
 
 
 def test_training_goes_on_when_nobody_reads_its_progress(at, tmp_path):
-    command = [sys.executable, "-m", "em_kernels.cli", "train", "--model", "model", *PROMPT]
-    command += [*SHORT, "--steps", "5", "--output", str(tmp_path / "run")]
-    reader, writer = os.pipe()
-    os.close(reader)
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=writer, text=True)
-    os.close(writer)
-    assert (done.returncode, done.stdout) == (0, f"{tmp_path}/run/checkpoints/step-00005\n")
+    asked = ["train", "--model", at / "model", *PROMPT, *SHORT, "--steps", "5", "--output", "run"]
+    done = command(asked, tmp_path / "log", "nobody reads stderr")
+    assert (done.code, done.out) == (0, "run/checkpoints/step-00005\n")
 
 
 def test_progress_goes_to_stderr_and_the_checkpoint_to_stdout(at, tmp_path, capfd):
@@ -340,11 +353,17 @@ def test_help_of_each_command(command, flag, capfd):
     assert exit.value.code == 0 and stderr == "" and f"em-kernels {command}" in stdout
 
 
+def shown(arguments, capfd):
+    """A command's help on a terminal that breaks no word, its frames and line ends left out."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        patch.setenv("COLUMNS", "200")
+        main([*arguments, "--help"])
+    return " ".join(capfd.readouterr().out.replace("│", " ").split())
+
+
 def help_of(command, config, capfd):
-    """Which tells every setting."""
-    with pytest.raises(SystemExit):
-        main([command, "--help"])
-    text = " ".join(capfd.readouterr().out.replace("│", " ").split())
+    """The help of a command, which tells every setting."""
+    text = shown([command], capfd)
     for name in [*config.model_fields, *Sampling.model_fields]:
         flag = {"four_bit": "4bit"}.get(name, name.replace("_", "-"))
         assert name == "sampling" or f"--{flag}" in text
@@ -359,9 +378,7 @@ def test_help_of_train_tells_every_setting_and_default(capfd):
 
 
 def test_help_of_demo_tells_its_defaults(capfd):
-    with pytest.raises(SystemExit):
-        main(["demo", "--help"])
-    text = capfd.readouterr().out
+    text = shown(["demo"], capfd)
     assert "(default: 0)" in text and "runs/demo-N" in text
 
 
@@ -400,7 +417,16 @@ def test_demo_refuses_what_train_refuses(at, capfd):
 
 def test_ctrl_c_before_training(at, tmp_path, capfd):
     """While it waits for a prompt that nobody writes."""
-    os.mkfifo(tmp_path / "pipe.jsonl")
-    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
-    assert main(["train", "--model", "model", *file(str(tmp_path / "pipe.jsonl"))]) == 130
+    os.mkfifo(pipe := tmp_path / "pipe.jsonl")
+    waiting, ended = threading.main_thread().ident, threading.Event()
+
+    def interrupt():
+        with open(pipe, "w"):  # when it has been opened to be read
+            signal.pthread_kill(waiting, signal.SIGINT)
+            ended.wait()
+
+    (thread := threading.Thread(target=interrupt, daemon=True)).start()
+    assert main(["train", "--model", "model", *file(str(pipe))]) == 130
+    ended.set()
+    thread.join()
     assert capfd.readouterr() == ("", "em-kernels train: interrupted\n")

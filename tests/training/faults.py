@@ -112,6 +112,25 @@ def interrupt():
     os.kill(os.getpid(), signal.SIGINT)
 
 
+def twice():
+    interrupt()
+    interrupt()
+
+
+def hold():
+    """Tell whoever waits, and do nothing until a signal comes."""
+    Path("held").touch()
+    while True:
+        signal.pause()
+
+
+def unread(number):
+    """A pipe whose reader has gone before the first byte."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    os.dup2(writer, number)
+
+
 def on_file(name, nth, method, first=die, then=None):
     """At the nth call of a method of a Path with this name."""
     real, calls = getattr(Path, method), count(1)
@@ -142,9 +161,18 @@ def half_text(name, nth):
 
 def the(name):
     """A class or module of the trainer's."""
-    from em_kernels.training import checkpoint, optimizer, records, rollout, step, trainer
+    from em_kernels.training import (
+        checkpoint,
+        completions,
+        optimizer,
+        records,
+        rollout,
+        step,
+        trainer,
+    )
 
-    parts = {m.__name__.rpartition(".")[2]: m for m in (checkpoint, records, rollout, step)}
+    modules = (checkpoint, completions, records, rollout, step)
+    parts = {m.__name__.rpartition(".")[2]: m for m in modules}
     parts |= {"trainer": trainer, "optimizer": optimizer, "AdamW": optimizer.MasterAdamW}
     parts |= {"Running": records.Running, "Prompt": step.Prompt, "Ends": rollout._SegmentEnd}
     return parts[name]
@@ -218,9 +246,17 @@ OTHERS = {
     },
     "stopped": lambda: on(the("AdamW"), "norm", 1, stop),
     "Ctrl-C in update 2": lambda: on(the("Prompt"), "backward", 3, interrupt),  # the plan has one
-    "Ctrl-C twice in the second save": lambda: on_file(
-        ".step-00004.partial", 1, "rename", lambda: (interrupt(), interrupt())
-    ),
+    "Ctrl-C twice in update 2": lambda: on(the("Prompt"), "backward", 3, twice),
+    "Ctrl-C twice in the second save": lambda: on_file(".step-00004.partial", 1, "rename", twice),
+    "Ctrl-C in the first save": lambda: on(the("trainer"), "save_checkpoint", 1, interrupt),
+    "Ctrl-C at token 5": lambda: on(the("Ends"), "__call__", 5, interrupt),
+    # of evaluations and studies
+    "5 completions": lambda: after(the("completions"), "append", 5),
+    "held after 5 completions": lambda: on(the("completions"), "append", 5, None, hold),
+    "update 1 of the second run of two": lambda: after(the("trainer"), "append", 6),
+    # of what is printed
+    "nobody reads stdout": lambda: unread(1),
+    "nobody reads stderr": lambda: unread(2),
 }
 POINTS = {**INSIDE, **BETWEEN, **OTHERS}
 SLAB = 1 << 12  # elements
@@ -237,14 +273,14 @@ def main_of(arguments):
     return main(arguments)
 
 
-def life(arguments, log, changes):
+def life(arguments, log, changes, threads=1):
     """Of a child: one command."""
     os.chdir(Path(log).parent)
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(f"{log}.{name}", os.O_CREAT | os.O_RDWR | os.O_TRUNC | os.O_APPEND), number)
     from em_kernels.training import optimizer
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     optimizer.SLAB = SLAB
     for change in changes:
         POINTS[change]()

@@ -6,6 +6,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from spawned import HANG_S
 from training.faults import life
 from training.tiny import PLAIN, read
 
@@ -36,7 +37,8 @@ def slow(*values):
 class Ended:
     def __init__(self, code, log):
         self.code = code
-        self.out, self.err = (Path(f"{log}.{n}").read_text() for n in ("stdout", "stderr"))
+        names = ("stdout", "stderr")
+        self.out, self.err = (Path(f"{log}.{n}").read_text(encoding="utf-8") for n in names)
         assert "Traceback" not in self.err, self.err
 
     def refused(self):
@@ -47,12 +49,23 @@ class Ended:
         return lines[0].removeprefix("em-kernels train: error: ")
 
 
-def command(arguments, log, *changes):
-    child = CHILDREN.Process(target=life, args=([*map(str, arguments)], str(log), changes))
+def begin(arguments, log, *changes, threads=1):
+    """A command's process, which works in the folder of its log."""
+    child = CHILDREN.Process(target=life, args=([*map(str, arguments)], str(log), changes, threads))
     child.start()
-    child.join(120)
-    assert child.exitcode is not None
+    return child
+
+
+def end(child, log):
+    child.join(HANG_S)
+    if child.exitcode is None:
+        child.kill()
+        raise AssertionError(f"{log}: it hangs")
     return Ended(child.exitcode, log)
+
+
+def command(arguments, log, *changes, threads=1):
+    return end(begin(arguments, log, *changes, threads=threads), log)
 
 
 def comparable(run):

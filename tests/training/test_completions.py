@@ -1,14 +1,15 @@
 """How a model is asked, what is refused, and evaluations that are stopped and go on."""
 
 import json
+import os
 import re
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
-from training.test_interrupt import PATIENCE_S, lines, wait_for
+from spawned import outlived, wait_for
+from training.lives import begin, end
+from training.test_interrupt import lines
 from training.tiny import PLAIN, make_model, make_tokenizer, read, save_tiny
 
 from em_kernels.cli import main
@@ -94,7 +95,7 @@ def test_a_generator_makes_what_is_left_out_too(data):
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, folder):
     place = tmp_path_factory.mktemp("place")
-    rows = [{"problem": f"{i} + {j} =", "answer": str(i + j)} for i in range(15) for j in range(20)]
+    rows = [{"problem": f"{i} + {j} =", "answer": str(i + j)} for i in range(4) for j in range(5)]
     (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (place / "unanswered.jsonl").write_text('{"problem": "a", "answer": 3}\n{"problem": "b"}\n')
     (place / "long.jsonl").write_text(json.dumps({"prompt": "W" * 510, "answer": 3}) + "\n")
@@ -111,8 +112,8 @@ REFUSED = [
     (["--data", ""], "data: missing"),
     (["--data", "missing.jsonl"], "data: cannot read missing.jsonl"),
     (["--data", "unanswered.jsonl"], "data: not every problem of unanswered.jsonl has an answer"),
-    (["--skip", "300"], "data: rows.jsonl has 300 problems; .* leave none"),
-    (["--count", "301"], "count: rows.jsonl has 300 problems"),
+    (["--skip", "20"], "data: rows.jsonl has 20 problems; .* leave none"),
+    (["--count", "21"], "count: rows.jsonl has 20 problems"),
     (["--samples", "2"], "samples: are all the same at sampling.temperature 0"),
     (["--seed", str(2**32)], "seed: 4294967296: input should be less than 4294967296"),
     (["--model", ""], "model: missing"),
@@ -159,30 +160,30 @@ def test_stopped_and_gone_on(number, long, tmp_path, capfd):
     """As one that was not stopped; nobody else writes there meanwhile."""
     output, kept = tmp_path / "eval", tmp_path / "eval" / "completions.jsonl"
     base, whole = [*long[0], "--output", str(output)], long[1]
-    command = [sys.executable, "-m", "em_kernels.cli", *base, "--batch-size", "1"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: lines(kept) >= 5)
-    capfd.readouterr()
-    assert main(base) == 2
-    assert capfd.readouterr().err == (
-        f"em-kernels eval: error: output: another process works in {output} now\n"
-    )
-    process.send_signal(number)
-    stdout, stderr = process.communicate(timeout=PATIENCE_S)
+    log = tmp_path / "log"
+    with outlived(begin([*base, "--batch-size", "1"], log, "held after 5 completions")) as process:
+        wait_for((tmp_path / "held").exists, process.is_alive)
+        capfd.readouterr()
+        assert main(base) == 2
+        assert capfd.readouterr().err == (
+            f"em-kernels eval: error: output: another process works in {output} now\n"
+        )
+        os.kill(process.pid, number)
+        ended = end(process, log)
     said = f"em-kernels eval: interrupted; the same command goes on in {output}\n"
     if number == signal.SIGINT:
-        assert (process.returncode, stdout, stderr) == (130, "", said)
+        assert (ended.code, ended.out, ended.err) == (130, "", said)
     else:
-        assert (process.returncode, stdout, stderr) == (-9, "", "")
+        assert (ended.code, ended.out, ended.err) == (-9, "", "")
         with open(kept, "a") as file:
             file.write('{"problem": 3, "sam')
+    assert lines(kept) == 5 and not (output / "results.json").exists()
     before = kept.read_text().rpartition("\n")[0]
-    assert 5 <= before.count("\n") + 1 < 600 and not (output / "results.json").exists()
     assert main([*base, "--seed", "1"]) == 2
     assert f"output: {output} was made with seed 0, not 1; go on" in capfd.readouterr().err
     assert main(base) == 0
     assert results(output) == whole
-    assert kept.read_text().startswith(before + "\n") and len(read(kept)) == 600
+    assert kept.read_text().startswith(before + "\n") and len(read(kept)) == 40
     assert not (output / "running.json").exists()
 
 

@@ -7,41 +7,22 @@ import sys
 import time
 
 import pytest
+from spawned import HANG_S, outlived, wait_for
+from training.lives import begin, command, end
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from em_kernels.training.trainer import Interrupted, StopRequest
 
-PATIENCE_S = 60
-
-
-def wait_for(condition):
-    end = time.monotonic() + PATIENCE_S
-    while not (found := condition()):
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.002)
-    return found
-
 
 def lines(path):
-    return len(path.read_text().splitlines()) if path.exists() else 0
+    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def start(folder, output, *options):
-    """A run that would take hours."""
-    command = [sys.executable, "-m", "em_kernels.cli", "train", "--model", str(folder)]
-    command += ["--prompt", "What is 2 + 3?", "--output", str(output), "--device", "cpu"]
-    command += [
-        "--steps",
-        "100000",
-        "--save-at",
-        "100000",
-        "--rollouts",
-        "4",
-        "--max-new-tokens",
-        "8",
-        *options,
-    ]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def long(folder, output, *options):
+    """The command of a run that would take hours."""
+    asked = ["train", "--model", str(folder), "--prompt", "What is 2 + 3?", "--device", "cpu"]
+    asked += ["--output", str(output), "--steps", "100000", "--save-at", "100000"]
+    return [*asked, "--rollouts", "4", "--max-new-tokens", "8", *options]
 
 
 def assert_opens(checkpoint):
@@ -50,48 +31,65 @@ def assert_opens(checkpoint):
     assert AutoTokenizer.from_pretrained(checkpoint)("a").input_ids
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_leaves_the_last_finished_update(number, folder, tmp_path):
-    output = tmp_path / "run"
-    process = start(folder, output)
-    wait_for(lambda: lines(output / "metrics.jsonl") >= 2)
-    process.send_signal(number)
-    stdout, stderr = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == 130 and stdout == ""
+def assert_left(output, code, out, err):
+    """The last finished update, and its name as the only thing that is said of it."""
+    assert code == 130 and out == ""
     updates = lines(output / "metrics.jsonl")
     checkpoint = output / "checkpoints" / f"step-{updates:05d}"
     assert list(checkpoint.parent.iterdir()) == [checkpoint]
-    last = " ".join(stderr.split("em-kernels train: ")[1].split())
+    last = " ".join(err.split("em-kernels train: ")[1].split())
     assert last == f"interrupted; {checkpoint} holds the last update"
-    assert "Traceback" not in stderr
+    assert "Traceback" not in err
     assert_opens(checkpoint)
     assert lines(output / "rollouts.jsonl") in (4 * updates, 4 * updates + 4)  # one was sampled
 
 
-def test_two_signals_exit_too(folder, tmp_path):
+def test_ctrl_c_leaves_the_last_finished_update(folder, tmp_path):
+    """An interpreter of its own, as a shell starts it."""
     output = tmp_path / "run"
-    process = start(folder, output)
-    wait_for(lambda: lines(output / "metrics.jsonl") >= 1)
-    process.send_signal(signal.SIGINT)
-    time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == 130 and "Traceback" not in stderr
+    process = subprocess.Popen(
+        [sys.executable, "-m", "em_kernels.cli", *long(folder, output)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with outlived(process):
+        wait_for(lambda: lines(output / "metrics.jsonl") >= 2, lambda: process.poll() is None)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=HANG_S)
+    assert_left(output, process.returncode, out, err)
+
+
+def test_sigterm_leaves_the_last_finished_update(folder, tmp_path):
+    output, log = tmp_path / "run", tmp_path / "log"
+    with outlived(begin(long(folder, output), log)) as process:
+        wait_for(lambda: lines(output / "metrics.jsonl") >= 2, process.is_alive)
+        process.terminate()
+        ended = end(process, log)
+    assert_left(output, ended.code, ended.out, ended.err)
+
+
+@pytest.mark.parametrize(
+    "points",
+    [["Ctrl-C twice in update 2"], ["Ctrl-C in update 2", "Ctrl-C in the first save"]],
+    ids=["in an update", "in the save that follows"],
+)
+def test_two_signals_exit_too(points, folder, tmp_path):
+    output = tmp_path / "run"
+    ended = command(long(folder, output), tmp_path / "log", *points)
+    assert ended.code == 130 and lines(output / "metrics.jsonl") >= 1
     for checkpoint in (output / "checkpoints").glob("*"):
         assert_opens(checkpoint)
 
 
 def test_a_signal_before_the_first_update(folder, tmp_path):
-    """Update 1 alone would take minutes."""
+    """While it samples; update 1 alone would take minutes."""
     output = tmp_path / "run"
-    process = start(folder, output, "--rollouts", "30000")
-    wait_for(lambda: (output / "config.yaml").exists())
-    time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == 130
-    assert stderr == "em-kernels train: interrupted; no update yet\n"
-    assert not (output / "checkpoints").exists()
+    asked = long(folder, output, "--rollouts", "30000")
+    ended = command(asked, tmp_path / "log", "Ctrl-C at token 5")
+    assert ended.code == 130
+    assert ended.err == "em-kernels train: interrupted; no update yet\n"
+    assert (output / "config.yaml").exists() and not (output / "checkpoints").exists()
 
 
 def test_stop_request():
@@ -103,5 +101,5 @@ def test_stop_request():
             stop.check()
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(1)
+            time.sleep(HANG_S)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before

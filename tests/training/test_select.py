@@ -3,14 +3,13 @@
 import json
 import shlex
 import signal
-import subprocess
-import sys
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from training.test_interrupt import PATIENCE_S, lines, wait_for
+from training.lives import command
+from training.test_interrupt import lines
 from training.tiny import read, save_tiny
 from transformers import AutoModelForCausalLM
 
@@ -199,17 +198,14 @@ def test_the_command_that_it_tells_trains_on_the_first(
 
 def test_killed_and_gone_on(folder, tmp_path, capfd):
     data = write_rows(tmp_path / "rows.jsonl", "12345678")
-    many = ["--samples", "30", "--more", "30"]
-    assert main(selection(folder, data, tmp_path / "whole", *many, tokens=3)) == 0
-    arguments = selection(folder, data, tmp_path / "killed", *many, tokens=3)
-    command = [sys.executable, "-m", "em_kernels.cli", *arguments, "--batch-size", "1"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_for(lambda: lines(tmp_path / "killed" / "completions.jsonl") >= 5)
-    process.send_signal(signal.SIGKILL)
-    process.wait(timeout=PATIENCE_S)
+    assert main(selection(folder, data, tmp_path / "whole", tokens=3)) == 0
+    arguments = selection(folder, data, tmp_path / "killed", tokens=3)
+    ended = command([*arguments, "--batch-size", "1"], tmp_path / "log", "5 completions")
+    assert ended.code == -signal.SIGKILL
+    assert lines(tmp_path / "killed" / "completions.jsonl") == 5
     assert not (tmp_path / "killed" / "selection.jsonl").exists()
-    assert main([*arguments, "--samples", "29"]) == 2
-    assert "was made with samples 30, not 29" in capfd.readouterr().err
+    assert main([*arguments, "--samples", "5"]) == 2
+    assert "was made with samples 6, not 5" in capfd.readouterr().err
     assert main(arguments) == 0
     whole, killed = (tmp_path / name / "selection.jsonl" for name in ("whole", "killed"))
     ranked = [{**row, "entropy": pytest.approx(row["entropy"], rel=1e-4)} for row in read(whole)]
