@@ -1,15 +1,20 @@
 """make gpu, as a dry run: its parts, their limits, what is kept, what is told."""
 
 import json
+import multiprocessing
 import os
 import re
+import signal
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from spawned import HANG_S, outlived, running, wait_for
+from training.lives import CHILDREN
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -24,45 +29,116 @@ from em_kernels.rows import portable  # noqa: E402
 from em_kernels.rows.configs import DEFAULT, TUNED, RowConfig, config_for  # noqa: E402
 
 
-def proof(*arguments, **env):
+def proof(*arguments):
+    """A dry run, as make gpu starts it."""
     command = [sys.executable, ROOT / "benchmarks" / "gpu_proof.py", "--dry-run", *arguments]
-    alone = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | env
+    alone = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     return subprocess.run(list(map(str, command)), capture_output=True, text=True, env=alone)
 
 
+def forked(arguments, log, change):
+    """Of a child that has imported torch and has no threads yet: a dry run whose parts are forked
+    too.
+    """
+    os.chdir(Path(log).parent)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(f"{log}.{name}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
+    fork = multiprocessing.get_context("fork")
+    gpu_proof.multiprocessing = SimpleNamespace(get_context=lambda kind: fork)
+    change(fork)
+    sys.exit(gpu_proof.main(["--dry-run", *arguments]))
+
+
+def as_it_is(fork):
+    pass
+
+
+def dry(home, *arguments, change=as_it_is):
+    """Exit code and stdout of a dry run."""
+    log = home / "log"
+    child = CHILDREN.Process(target=forked, args=([*map(str, arguments)], str(log), change))
+    child.start()
+    with outlived(child):
+        child.join(HANG_S)
+        assert child.exitcode is not None, "it hangs"
+    told = (home / "log.stdout").read_text()
+    return child.exitcode, told + (home / "log.stderr").read_text()
+
+
+def endless(fork):
+    """The chunks' part never ends, and has the least time."""
+    part = gpu_proof.PARTS["tune-chunks"]
+    endless = part._replace(seconds=0.1, run=lambda run: signal.pause())
+    gpu_proof.PARTS["tune-chunks"] = endless
+
+
 def test_parts_are_kept_and_cut_short(tmp_path):
-    """The first time one part is done; then no second is left for the other; then it is done."""
+    """The first time one part is done; then the other takes too long; then there is no time at all
+    for it; then it is done.
+    """
     path = tmp_path / "proof.json"
     names = ["--part", "environment", "tune-chunks", "--results", path]
-    first = proof(*names[:2], *names[3:])
-    assert first.returncode == 0, first.stderr
-    assert "environment: copy_gb_per_s" in first.stdout and "written to" in first.stdout
+    code, told = dry(tmp_path, *names[:2], *names[3:])
+    assert code == 0, told
+    assert "environment: copy_gb_per_s" in told and "written to" in told
     kept = store.load(path)["proof"]["environment"]
     assert kept["copy_gb_per_s"] > 0 and kept["versions"]["torch"] == torch.__version__
     assert all(rate > 0 for rate in kept["head_tflops"].values())
 
-    cut = proof(*names, "--minutes", "0.005")
-    assert cut.returncode == 1
-    assert "environment: is in" in cut.stdout and "tune-chunks: skipped: stopped" in cut.stdout
-    assert "takes up what is left: tune-chunks" in cut.stdout
+    code, told = dry(tmp_path, *names, change=endless)
+    assert code == 1, told
+    assert "environment: is in" in told and "tune-chunks: skipped: stopped after 0.1 s" in told
+    assert "takes up what is left: tune-chunks" in told
     assert store.load(path)["proof"]["environment"] == kept
 
-    rest = proof(*names)
-    assert rest.returncode == 0, rest.stderr
+    code, told = dry(tmp_path, *names, "--minutes", "0")
+    assert code == 1 and "tune-chunks: not begun, 0 minutes are over" in told
+
+    code, told = dry(tmp_path, *names)
+    assert code == 0, told
     found = store.load(path)["proof"]
-    assert found["environment"] == kept and "environment: is in" in rest.stdout
+    assert found["environment"] == kept and "environment: is in" in told
     assert found["tune-chunks"]["ways"].keys() == tuning.WAYS.keys()
-    assert found["tune-chunks"]["commit"] in rest.stdout
+    assert found["tune-chunks"]["commit"] in told
 
 
-@pytest.mark.parametrize("seconds", [0.5, 5])  # at its start; with its processes at work
-def test_a_part_over_its_limit_is_stopped_with_all_it_started(seconds, tmp_path):
+def out_of_time(fork):
+    """A part's time is over at once."""
+
+    class Process(fork.Process):
+        def join(self, timeout=None):
+            super().join(timeout and 0)
+
+    fork.Process = Process
+
+
+def out_of_time_at_work(fork):
+    """A part's time is over when its first process is at work, which would never end."""
+    Path("measure.py").write_text(
+        "import os, pathlib, signal\n"
+        "pathlib.Path('.pid').write_text(str(os.getpid()))\n"
+        "pathlib.Path('.pid').rename('pid')\n"
+        "signal.pause()\n"
+    )
+
+    class Process(fork.Process):
+        def join(self, timeout=None):
+            if timeout:
+                wait_for(Path("pid").exists, self.is_alive)
+            super().join(timeout and 0)
+
+    fork.Process = Process
+
+
+@pytest.mark.parametrize("change", [out_of_time, out_of_time_at_work])
+def test_a_part_over_its_limit_is_stopped_with_all_it_started(change, tmp_path):
     path = tmp_path / "proof.json"
-    ran = proof("--part", "suite", "--results", path, "--minutes", seconds / 60, TMPDIR=tmp_path)
-    assert ran.returncode == 1 and "suite: skipped: stopped after" in ran.stdout, ran.stderr
+    code, told = dry(tmp_path, "--part", "suite", "--results", path, change=change)
+    assert code == 1 and "suite: skipped: stopped after 210 s" in told, told
     assert store.load(path)["proof"]["suite"]["skipped"].startswith("stopped after")
-    left = subprocess.run(["pgrep", "-f", f"measure.*{tmp_path}"], capture_output=True, text=True)
-    assert left.stdout == ""
+    if change is out_of_time_at_work:
+        pid = int((tmp_path / "pid").read_text())
+        wait_for(lambda: not running(pid))
 
 
 @pytest.mark.slow
@@ -169,7 +245,9 @@ def test_junit_reports_are_counted():
 
 
 def test_a_failed_part_is_kept_until_it_is_done_again(tmp_path):
-    """A run of it that is cut short tells less; it comes after what was not tried."""
+    """A run of it that is cut short tells less; it comes after what was not tried. The program as
+    make starts it.
+    """
     path = tmp_path / "proof.json"
     for row in ({"skipped": "no"}, {"failed": 1, "failures": {"a": "b"}}, {"skipped": "stopped"}):
         store.merge(path, "cpu", "proof", {"environment": row})
