@@ -30,6 +30,7 @@ def test_shapes_are_the_models(size, count, tmp_path):
     assert len(tokenizer("a b" * 7).input_ids) == 21
 
 
+@pytest.mark.slow
 def test_dry_run_fills_the_results_and_leaves_what_is_there(tmp_path):
     path, there = tmp_path / "24gb.json", {"device_peak_gib": 1.0}
     store.merge(path, "cpu", "parts", {"1.5B full": there, "7B lora": {"skipped": "no memory"}})
