@@ -4,14 +4,24 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint build dist-check docs bench bench-train gpu gpu-24gb clean
+# Slow tests that CI runs beside make test: real launches, kills in every mode, whole programs.
+CI_TESTS :=
+
+.PHONY: demo test test-ci test-all lint build dist-check docs bench bench-train gpu gpu-24gb clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
 	@$(BIN)/em-kernels demo $(DEMO_ARGS)
 
+# A test process for each CPU; TEST_ARGS='-n 0 tests/test_rows.py -k bf16' runs a part in one.
 test: $(INSTALLED)
-	@$(BIN)/python -m pytest $(TEST_ARGS)
+	@$(BIN)/python -m pytest -n auto $(TEST_ARGS)
+
+test-ci: $(INSTALLED)
+	@$(BIN)/python -m pytest -n auto -m 'slow and not gpu' $(CI_TESTS)
+
+test-all: $(INSTALLED)
+	@$(BIN)/python -m pytest -n auto -m 'not gpu' $(TEST_ARGS)
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

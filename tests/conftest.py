@@ -1,12 +1,16 @@
+import contextlib
+import os
 import signal
 
-import interpreted
 import pytest
 import torch
 from hypothesis import settings
+from kernel_params import CUDA, ROWS
+from other_sums import other_sums
 from torch.overrides import TorchFunctionMode
 
 from em_kernels import rows as row_kernels
+from em_kernels.free_memory import free_host_bytes
 from em_kernels.rows import cpu, portable
 
 pytest.register_assert_rewrite(
@@ -16,28 +20,32 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")
 
-needs_extension = pytest.mark.skipif(cpu._C is None, reason="em_kernels._C is not built")
-ROWS = [
-    pytest.param(portable, id="portable"),
-    pytest.param(cpu, id="cpu", marks=needs_extension),
-]
-interpreted_triton = interpreted.load()
-TRITON = pytest.param(
-    interpreted_triton,
-    id="triton",
-    # of NaN and infinities, which are wanted
-    marks=pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning"),
-)
+
+WORKER_BYTES = 3 << 30  # of the largest test's process and its children, with room
 
 
-CUDA = pytest.param(
-    "cuda",
-    id="cuda",
-    marks=[
-        pytest.mark.gpu,
-        pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
-    ],
-)
+def pytest_xdist_auto_num_workers(config):
+    """A worker for each CPU that this process may use, as far as memory goes, and eight at most."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = max(1, min(cpus, free_host_bytes() // WORKER_BYTES, 8))
+    os.environ.setdefault("OMP_NUM_THREADS", str(cpus // workers))  # theirs and their children's
+    return workers
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--other-sums",
+        type=int,
+        metavar="SEED",
+        help="add up the terms of matrix products in another order, as another processor would",
+    )
+
+
+def pytest_configure(config):
+    if (seed := config.getoption("--other-sums")) is not None:
+        stack = contextlib.ExitStack()
+        stack.enter_context(other_sums(seed))
+        config.add_cleanup(stack.close)
 
 
 @pytest.fixture(autouse=True)
@@ -58,9 +66,6 @@ def rows(request, monkeypatch):
             "kernels_for",
             lambda y: portable if y.dtype == torch.float64 else request.param,
         )
-
-
-on_cpu_only = pytest.mark.parametrize("rows", ROWS, indirect=True)
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import needs_extension
+from kernel_params import needs_extension
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 

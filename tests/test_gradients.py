@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import needs_extension, on_cpu_only
+from kernel_params import needs_extension, on_cpu_only
 from test_memory import changes
 from test_sparse import N, V, peaked
 from torch.utils.flop_counter import FlopCounterMode

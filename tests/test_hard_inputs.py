@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import CUDA, ROWS, TRITON
+from kernel_params import CUDA, ROWS, TRITON
 from torch.testing import assert_close
 from truth import (
     assert_no_worse_than_eager,

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import needs_extension, on_cpu_only
+from kernel_params import needs_extension, on_cpu_only
 from torch.profiler import ProfilerActivity, profile
 from truth import draw, entropy_of
 

@@ -8,7 +8,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import needs_extension
+from kernel_params import needs_extension
 from test_memory import changes
 from torch.testing import assert_close
 from truth import draw, entropy_of, leaves, logits_of, relative_error, stats_of

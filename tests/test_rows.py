@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import ROWS, TRITON, interpreted_triton
+from kernel_params import ROWS, TRITON, interpreted_triton
 from torch.testing import assert_close
 
 from em_kernels import reference

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import needs_extension
+from kernel_params import needs_extension
 from test_memory import changes
 from test_sparse import peaked
 from torch.utils.flop_counter import FlopCounterMode

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from conftest import TRITON, interpreted_triton
 from interpreted import DEFAULT
+from kernel_params import TRITON, interpreted_triton
 from test_rows import gradient_of, in_fp64, plain, problem, truth_of
 from torch.testing import assert_close
 from truth import FLOAT_STATS, draw, entropy_of, leaves, relative_error, stats_of
