@@ -23,10 +23,12 @@ from em_kernels import cli, reference
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "docs")]
+import gpu_proof  # noqa: E402
 import plans  # noqa: E402
 import report  # noqa: E402
 
-PAGES = {path.name: path.read_text() for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]}
+FILES = [ROOT / "README.md", *ROOT.glob("docs/*.md")]
+PAGES = {path.name: path.read_text(encoding="utf-8") for path in FILES}
 NOT_RUN = {  # why, by page: all that no test here can run
     "benchmarks.md": ["installs what is measured beside ours"],
     "using.md": ["vllm needs a GPU", "vllm needs a GPU", "llama.cpp is not a Python package"],
@@ -228,13 +230,13 @@ def test_merge_and_report_do_what_the_pages_say(runs, monkeypatch, capsys):
 def flags():
     """All that --help of any command, and of make gpu, tells of."""
     told, names = io.StringIO(), re.findall(r"^  ([a-z-]+)  ", cli.USAGE, re.M)
-    proof = [sys.executable, ROOT / "benchmarks" / "gpu_proof.py", "--help"]
-    told.write(subprocess.run(proof, capture_output=True, text=True).stdout)
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(told):
         patch.setenv("COLUMNS", "300")
         for arguments in [*([name] for name in names), ["bench", "--compile-report"]]:
             with suppress(SystemExit):
                 cli.main([*arguments, "--help"])
+        with suppress(SystemExit):
+            gpu_proof.main(["--help"])
     return set(re.findall(r"--[a-z0-9][a-z0-9-]*", told.getvalue()))
 
 
@@ -260,14 +262,14 @@ def test_the_site_builds(tmp_path):
     assert ran.returncode == 0, ran.stderr
     names = {path.stem for path in (tmp_path / "site").glob("*.html")} - {"404"}
     assert names == {path.stem for path in ROOT.glob("docs/*.md")}
-    shown = "".join(path.read_text() for path in (tmp_path / "site").glob("*.html"))
+    shown = "".join(path.read_text(encoding="utf-8") for path in (tmp_path / "site").glob("*.html"))
     pictures = set(re.findall(r'src="(results/[^"#]+)', shown))
     assert pictures and all((tmp_path / "site" / name).exists() for name in pictures)
 
 
 def anchors(page):
     """As GitHub and mkdocs make them, of headings of letters, digits and spaces."""
-    titles = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    titles = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.M)
     return {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
 
 
@@ -293,7 +295,7 @@ def test_paths_exist(page):
 def test_benchmarks_are_what_the_results_say():
     """README's part is held to them in test_bench."""
     for path, text in report.generated().items():
-        begun = path.read_text().split(report.BEGIN)[1].split(report.END)[0]
+        begun = path.read_text(encoding="utf-8").split(report.BEGIN)[1].split(report.END)[0]
         assert begun.strip() == text
 
 
@@ -321,6 +323,7 @@ def words_of(text):
     return " ".join(re.sub(r"[^\w\s.,:;+*$'-]|-{3,}", " ", text).split())
 
 
+@pytest.mark.slow
 def test_plans_of_7b():
     """A 24 GB card's; python docs/plans.py writes the page anew."""
     page = PAGES["memory.md"]

@@ -134,6 +134,12 @@ def folder(tmp_path_factory):
     return save_tiny(tmp_path_factory.mktemp("model"), max_position_embeddings=512)
 
 
+@pytest.fixture(autouse=True)
+def wide(monkeypatch):
+    """Tables are as wide as they need, whatever the terminal."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+
 def texts_of(folder, tokenizer, prompts, seed, samples, sampling):
     """Each completion sampled alone, and its length."""
     model = AutoModelForCausalLM.from_pretrained(folder)

@@ -21,6 +21,12 @@ def folder(tmp_path_factory):
     return path
 
 
+@pytest.fixture(autouse=True)
+def wide(monkeypatch):
+    """Tables are as wide as they need, whatever the terminal."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+
 def flags_of(line):
     words = shlex.split(line)
     assert words[:2] == ["em-kernels", "train"]
