@@ -21,6 +21,7 @@ TESTS = Path(__file__).parents[1]
 sys.path.insert(0, str(TESTS))
 
 from other_sums import other_sums  # noqa: E402
+from spawned import HANG_S  # noqa: E402
 from training.tiny import (  # noqa: E402
     PLAIN,
     make_model,
@@ -64,7 +65,7 @@ RUNS = {  # of an engine, by name: folder's weights tied, settings
 }
 
 
-def launched(launcher, *command, where, timeout=300, **env):
+def launched(launcher, *command, where, timeout=HANG_S, **env):
     """A finished command of a launcher, two processes of one thread each."""
     command = [f"{Path(sys.executable).parent}/{launcher[0]}", *launcher[1:], *map(str, command)]
     env = {**environment(hidden="cuda" not in command), **env}
@@ -74,7 +75,7 @@ def launched(launcher, *command, where, timeout=300, **env):
         env=env,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
+        encoding="utf-8",
         start_new_session=True,
     ) as job:
         try:
@@ -95,7 +96,7 @@ def torchrun():
     return ("torchrun", "--nproc-per-node", "2", "--standalone")
 
 
-def run_all(engine, folders, home, timeout=300, **env):
+def run_all(engine, folders, home, timeout=3 * HANG_S, **env):
     """Each of an engine's runs, in a folder of its name; alone/ has the same by one process. One is
     also stopped after two updates and taken up.
 

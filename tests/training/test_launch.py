@@ -6,10 +6,11 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from spawned import HANG_S, wait_for
+from training.lives import slow
 from training.processes import FSDP2, environment, example_run, flags, launched, torchrun
 from training.tiny import read
 
@@ -20,7 +21,7 @@ from em_kernels.training.records import Running
 
 @pytest.mark.parametrize(
     ("example", "engine", "model"),
-    [("2-gpus", "replicas", True), ("8-gpus-fsdp2", "fsdp2", "falcon")],  # whose layers are its h
+    [("2-gpus", "replicas", True), slow("8-gpus-fsdp2", "fsdp2", "falcon")],  # its layers are h
 )
 def test_examples(folders, tmp_path, example, engine, model):
     code, out, err = example_run(example, folders[model], tmp_path)
@@ -35,10 +36,10 @@ def test_examples(folders, tmp_path, example, engine, model):
 @pytest.mark.parametrize(
     ("more", "env", "line"),
     [
-        (["--steps", "0"], {}, "greater than or equal to 1"),
+        slow(["--steps", "0"], {}, "greater than or equal to 1"),
         (["--rollouts", "1"], {}, "rollouts: 1 are fewer than the 2 processes"),
-        (["--mode", "lora"], FSDP2, "mode: lora does not go with fsdp2, which has full"),
-        ([], {**FSDP2, "FSDP_VERSION": "1"}, "fsdp: version 1 is not supported"),
+        slow(["--mode", "lora"], FSDP2, "mode: lora does not go with fsdp2, which has full"),
+        slow([], {**FSDP2, "FSDP_VERSION": "1"}, "fsdp: version 1 is not supported"),
     ],
 )
 def test_what_cannot_work_is_one_line(folders, tmp_path, more, env, line):
@@ -64,22 +65,26 @@ def test_a_folder_in_use_is_one_line(folders, tmp_path):
     assert code != 0 and len(ours) == 1 and "another process works in run now" in ours[0], err
 
 
-@pytest.fixture(params=[("replicas", {}), ("fsdp2", FSDP2)], ids=["replicas", "fsdp2"])
+ENGINES = [pytest.param({}, id="replicas"), pytest.param(FSDP2, id="fsdp2", marks=pytest.mark.slow)]
+
+
+@pytest.fixture(params=ENGINES)
 def running(request, folders, tmp_path):
-    """A job of many updates that has finished some, its launcher and the process of rank 1."""
+    """A job of many updates that has finished some, and its folder."""
     command = [f"{Path(sys.executable).parent}/torchrun", *torchrun()[1:], "-m", "em_kernels.cli"]
     command += ["train", *flags(folders[True], "run", "--steps", "100000", "--save-at", "100000")]
-    env = {**environment(), **request.param[1]}
-    with open(tmp_path / "said", "w+") as said:
+    env, metrics = {**environment(), **request.param}, tmp_path / "run" / "metrics.jsonl"
+    with open(tmp_path / "said", "w") as said:
         job = subprocess.Popen(
             command, cwd=tmp_path, env=env, stdout=said, stderr=said, start_new_session=True
         )
-        deadline = time.monotonic() + 120
-        metrics = tmp_path / "run/metrics.jsonl"
-        while not metrics.exists() or metrics.read_text().count("\n") < 3:
-            assert job.poll() is None and time.monotonic() < deadline, said.read()
-            time.sleep(0.2)
+    try:
+        wait_for(
+            lambda: metrics.exists() and metrics.read_bytes().count(b"\n") >= 3,
+            lambda: job.poll() is None,
+        )
         yield job, tmp_path
+    finally:
         if job.poll() is None:
             os.killpg(job.pid, signal.SIGKILL)
             job.wait()
@@ -100,10 +105,9 @@ def rank_of(job, rank):
 
 def test_a_rank_that_dies_ends_the_job_with_its_name(running):
     job, home = running
-    pid, began = rank_of(job, 1), time.monotonic()
+    pid = rank_of(job, 1)
     os.kill(pid, signal.SIGKILL)
-    assert job.wait(timeout=60) != 0
-    assert time.monotonic() - began < 60
+    assert job.wait(timeout=HANG_S) != 0
     said = (home / "said").read_text()
     root = said[said.index("Root Cause") :]
     assert "rank      : 1 " in root and f"-9 (pid: {pid})" in root
@@ -120,7 +124,7 @@ def test_a_signal_leaves_the_last_finished_update(running, everyone):
         os.killpg(job.pid, signal.SIGINT)
     else:
         os.kill(job.pid, signal.SIGTERM)
-    assert job.wait(timeout=60) != 0
+    assert job.wait(timeout=HANG_S) != 0
     done = len(read(home / "run/metrics.jsonl"))
     said = (home / "said").read_text()
     last = f"run/checkpoints/step-{done:05d}"

@@ -3,12 +3,12 @@
 import os
 import shutil
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
-from training.faults import ROOM, life, size
-from training.lives import CHILDREN, MODES, assert_same, content, slow
+from spawned import outlived, wait_for
+from training.faults import ROOM, size
+from training.lives import MODES, assert_same, begin, content, slow
 from training.tiny import read
 
 OUT_OF_MEMORY = "memory for 40 tokens from update 2 on"
@@ -141,18 +141,13 @@ def test_a_disk_that_others_fill(kib, start, resume, whole_of, tmp_path):
 def test_another_process_in_the_folder(start, resume, whole_of, tmp_path):
     assert start("run", "the norm of update 2").code < 0
     arguments = ["train", "--resume", str(tmp_path / "run")]
-    first = CHILDREN.Process(target=life, args=(arguments, str(tmp_path / "1"), ["stopped"]))
-    first.start()
-    end = time.monotonic() + 60
-    while "State:\tT" not in Path(f"/proc/{first.pid}/status").read_text():
-        assert first.is_alive() and time.monotonic() < end
-        time.sleep(0.01)
-    before = content(tmp_path / "run")
-    line = resume("run").refused()
-    assert line == f"output: another process works in {tmp_path}/run now"
-    assert content(tmp_path / "run") == before
-    first.kill()
-    first.join()
+    with outlived(begin(arguments, tmp_path / "1", "stopped")) as first:
+        status = Path(f"/proc/{first.pid}/status")
+        wait_for(lambda: "State:\tT" in status.read_text(), first.is_alive)
+        before = content(tmp_path / "run")
+        line = resume("run").refused()
+        assert line == f"output: another process works in {tmp_path}/run now"
+        assert content(tmp_path / "run") == before
     assert f"Process {first.pid} died here without a word, in update 1" in resume("run").err
     assert_same(tmp_path / "run", whole_of("full"))
 
