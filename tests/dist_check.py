@@ -62,7 +62,8 @@ def build(folder: Path) -> tuple[Path, Path]:
         sys.exit(f"dist-check: {wheel.name} is not tagged cp310-abi3-manylinux_2_*, as pip needs")
     package = {name for name in listed if name.startswith("em_kernels/")}
     sources = BESIDE | {name for name in listed if name.startswith("csrc/")}
-    inside = {name for name in ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    members = (member for member in ZipFile(wheel).infolist() if not member.is_dir())
+    inside = {member.filename for member in members if ".dist-info/" not in member.filename}
     compare(wheel, inside, package | {"em_kernels/_C.abi3.so"})
     with tarfile.open(sdist) as archive:
         members = {m.name.partition("/")[2] for m in archive if m.isfile()}
