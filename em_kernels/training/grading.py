@@ -8,17 +8,19 @@ import re
 import resource
 import signal
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, TimeoutError, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from fractions import Fraction
 from functools import lru_cache
 from itertools import combinations
 from math import floor, log10
+from multiprocessing import resource_tracker
 from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
 from types import ModuleType
@@ -205,6 +207,9 @@ class Grader:
                 self.close()
                 workers = min(2, os.cpu_count() or 1)  # 0.2 GB each
                 self._pool = ProcessPool(workers, initializer=_limit, context=_Context())
+                with _ctrl_c_later():  # or a worker is left behind that the pool does not know of
+                    if not self._pool.active:  # which starts them
+                        continue
             with suppress(RuntimeError, TimeoutError):  # it breaks now, or has lost a question
                 asked: dict[Future, tuple[_Answer, ...]] = {
                     self._pool.schedule(_firsts, (question,), timeout=KILL_S): question
@@ -221,6 +226,23 @@ class Grader:
             raise RuntimeError("the workers that compare answers do not start")
 
 
+@contextmanager
+def _ctrl_c_later() -> Iterator[None]:
+    """Ctrl-C acts when this is over, whichever thread it arrives in."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came = list[int]()
+    before = signal.getsignal(signal.SIGINT) or signal.SIG_DFL
+    signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if came:
+            signal.raise_signal(signal.SIGINT)
+
+
 class _Worker(SpawnProcess):
     """Leaves Ctrl-C to this process from its first moment, and does not import the user's main
     module, which may do more than define.
@@ -229,6 +251,7 @@ class _Worker(SpawnProcess):
     @staticmethod
     def _Popen(process: Any) -> Any:
         main = sys.modules["__main__"]
+        resource_tracker.ensure_running()  # started later, it would unblock SIGINT (Python 3.11)
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         sys.modules["__main__"] = ModuleType("__main__")
         try:
