@@ -1,7 +1,6 @@
-from pathlib import Path
-
 import pytest
 import torch
+from training.evaluations import NAMES, evaluation_file
 from training.lives import BASE, MODES, command
 from training.tiny import make_model, make_tokenizer, save_tiny, settings
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -44,17 +43,10 @@ def folders(tmp_path_factory):
     return {**found, "falcon": save_tiny(home / "falcon", "falcon")}
 
 
-@pytest.fixture
-def published():
-    """published(name): the path of an evaluation file as its authors gave it out."""
-    folder = Path(__file__).parents[3] / "shared" / "data"
-
-    def published(name):
-        if not (path := folder / f"{name}.jsonl").exists():
-            pytest.skip(f"needs the published {path.name}; put it into {folder}")
-        return path
-
-    return published
+@pytest.fixture(params=NAMES)
+def evaluation(request, tmp_path):
+    """The path of an evaluation file, and the number of its rows."""
+    return evaluation_file(request.param, tmp_path)
 
 
 @pytest.fixture

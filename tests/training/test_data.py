@@ -291,9 +291,9 @@ def test_a_json_list(tmp_path):
         read_problems(str(tmp_path / "rows"), count=None)
 
 
-@pytest.mark.parametrize("name, rows", [("math500", 500), ("amc23", 40), ("minerva_math", 272)])
-def test_real_files(name, rows, published):
-    found = read_problems(str(published(name)), count=None)
+def test_evaluation_files(evaluation):
+    path, rows = evaluation
+    found = read_problems(str(path), count=None)
     assert len(found) == rows and len(set(found)) == rows
     assert all(problem.prompt.strip() and problem.answer for problem in found)
     assert all(len(problem.answer) < 300 and "boxed" not in problem.answer for problem in found)
