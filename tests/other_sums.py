@@ -54,3 +54,20 @@ def permuted(plain, first, seed):
         return plain.call_boxed(keys, *arguments, **named)
 
     return product
+
+
+FAR = 10  # times what another order of sums does; a mistake does a thousand times as much
+
+
+def assert_as_near(found, expected, others):
+    """Tensors or numbers no further from the expected ones than FAR times what those are that were
+    computed as the expected ones, with sums in other orders.
+    """
+    found = list(found)
+    for i, (mine, same) in enumerate(zip(found, expected, strict=True)):
+        mine, same = (torch.as_tensor(x).double() for x in (mine, same))
+        spread = max((torch.as_tensor(other[i]).double() - same).norm() for other in others)
+        dtype = torch.as_tensor(found[i]).dtype
+        rounding = torch.finfo(torch.float32 if dtype == torch.float64 else dtype).eps
+        error, allowed = (mine - same).norm(), FAR * spread + rounding * same.norm()
+        assert error <= allowed, f"number {i}: {error:.2e} > {allowed:.2e}"

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from torch.testing import assert_close
-from truth import FLOAT_STATS, draw, entropy_of, leaves, logits_of, stats_of
+from truth import FLOAT_STATS, compare, draw, entropy_of, floors, leaves, logits_of, stats_of
 
 from em_kernels import TokenStats, entropy_from_logits, fused_entropy_loss, fused_token_stats
 from em_kernels.problem import Problem
@@ -36,6 +36,9 @@ MASKS = {
 }
 
 
+GRADIENTS = ("dhidden", "dweight", "dbias")
+
+
 def assert_all_close(ours, truth, tolerance=3e-6):
     """In norms: fp32 elements that nearly cancel are not right to their last digits."""
     for mine, true in zip(ours, truth, strict=True):
@@ -57,24 +60,29 @@ def assert_all_close(ours, truth, tolerance=3e-6):
 def test_entropy_loss(mask, reduction, transform):
     mask = MASKS[mask]
     inputs = draw(N, D, V)[:3]
-    wide = leaves(*inputs, dtype=torch.float64)
     weights = torch.ones(N).double() if mask is None else mask.double()
-    per_token = weights * entropy_of(*wide, **transform)
-    total = weights.sum()
-    truth = {"none": per_token, "sum": per_token.sum()}.get(
-        reduction, per_token.sum() / (total if total > 0 else 1)
-    )
+    total = weights.sum() if reduction == "mean" and weights.any() else 1
+    upstream = torch.randn(N if reduction == "none" else ()).double()
+
+    def plain(dtype):
+        tensors = leaves(*inputs, dtype=dtype)
+        loss = (weights / total).to(dtype) * entropy_of(*tensors, **transform)
+        loss = loss if reduction == "none" else loss.sum()
+        return loss, *torch.autograd.grad(loss, tensors, upstream.to(dtype))
+
+    truth, eager = plain(torch.float64), plain(torch.float32)
+    value, _, _, _ = floors(inputs, transform, weights / total)
+    allowed = (value, *floors(inputs, transform, upstream * weights / total)[1:])
     with torch.no_grad():
         inputs[0][weights == 0] = torch.nan  # tokens of weight 0 may hold anything
     hidden, weight, bias = inputs
     loss = fused_entropy_loss(
         hidden, weight, bias=bias, mask=mask, reduction=reduction, **transform
     )
-    assert loss.dtype == torch.float32 and loss.shape == truth.shape
-    upstream = torch.randn_like(truth)
-    ours = torch.autograd.grad(loss, inputs, upstream.float())
-    assert_all_close((loss, *ours), (truth, *torch.autograd.grad(truth, wide, upstream)))
-    assert (ours[0][weights == 0] == 0).all()
+    assert loss.dtype == torch.float32 and loss.shape == upstream.shape
+    ours = loss, *torch.autograd.grad(loss, inputs, upstream.float())
+    compare(("loss", *GRADIENTS), ours, eager, truth, allowed)
+    assert (ours[1][weights == 0] == 0).all()
 
 
 @pytest.mark.usefixtures("rows")
@@ -85,10 +93,19 @@ def test_token_stats(names, mask, transform):
     mask = MASKS[mask]
     *inputs, targets = draw(N, D, V)
     targets[3] = -100
-    wide = leaves(*inputs, dtype=torch.float64)
     kept = torch.ones(N).bool() if mask is None else mask.bool()
-    truth = stats_of(logits_of(*wide, **transform), targets)
-    truth = {name: torch.where(kept, value, 0) for name, value in truth.items()}
+    upstream = torch.randn(len(names), N, dtype=torch.float64)
+
+    def plain(dtype):
+        tensors = leaves(*inputs, dtype=dtype)
+        stats = stats_of(logits_of(*tensors, **transform), targets)
+        stats = {name: torch.where(kept, value, 0) for name, value in stats.items()}
+        kind = [stats[name] for name in names]
+        return stats, torch.autograd.grad(kind, tensors, [*upstream.to(dtype)])
+
+    (truth, true), (eager, theirs) = plain(torch.float64), plain(torch.float32)
+    value, *_ = floors(inputs, transform, kept.double())
+    _, *allowed = floors(inputs, transform, upstream * kept)
     with torch.no_grad():
         inputs[0][~kept] = torch.nan
     hidden, weight, bias = inputs
@@ -97,14 +114,12 @@ def test_token_stats(names, mask, transform):
     )
     assert torch.equal(found.argmax, truth["argmax"])
     assert {f for f, value in found._asdict().items() if value is not None} == {*names, "argmax"}
-    upstream = [torch.randn(N, dtype=torch.float64) for _ in names]
-    ours = torch.autograd.grad(
-        [getattr(found, name) for name in names], inputs, [g.float() for g in upstream]
-    )
-    true = torch.autograd.grad([truth[name] for name in names], wide, upstream)
-    assert_all_close([getattr(found, name) for name in names], [truth[name] for name in names])
-    assert_all_close(ours, true)
-    assert (ours[0][~kept] == 0).all()
+    ours = [getattr(found, name) for name in names]
+    eager, truth = ([of[name] for name in names] for of in (eager, truth))
+    compare(names, ours, eager, truth, [value] * len(names))
+    gradients = torch.autograd.grad(ours, inputs, [*upstream.float()])
+    compare(GRADIENTS, gradients, theirs, true, allowed)
+    assert (gradients[0][~kept] == 0).all()
 
 
 @pytest.mark.parametrize("transform", [{}, {"temperature": 0.6, "softcap": 3.0, "logit_scale": -2}])

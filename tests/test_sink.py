@@ -5,10 +5,11 @@ import itertools
 import pytest
 import torch
 from kernel_params import needs_extension
+from other_sums import FAR, other_sums
 from test_memory import changes
 from test_sparse import peaked
 from torch.utils.flop_counter import FlopCounterMode
-from truth import entropy_of, leaves, relative_error
+from truth import assert_no_worse_than_eager, entropy_of, leaves, relative_error
 
 import em_kernels.flops  # noqa: F401  # FlopCounterMode counts the extension's GEMM
 from em_kernels import chunked, fused_entropy_loss, gradient_report, gradients, problem, sparse
@@ -107,26 +108,38 @@ def test_gradients_of_many_chunks(dtype, tolerance, kind, transform, slabs_of):
     hidden, weight, bias = inputs_of(kind, dtype)
     mask = MASKS["float"]
     arguments = {"mask": mask, "temperature": torch.linspace(0.4, 0.6, N), **transform}
-    found, expected, total = both(
-        hidden,
-        weight,
-        bias,
-        reduction="sum",
-        grad_tolerance=tolerance,
-        chunk_bytes=CHUNK * V * dtype.itemsize * (2 if dtype == torch.bfloat16 else 1),
-        **arguments,
-    )
-    # fp64 sums of chunks have the rounding of the machine's products themselves
-    rounding = (4 if dtype == torch.float64 else 2) * torch.finfo(dtype).eps
+
+    def run(tolerance):
+        return both(
+            hidden,
+            weight,
+            bias,
+            reduction="sum",
+            grad_tolerance=tolerance,
+            chunk_bytes=CHUNK * V * dtype.itemsize * (2 if dtype == torch.bfloat16 else 1),
+            **arguments,
+        )
+
+    found, expected, total = run(tolerance)
     assert found[4:] == expected[4:]
-    for mine, same in zip(found[:4], expected, strict=False):
-        assert relative_error(mine, same.double()) <= rounding
-    truth = leaves(hidden, weight, bias, dtype=torch.float64)
-    entropy = entropy_of(*truth, **{k: wide(x) for k, x in arguments.items() if k != "mask"})
-    loss = (mask * entropy).sum()
-    enough = 1e-5 if dtype != torch.bfloat16 else 2e-2
-    for mine, true in zip(found, (loss.detach(), *torch.autograd.grad(loss, truth)), strict=False):
-        assert relative_error(mine, true) < enough + 3 * tolerance
+    _, dense, _ = run(0.0)
+    with other_sums(1):
+        _, other, _ = run(0.0)
+    for mine, same, one, two in zip(found[:4], expected, dense, other, strict=False):
+        spread = relative_error(two, one.double())
+        rounding = 2 * torch.finfo(mine.dtype).eps
+        assert relative_error(mine, same.double()) <= FAR * spread + rounding
+    truth, plain = (leaves(hidden, weight, bias, dtype=t) for t in (torch.float64, dtype))
+    of_all = []
+    for tensors in (plain, truth):
+        named = {k: wide(x) if tensors is truth else x for k, x in arguments.items() if k != "mask"}
+        loss = (mask * entropy_of(*tensors, **named)).sum()
+        of_all.append((loss.detach(), *torch.autograd.grad(loss, tensors)))
+    eager, true = of_all
+    for mine, theirs, exact in zip(found, eager, true, strict=False):
+        share = 1e-9 if dtype == torch.float64 else 2 * torch.finfo(mine.dtype).eps
+        floor = (3 * tolerance + share) * exact.norm().item()
+        assert_no_worse_than_eager(mine, theirs, exact, floor)
     kinds = {isinstance(words, slice) for words in total.words}
     if tolerance == 0 or kind == "flat":
         assert kinds == {True}

@@ -6,6 +6,8 @@ import os
 import sys
 
 import pytest
+
+pytest.importorskip("trl", reason="trl needs Python 3.11")
 import torch
 import torch.distributed as dist
 from datasets import Dataset
@@ -124,8 +126,22 @@ def assert_same_training(ours, other, rounding):
         assert_close(moved[name], x, rtol=0, atol=10 * rounding * max(farthest, 0.1), msg=name)
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    "dtype, case",
+    [
+        *((torch.float64, case) for case in CASES),
+        (torch.float32, "minimised"),
+        *(
+            pytest.param(torch.float32, c, marks=pytest.mark.slow)
+            for c in CASES
+            if c != "minimised"
+        ),
+    ],
+)
 def test_training_is_the_same(case, dtype, tmp_path):
     """As TRL's own statistics in fp32, which they are in, too; as autograd's in fp64."""
     folder = save_tiny(tmp_path / "model", dtype=dtype)  # a reference model is loaded from there
@@ -224,6 +240,7 @@ def train_both(rank, folder):
     torch.save((runs[0][1], runs[0][0].seen[0][0]), f"{folder}/{rank}.pt")
 
 
+@pytest.mark.slow
 def test_ranks_of_ddp_train_one_model(tmp_path):
     """As TRL's own statistics do, on other prompts each."""
     spawn(worker, str(tmp_path), nprocs=2, timeout_s=300)

@@ -1,5 +1,7 @@
 """Textbook formulas of the statistics, sharing no code with em_kernels; the tolerance rule."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -64,3 +66,29 @@ def assert_no_worse_than_eager(ours, eager, truth, floor, name=""):
     error = (ours.double() - truth).norm().item()
     allowed = 2 * (eager.double() - truth).norm().item() + floor
     assert error <= allowed, f"{name}: error {error:.3e} > {allowed:.3e} (floor {floor:.1e})"
+
+
+def floors(inputs, transform, upstream):
+    """Of a sum of statistics, dhidden, dweight, dbias: a few roundings of the largest logit.
+
+    Eager can be exact where these are not: at one word, or at a gradient that cancels.
+    """
+    hidden, weight, _ = wide = [x.detach().double() for x in inputs]
+    logits = logits_of(*wide, **transform)
+    accuracy = torch.finfo(torch.promote_types(inputs[0].dtype, torch.float32)).eps
+    largest = logits.abs().max() + math.log(len(weight))  # of z, log p and the entropy
+    each = 2 * accuracy * (1 + largest) * upstream.norm()
+    slope = abs(transform.get("logit_scale", 1.0))
+    slope = slope / torch.as_tensor(transform.get("temperature", 1.0)).min()
+    n = len(hidden)
+    return each * n**0.5, *(
+        each * slope * size for size in (weight.norm(dim=1).max(), hidden.norm(), n**0.5)
+    )
+
+
+def compare(names, ours, eager, truth, floors):
+    """Each of several results no worse than eager's, but for a rounding of its own."""
+    for name, mine, theirs, true, floor in zip(names, ours, eager, truth, floors, strict=True):
+        if theirs.isfinite().all():  # eager overflows in fp16
+            rounding = torch.finfo(mine.dtype).eps / 2 * true.norm()
+            assert_no_worse_than_eager(mine, theirs, true, (floor + rounding).item(), name)

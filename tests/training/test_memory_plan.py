@@ -14,7 +14,7 @@ from em_kernels import chunked, problem
 from em_kernels.functional import entropy_loss_into
 from em_kernels.gemm import bf16_isa
 from em_kernels.gradients import WordSink
-from em_kernels.training import rounding, trainer
+from em_kernels.training import memory, rounding, trainer
 from em_kernels.training.config import Sampling, TrainConfig, UserError
 from em_kernels.training.memory import Planner, resolve
 from em_kernels.training.plan import GIB, phases
@@ -152,6 +152,22 @@ def small():
 SHORT = {"sampling": {"max_new_tokens": 40}}
 
 
+@pytest.fixture(autouse=True, scope="module")
+def sketches():
+    """Plans of the same model share its sketch, which takes seconds and depends on nothing else."""
+    kept, real = {}, memory.Sketch
+
+    def sketch(model_config, *others):
+        key = [model_config.to_json_string(use_diff=False)]
+        key += [(x.lora_rank, x.lora_targets) if isinstance(x, TrainConfig) else x for x in others]
+        key = tuple(key)
+        return kept.get(key) or kept.setdefault(key, real(model_config, *others))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "Sketch", sketch)
+        yield
+
+
 def test_settings_are_filled_in(small):
     plan = resolve(config(**SHORT), small, 20, CPU)
     left = [name for name, value in plan.config if value == "auto" and name != "device"]
@@ -194,10 +210,10 @@ def test_lora_has_its_own_lr(small):
 
 def test_batches_shrink_with_memory():
     sizes = []
-    for memory in (0.56, 0.53):
-        asked = config(gpu_memory=memory, host_memory=8, mode="full", **SHORT)
+    for gib in (0.56, 0.53):
+        asked = config(gpu_memory=gib, host_memory=8, mode="full", **SHORT)
         plan = resolve(asked, two_layers(), 20, CUDA)
-        assert plan.device_total <= plan.device_limit == int(memory * GIB)
+        assert plan.device_total <= plan.device_limit == int(gib * GIB)
         sizes.append((plan.config.micro_batch, plan.config.rollout_batch))
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) > 1
 
@@ -353,7 +369,10 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name",
+    [n if n in ("tied", "lora") else pytest.param(n, marks=pytest.mark.slow) for n in RUNS],
+)
 def test_whole_runs_within_5_percent(name, tmp_path, monkeypatch):
     """From the second update on; what stays, and the most that comes beside it."""
     kind, tied, changes = RUNS[name]

@@ -23,6 +23,12 @@ from em_kernels.training.rollout import Rollout
 from em_kernels.training.step import part_of, scored
 from em_kernels.training.trainer import train
 
+# FSDP2's runs are launched by themselves, which takes as long as all of the replicas'.
+ENGINES = pytest.mark.parametrize(
+    ("engine", "env"),
+    [("replicas", {}), pytest.param("fsdp2", FSDP2, marks=pytest.mark.slow)],
+)
+
 
 @pytest.fixture(scope="module")
 def by_engine(tmp_path_factory, folders):
@@ -39,7 +45,7 @@ def by_engine(tmp_path_factory, folders):
     return runs
 
 
-@pytest.mark.parametrize(("engine", "env"), [("replicas", {}), ("fsdp2", FSDP2)])
+@ENGINES
 def test_engines(by_engine, engine, env):
     home = by_engine(engine, **env)
     for rank in (0, 1):
@@ -68,6 +74,7 @@ def test_replicas_equal_one_process(by_engine, folders, tmp_path, name):
     assert_same_run(left(home / name), left(home / "alone" / name), runs, tied)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS["fsdp2"])
 def test_fsdp2_equals_one_process(by_engine, folders, tmp_path, name):
     home = by_engine("fsdp2", **FSDP2)
@@ -77,7 +84,7 @@ def test_fsdp2_equals_one_process(by_engine, folders, tmp_path, name):
     assert_same_run(left(home / name), left(home / "alone" / name), runs, tied, half=half)
 
 
-@pytest.mark.parametrize(("engine", "env"), [("replicas", {}), ("fsdp2", FSDP2)])
+@ENGINES
 def test_stopped_runs_go_on_to_the_same_bits(by_engine, engine, env):
     home = by_engine(engine, **env)
     (metrics, tensors), (again, found) = left(home / next(iter(RUNS[engine]))), left(home / "again")
