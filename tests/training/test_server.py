@@ -6,7 +6,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from json import dumps, loads
@@ -14,17 +13,36 @@ from urllib.request import urlopen
 
 import pytest
 import torch
+from spawned import HANG_S, wait_for
 from training.tiny import PLAIN, TEMPLATE, make_model, make_tokenizer
 
 from em_kernels.cli import main
+from em_kernels.training import server
 from em_kernels.training.config import Sampling, UserError
 from em_kernels.training.rollout import generate
 from em_kernels.training.server import complete, model_name
 
-PATIENCE_S = 60
 NAME = "tiny/llama"
+SERVE = """\
+import functools, socket, sys
+import uvicorn
+from transformers.cli.transformers import main
+
+bound = socket.socket(fileno=int(sys.argv.pop(1)))
+uvicorn.Server.run = functools.partialmethod(uvicorn.Server.run, sockets=[bound])
+main()
+"""
 GREEDY = PLAIN.model_copy(update={"temperature": 0.0})
 QUESTIONS = ["What is 2 + 3?", "abc", "Name the 3 the's.\n\n"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_proxy():
+    """For this machine itself."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("NO_PROXY", "no_proxy"):
+            patch.setenv(name, "127.0.0.1")
+        yield
 
 
 def asked(question):
@@ -70,35 +88,33 @@ def url(model, tokenizer, tmp_path_factory):
     (repository / "refs" / "main").write_text(revision)
     for part in (model, tokenizer):
         part.save_pretrained(repository / "snapshots" / revision)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    process = subprocess.Popen(
-        [sys.executable, "-c", "from transformers.cli.transformers import main; main()", "serve"]
-        + [NAME, "--device", "cpu", "--host", "127.0.0.1", "--port", str(port)],
-        env={**os.environ, "HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    log = []
-    reader = threading.Thread(target=lambda: log.extend(process.stderr))
-    reader.start()
-    try:
-        end = time.monotonic() + PATIENCE_S
-        while True:
+    log = tmp_path_factory.mktemp("log") / "stderr"
+    with socket.socket() as bound, open(log, "w") as stderr:  # a port that nobody else can take
+        bound.bind(("127.0.0.1", 0))
+        port = bound.getsockname()[1]
+        process = subprocess.Popen(
+            [sys.executable, "-c", SERVE, str(bound.fileno()), "serve", NAME, "--device", "cpu"]
+            + ["--host", "127.0.0.1", "--port", str(port)],
+            env={**os.environ, "HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=stderr,
+            pass_fds=[bound.fileno()],
+            start_new_session=True,
+        )
+        address = f"http://127.0.0.1:{port}"
+
+        def answers():
             try:
-                urlopen(f"http://127.0.0.1:{port}/health").close()
-                break
+                return not urlopen(f"{address}/health", timeout=HANG_S).close()
             except OSError:
-                assert process.poll() is None and time.monotonic() < end, "".join(log)
-                time.sleep(0.05)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        reader.join()
+                return False
+
+        try:
+            wait_for(answers, lambda: process.poll() is None or pytest.fail(log.read_text()))
+            yield address
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def ours(model, tokenizer, prompts, sampling, **template):
@@ -189,16 +205,16 @@ def serve():
     servers = []
 
     def start(answer):
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        server.answer, server.seen = answer, []
-        threading.Thread(target=server.serve_forever, args=[0.01]).start()
-        servers.append(server)
-        return f"http://127.0.0.1:{server.server_port}", server.seen
+        one = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        one.answer, one.seen = answer, []
+        threading.Thread(target=one.serve_forever, args=[0.01]).start()
+        servers.append(one)
+        return f"http://127.0.0.1:{one.server_port}", one.seen
 
     yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+    for one in servers:
+        one.shutdown()
+        one.server_close()
 
 
 def completion(body, text="four", reason="stop", **more):
@@ -318,9 +334,9 @@ def test_an_interrupt(serve):
     def answer(body):
         if body["prompt"] == "slow":
             waiting.append(body)
-            if len(waiting) == 2 and told.wait(PATIENCE_S):
-                os.kill(os.getpid(), signal.SIGINT)
-            never.wait(PATIENCE_S)
+            if len(waiting) == 2 and told.wait(HANG_S):
+                signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            never.wait(HANG_S)
         return completion(body)
 
     def on_done(i, *rest):
@@ -333,16 +349,16 @@ def test_an_interrupt(serve):
         complete(url, "m", prompts, range(10), GREEDY, parallel=2, on_done=on_done)
     assert not never.is_set() and done == [0]
     never.set()
-    time.sleep(0.3)  # in which the two that were on their way end, and no other follows
-    assert len(seen) == 3
+    assert len(seen) == 3  # whoever asks has ended with the call
 
 
-def test_a_server_that_stopped(url):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        gone = f"http://127.0.0.1:{probe.getsockname()[1]}"
-    with pytest.raises(UserError, match=rf"^server: {gone}: .*; is it running there\?"):
-        collect(gone, "m", ["2"] * 50)
+def test_a_server_that_stopped(monkeypatch):
+    monkeypatch.setattr(server, "RETRIES", 1)  # which take longer each
+    with socket.socket() as nobody:  # listens at this port, and nobody else can
+        nobody.bind(("127.0.0.1", 0))
+        gone = f"http://127.0.0.1:{nobody.getsockname()[1]}"
+        with pytest.raises(UserError, match=rf"^server: {gone}: .*; is it running there\?"):
+            collect(gone, "m", ["2"] * 50)
 
 
 @pytest.mark.parametrize("address", ["http://here:port", "http://[::1"])
