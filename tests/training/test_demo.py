@@ -27,6 +27,7 @@ def small(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_whole_demo(small, tmp_path, capfd):
     (tmp_path / "runs" / "demo-1").mkdir(parents=True)
     assert main(["demo", "--seed", "4"]) == 0

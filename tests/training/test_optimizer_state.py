@@ -1,13 +1,14 @@
 """The optimizer's state: saved and loaded, its bytes, its files, and disks without room."""
 
-import multiprocessing
 import resource
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from spawned import HANG_S, outlived
 from torch import nn
+from training.lives import CHILDREN
 from training.updates import BF16, FP32, FP64, Net, assert_same, backwards, make, run, weights
 
 from em_kernels.training.config import UserError
@@ -96,12 +97,12 @@ def taken(into):
 
 
 def test_memory_is_taken_at_the_start():
-    spawn = multiprocessing.get_context("spawn")
-    answers = spawn.Queue()
-    process = spawn.Process(target=taken, args=(answers,))
+    answers = CHILDREN.SimpleQueue()
+    process = CHILDREN.Process(target=taken, args=(answers,))
     process.start()
-    process.join(120)
-    assert process.exitcode == 0
+    with outlived(process):
+        process.join(HANG_S)
+        assert process.exitcode == 0
     size, norm = answers.get()
     assert size > 0.95 * 4 * 4 * 2**23  # masters, moments, gradients
     assert norm == 0
