@@ -5,16 +5,19 @@ import re
 import shutil
 from io import StringIO
 from itertools import combinations
+from multiprocessing import forkserver
 
 import numpy as np
 import pytest
 import torch
 from rich.console import Console
 from scipy.stats import binom
+from training.lives import CHILDREN
 from training.tiny import PLAIN, make_model, read, save_tiny
 from transformers import AutoModelForCausalLM
 
 from em_kernels.cli import main
+from em_kernels.training import grading
 from em_kernels.training.config import UserError
 from em_kernels.training.data import few_shot, read_problems
 from em_kernels.training.evaluate import (
@@ -126,6 +129,15 @@ def test_interval_where_resampling_sees_no_spread():
     assert of_problems(np.full(5, 1.0)) == wilson(outcomes(5, 5))
     low, high = of_problems(np.array([0.5]))
     assert (low, high) == (wilson(outcomes(0, 1))[0], wilson(outcomes(1, 1))[1]) == (0, 1)
+
+
+@pytest.fixture(autouse=True)
+def quick_workers(monkeypatch):
+    """Workers that compare answers fork from a process that has imported what they need; what it
+    says then is not the test's.
+    """
+    forkserver.ensure_running()
+    monkeypatch.setattr(grading, "_Context", lambda: CHILDREN)
 
 
 @pytest.fixture(scope="module")

@@ -19,9 +19,9 @@ from training.tiny import PLAIN, make_model, make_tokenizer, read, run, save_tin
 from transformers import AutoModelForCausalLM
 
 from em_kernels.cli import main
+from em_kernels.training import report as report_module
 from em_kernels.training.report import (
     LEVELS,
-    LONGEST,
     happened,
     pieces,
     read_run,
@@ -261,17 +261,18 @@ def test_an_answer_that_came_on_resume(folder, tmp_path):
     assert accuracy[0] is None and f"prompt was {accuracy[1]:.0%} in update 2." in page.told
 
 
-def test_long_completions_and_several_runs(folder, tmp_path):
-    model = save_tiny(tmp_path / "model", max_position_embeddings=512)
-    sampling = PLAIN.model_copy(update={"max_new_tokens": LONGEST + 4})
+def test_long_completions_and_several_runs(folder, tmp_path, monkeypatch):
+    longest = 24
+    monkeypatch.setattr(report_module, "LONGEST", longest)
+    sampling = PLAIN.model_copy(update={"max_new_tokens": longest + 4})
     changes = {"sampling": sampling, "steps": 1, "rollouts": 2}
     for seed in (1, 2):
-        run(settings(model, tmp_path / str(seed) / "run", seed=seed, **changes))
+        run(settings(folder, tmp_path / str(seed) / "run", seed=seed, **changes))
     page = report(tmp_path / "1" / "run", tmp_path / "2" / "run", output=tmp_path / "both.html")
     assert str(tmp_path / "1" / "run") in page.words  # the names alone are the same
     rollouts = [read_run(tmp_path / s / "run").rollouts[1] for s in "12"]
     assert page.told.count("tokens more") == 2 * sum(
-        len(r.response_ids) > LONGEST for group in rollouts for r in group
+        len(r.response_ids) > longest for group in rollouts for r in group
     )
     assert page.tags["svg"] == 10
 
