@@ -31,6 +31,7 @@ USAGE = """usage: em-kernels COMMAND [options]
 
 em-kernels COMMAND --help tells a command's options."""
 RANK = os.environ.get("RANK", "0")  # of a process that accelerate or torchrun started
+OTHERS_WAIT_S = 30  # rank 0 tells what all find; a launcher ends all when the first one ends
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -105,7 +106,7 @@ def _run(name: str, command: Callable[[list[str]], int], arguments: list[str]) -
     except (UserError, DemoModelError) as error:
         of_rank = ""
         if RANK != "0":
-            time.sleep(5)  # what all ranks find rank 0 says, and the launcher ends the others
+            time.sleep(OTHERS_WAIT_S)
             of_rank = f" rank {RANK}:"
         print(f"em-kernels {name}:{of_rank} error: {error}", file=sys.stderr)
         return 2
