@@ -15,13 +15,13 @@ demo: $(INSTALLED)
 
 # A test process for each CPU; TEST_ARGS='-n 0 tests/test_rows.py -k bf16' runs a part in one.
 test: $(INSTALLED)
-	@$(BIN)/python -m pytest -n auto $(TEST_ARGS)
+	@$(BIN)/python -m pytest -n auto --dist worksteal $(TEST_ARGS)
 
 test-ci: $(INSTALLED)
-	@$(BIN)/python -m pytest -n auto -m 'slow and not gpu' $(CI_TESTS)
+	@$(BIN)/python -m pytest -n auto --dist worksteal -m 'slow and not gpu' $(CI_TESTS)
 
 test-all: $(INSTALLED)
-	@$(BIN)/python -m pytest -n auto -m 'not gpu' $(TEST_ARGS)
+	@$(BIN)/python -m pytest -n auto --dist worksteal -m 'not gpu' $(TEST_ARGS)
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

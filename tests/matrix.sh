@@ -27,7 +27,7 @@ paths=("${processes[@]}" tests/test_{cli_measuring,docs,layers}.py
 whole=(default default-2 default-3 scalar avx2 one-cpu random)
 parts=(other-sums onednn-avx512 onednn-avx512-bf16 one-thread busy c-locale kathmandu user space)
 
-suite() { .venv/bin/python -m pytest -n auto -p no:cacheprovider "$@"; }
+suite() { .venv/bin/python -m pytest -n auto --dist worksteal -p no:cacheprovider "$@"; }
 has_flags() { for flag; do grep -qw "$flag" /proc/cpuinfo || return; done; }
 not_run() { echo "not run: $*" >"$out/$name.why"; return 75; }
 
@@ -39,7 +39,7 @@ run() {
     avx2)
       has_flags avx2 || not_run "this CPU has no AVX2" || return
       ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 suite ;;
-    one-cpu) taskset -c 0 .venv/bin/python -m pytest -n auto -p no:cacheprovider ;;
+    one-cpu) taskset -c 0 .venv/bin/python -m pytest -n auto --dist worksteal -p no:cacheprovider ;;
     random) suite --random-order --random-order-bucket=module --random-order-seed="${SEED:-$RANDOM}" ;;
     other-sums) suite --other-sums="${SEED:-$RANDOM}" "${floats[@]}" ;;
     onednn-avx512)
