@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import io
 import logging
 import os
 import platform
@@ -38,6 +39,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command; 0 done, 1 failed, 2 the user can mend it, 130 interrupted, 141 nobody reads
     what it prints (head, say).
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and not stream.encoding.lower().startswith("utf"):
+            stream.reconfigure(errors="replace")  # in such a locale a ? is better than no table
     try:
         try:
             return _dispatch(argv)

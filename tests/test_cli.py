@@ -1,5 +1,6 @@
 """The command line: what it says, what it refuses in one line, and that flags override YAML."""
 
+import io
 import os
 import re
 import signal
@@ -300,6 +301,14 @@ def test_nobody_reads_a_table(at, tmp_path):
     assert (done.code, done.err) == (0, "")
 
 
+def test_a_table_in_a_locale_that_lacks_its_letters(at, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")  # too few, so that words are cut short by an ellipsis
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    asked = ["--model", "model", "--device", "cpu", "--prompt-tokens", "9", "--max-new-tokens", "9"]
+    assert main(["plan", *asked]) == 0
+    assert b"?" in sys.stdout.buffer.getvalue()
+
+
 def test_training_goes_on_when_nobody_reads_its_progress(at, tmp_path):
     asked = ["train", "--model", at / "model", *PROMPT, *SHORT, "--steps", "5", "--output", "run"]
     done = command(asked, tmp_path / "log", "nobody reads stderr")
@@ -342,7 +351,7 @@ def test_config_of_a_run_repeats_it(at, tmp_path):
     assert main(["train", "--model", "model", *PROMPT, *flags, "--output", str(first)]) == 0
     config = str(first / "config.yaml")
     assert main(["train", f"--config={config}", "--output", str(again)]) == 0
-    assert (first / "rollouts.jsonl").read_text() == (again / "rollouts.jsonl").read_text()
+    assert (first / "rollouts.jsonl").read_bytes() == (again / "rollouts.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize("command", COMMANDS)

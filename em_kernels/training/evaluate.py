@@ -347,7 +347,7 @@ def compare(before: Path, after: Path) -> str:
     problems = (after / PROBLEMS).read_text(encoding="utf-8")
     _check_comparable(before, results["samples"], problems)
     base, now = (np.array(found["right"])[:, 0] for found in (read_results(before), results))
-    asked = [yaml.safe_load((folder / CONFIG).read_text()) for folder in (before, after)]
+    asked = [yaml.safe_load((folder / CONFIG).read_text("utf-8")) for folder in (before, after)]
     other = differing(*({k: v for k, v in x.items() if k not in NAMES} for x in asked))
     change, low, high, p = paired_change(base, now)
     told = "more than chance explains" if p < 0.05 else "which chance explains as well"

@@ -85,7 +85,7 @@ def open_source(model: str) -> tuple[str, PreTrainedConfig, PreTrainedTokenizerB
     try:
         adapters, base = Path(source, ADAPTERS), source
         if adapters.exists():
-            base = json.loads(adapters.read_text())["base_model_name_or_path"]
+            base = json.loads(adapters.read_text("utf-8"))["base_model_name_or_path"]
         model_config = AutoConfig.from_pretrained(base)
         tokenizer = AutoTokenizer.from_pretrained(source)
     except Exception as error:  # transformers and the hub client raise many kinds
