@@ -143,7 +143,7 @@ def test_refused_in_one_line_with_nothing_written(arguments, said, place, monkey
 
 
 def results(folder):
-    return json.loads((folder / "results.json").read_text())
+    return json.loads((folder / "results.json").read_text("utf-8"))
 
 
 @pytest.fixture(scope="module")
@@ -178,36 +178,38 @@ def test_stopped_and_gone_on(number, long, tmp_path, capfd):
         with open(kept, "a") as file:
             file.write('{"problem": 3, "sam')
     assert lines(kept) == 5 and not (output / "results.json").exists()
-    before = kept.read_text().rpartition("\n")[0]
+    before = kept.read_text("utf-8").rpartition("\n")[0]
     assert main([*base, "--seed", "1"]) == 2
     assert f"output: {output} was made with seed 0, not 1; go on" in capfd.readouterr().err
     assert main(base) == 0
     assert results(output) == whole
-    assert kept.read_text().startswith(before + "\n") and len(read(kept)) == 40
+    assert kept.read_text("utf-8").startswith(before + "\n") and len(read(kept)) == 40
     assert not (output / "running.json").exists()
 
 
 def test_a_damaged_or_changed_evaluation(place, tmp_path, capfd):
     data = tmp_path / "rows.jsonl"
-    data.write_text("".join((place / "rows.jsonl").read_text().splitlines(keepends=True)[:3]))
+    data.write_text(
+        "".join((place / "rows.jsonl").read_text("utf-8").splitlines(keepends=True)[:3])
+    )
     model = save_tiny(tmp_path / "model")
     base = ["eval", "--model", str(model), "--data", str(data), *FLAGS]
     base += ["--template", "raw", "--output", str(tmp_path / "eval")]
     assert main(base) == 0
     kept = tmp_path / "eval" / "completions.jsonl"
-    whole = kept.read_text()
+    whole = kept.read_text("utf-8")
     kept.write_text(whole.replace('"problem"', "", 1))
     capfd.readouterr()
     assert main(base) == 2
     assert f"output: line 1 of {kept} is damaged; remove it" in capfd.readouterr().err
     kept.write_text(whole)
-    data.write_text(data.read_text().replace("0 + 0", "0 + 1"))
+    data.write_text(data.read_text("utf-8").replace("0 + 0", "0 + 1"))
     assert main(base) == 2
     assert "data: is not what it was when " in capfd.readouterr().err
     save_tiny(model, tied=False)
     assert main(base) == 2
     assert "model: is not what it was when " in capfd.readouterr().err
-    assert kept.read_text() == whole
+    assert kept.read_text("utf-8") == whole
 
 
 SHAPES = {"llama": {}, "gemma2": {"sliding_window": 8, "head_dim": 8, "query_pre_attn_scalar": 8}}

@@ -45,21 +45,23 @@ def test_the_whole_demo(small, tmp_path, capfd):
     held_out = [{"prompt": p.prompt, "answer": p.answer} for p in problems[6:]]
     for name in ("before", "after"):
         assert read(output / name / "problems.jsonl") == held_out
-    before, after = (json.loads((output / n / "results.json").read_text()) for n in PARTS[1::-1])
+    before, after = (
+        json.loads((output / n / "results.json").read_text("utf-8")) for n in PARTS[1::-1]
+    )
     assert before["model"] == "demo" and after["model"] == str(output / "run")
     assert before["probability"] != after["probability"]
     assert reading(before, after) in said and f"Everything is in {output}." in said
     assert "by McNemar's exact test" in said and "The first 4 of 4" in said
-    assert "<html" in (output / "report.html").read_text()[:200]
+    assert "<html" in (output / "report.html").read_text("utf-8")[:200]
     lines = [line for line in said.splitlines() if line.startswith("$ em-kernels ")]
     assert [line.split()[2] for line in lines] == ["select", "eval", "train", "eval", "report"]
 
-    rollouts = (output / "run" / "rollouts.jsonl").read_text()
+    rollouts = (output / "run" / "rollouts.jsonl").read_text("utf-8")
     assert main(["demo", "--seed", "4", "--output", str(output)]) == 0  # trains nothing again
     again = capfd.readouterr().out
     assert f"$ em-kernels train --resume {output / 'run'}\n" in again
     assert reading(before, after) in again
-    assert (output / "run" / "rollouts.jsonl").read_text() == rollouts
+    assert (output / "run" / "rollouts.jsonl").read_text("utf-8") == rollouts
     assert main(["demo", "--seed", "5", "--output", str(output)]) == 2
     assert "was made with seed 4, not 5" in capfd.readouterr().err
 

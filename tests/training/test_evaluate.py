@@ -192,7 +192,7 @@ def test_eval_is_generate_and_grade(folder, tokenizer, tmp_path, capfd):
     assert sorted(kept) == keys and len(read(output / "completions.jsonl")) == 48
     assert [kept[key]["text"] for key in keys] == texts
     assert [kept[key]["tokens"] for key in keys] == [len(r.response_ids) for r in rollouts]
-    results = json.loads((output / "results.json").read_text())
+    results = json.loads((output / "results.json").read_text("utf-8"))
     right = np.array(results["right"])
     easy = [i for i, text in enumerate(texts) if not set(text) & set("$%\\")]  # no workers
     verdicts = Grader().grade([(texts[i], answers[i // 8]) for i in easy])
@@ -243,7 +243,7 @@ def test_regrade_and_against(folder, tokenizer, tmp_path, capfd):
             row["text"] = f"it is {'123456'[i] if right[i] == '1' else 'unknown'}"
         files[name].write_text("".join(json.dumps(row) + "\n" for row in rows))
         assert main(["eval", "--regrade", str(tmp_path / name)]) == 0
-        results = json.loads((tmp_path / name / "results.json").read_text())
+        results = json.loads((tmp_path / name / "results.json").read_text("utf-8"))
         assert results["right"] == [[r == "1"] for r in right]
         assert results["interval"] == list(wilson(np.array([r == "1" for r in right])))
     capfd.readouterr()
@@ -292,7 +292,7 @@ def test_refused_comparisons(folder, tmp_path, capfd):
     (tmp_path / "run" / "config.yaml").write_text("prompt: p\n")  # of train
     line = refused(["--regrade", str(tmp_path / "run")], capfd)
     assert line.endswith("run is no evaluation's folder: it has no problems.jsonl\n")
-    lines = (tmp_path / "many" / "completions.jsonl").read_text().splitlines(keepends=True)
+    lines = (tmp_path / "many" / "completions.jsonl").read_text("utf-8").splitlines(keepends=True)
     (tmp_path / "many" / "completions.jsonl").write_text("".join(lines[:-1]))
     assert f"regrade: {many} is not finished" in refused(["--regrade", many], capfd)
 
@@ -375,7 +375,7 @@ def test_teacher_forced_eval(folder, tokenizer, tmp_path, capfd):
     prompts = [few_shot(problems[:2], problem) for problem in problems[5:]]
     known = known_answers(tokenizer, prompts, [problem.completion for problem in problems[5:]])
     model = AutoModelForCausalLM.from_pretrained(folder)
-    results = json.loads((output / "results.json").read_text())
+    results = json.loads((output / "results.json").read_text("utf-8"))
     for temperature in (1.0, 0.5):
         expected, greedy = alone(model, known, temperature)
         found = np.log(results["probability"][str(temperature)])

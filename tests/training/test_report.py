@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 from collections import Counter
 from decimal import Decimal
 from html.parser import HTMLParser
@@ -207,7 +208,8 @@ def test_hostile_names_prompts_and_completions(folder, tmp_path):
     tokenizer = make_tokenizer()
     texts = ["<script>alert('x')</script> &amp; \"é\" 漢字🙂\n\x1b[0m\u202e", "abc the\n\n</b>"]
     prompt = "</pre><img src=x onerror=alert(1)>"
-    name, ids = 'a <b> $x_$ & "q" 漢', tokenizer(prompt).input_ids
+    letter = "漢" if sys.getfilesystemencoding() == "utf-8" else "a"  # else no name can have it
+    name, ids = f'a <b> $x_$ & "q" {letter}', tokenizer(prompt).input_ids
     rows = [{"prompt_ids": ids, "response_ids": tokenizer(t).input_ids + [0]} for t in texts]
     (source := tmp_path / "source").mkdir()
     lines = [{"update": 1, "index": i, **row, "ended": True} for i, row in enumerate(rows)]
@@ -280,7 +282,7 @@ def test_long_completions_and_several_runs(folder, tmp_path, monkeypatch):
 @pytest.mark.parametrize("what", ["no checkpoint", "no model", "other model", "no metrics"])
 def test_what_is_missing_is_said(what, trained, folder, tmp_path):
     shutil.copytree(trained, copy := tmp_path / "run")
-    config = (copy / "config.yaml").read_text()
+    config = (copy / "config.yaml").read_text("utf-8")
     if what == "no checkpoint":
         shutil.rmtree(copy / "checkpoints")
         said = "Not here: the run has no checkpoint yet."
@@ -337,7 +339,7 @@ def test_the_command(trained, tmp_path, capfd):
     output = tmp_path / "page.html"
     assert main(["report", str(trained), "--no-models", "--output", str(output)]) == 0
     assert capfd.readouterr().out.strip() == str(output)
-    assert "left out, as --no-models asks" in output.read_text()
+    assert "left out, as --no-models asks" in output.read_text("utf-8")
     assert main(["report", str(trained), "--no-models"]) == 0
     assert capfd.readouterr().out.strip() == str(trained / "report.html")
     with pytest.raises(SystemExit):

@@ -110,7 +110,7 @@ def url(model, tokenizer, tmp_path_factory):
                 return False
 
         try:
-            wait_for(answers, lambda: process.poll() is None or pytest.fail(log.read_text()))
+            wait_for(answers, lambda: process.poll() is None or pytest.fail(log.read_text("utf-8")))
             yield address
         finally:
             os.killpg(process.pid, signal.SIGKILL)
@@ -395,7 +395,7 @@ def test_a_whole_evaluation(url, model, tokenizer, tmp_path):
     for name, where in ((NAME, ["--server", url]), (str(tmp_path / "model"), [])):
         output = tmp_path / f"eval-{len(found)}"
         assert main([*base, *where, "--model", name, "--output", str(output)]) == 0
-        lines = (output / "completions.jsonl").read_text().splitlines()
+        lines = (output / "completions.jsonl").read_text("utf-8").splitlines()
         rows = sorted(map(loads, lines), key=lambda row: row["problem"])
         found.append([(row["problem"], row["text"], row["tokens"], row["ended"]) for row in rows])
     assert found[0] == found[1] and len(found[0]) == 3
