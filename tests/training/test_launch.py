@@ -117,7 +117,10 @@ def test_a_rank_that_dies_ends_the_job_with_its_name(running):
     assert [row["update"] for row in rows] == list(range(1, len(rows) + 1)) and len(rows) >= 3
 
 
-@pytest.mark.parametrize("everyone", [True, False], ids=["Ctrl-C", "SIGTERM"])
+@pytest.mark.parametrize(
+    "everyone",
+    [pytest.param(True, id="Ctrl-C", marks=pytest.mark.slow), pytest.param(False, id="SIGTERM")],
+)
 def test_a_signal_leaves_the_last_finished_update(running, everyone):
     job, home = running
     if everyone:  # as a terminal does: each process, and the launcher passes it on once more

@@ -117,6 +117,7 @@ def test_a_trained_prompt(place, whole, tmp_path):
     assert not (whole / "runs" / path.stem / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_killed_and_gone_on(place, whole, tmp_path):
     """In the second prompt's run; with as many threads, which sums depend on."""
     output, point = tmp_path / "study", "update 1 of the second run of two"
