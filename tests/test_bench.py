@@ -288,7 +288,7 @@ def test_installed_without_the_checkout(tmp_path, monkeypatch, capfd):
 
 
 def test_readme_is_what_the_results_say():
-    readme = report.README.read_text()
+    readme = report.README.read_text("utf-8")
     start, end = readme.index(report.BEGIN) + len(report.BEGIN), readme.index(report.END)
     files = sorted(store.RESULTS.glob("*.json"))
     assert readme[start:end].strip() == report.block(files)

@@ -272,5 +272,5 @@ def test_without_a_gpu_it_says_so(capsys):
 
 def test_readme_claims_no_gpu_until_one_is_in_the_results():
     devices = [json.loads(p.read_text()).get("proof") for p in store.RESULTS.glob("*.json")]
-    readme = (ROOT / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text("utf-8")
     assert bool(re.search("No GPU has run this code yet", readme)) == (not any(devices))

@@ -129,6 +129,8 @@ def unread(number):
     reader, writer = os.pipe()
     os.close(reader)
     os.dup2(writer, number)
+    anew = open(number, "w", closefd=False)  # noqa: SIM115
+    setattr(sys, ("stdin", "stdout", "stderr")[number], anew)  # the one before took it for a file
 
 
 def on_file(name, nth, method, first=die, then=None):

@@ -198,11 +198,11 @@ def test_a_damaged_or_changed_evaluation(place, tmp_path, capfd):
     assert main(base) == 0
     kept = tmp_path / "eval" / "completions.jsonl"
     whole = kept.read_text("utf-8")
-    kept.write_text(whole.replace('"problem"', "", 1))
+    kept.write_text(whole.replace('"problem"', "", 1), "utf-8")
     capfd.readouterr()
     assert main(base) == 2
     assert f"output: line 1 of {kept} is damaged; remove it" in capfd.readouterr().err
-    kept.write_text(whole)
+    kept.write_text(whole, "utf-8")
     data.write_text(data.read_text("utf-8").replace("0 + 0", "0 + 1"))
     assert main(base) == 2
     assert "data: is not what it was when " in capfd.readouterr().err

@@ -293,7 +293,7 @@ def test_refused_comparisons(folder, tmp_path, capfd):
     line = refused(["--regrade", str(tmp_path / "run")], capfd)
     assert line.endswith("run is no evaluation's folder: it has no problems.jsonl\n")
     lines = (tmp_path / "many" / "completions.jsonl").read_text("utf-8").splitlines(keepends=True)
-    (tmp_path / "many" / "completions.jsonl").write_text("".join(lines[:-1]))
+    (tmp_path / "many" / "completions.jsonl").write_text("".join(lines[:-1]), "utf-8")
     assert f"regrade: {many} is not finished" in refused(["--regrade", many], capfd)
 
 

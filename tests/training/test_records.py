@@ -121,9 +121,9 @@ def test_a_damaged_line_is_named(line, damage, run):
     ],
 )
 def test_a_line_that_is_not_the_next_completion(wrong, run):
-    lines = (run / "rollouts.jsonl").read_text().split("\n")
+    lines = (run / "rollouts.jsonl").read_text("utf-8").split("\n")
     lines[4] = json.dumps({**row(2, 1), **wrong})
-    (run / "rollouts.jsonl").write_text("\n".join(lines))
+    (run / "rollouts.jsonl").write_text("\n".join(lines), "utf-8")
     message = r"rollouts: line 5 of .*rollouts.jsonl is not completion 1 \(of 3\) of update 2"
     with pytest.raises(UserError, match=message):
         read_rollouts(run, N)
@@ -219,7 +219,7 @@ def end(process, number=None):
 def test_a_clean_end_or_an_exception_leaves_no_marker(trainer, tmp_path):
     run = tmp_path / "new" / "run"
     process = trainer(run)
-    assert json.loads((run / "running.json").read_text())["pid"] == process.pid
+    assert json.loads((run / "running.json").read_text("utf-8"))["pid"] == process.pid
     end(process)
     assert process.death is None and list(run.iterdir()) == []
     with pytest.raises(KeyboardInterrupt), Running(run) as running:
@@ -259,7 +259,7 @@ def test_another_process_in_the_folder_is_refused(trainer, tmp_path):
 def test_the_kernels_count_is_named(trainer, tmp_path, monkeypatch):
     """As if it had risen by 2 since the process started, whatever it is here."""
     end(trainer(tmp_path), signal.SIGKILL)
-    facts = json.loads((tmp_path / "running.json").read_text())
+    facts = json.loads((tmp_path / "running.json").read_text("utf-8"))
     monkeypatch.setattr(records, "_kills", lambda: (facts["kills"] or 0) + 2)
     with Running(tmp_path) as running:
         assert "the kernel has since killed 2 for memory, most likely this one" in running.death
