@@ -104,37 +104,50 @@ struct FlushDenormals {
 #endif
 };
 
-template <class Operation>
-void run_on_this_cpu(const Operation& operation, int64_t begin, int64_t end) {
-  [[maybe_unused]] const FlushDenormals flush_denormals;
+// Instruction sets of the rows, numbered as in em_kernels/rows/cpu.py; each CPU has the lower ones.
+enum Isa : int64_t { BASELINE, AVX2, AVX512 };
+
+int64_t row_isa() {
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512bw"))
-    return run_avx512(operation, begin, end);
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-    return run_avx2(operation, begin, end);
+    return AVX512;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return AVX2;
+#endif
+  return BASELINE;
+}
+
+template <class Operation>
+void run_with(int64_t isa, const Operation& operation, int64_t begin, int64_t end) {
+  [[maybe_unused]] const FlushDenormals flush_denormals;
+#if defined(__x86_64__)
+  if (isa == AVX512) return run_avx512(operation, begin, end);
+  if (isa == AVX2) return run_avx2(operation, begin, end);
 #endif
   run_all(operation, begin, end);
 }
 
 // Runs `count` parts of so many elements each.
 template <class Operation>
-void for_all(const Operation& operation, int64_t count, int64_t elements) {
+void for_all(const Operation& operation, int64_t count, int64_t elements, int64_t isa) {
+  STD_TORCH_CHECK(isa >= BASELINE && isa <= row_isa(),
+                  "isa must be 0 (baseline), 1 (AVX2) or 2 (AVX-512), and at most this CPU's ",
+                  row_isa(), ", not ", isa);
   constexpr int64_t GRAIN_SIZE = 32768;  // elements a thread is worth: at::internal::GRAIN_SIZE
   const int64_t per_task = std::max<int64_t>(1, GRAIN_SIZE / (elements + 1));
   torch::stable::parallel_for(0, count, per_task, [&](int64_t begin, int64_t end) {
-    run_on_this_cpu(operation, begin, end);
+    run_with(isa, operation, begin, end);
   });
 }
 
 void row_statistics(Tensor y, std::optional<Tensor> bias, Tensor inv_temperature,
                     double logit_scale, std::optional<double> softcap,
-                    std::optional<Tensor> targets, Tensor parts, Tensor argmax) {
+                    std::optional<Tensor> targets, Tensor parts, Tensor argmax, int64_t isa) {
   em::RowStatistics operation{
       checked_logits(y, bias, inv_temperature, logit_scale, softcap, targets)};
   operation.parts = data_of<float>(parts, "parts", {6, operation.rows});
   operation.argmax = data_of<int64_t>(argmax, "argmax", {operation.rows});
-  for_all(operation, operation.rows, operation.columns);
+  for_all(operation, operation.rows, operation.columns, isa);
 }
 
 em::RowTerms checked_terms(const em::Logits& logits, const Tensor& m, const Tensor& log_s,
@@ -147,16 +160,16 @@ em::RowTerms checked_terms(const em::Logits& logits, const Tensor& m, const Tens
 }
 
 template <class Out>
-void run_row_gradient(const em::RowTerms& terms, const Tensor& out) {
+void run_row_gradient(const em::RowTerms& terms, const Tensor& out, int64_t isa) {
   em::RowGradient<Out> operation{terms};
   operation.out = static_cast<Out*>(out.mutable_data_ptr());
   operation.out_stride = out.stride(0);
-  for_all(operation, operation.rows, operation.columns);
+  for_all(operation, operation.rows, operation.columns, isa);
 }
 
 void row_gradient(Tensor y, std::optional<Tensor> bias, Tensor inv_temperature, double logit_scale,
                   std::optional<double> softcap, std::optional<Tensor> targets, Tensor m,
-                  Tensor log_s, Tensor coefficients, Tensor out) {
+                  Tensor log_s, Tensor coefficients, Tensor out, int64_t isa) {
   const em::RowTerms terms =
       checked_terms(checked_logits(y, bias, inv_temperature, logit_scale, softcap, targets), m,
                     log_s, coefficients);
@@ -169,16 +182,16 @@ void row_gradient(Tensor y, std::optional<Tensor> bias, Tensor inv_temperature, 
                   "out's rows must not overlap: row stride ", out.stride(0), " with ",
                   terms.columns, " columns");
   if (out.scalar_type() == ScalarType::Float)
-    return run_row_gradient<float>(terms, out);
+    return run_row_gradient<float>(terms, out, isa);
   STD_TORCH_CHECK(out.scalar_type() == ScalarType::BFloat16,
                   "out must be float32 or bfloat16, not ",
                   torch::headeronly::toString(out.scalar_type()));
-  run_row_gradient<em::Bfloat16>(terms, out);
+  run_row_gradient<em::Bfloat16>(terms, out, isa);
 }
 
 void column_mass(Tensor y, std::optional<Tensor> bias, Tensor inv_temperature, double logit_scale,
                  std::optional<double> softcap, std::optional<Tensor> targets, Tensor m,
-                 Tensor log_s, Tensor coefficients, Tensor mass, Tensor row_sums) {
+                 Tensor log_s, Tensor coefficients, Tensor mass, Tensor row_sums, int64_t isa) {
   em::ColumnMass operation{
       checked_terms(checked_logits(y, bias, inv_temperature, logit_scale, softcap, targets), m,
                     log_s, coefficients)};
@@ -187,7 +200,7 @@ void column_mass(Tensor y, std::optional<Tensor> bias, Tensor inv_temperature, d
   std::vector<float> partial(blocks * rows);
   operation.mass = data_of<float>(mass, "mass", {operation.columns});
   operation.row_sums = partial.data();
-  for_all(operation, blocks, rows * em::BLOCK_V);
+  for_all(operation, blocks, rows * em::BLOCK_V, isa);
   float* sums = data_of<float>(row_sums, "row_sums", {rows});
   for (int64_t row = 0; row < rows; ++row) {  // in one order, however many threads there were
     double sum = 0.0;
@@ -199,23 +212,28 @@ void column_mass(Tensor y, std::optional<Tensor> bias, Tensor inv_temperature, d
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(em_kernels, library) {
+  library.def("row_isa() -> int");
   library.def(
       "row_statistics(Tensor y, Tensor? bias, Tensor inv_temperature, float logit_scale, "
-      "float? softcap, Tensor? targets, Tensor(a!) parts, Tensor(b!) argmax) -> ()");
+      "float? softcap, Tensor? targets, Tensor(a!) parts, Tensor(b!) argmax, int isa) -> ()");
   library.def(
       "row_gradient(Tensor y, Tensor? bias, Tensor inv_temperature, float logit_scale, "
       "float? softcap, Tensor? targets, Tensor m, Tensor log_s, Tensor coefficients, "
-      "Tensor(a!) out) -> ()");
+      "Tensor(a!) out, int isa) -> ()");
   library.def(
       "column_mass(Tensor y, Tensor? bias, Tensor inv_temperature, float logit_scale, "
       "float? softcap, Tensor? targets, Tensor m, Tensor log_s, Tensor coefficients, "
-      "Tensor(a!) mass, Tensor(b!) row_sums) -> ()");
+      "Tensor(a!) mass, Tensor(b!) row_sums, int isa) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(em_kernels, CPU, library) {
   library.impl("row_statistics", TORCH_BOX(&row_statistics));
   library.impl("row_gradient", TORCH_BOX(&row_gradient));
   library.impl("column_mass", TORCH_BOX(&column_mass));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(em_kernels, CompositeExplicitAutograd, library) {
+  library.impl("row_isa", TORCH_BOX(&row_isa));
 }
 
 // Importing em_kernels._C is what loads the registrations above; the module itself is empty.

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from kernel_params import CUDA, ROWS, TRITON
+from kernel_params import CUDA, OLDER, ROWS, TRITON
 from torch.testing import assert_close
 from truth import (
     assert_no_worse_than_eager,
@@ -20,7 +20,7 @@ from truth import (
 from em_kernels import entropy_from_logits, fused_entropy_loss, fused_token_stats, problem
 
 pytestmark = pytest.mark.usefixtures("rows")
-on_triton_too = pytest.mark.parametrize("rows", [*ROWS, TRITON, CUDA], indirect=True)
+on_triton_too = pytest.mark.parametrize("rows", [*ROWS, *OLDER, TRITON, CUDA], indirect=True)
 
 
 def heads(logits):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_params import ROWS, TRITON, interpreted_triton
+from kernel_params import OLDER, ROWS, TRITON, interpreted_triton, needs_extension
 from torch.testing import assert_close
 
 from em_kernels import reference
@@ -11,9 +11,9 @@ from em_kernels.rows import cpu, kernels_for, portable
 
 ROW_COUNT = 5
 TRANSFORMS = [(1.0, None), (0.25, None), (1.0, 5.0), (-2.0, 30.0)]
-ALL_ROWS = [*ROWS, TRITON]
+ALL_ROWS = [*ROWS, *OLDER, TRITON]
 # 1024 is the extension's block, 512 and 256 are Triton's here; remainders; 1, less than a vector
-SIZES = [(rows, v) for rows in ROWS for v in (1, 2, 13, 2047, 2048, 2049, 5003)]
+SIZES = [(rows, v) for rows in (*ROWS, *OLDER) for v in (1, 2, 13, 2047, 2048, 2049, 5003)]
 SIZES += [(TRITON, v) for v in (1, 13, 512, 1537)]
 
 
@@ -58,7 +58,7 @@ def gradient_of(kernels, y, row, parts, factors, dtype=torch.float32):
     """
     if y.dtype == dtype:
         out = y
-    elif kernels in (portable, cpu):
+    elif kernels is not interpreted_triton:
         out = y.view(dtype)[:, : y.shape[1]]
     else:
         out = y.new_empty(y.shape, dtype=dtype)
@@ -194,3 +194,11 @@ def test_choice_of_kernels():
     assert kernels_for(fp32) is (portable if cpu._C is None else cpu)
     assert kernels_for(fp32.double()) is portable
     assert kernels_for(fp32.to("meta")) is portable
+
+
+@needs_extension
+@pytest.mark.parametrize("number", [-1, 3])
+def test_unknown_isa(number, monkeypatch):
+    monkeypatch.setattr(cpu, "isa", lambda: number)
+    with pytest.raises(RuntimeError, match=f"isa must be 0 .* not {number}"):
+        cpu.row_statistics(torch.zeros(2, 3), plain(2))

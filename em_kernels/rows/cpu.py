@@ -1,5 +1,7 @@
 """Row kernels in C++ for the CPU (csrc/entropy_rows.cpp), fp32."""
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -13,9 +15,18 @@ except ImportError as error:  # rows/__init__.py takes the portable rows
     _C, WHY_NOT = None, str(error)
 
 
+ISAS = ("baseline", "avx2", "avx512")  # as csrc/entropy_rows.cpp numbers them
+
+
 def is_built() -> bool:
     """Whether the extension is there."""
     return _C is not None
+
+
+@functools.cache
+def isa() -> int:
+    """Which of ISAS the kernels use: the highest that this CPU has."""
+    return torch.ops.em_kernels.row_isa()
 
 
 def supports(y: Tensor) -> bool:
@@ -30,7 +41,7 @@ def row_statistics(y: Tensor, row: RowTransform, everything: bool = True) -> Row
     """Equation (1) and the sums of (5), (6)."""
     found = y.new_empty(6, y.shape[0])
     argmax = y.new_empty(y.shape[0], dtype=torch.int64)
-    torch.ops.em_kernels.row_statistics(y, *_arguments(row), found, argmax)
+    torch.ops.em_kernels.row_statistics(y, *_arguments(row), found, argmax, isa())
     return RowParts._make([*found, argmax])
 
 
@@ -43,7 +54,8 @@ def row_gradient(
         row_gradient(y, row, m, log_s, factors, wide)
         out.copy_(wide)
         return
-    torch.ops.em_kernels.row_gradient(y, *_arguments(row), m, log_s, torch.stack(factors), out)
+    coefficients = torch.stack(factors)
+    torch.ops.em_kernels.row_gradient(y, *_arguments(row), m, log_s, coefficients, out, isa())
 
 
 def column_mass(
@@ -52,7 +64,7 @@ def column_mass(
     """Sums of (8): of |dy| by column, of dy by row; the same bits for any number of threads."""
     mass, row_sums = y.new_empty(y.shape[1]), torch.empty_like(m)
     torch.ops.em_kernels.column_mass(
-        y, *_arguments(row), m, log_s, torch.stack(factors), mass, row_sums
+        y, *_arguments(row), m, log_s, torch.stack(factors), mass, row_sums, isa()
     )
     return mass, row_sums
 
