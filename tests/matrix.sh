@@ -14,15 +14,20 @@ cd "$(dirname "$0")/.."
 root=$PWD out=$PWD/build/matrix
 mkdir -p "$out"
 
-# The files that compare floating-point numbers of different computations ...
-floats=(tests/test_[a-z]*.py tests/training/test_{evaluate,four_bits,lora,merge,optimizer,padding}.py
-  tests/training/test_{ranks,report,rollout,step,tolerance,trainer}.py)
-floats=($(printf '%s\n' "${floats[@]}" | grep -vE 'test_(bench|cli|cli_measuring|compile|docs|errors|gpu_proof|layers|memory)\.py'))
-# ... and those that start processes, wait for them, print, or write files.
-processes=(tests/test_{bench,cli,gpu_proof,parallel,trl}.py tests/training/test_{checkpoint,completions}.py
-  tests/training/test_{demo_model,grading,interrupt,launch,ranks,records,resume,select,server,stopped,study}.py)
-paths=("${processes[@]}" tests/test_{cli_measuring,docs,layers}.py
-  tests/training/test_{data,evaluate,failures,free_memory,merge,plan_command,report,setup,trackers}.py)
+# The files that compare floating-point numbers of different computations,
+floats=(tests/test_{chunked,functional,gemm,gradients,hard_inputs,hf,hf_trainer,losses,ops}.py
+  tests/test_{parallel,peers,precision,reference,rows,sink,sparse,token_loss,triton_rows,trl}.py
+  tests/training/test_{evaluate,four_bits,lora,merge,optimizer,padding,ranks,report,rollout}.py
+  tests/training/test_{step,tolerance,trainer}.py)
+# that start processes and wait for what they do,
+processes=(tests/test_{bench,cli,gpu_proof}.py
+  tests/training/test_{completions,demo_model,grading,interrupt,launch,records,resume,select,server,stopped}.py)
+# that read, write and print text, or tell the time,
+texts=(tests/test_{bench,cli,cli_measuring,docs}.py
+  tests/training/test_{completions,data,evaluate,grading,plan_command,records,report,server,setup,trackers}.py)
+# or make folders and files.
+paths=(tests/test_{cli,docs,gpu_proof,layers}.py
+  tests/training/test_{checkpoint,demo_model,failures,free_memory,launch,merge,records,resume,select,setup,stopped,trackers}.py)
 
 whole=(default default-2 default-3 scalar avx2 one-cpu random)
 parts=(other-sums onednn-avx512 onednn-avx512-bf16 one-thread busy c-locale kathmandu user space)
@@ -50,8 +55,8 @@ run() {
       ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 suite "${floats[@]}" ;;
     one-thread) OMP_NUM_THREADS=1 suite "${floats[@]}" ;;
     busy) beside_busy_loops suite "${processes[@]}" ;;
-    c-locale) LC_ALL=C suite "${paths[@]}" ;;
-    kathmandu) TZ=Asia/Kathmandu suite "${paths[@]}" ;;
+    c-locale) LC_ALL=C suite "${texts[@]}" ;;
+    kathmandu) TZ=Asia/Kathmandu suite "${texts[@]}" ;;
     user) as_another_user ;;
     space) in_a_folder_with_a_space ;;
   esac
