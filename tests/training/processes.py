@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 TESTS = Path(__file__).parents[1]
 sys.path.insert(0, str(TESTS))
 
-from other_sums import other_sums  # noqa: E402
+from other_sums import FAR, other_sums  # noqa: E402
 from spawned import HANG_S  # noqa: E402
 from training.tiny import (  # noqa: E402
     PLAIN,
@@ -177,6 +177,19 @@ def alone(folders, output, tied, asked, sums=None):
     return left(output)
 
 
+def in_other_orders(engine, name, folders, home, tmp_path):
+    """One of the engine's runs by one process again: the same completions, in other micro-batches
+    and with the terms of products added up otherwise.
+    """
+    tied, asked = RUNS[engine][name]
+    asked, found = replayed(asked, home / "alone" / name), []
+    for seed, micro_batch in ((1, 20), (2, 80)):
+        if "micro_batch_rows" not in asked:  # the official loss is another in other micro-batches
+            asked["micro_batch"] = micro_batch
+        found.append(alone(folders, tmp_path / f"{name}-{seed}", tied, asked, seed))
+    return found
+
+
 class Distances(NamedTuple):
     """How far one run is from another, each as a share of the other's own number."""
 
@@ -188,7 +201,6 @@ class Distances(NamedTuple):
 
 
 METRICS, TENSORS = Distances._fields[:2], Distances._fields[2:]
-FAR = 10  # times what another order of sums does; a mistake does a thousand times as much
 
 
 def distances(found, expected, start):

@@ -13,6 +13,7 @@ from training.processes import (
     RUNS,
     alone,
     assert_same_run,
+    in_other_orders,
     left,
     replayed,
     run_all,
@@ -55,33 +56,22 @@ def test_engines(by_engine, engine, env):
         assert [name for name in facts["parts"] if "layers" in name] == layers
 
 
-def others(folders, tmp_path, engine, name, home):
-    """The same completions trained on by one process, in other micro-batches and orders of sums."""
-    tied, asked = RUNS[engine][name]
-    asked, found = replayed(asked, home / "alone" / name), []
-    for seed, micro_batch in ((1, 20), (2, 80)):
-        if "micro_batch_rows" not in asked:  # the official loss is another in other micro-batches
-            asked["micro_batch"] = micro_batch
-        found.append(alone(folders, tmp_path / f"sums-{seed}", tied, asked, seed))
-    return found
-
-
 @pytest.mark.parametrize("name", RUNS["replicas"])
 def test_replicas_equal_one_process(by_engine, folders, tmp_path, name):
     home = by_engine("replicas")
-    runs = others(folders, tmp_path, "replicas", name, home)
+    others = in_other_orders("replicas", name, folders, home, tmp_path)
     tied, _ = RUNS["replicas"][name]
-    assert_same_run(left(home / name), left(home / "alone" / name), runs, tied)
+    assert_same_run(left(home / name), left(home / "alone" / name), others, tied)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS["fsdp2"])
 def test_fsdp2_equals_one_process(by_engine, folders, tmp_path, name):
     home = by_engine("fsdp2", **FSDP2)
-    runs = others(folders, tmp_path, "fsdp2", name, home)
+    others = in_other_orders("fsdp2", name, folders, home, tmp_path)
     tied, _ = RUNS["fsdp2"][name]
     half = name == "half"
-    assert_same_run(left(home / name), left(home / "alone" / name), runs, tied, half=half)
+    assert_same_run(left(home / name), left(home / "alone" / name), others, tied, half)
 
 
 @ENGINES
