@@ -16,6 +16,8 @@ from em_kernels.rows import cpu, portable
 pytest.register_assert_rewrite(
     *(f"training.{name}" for name in ("adapters", "lives", "processes", "updates"))
 )
+for name in ("COLUMNS", "LINES", "FORCE_COLOR", "NO_COLOR"):  # of the user's own terminal
+    os.environ.pop(name, None)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")
