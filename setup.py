@@ -1,5 +1,6 @@
 """Builds em_kernels._C, C++ rows and GEMM for the CPU; static metadata is in pyproject.toml."""
 
+import platform
 import sys
 
 from setuptools import setup
@@ -18,6 +19,10 @@ COMPILE_ARGS = [
     # The stable ABI of torch 2.10 serves every later torch.
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
 ]
+if platform.machine() in ("x86_64", "AMD64"):
+    # Without AVX2, GCC 12 spilled through MMX registers and left the x87 stack full: from then on
+    # long doubles, and numpy's LAPACK, computed NaN in that thread.
+    COMPILE_ARGS.append("-mno-mmx")
 
 
 class OptionalBuildExtension(BuildExtension):

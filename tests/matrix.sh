@@ -46,7 +46,8 @@ run() {
       ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 suite ;;
     one-cpu) taskset -c 0 .venv/bin/python -m pytest -n auto --dist worksteal -p no:cacheprovider ;;
     random) suite --random-order --random-order-bucket=module --random-order-seed="${SEED:-$RANDOM}" ;;
-    other-sums) suite --other-sums="${SEED:-$RANDOM}" "${floats[@]}" ;;
+    other-sums)  # which copies operands, so that what is said of memory does not hold
+      suite --other-sums="${SEED:-$RANDOM}" -k 'not memory' "${floats[@]}" ;;
     onednn-avx512)
       has_flags avx512f avx512bw || not_run "this CPU has no AVX-512" || return
       ONEDNN_MAX_CPU_ISA=AVX512_CORE suite "${floats[@]}" ;;

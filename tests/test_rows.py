@@ -1,5 +1,6 @@
 """Row kernels, one by one, against the reference in fp64."""
 
+import numpy as np
 import pytest
 import torch
 from kernel_params import OLDER, ROWS, TRITON, interpreted_triton, needs_extension
@@ -194,6 +195,20 @@ def test_choice_of_kernels():
     assert kernels_for(fp32) is (portable if cpu._C is None else cpu)
     assert kernels_for(fp32.double()) is portable
     assert kernels_for(fp32.to("meta")) is portable
+
+
+@pytest.mark.parametrize("kernels", [ROWS[1], *OLDER])
+def test_x87_works_afterwards(kernels):
+    """MMX registers, if a compiler uses them, are the x87 stack's: numpy would then compute NaN."""
+    for softcap in (None, 5.0):
+        y, row, factors = problem(2049, bias=True, softcap=softcap)
+        for values in (y, y.clone().fill_(-torch.inf)):
+            parts = kernels.row_statistics(values, row)
+            assert np.longdouble(2) * np.longdouble(3) == 6
+        kernels.column_mass(y, row, parts.m, parts.s1.log1p(), factors)
+        assert np.longdouble(2) * np.longdouble(3) == 6
+        gradient_of(kernels, y, row, parts, factors)
+        assert np.longdouble(2) * np.longdouble(3) == 6
 
 
 @needs_extension

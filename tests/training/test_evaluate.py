@@ -44,10 +44,12 @@ def outcomes(right, n):
 
 @pytest.mark.parametrize("right, n", [(0, 10), (10, 10), (5, 10), (94, 200), (1, 1)])
 def test_wilson(right, n):
-    """The two roots of (p - right / n)^2 = z^2 p (1 - p) / n."""
+    """The two roots of (p - right / n)^2 = z^2 p (1 - p) / n: their sum and their product."""
     z2, share = 1.959963984540054**2, right / n
-    roots = np.roots([1 + z2 / n, -2 * share - z2 / n, share**2])
-    assert wilson(outcomes(right, n)) == pytest.approx(sorted(roots), abs=1e-9)
+    low, high = wilson(outcomes(right, n))
+    assert 0 <= low < high <= 1
+    assert low + high == pytest.approx((2 * share + z2 / n) / (1 + z2 / n), abs=1e-9)
+    assert low * high == pytest.approx(share**2 / (1 + z2 / n), abs=1e-9)
 
 
 def test_wilson_covers():
