@@ -16,7 +16,9 @@ from em_kernels.rows import cpu, portable
 pytest.register_assert_rewrite(
     *(f"training.{name}" for name in ("adapters", "lives", "processes", "updates"))
 )
-for name in ("COLUMNS", "LINES", "FORCE_COLOR", "NO_COLOR"):  # of the user's own terminal
+# What a program that a test starts, pytest too, would take from the user's terminal or from this run.
+OUTSIDE = ("COLUMNS", "LINES", "FORCE_COLOR", "NO_COLOR", "PYTEST_ADDOPTS", "PYTEST_XDIST_WORKER")
+for name in OUTSIDE:
     os.environ.pop(name, None)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 settings.register_profile("repeatable", deadline=None, derandomize=True)
