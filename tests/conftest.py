@@ -16,7 +16,7 @@ from em_kernels.rows import cpu, portable
 pytest.register_assert_rewrite(
     *(f"training.{name}" for name in ("adapters", "lives", "processes", "updates"))
 )
-# What a program that a test starts, pytest too, would take from the user's terminal or from this run.
+# What programs that tests start, pytest too, would take from the user or from this run.
 OUTSIDE = ("COLUMNS", "LINES", "FORCE_COLOR", "NO_COLOR", "PYTEST_ADDOPTS", "PYTEST_XDIST_WORKER")
 for name in OUTSIDE:
     os.environ.pop(name, None)
