@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 CI_TESTS := $(addprefix tests/test_,docs.py hf_trainer.py trl.py) $(addprefix tests/training/test_, \
   demo.py gpu_24gb.py grading.py launch.py memory_plan.py ranks.py study.py)
 
-.PHONY: demo test test-ci test-all lint build dist-check docs bench bench-train gpu gpu-24gb clean
+.PHONY: demo test test-ci test-all test-architectures lint build dist-check docs bench bench-train gpu gpu-24gb clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -23,6 +23,10 @@ test-ci: $(INSTALLED)
 
 test-all: $(INSTALLED)
 	@$(BIN)/python -m pytest -n auto --dist worksteal -m 'not gpu' $(TEST_ARGS)
+
+# What every causal architecture of transformers can do, into docs/architectures.md.
+test-architectures: $(INSTALLED)
+	@cd tests && ../$(BIN)/python -m training.architectures
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

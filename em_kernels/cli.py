@@ -8,6 +8,7 @@ import os
 import platform
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -30,7 +31,8 @@ USAGE = """usage: em-kernels COMMAND [options]
   info         versions, device, row kernels, optional parts
   bench        time, memory, work and error beside other libraries; GPU kernels' registers
 
-em-kernels COMMAND --help tells a command's options."""
+em-kernels COMMAND --help tells a command's options; --debug, with any command, shows where an error
+comes from."""
 RANK = os.environ.get("RANK", "0")  # of a process that accelerate or torchrun started
 OTHERS_WAIT_S = 30  # rank 0 tells what all find; a launcher ends all when the first one ends
 
@@ -48,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         finally:
             sys.stdout.flush()
     except OSError as error:
-        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+        if not is_of_stream(error):
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # flushed again at the end
         if error.errno == errno.EPIPE:
@@ -59,6 +61,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _dispatch(argv: list[str] | None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
     commands = {
         "info": info,
         "plan": plan,
@@ -82,7 +86,7 @@ def _dispatch(argv: list[str] | None) -> int:
     if name in ("info", "bench"):
         return commands[name](rest)
     try:
-        return _run(name, commands[name], rest)
+        return _run(name, commands[name], rest, debug)
     except ModuleNotFoundError as error:
         print(
             f"em-kernels {name}: error: {error.name} is not installed; "
@@ -96,8 +100,10 @@ def _dispatch(argv: list[str] | None) -> int:
         return 130
 
 
-def _run(name: str, command: Callable[[list[str]], int], arguments: list[str]) -> int:
-    """A command of the training side; what the user can mend as one line on stderr."""
+def _run(name: str, command: Callable[[list[str]], int], arguments: list[str], debug: bool) -> int:
+    """A command of the training side; what goes wrong as one line on stderr, after the traceback
+    where that is asked for. 2 where the user can mend it, else 1.
+    """
     from transformers.utils.logging import disable_progress_bar
 
     from .training.config import UserError
@@ -107,13 +113,30 @@ def _run(name: str, command: Callable[[list[str]], int], arguments: list[str]) -
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns of a CPU kernel when imported
     try:
         return command(arguments)
-    except (UserError, DemoModelError) as error:
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:
+        if is_of_stream(error):
+            raise
+        foreseen = isinstance(error, (UserError, DemoModelError))
+        text = str(error)
+        if not foreseen:
+            what = getattr(error, "doing", name)
+            text = f"{what}: {type(error).__name__}: {' '.join(text.split())[:300]}"
+            text += "" if debug else "; --debug shows where"
         of_rank = ""
         if RANK != "0":
             time.sleep(OTHERS_WAIT_S)
             of_rank = f" rank {RANK}:"
-        print(f"em-kernels {name}:{of_rank} error: {error}", file=sys.stderr)
-        return 2
+        if debug:
+            traceback.print_exc()
+        print(f"em-kernels {name}:{of_rank} error: {text}", file=sys.stderr)
+        return 2 if foreseen else 1
+
+
+def is_of_stream(error: BaseException) -> bool:
+    """Nobody reads what is printed, or there is no room for it."""
+    return isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ENOSPC)
 
 
 def settings(command: str, arguments: list[str], examples: str) -> "tuple[TrainConfig, bool]":

@@ -1,5 +1,6 @@
 """Hidden states and head of a transformers causal language model, and the entropy of a batch."""
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from threading import RLock
@@ -52,14 +53,50 @@ def head_of(model: PreTrainedModel) -> Head:
     return Head(layer.weight, layer.bias, scale, getattr(config, "final_logit_softcapping", None))
 
 
+def decoder_of(model: PreTrainedModel) -> nn.Module:
+    """The part that computes the hidden states which the head reads.
+
+    Raises: TypeError where the architecture does not name it, or gives its inputs other names.
+    """
+    try:
+        named = model.get_decoder()
+    except RecursionError:  # a few ask themselves
+        named = model
+    for part in (named, getattr(model, "model", None)):
+        if isinstance(part, nn.Module) and part is not model and takes(part, *INPUTS[:2]):
+            return part
+    raise TypeError(
+        f"model: {type(model).__name__} does not tell which part computes its hidden states from "
+        "input_ids and attention_mask; this architecture is not supported"
+    )
+
+
+def takes(module: nn.Module, *names: str) -> bool:
+    """Whether a module's forward has inputs of these names."""
+    parameters = inspect.signature(module.forward).parameters
+    more = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
+    return more or set(names) <= parameters.keys()
+
+
+def require_gradients(model: PreTrainedModel) -> None:
+    """Of the decoder's and the head's weights, which are all that the loss depends on: a vision
+    tower, say, is frozen.
+
+    Raises: TypeError as head_of and decoder_of.
+    """
+    head_of(model)
+    model.requires_grad_(False)
+    for part in (decoder_of(model), model.get_output_embeddings()):
+        part.requires_grad_(True)
+
+
 def hidden_states(
     model: PreTrainedModel, input_ids: Tensor, past_key_values: Cache | None = None
 ) -> Tensor:
     """Final hidden states (B, T, D): what the head reads. Rows may be padded on the right: causal
     attention never looks there.
     """
-    backbone = model.get_decoder()
-    return backbone(
+    return decoder_of(model)(
         input_ids=input_ids, past_key_values=past_key_values, use_cache=False
     ).last_hidden_state
 
@@ -89,7 +126,7 @@ def head_reads(model: nn.Module, read: Callable[[Tensor, Head], Tensor]) -> Iter
 
     def forward(**inputs: Any) -> Tensor:
         given = {name: value for name, value in inputs.items() if value is not None}
-        return layer(lm.get_decoder()(**given).last_hidden_state)
+        return layer(decoder_of(lm)(**given).last_hidden_state)
 
     modules = {lm: forward, layer: lambda hidden: read(hidden, head_of(lm))}
     with READING.setdefault(lm, RLock()):

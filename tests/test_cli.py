@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -414,6 +415,52 @@ def test_other_commands_refuse_unknown_flags(name, capfd):
     with pytest.raises(SystemExit) as exit:
         main([name, "--bogus"])
     assert exit.value.code == 2 and "--bogus" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command, where, doing",
+    [
+        ("plan", "em_kernels.training.memory.Planner.choose", "planning memory of Llama"),
+        ("train", "em_kernels.training.memory.Planner.choose", "planning memory of Llama"),
+        ("train", "em_kernels.training.engines.check_sampling", "preparing Llama"),
+        ("train", "em_kernels.training.step.entropy_loss_into", "update 1 of Llama"),
+        ("eval", "em_kernels.training.completions.check_head", "checking Llama"),
+        ("eval", "em_kernels.training.completions.generate", "completing"),
+    ],
+)
+def test_what_nobody_has_foreseen(command, where, doing, at, tmp_path, monkeypatch, capfd):
+    """One line says what was being done, and of which architecture; --debug shows where."""
+
+    def broken(*args, **kwargs):
+        raise ZeroDivisionError("of\nnothing")
+
+    monkeypatch.setattr(where, broken)
+    task = {
+        "plan": ["--prompt-tokens", "6", "--max-new-tokens", "2"],
+        "train": [*PROMPT, "--steps", "1", "--rollouts", "2", "--max-new-tokens", "2"],
+        "eval": [
+            "--data",
+            "addition",
+            "--count",
+            "2",
+            "--template",
+            "raw",
+            "--max-new-tokens",
+            "2",
+        ],
+    }[command]
+    arguments = [command, "--model", "model", *task]
+    if command != "plan":
+        arguments += ["--output", str(tmp_path / "out")]
+    assert main(arguments) == 1
+    line = capfd.readouterr().err.strip().splitlines()[-1]
+    name = "ForCausalLM" if "Llama" in doing else ""
+    said = f"em-kernels {command}: error: {doing}{name}: ZeroDivisionError: of nothing"
+    assert line == f"{said}; --debug shows where"
+    shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    assert main([*arguments, "--debug"]) == 1
+    error = capfd.readouterr().err
+    assert "Traceback" in error and ", in broken" in error and error.endswith(f"{said}\n")
 
 
 def test_demo_refuses_what_train_refuses(at, capfd):

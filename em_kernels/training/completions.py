@@ -18,11 +18,19 @@ from ..functional import fused_token_stats
 from ..gemm import bf16_isa
 from ..hf import check_head, head_of
 from .config import Positive, Sampling, Settings, TrainConfig, UserError, json_object
-from .data import QWEN25_MATH_COT, Problem, encode, few_shot, read_problems
+from .data import QWEN25_MATH_COT, Conversation, Problem, encode, few_shot, read_problems
+from .padding import check_cache, check_sampling
 from .records import append, read_lines
-from .rollout import Rollout, check_cache, generate
-from .session import progress_on
-from .setup import check_context, find_device, load_model, open_source
+from .rollout import Rollout, generate
+from .session import doing, progress_on
+from .setup import (
+    architecture,
+    check_context,
+    find_device,
+    load_model,
+    open_source,
+    tell_attention,
+)
 from .step import Prompt, can_share_prefix, micro_batches, scored_states
 
 COMPLETIONS = "completions.jsonl"
@@ -67,8 +75,8 @@ class TaskSettings(Settings):
     """auto: a CUDA GPU where there is one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 on a GPU, and on a CPU that multiplies it."""
-    attention: str = "sdpa"
-    """transformers' attn_implementation."""
+    attention: str = "auto"
+    """transformers' attn_implementation; auto: sdpa, or eager where the architecture has none."""
 
     def problems(self) -> tuple[list[Problem], list[Problem]]:
         """Those of the task, and the worked examples."""
@@ -90,10 +98,14 @@ class TaskSettings(Settings):
             )
         return found[shots + self.skip :], found[:shots]
 
-    def prompt(self, problem: Problem, shots: Sequence[Problem]) -> str:
-        """As text; of template chat the user's message."""
+    def prompt(self, problem: Problem, shots: Sequence[Problem]) -> str | Conversation:
+        """As text; of template chat the user's message, or all messages."""
         if self.template == "few-shot":
             return few_shot(shots, problem)
+        if self.template != "chat" and not isinstance(problem.prompt, str):
+            raise UserError(
+                f"template: {self.template} takes prompts of one text, not conversations; use chat"
+            )
         cot = self.template == "qwen25-math-cot"
         return QWEN25_MATH_COT.format(problem.prompt) if cot else problem.prompt
 
@@ -104,7 +116,7 @@ class TaskSettings(Settings):
         return self.sampling.model_copy(update={"stop": stop})
 
 
-def digest(problems: Sequence[Problem], prompts: Sequence[str]) -> str:
+def digest(problems: Sequence[Problem], prompts: Sequence[str | Conversation]) -> str:
     """Changes when a problem, or how it is asked, does."""
     asked = [(p.prompt, p.answer, text) for p, text in zip(problems, prompts, strict=True)]
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
@@ -175,7 +187,7 @@ class Served(NamedTuple):
 
     url: str
     model: str
-    prompts: list[str | list[dict[str, str]]]
+    prompts: list[str | Conversation]
     sampling: Sampling
     seed: int
     stream: int
@@ -221,8 +233,9 @@ def collect(
             found.update({completion[:2]: completion for completion in done})
             progress.advance(bar, len(done))
 
-        if missing:
-            source.complete(missing, on_done)
+        with doing(title):
+            if missing:
+                source.complete(missing, on_done)
     return {key: found[key] for key in keys}
 
 
@@ -236,16 +249,20 @@ def open_model(
     if config.dtype == "auto":
         bf16 = device.type == "cuda" or bf16_isa()
         train = train.model_copy(update={"dtype": "bfloat16" if bf16 else "float32"})
-    source, _, tokenizer = open_source(config.model)
+    source, model_config, tokenizer = open_source(config.model)
     if config.template == "chat" and tokenizer.chat_template is None:
         raise UserError("template: the tokenizer has no chat template; use few-shot or raw")
-    with console.status(escape(f"loading {config.model}")):
+    name = architecture(model_config)
+    with console.status(escape(f"loading {config.model}")), doing(f"loading {name}"):
         model = load_model(source, train, device).eval()
     try:
-        check_head(model, head_of(model))
-        check_cache(model)
+        with doing(f"checking {name}"):
+            check_head(model, head_of(model))
+            check_cache(model)
+            check_sampling(model)
     except TypeError as error:
         raise UserError(str(error)) from error
+    tell_attention(config.attention, model, console)
     return model, tokenizer
 
 
@@ -253,7 +270,7 @@ def token_ids(
     config: TaskSettings,
     tokenizer: PreTrainedTokenizerBase,
     model: PreTrainedModel,
-    texts: Sequence[str],
+    texts: Sequence[str | Conversation],
 ) -> list[list[int]]:
     """Of prompts, checked against the model's context."""
     chat = config.template == "chat"

@@ -204,8 +204,10 @@ class TrainConfig(Settings):
     """Share of the mass of the logits' gradient that may be left out, and with it most of the
     head's backward; 2^-9 is bf16's own rounding, 0 is exact.
     """
-    attention: str = "sdpa"
-    """transformers' attn_implementation: sdpa, eager, flash_attention_2."""
+    attention: str = "auto"
+    """transformers' attn_implementation: sdpa, eager, flash_attention_2; auto: sdpa, or eager where
+    the architecture has none.
+    """
     chunk_bytes: Positive | None = None
     """Memory for the logits held at a time; default 256 MiB."""
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = "none"

@@ -4,19 +4,22 @@ and how a model is asked them.
 
 import difflib
 import json
+import math
 import random
 import re
 import urllib.parse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
+from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import yaml
 from transformers import PreTrainedTokenizerBase
 
 from .config import ADDITION_SHOTS, TrainConfig, UserError
-from .grading import final_answer
+from .grading import boxed
 
 PROMPT_COLUMNS = ("problem", "question", "prompt")
 ANSWER_COLUMNS = ("answer", "final_answer", "ground_truth")
@@ -27,11 +30,14 @@ QWEN25_MATH_COT = (
 )
 
 
+Conversation: TypeAlias = list[dict[str, Any]]  # messages, their contents text
+
+
 @dataclass(frozen=True)
 class Problem:
     """A prompt, its answer where it is known, and how a worked example would write that."""
 
-    prompt: str
+    prompt: str | Conversation  # a conversation of one user message is its text
     answer: str | None = None
     worked: str | None = None
 
@@ -64,25 +70,64 @@ def as_problem(row: Any, where: object, setting: str = "prompt_from") -> Problem
     if not isinstance(row, dict):
         raise UserError(f"{setting}: {where}: a row is {type(row).__name__}, not an object")
     prompt = next((row[name] for name in PROMPT_COLUMNS if row.get(name)), None)
-    if isinstance(prompt, list):  # chat messages, as in the parquet files of RLVR projects
-        messages = [m for m in reversed(prompt) if isinstance(m, dict)]
-        prompt = next((m.get("content") for m in messages if m.get("role") == "user"), None)
-    if not isinstance(prompt, str) or not prompt.strip():
+    if isinstance(prompt, list):
+        prompt = _conversation(prompt, f"{setting}: {where}")
+    texts = texts_of(prompt) if isinstance(prompt, (str, list)) else []
+    if not isinstance(prompt, (str, list)) or not any(text.strip() for text in texts):
         known = ", ".join(PROMPT_COLUMNS)
         raise UserError(f"{setting}: {where}: a row has no text in any of the columns {known}")
-    if not prompt.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in prompt):
+    odd = "".join(text for text in texts if not text.isprintable())
+    if any("\ud800" <= letter <= "\udfff" for letter in odd):
         raise UserError(f"{setting}: {where}: the prompt is not text in UTF-8")
     reward = row.get("reward_model")
     answers = {**row, **(reward if isinstance(reward, dict) else {})}
-    given = [answers[name] for name in ANSWER_COLUMNS if answers.get(name) is not None]
-    answer = next((value for value in given if str(value).strip()), None)
-    if isinstance(answer, list):  # of several all are asked for
-        answer = ", ".join(map(str, answer))
+    given = [as_answer(answers.get(name)) for name in ANSWER_COLUMNS]
+    answer = next((text for text in given if text), None)
     solution = row.get("solution")
-    if answer is None and isinstance(solution, str) and "\\boxed{" in solution:  # Minerva
-        answer = final_answer(solution)
-    text = "" if answer is None else str(answer).split("####")[-1].strip()
-    return Problem(prompt, text or None)
+    if answer is None and isinstance(solution, str):  # Minerva
+        answer = boxed(solution)
+    return Problem(prompt, answer or None)
+
+
+def as_answer(value: Any) -> str | None:
+    """An answer of a data file as text: of several all are asked for, of GSM8K's solutions what
+    follows the "####". None for what is none: NaN, which tables have where nothing is, a truth
+    value, an object.
+    """
+    if isinstance(value, list):
+        parts = [as_answer(part) or "" for part in value]
+        return ", ".join(parts) if all(parts) else None
+    if isinstance(value, bool | dict | None) or (
+        isinstance(value, float | Decimal) and not math.isfinite(value)
+    ):
+        return None
+    return str(value).split("####")[-1].strip()
+
+
+def _conversation(messages: list[Any], where: str) -> str | Conversation:
+    """Every message, its content as one text, as a chat template takes them."""
+    found: Conversation = []
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise UserError(f"{where}: a message of a conversation has no role")
+        content = message.get("content")
+        if isinstance(content, list):
+            texts = [part.get("text") if isinstance(part, dict) else part for part in content]
+            if not all(isinstance(text, str) for text in texts):
+                raise UserError(f"{where}: a message has a part that is not text")
+            content = "".join(texts)
+        if not isinstance(content, str | None):
+            raise UserError(f"{where}: a message's content is not text")
+        kept = {key: value for key, value in message.items() if value is not None}
+        found.append({**kept, "content": content or ""})
+    if len(found) == 1 and found == [{"role": "user", "content": found[0]["content"]}]:
+        return found[0]["content"]
+    return found
+
+
+def texts_of(prompt: str | Conversation) -> list[str]:
+    """Of its messages."""
+    return [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
 
 
 def problems_of(config: TrainConfig) -> list[Problem]:
@@ -188,23 +233,58 @@ def _hub(name: str, subset: str | None, split: str) -> list[dict[str, Any]]:
 
 def few_shot(shots: Sequence[Problem], problem: Problem) -> str:
     """A raw prompt that ends where the answer begins."""
+    if not all(isinstance(p.prompt, str) for p in (*shots, problem)):
+        raise UserError("template: few-shot takes prompts of one text, not conversations; use chat")
     examples = "".join(f"Q: {shot.prompt}\nA:{shot.completion}\n" for shot in shots)
     return f"{examples}Q: {problem.prompt}\nA:"
 
 
 def encode(
     tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
+    prompt: str | Conversation,
     chat_template: bool,
     template_kwargs: Mapping[str, Any] = {},
 ) -> list[int]:
-    """Token ids of a prompt, tokenised whole; as a user message where a chat template is wanted."""
+    """Token ids of a prompt, tokenised whole; as messages where a chat template is wanted. What a
+    conversation ends with in the assistant's words is continued.
+    """
     if not chat_template:
-        return tokenizer(prompt).input_ids
-    messages = [{"role": "user", "content": prompt}]
-    settings = {"add_generation_prompt": True, **template_kwargs, "tokenize": False}
+        if not isinstance(prompt, str):
+            raise UserError(
+                f"prompt: is a conversation of {len(prompt)} messages, which only a chat template "
+                "joins; use the model's, or give one text"
+            )
+        return tokenised(tokenizer, prompt)
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    begun = messages[-1]["role"] == "assistant"
+    settings: dict[str, Any] = {"add_generation_prompt": not begun, "continue_final_message": begun}
+    settings |= {**template_kwargs, "tokenize": False}
     try:
         text = tokenizer.apply_chat_template(messages, **settings)
     except Exception as error:  # the template's own, of any kind
-        raise UserError(f"template_kwargs: the chat template says: {error}") from error
+        text = " ".join(str(error).split())
+        raise UserError(
+            f"chat_template: it refuses the prompt: {text}; change that, or template_kwargs"
+        ) from error
+    for message in messages if messages is prompt else ():
+        # templates drop what was thought before an answer
+        content = message["content"].rpartition("</think>")[2].strip()
+        if content not in text:
+            raise UserError(
+                f"prompt: the chat template leaves out what the {message['role']} says; say it in "
+                "a user's message, or use no chat template"
+            )
     return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def tokenised(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a raw prompt, special tokens that the tokenizer begins with included; not the
+    EOS that some append: what follows it is another text.
+    """
+    ids, written = tokenizer(text).input_ids, tokenizer(text, add_special_tokens=False).input_ids
+    ends = {tokenizer.eos_token_id, tokenizer.sep_token_id}
+
+    def at_end(ids: list[int]) -> int:
+        return len(list(takewhile(ends.__contains__, reversed(ids))))
+
+    return ids[: len(ids) - max(0, at_end(ids) - at_end(written))]

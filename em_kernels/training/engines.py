@@ -12,12 +12,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..functional import entropy_loss_into
-from ..hf import check_head, head_of
+from ..hf import check_head, head_of, require_gradients
 from .checkpoint import Writer, write_model
 from .config import TrainConfig, UserError
 from .optimizer import MasterAdamW
+from .padding import check_cache, check_sampling
 from .ranks import Ranks
-from .rollout import Rollout, check_cache
+from .rollout import Rollout
 from .step import StepLoss, can_share_prefix, entropy_step
 
 
@@ -48,8 +49,12 @@ class Engine(ABC):
         self.model, self.tokenizer, self.config, self.ranks = model.eval(), tokenizer, config, ranks
         self.prepare()  # eval: no dropout
 
-    def check_model(self) -> None:
-        """Raise UserError where the loss would not be of the model's own distribution."""
+    def check_model(self) -> bool:
+        """Whether rows of unequal length may be sampled side by side.
+
+        Raises: UserError where the loss would not be of the model's own distribution, or what is
+            sampled not its own.
+        """
         try:
             head = head_of(self.model)
             check_head(self.model, head)
@@ -57,6 +62,7 @@ class Engine(ABC):
             token = head.weight.new_zeros(1, head.weight.shape[1])
             weight, chunk_bytes = head.weight.detach(), self.config.chunk_bytes
             entropy_loss_into(None, token, weight, chunk_bytes=chunk_bytes)  # chunk_bytes
+            return check_sampling(self.model)
         except (TypeError, ValueError) as error:
             raise UserError(str(error)) from error
 
@@ -112,8 +118,10 @@ class Replicas(Engine):
 
             self.write = write_adapter(add_adapters(model, config), self.tokenizer)
         else:
-            self.write = write_model(model.requires_grad_(True), self.tokenizer)
+            self.write = write_model(model, self.tokenizer)
         self.check_model()
+        if config.mode != "lora":
+            require_gradients(model)
         self.head = head_of(model)
         if config.share_prefix and not can_share_prefix(model):
             self.config = config.model_copy(update={"share_prefix": False})

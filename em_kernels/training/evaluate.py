@@ -34,7 +34,7 @@ from .completions import (
 )
 from .config import Positive, Sampling, UserError, from_flags, json_object
 from .console import Terminal
-from .data import Problem, as_problem, read_rows
+from .data import Conversation, Problem, as_problem, few_shot, read_rows, tokenised
 from .grading import Grader
 from .records import CONFIG, FREE, differing, read_lines, resumable, write_whole
 from .rollout import Rollout
@@ -96,9 +96,10 @@ def known_answers(
     """
     rollouts = list[Rollout]()
     for prompt, completion in zip(prompts, completions, strict=True):
-        ids, text = tokenizer(prompt).input_ids, prompt + completion
+        ids, text = tokenised(tokenizer, prompt), prompt + completion
+        count = len(tokenised(tokenizer, f"{text}\nQ:"))  # without an EOS
         found = tokenizer(f"{text}\nQ:", return_offsets_mapping=True)
-        pairs = zip(found.input_ids, found.offset_mapping, strict=True)
+        pairs = zip(found.input_ids[:count], found.offset_mapping[:count], strict=True)
         whole = [token for token, (start, _) in pairs if start < len(text)]
         if whole[: len(ids)] != ids:
             raise UserError(
@@ -208,7 +209,8 @@ def evaluate(config: EvalConfig, console: Console, against: Path | None = None) 
         _check_comparable(against, config.samples, rows)
     if config.teacher_forced:
         model, tokenizer = open_model(config, console)
-        known = known_answers(tokenizer, prompts, [problem.completion for problem in problems])
+        texts = [few_shot(shots, problem) for problem in problems]
+        known = known_answers(tokenizer, texts, [problem.completion for problem in problems])
     else:
         source = _source(config, prompts, console)
         name = source.model if isinstance(source, Served) else config.model
@@ -261,7 +263,9 @@ def read_results(folder: Path, setting: str = "against") -> dict[str, Any]:
         ) from error
 
 
-def _source(config: EvalConfig, prompts: Sequence[str], console: Console) -> Local | Served:
+def _source(
+    config: EvalConfig, prompts: Sequence[str | Conversation], console: Console
+) -> Local | Served:
     sampling = config.sampled()
     if config.server is None:
         model, tokenizer = open_model(config, console)
@@ -270,7 +274,15 @@ def _source(config: EvalConfig, prompts: Sequence[str], console: Console) -> Loc
     from .server import model_name
 
     name, chat = model_name(config.server, config.model), config.template == "chat"
-    asked = [[{"role": "user", "content": text}] if chat else text for text in prompts]
+    asked = list[str | Conversation]()
+    for prompt in prompts:
+        as_message = chat and isinstance(prompt, str)
+        asked.append([{"role": "user", "content": prompt}] if as_message else prompt)
+    if any(not isinstance(x, str) and x[-1]["role"] == "assistant" for x in asked):
+        raise UserError(
+            "server: OpenAI's API cannot continue a conversation that ends in the assistant's "
+            "words; evaluate the model on this machine, without server"
+        )
     kwargs = json_object("template_kwargs", config.template_kwargs)
     return Served(
         config.server, name, asked, sampling, config.seed, STREAM, kwargs, config.parallel

@@ -35,6 +35,12 @@ LONGEST = 2000  # characters; those of MATH-500 and Minerva have at most 210
 SHORT = 100  # characters
 MINUS = "\N{MINUS SIGN}"
 
+_BOX = re.compile(r"\\(?:boxed|fbox)(?:\s*\{|\s+(?=\S))")
+_UNBRACED = re.compile(r"[^\s$]*")
+# an option of a multiple choice, and its text
+_OPTION = re.compile(
+    r"\\boxed\{(?:\\(?:text\w*|math\w+|mbox)\s*\{)?\s*(?:\(([A-J])\)|([A-J])[.:)])"
+)
 _EXPONENT = r"[eE][+-]?\d{1,3}(?!\d)"
 _DIGITS = rf"(?:\d{{1,3}}(?:,\d{{3}})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+|{_EXPONENT})?"
 _NUMBER = re.compile(rf"(?:(?<!\w)-)?(?:{_DIGITS}|(?<![\w.])\.\d+)")
@@ -44,6 +50,7 @@ _CLEANED = {  # before math-verify, which has other ideas of these
     MINUS: "-",
     r"^(?:\\?\$|\\\(|\\\[|\s)+|(?:\\?\$|\\\)|\\\]|(?<=[^.])\.|\s)+$": "",
     r"\\displaystyle\b\s*": "",
+    r"\\varnothing(?![a-zA-Z])|\N{EMPTY SET}": r"\\emptyset",
     rf"^{_TEXT}$": r"\1",
     r"(?<=[a-zA-Z\d})\]])(?<![a-zA-Z]{3}\})(?:\s|~|\\[,;:! ])*" + _UNIT: "",  # not of words
     r"^\+|^[A-Za-z]\s*\\in\b": "",  # x \in [0, 1] as the set
@@ -56,8 +63,8 @@ _CLEANED = {  # before math-verify, which has other ideas of these
 
 def final_answer(text: str) -> str | None:
     r"""The content of the last \boxed{}, or else the last number."""
-    if (boxed := _boxed(text)) is not None:
-        return boxed
+    if (content := boxed(text)) is not None:
+        return content
     text = re.sub(r"(?<==)\s*-\s*(?=[\d.])", "-", text.replace(MINUS, "-"))  # x = - 5
     numbers = _NUMBER.findall(text)
     return numbers[-1] if numbers else None
@@ -69,15 +76,20 @@ def _said(text: str) -> str | None:
     return text if found is None and len(text) <= SHORT else found
 
 
-def _boxed(text: str) -> str | None:
-    r"""The content of the last \boxed{}; None where there is none, or it was cut off."""
-    start = text.rfind("\\boxed{")
-    if start >= 0:
-        depth, begin = 1, start + len("\\boxed{")
-        for i in range(begin, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[i], 0)
-            if depth == 0:
-                return text[begin:i].strip()
+def boxed(text: str) -> str | None:
+    r"""The content of the last \boxed{}, \fbox{} or, without braces, \boxed 5; None where there is
+    none, or it was cut off.
+    """
+    boxes = list(_BOX.finditer(text))
+    if not boxes:
+        return None
+    depth, begin = 1, boxes[-1].end()
+    if not boxes[-1][0].endswith("{"):
+        return _UNBRACED.match(text, begin)[0].rstrip(".,;:") or None  # type: ignore[index]
+    for i in range(begin, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[i], 0)
+        if depth == 0:
+            return text[begin:i].strip()
     return None
 
 
@@ -109,8 +121,8 @@ def _is_word(key: Fraction | str) -> bool:
 
 def _answer_of(text: str) -> _Answer:
     r"""A completion's last \boxed{}; without one its last number, or what math-verify finds."""
-    if "\\boxed{" in text:
-        return _read(_boxed(text))
+    if _BOX.search(text):
+        return _read(boxed(text))
     if not re.search(r"[$\\%]", text):
         return _read(final_answer(text))
     end = text[-LONGEST:]
@@ -124,8 +136,16 @@ def _same(known: _Answer, found: _Answer) -> bool | None:
     keys = known.key, found.key
     if "" in keys or known.key == found.key:
         return "" not in keys
+    if _is_letter(known.key):  # math-verify makes no difference between a and A
+        option = _OPTION.match(found.latex)
+        if option or _is_letter(found.key):
+            return option is not None and known.key in option.groups()
     certain = all(isinstance(key, Fraction) or _is_word(key) for key in keys)
     return False if certain or not (known.latex and found.latex) else None
+
+
+def _is_letter(key: Fraction | str) -> bool:
+    return isinstance(key, str) and len(key) == 1 and key.isalpha()
 
 
 class Grader:
@@ -313,14 +333,39 @@ def _parsed(latex: str) -> list[Any]:
     return parse(latex, [config], extraction_mode="first_match", parsing_timeout=STEP_S)
 
 
+def _cases(side: list[Any]) -> dict[str, set[str]]:
+    """How each symbol is written: math-verify makes them all small."""
+    names = {str(x) for term in side for x in getattr(term, "free_symbols", ())}
+    written = re.sub(r"\\[a-zA-Z]+", "", "".join(term for term in side if isinstance(term, str)))
+    return {name: {c for c in written if c.lower() == name} for name in names if len(name) == 1}
+
+
+def _is_quotient(term: Any) -> bool:
+    """Made of whole numbers and decimals, and small enough to be computed exactly."""
+    from sympy import Add, Expr, Mul, Number, Pow, preorder_traversal
+
+    parts = list(preorder_traversal(term)) if isinstance(term, Expr) else [None]
+    small = all(abs(x.exp.evalf()) < LONGEST for x in parts if isinstance(x, Pow))
+    return small and all(isinstance(x, (Add, Mul, Number, Pow)) for x in parts)
+
+
 def _verified(known: str, found: str) -> bool:
     from math_verify import verify
-    from sympy import Float
+    from sympy import Expr, Float
 
     with suppress(BaseException):
         both = _parsed(known), _parsed(found)
+        mine, other = (_cases(side) for side in both)
+        if any(mine[name].isdisjoint(other[name]) for name in mine.keys() & other.keys()):
+            return False
         terms = [term for side in both for term in side if hasattr(term, "atoms")]
+        exact = [term.doit() for term in terms if _is_quotient(term)]
+        rational = len(terms) == len(exact) == 2 and all(x.is_Rational for x in exact)
+        if rational and "%" not in known + found:  # 50 % may be 50 or a half
+            return bool(exact[0] == exact[1])
         sizes = [abs(x) for term in terms for x in term.atoms(Float) if x]
+        numbers = [x.evalf() for x in terms if isinstance(x, Expr) and x.is_number]
+        sizes += [abs(x) for x in numbers if isinstance(x, Float) and 0 < abs(x) < 1]
         return verify(
             *both,
             float_rounding=max([6, *(3 - floor(log10(x)) for x in sizes)]),  # four digits, or six

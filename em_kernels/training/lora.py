@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -22,13 +29,18 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from ..hf import decoder_of
 from .checkpoint import save_checkpoint, write_model
 from .config import TrainConfig, UserError
 from .records import check_output
 from .rounding import to_bf16
 
 ALL = "all-linear"
-A, B = ".lora_A.weight", ".lora_B.weight"  # how names in an adapter's file end
+# init_lora_weights that leave the base model as it was, and those by which peft changes it to the
+# same again whenever it makes the adapters; others change it by random numbers or by data
+KEEP_BASE = {"true", "false", "gaussian", "eva", "orthogonal"}
+REPEAT_BASE = {"pissa", "olora"}
+BY_PEFT = "merge them by peft's merge_and_unload"
 
 
 def adapted_layers(model: PreTrainedModel, config: TrainConfig) -> dict[str, nn.Linear | Conv1D]:
@@ -37,8 +49,8 @@ def adapted_layers(model: PreTrainedModel, config: TrainConfig) -> dict[str, nn.
     Raises: UserError for a target that names the output head, something else or nothing.
     """
     head, modules = model.get_output_embeddings(), dict(model.named_modules())
-    linear = {n: m for n, m in modules.items() if isinstance(m, (nn.Linear, Conv1D))}
-    linear = {n: m for n, m in linear.items() if m is not head}
+    read = set(decoder_of(model).modules())  # not a vision tower's
+    linear = {n: m for n, m in modules.items() if is_linear(m) and m is not head and m in read}
     if config.lora_targets == (ALL,):
         return linear
     found: set[str] = set()
@@ -56,6 +68,21 @@ def adapted_layers(model: PreTrainedModel, config: TrainConfig) -> dict[str, nn.
             )
         found |= named
     return {name: layer for name, layer in linear.items() if name in found}
+
+
+def is_linear(module: nn.Module) -> bool:
+    """A matrix product alone, that peft can add to: some routers are nn.Linear and do more."""
+    kind = type(module)
+    if kind.forward in (nn.Linear.forward, Conv1D.forward):
+        return True
+    if not isinstance(module, nn.Linear) or kind.__module__.startswith("bitsandbytes"):
+        return isinstance(module, nn.Linear)
+    zeros = module.weight.detach().new_zeros(1, 1, module.in_features)
+    try:
+        found = module(zeros)
+    except Exception:  # of such a router, that is given tokens in a row
+        return False
+    return isinstance(found, torch.Tensor) and found.shape == (1, 1, module.out_features)
 
 
 def add_adapters(model: PreTrainedModel, config: TrainConfig) -> PeftModel:
@@ -119,9 +146,9 @@ def write_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> Calla
 
 @torch.no_grad()
 def merge(adapter: Path, output: Path) -> Path:
-    """Add a checkpoint's adapters (or a run's newest's) to its base's weights: each sum in fp32,
-    rounded to bf16 by rounding.py, so that small deltas count. Needs memory for the base and one
-    layer in fp32.
+    """Add a checkpoint's adapters (or a run's newest's) to its base's weights, as peft adds them,
+    rsLoRA, DoRA and patterns of rank and alpha included: each sum in fp32, rounded to bf16 by
+    rounding.py, so that small deltas count. Needs memory for the base and one layer in fp32, twice.
 
     Raises: UserError; output is written whole or not at all.
     """
@@ -132,28 +159,53 @@ def merge(adapter: Path, output: Path) -> Path:
     if not (folder / "adapter_config.json").is_file():
         raise UserError(f"merge: {folder} has no adapter_config.json; name a run of mode lora")
     try:
-        config = LoraConfig.from_pretrained(str(folder))
+        config = PeftConfig.from_pretrained(str(folder))
+        check_mergeable(config)
         weights = load_file(folder / "adapter_model.safetensors")
         tokenizer = AutoTokenizer.from_pretrained(folder)
         source = str(config.base_model_name_or_path)
-        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
-        names = [name.removesuffix(A) for name in weights if name.endswith(A)]
-        others = (config.use_rslora, config.use_dora, config.rank_pattern, config.alpha_pattern)
-        plain = names and not any(others)
-        if not plain or weights.keys() ^ {n + end for n in names for end in (A, B)}:
-            raise ValueError("it is not a plain LoRA")
-        layers = dict(model.named_modules())
-        for name in names:
-            layer: Any = layers.get(path := name.removeprefix("base_model.model."))
-            delta = weights[name + B] @ weights[name + A] * (config.lora_alpha / config.r)
-            delta = delta.T if isinstance(layer, Conv1D) else delta
-            if layer is None or layer.weight.shape != delta.shape:
-                raise ValueError(f"{source} has no {path} of {tuple(delta.shape)}; is it the base?")
-            total = (layer.weight.float() + delta).flatten()
-            layer.weight.data = to_bf16(total).view(layer.weight.shape)
+        base = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+        try:
+            model: Any = get_peft_model(base, config)
+            fits: Any = set_peft_model_state_dict(model, weights)
+        except (RuntimeError, ValueError) as error:  # of shapes, of layers that are not there
+            raise ValueError(f"{source} is not their base: {error}") from error
+        lacking = [name for name in fits.missing_keys if ".lora_" in name]
+        for name in (*fits.unexpected_keys, *lacking):
+            raise ValueError(f"{source} and they differ in {name}; is it their base?")
+        for layer in [m for m in model.modules() if isinstance(m, LoraLayer)]:
+            inner = layer.get_base_layer()
+            if not isinstance(inner, (nn.Linear, Conv1D)):
+                raise ValueError(f"one is on a {type(inner).__name__}; {BY_PEFT}")
+            inner.weight.data = inner.weight.data.float()
+            layer.merge(safe_merge=True)
+            inner.weight.data = to_bf16(inner.weight.data.flatten()).view(inner.weight.shape)
+        model = model.unload()
     except Exception as error:  # peft, transformers, safetensors and the hub raise many kinds
         raise UserError(f"merge: {folder}: {' '.join(str(error).split())[:300]}") from error
     return save_checkpoint(write_model(model, tokenizer), output)
+
+
+def check_mergeable(config: PeftConfig) -> None:
+    """Raises: ValueError for adapters whose sum with the base would not be the trained model."""
+    if not isinstance(config, LoraConfig):
+        kind = str(config.peft_type).rpartition(".")[2]
+        raise ValueError(f"these adapters are {kind}, not LoRA; {BY_PEFT}")
+    start = str(config.init_lora_weights).lower()
+    if start not in KEEP_BASE | REPEAT_BASE:
+        raise ValueError(
+            f"init_lora_weights {start!r} changed the base model by something that is not kept; "
+            "save them once more where they were trained, with peft's "
+            "save_pretrained(path_initial_model_for_weight_conversion=...), which makes a plain "
+            "LoRA of them"
+        )
+    for name in ("modules_to_save", "trainable_token_indices", "target_parameters"):
+        if getattr(config, name, None):
+            raise ValueError(f"these adapters have {name}; {BY_PEFT}")
+    if config.bias != "none":
+        raise ValueError(f"these adapters have bias {config.bias!r}; {BY_PEFT}")
+    if config.layer_replication:
+        raise ValueError(f"these adapters have layer_replication; {BY_PEFT}")
 
 
 def merge_command(arguments: list[str]) -> int:

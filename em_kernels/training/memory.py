@@ -24,6 +24,7 @@ from .plan import GIB, MIB, Plan, cheaper, peak, phases
 from .ranks import World
 from .rounding import LENGTH
 from .seconds import RATES, Work, seconds_of
+from .setup import attention_of
 from .shards import CONTEXT, PROCESS, SMALL_STATE, divided, settings_of
 from .sketch import Sketch
 
@@ -267,6 +268,7 @@ class Planner:
             "lr": config.lr or (LORA_LR if config.mode == "lora" else FULL_LR),
             "gradient_checkpointing": recompute,
             "chunk_bytes": chunk,
+            "attention": attention_of(config.attention, self.model_config),
         }
         if config.micro_batch == "auto":
             complete["micro_batch"] = rows * row

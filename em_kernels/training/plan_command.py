@@ -18,7 +18,8 @@ from .console import Terminal
 from .memory import Planner
 from .plan import GIB, PHASES, Plan, phases
 from .ranks import ENGINES, World
-from .setup import check_context
+from .session import doing
+from .setup import architecture, check_context, in_short
 
 HELP = """Nothing but the model's config.json is read: --model may also name that file. More flags:
 --prompt-tokens N, of the prompt's length (128); --json, everything as JSON; --ranks N, of as many
@@ -58,7 +59,8 @@ def plan_command(arguments: list[str]) -> int:
     device = torch.device("cuda" if config.device != "cpu" and there else "cpu")
     if config.device == "cuda":
         device = torch.device("cuda")
-    with Terminal(stderr=True).status("running the model's shapes"):
+    what = f"planning memory of {architecture(model_config)}"
+    with Terminal(stderr=True).status("running the model's shapes"), doing(what):
         download = download_bytes(config.model)
         planner = Planner(config, model_config, known.prompt_tokens, device, download, world=world)
         modes, chosen = planner.modes(), planner.choose()
@@ -111,10 +113,9 @@ def open_config(model: str) -> PreTrainedConfig:
     if model.startswith((".", "/", "~")) and not path.exists():
         raise UserError(f"model: there is no {model}")
     try:
-        return AutoConfig.from_pretrained(str(path))
+        return AutoConfig.from_pretrained(str(path), trust_remote_code=False)
     except Exception as error:  # transformers and the hub client raise many kinds
-        text = " ".join(str(error).split())[:300]
-        raise UserError(f"model: cannot open {model!r}: {text}") from error
+        raise UserError(f"model: cannot open {model!r}: {in_short(error)}") from error
 
 
 def download_bytes(model: str) -> int | None:

@@ -6,15 +6,12 @@ beside it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from os.path import commonprefix
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import (
-    DynamicCache,
     EosTokenCriteria,
     GenerationConfig,
     LogitsProcessor,
@@ -29,9 +26,9 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .config import Sampling
+from .padding import can_pad, padded, prefilled, ready_to_generate
 
 LEAVE_SHARE = 8  # a batch is rebuilt once one in so many of its rows has finished
 
@@ -93,35 +90,9 @@ def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[
     return sorted(i for i in found if i is not None)
 
 
-def check_cache(model: PreTrainedModel) -> None:
-    """Raises: TypeError where rows of the model's cache cannot be repeated and dropped."""
-    kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
-    for kind in kinds - {DynamicLayer, DynamicSlidingWindowLayer}:
-        raise TypeError(
-            f"model: {type(model).__name__} keeps a {kind.__name__}; only attention is supported"
-        )
-
-
 def uniforms_for(seeds: Sequence[Sequence[int]], length: int) -> Tensor:
     """(len(seeds), length) uniforms in [0, 1), a row for each seed; the same on every device."""
     return torch.tensor(np.stack([np.random.default_rng(seed).random(length) for seed in seeds]))
-
-
-@contextmanager
-def _ready_to_generate(model: PreTrainedModel) -> Iterator[None]:
-    """Eval mode, in which the KV cache is allowed, and nothing inherited from the model's
-    generation_config.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    config = model.generation_config
-    model.eval()
-    model.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        model.generation_config = config
 
 
 @torch.no_grad()
@@ -147,8 +118,10 @@ def generate(
     """
     results: dict[int, Rollout] = {}
     ends = eos_ids(model, tokenizer)
-    with _ready_to_generate(model):
-        for batch in _batches([len(ids) for ids in prompts], batch_size, _can_pad(model)):
+    lengths = [len(ids) for ids in prompts]
+    pad = len(set(lengths)) > 1 and can_pad(model, max(lengths) + sampling.max_new_tokens)
+    with ready_to_generate(model):
+        for batch in _batches(lengths, batch_size, pad):
             uniforms = uniforms_for([seeds[i] for i in batch], sampling.max_new_tokens)
             done = _generate_batch(
                 model,
@@ -164,11 +137,6 @@ def generate(
     return [results[i] for i in range(len(prompts))]
 
 
-def _can_pad(model: PreTrainedModel) -> bool:
-    """A sliding window would count the padding in."""
-    return {type(layer) for layer in DynamicCache(config=model.config).layers} == {DynamicLayer}
-
-
 def _batches(lengths: Sequence[int], size: int, pad: bool) -> Iterator[list[int]]:
     """Indices by length, none over twice its batch's shortest; without padding, of one length."""
     batch: list[int] = []
@@ -179,19 +147,6 @@ def _batches(lengths: Sequence[int], size: int, pad: bool) -> Iterator[list[int]
         batch.append(i)
     if batch:
         yield batch
-
-
-def _padded(prompts: Sequence[list[int]]) -> tuple[int, Tensor, Tensor]:
-    """Length of the rows' common prefix, and ids and attention mask (n, P) with the padding behind
-    that prefix: each row's own first token, which a repetition penalty has met anyway.
-    """
-    longest, rows, mask = max(map(len, prompts)), list[list[int]](), list[list[int]]()
-    same = len(commonprefix([ids[:-1] for ids in prompts]))  # generate wants a token to start from
-    for ids in prompts:
-        gap = longest - len(ids)
-        rows.append(ids[:same] + ids[:1] * gap + ids[same:])
-        mask.append([1] * same + [0] * gap + [1] * (len(ids) - same))
-    return same, torch.tensor(rows), torch.tensor(mask)
 
 
 def _generate_batch(
@@ -205,7 +160,7 @@ def _generate_batch(
     check: Callable[[], None] | None,
 ) -> list[Rollout]:
     """Completions of prompts, in segments; rows that finished leave between them."""
-    same, ids, mask = _padded(prompts)
+    same, ids, mask = padded(prompts)
     ids, mask = ids.to(model.device), mask.to(model.device)
     prompt_length = ids.shape[1]
     longest = prompt_length + sampling.max_new_tokens
@@ -216,12 +171,7 @@ def _generate_batch(
         endings.append(StopStringCriteria(tokenizer, list(sampling.stop)))
     results: list[Rollout | None] = [None] * len(ids)
     rows = torch.arange(len(ids), device=ids.device)  # which result each row of the batch is
-    cache = DynamicCache(config=model.config)
-    if same > 0:
-        model(  # not its decoder: FSDP wants the root module
-            input_ids=ids[:1, :same], past_key_values=cache, use_cache=True, logits_to_keep=1
-        )
-        cache.batch_repeat_interleave(len(ids))
+    cache = prefilled(model, ids, same)
     while len(rows):
         processors = LogitsProcessorList()
         if sampling.repetition_penalty != 1:

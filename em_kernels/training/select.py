@@ -29,8 +29,8 @@ from .completions import (
 )
 from .config import TrainConfig, UserError, from_flags
 from .console import Terminal
-from .data import Problem
-from .grading import Grader
+from .data import Conversation, Problem, texts_of
+from .grading import Grader, boxed
 from .plan_command import flags
 from .records import resumable, write_whole
 from .setup import fingerprint
@@ -70,7 +70,7 @@ class SelectConfig(TaskSettings):
 class Candidate:
     """A prompt as the model reads it, and what its samples were like."""
 
-    prompt: str
+    prompt: str | Conversation
     answer: str | None
     index: int  # in the pool
     samples: int
@@ -153,7 +153,7 @@ def select(
 
 def answer_of(completion: Completion) -> str:
     """Nothing where it was cut off before it came to a box: its last number is no answer."""
-    return completion.text if completion.ended or "\\boxed{" in completion.text else ""
+    return completion.text if completion.ended or boxed(completion.text) is not None else ""
 
 
 def show(config: SelectConfig, ranked: Sequence[Candidate], console: Console) -> None:
@@ -168,7 +168,7 @@ def show(config: SelectConfig, ranked: Sequence[Candidate], console: Console) ->
     for name in ("right", "disagree", "entropy", "samples"):
         table.add_column(name, justify="right", no_wrap=True)
     for row, c in enumerate(ranked[:SHOWN]):
-        end = " ".join(c.prompt.split())[-32:]
+        end = " ".join(texts_of(c.prompt)[-1].split())[-32:]
         right = "-" if c.pass_rate is None else f"{c.pass_rate:.0%}"
         cells = (right, f"{c.disagreement:.0%}", f"{c.entropy:.3f}", str(c.samples))
         table.add_row(str(row), escape(end), *cells)

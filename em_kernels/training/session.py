@@ -4,6 +4,8 @@ import resource
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -42,6 +44,19 @@ class StopRequest:
     def check(self) -> None:
         if self.requested:
             raise Interrupted("interrupted")
+
+
+@contextmanager
+def doing(what: str) -> Iterator[None]:
+    """An exception that leaves it, and that nothing has foreseen, says what was being done: cli.py
+    tells it. Of several the innermost counts.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not hasattr(error, "doing"):
+            error.doing = what  # type: ignore[attr-defined]
+        raise
 
 
 def progress_on(console: Console) -> Progress:

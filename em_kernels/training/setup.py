@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from rich.console import Console
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -17,7 +19,7 @@ from transformers import (
 
 from .checkpoint import defining_settings, steps_in
 from .config import TrainConfig, UserError, json_object, read_yaml
-from .data import Problem, encode, problems_of
+from .data import Problem, encode, problems_of, texts_of
 from .demo_model import fetch_demo
 from .ranks import find_ranks
 from .records import CONFIG, differing, read_rollouts
@@ -86,10 +88,10 @@ def open_source(model: str) -> tuple[str, PreTrainedConfig, PreTrainedTokenizerB
         adapters, base = Path(source, ADAPTERS), source
         if adapters.exists():
             base = json.loads(adapters.read_text("utf-8"))["base_model_name_or_path"]
-        model_config = AutoConfig.from_pretrained(base)
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        model_config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # transformers and the hub client raise many kinds
-        raise UserError(f"model: cannot open {model!r}: {_brief(error)}") from error
+        raise UserError(f"model: cannot open {model!r}: {in_short(error)}") from error
     if getattr(model_config, "quantization_config", None) is not None:
         raise UserError(
             f"model: {model!r} is quantised; name the model it was made from (mode lora "
@@ -145,13 +147,14 @@ def as_sampled(task: Task, config: TrainConfig, run: Path) -> Task:
     """With the prompts of this run's completions where the chat template tells the day, as Llama's
     does, and they were sampled on another.
     """
-    asks = task.chat_template and "strftime_now" in str(task.tokenizer.chat_template)
-    recorded = read_rollouts(run, config.rollouts) if asks else {}
+    day = task.chat_template and "strftime_now" in str(task.tokenizer.chat_template)
+    recorded = read_rollouts(run, config.rollouts) if day else {}
     if not recorded:
         return task
     prompts = [rollout.prompt_ids for rollout in recorded[1][: len(task.prompts)]]
     texts = task.tokenizer.batch_decode(prompts)
-    same = all(p.prompt.strip() in text for p, text in zip(task.problems, texts, strict=True))
+    asked = zip(task.problems, texts, strict=True)
+    same = all(part.strip() in text for p, text in asked for part in texts_of(p.prompt))
     return task._replace(prompts=prompts) if same else task  # which will be refused
 
 
@@ -168,19 +171,62 @@ def load_model(source: str, config: TrainConfig, device: torch.device) -> PreTra
         opened: Any = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=getattr(torch, config.dtype),
-            attn_implementation=config.attention,
+            attn_implementation=None if config.attention == "auto" else config.attention,
             use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # told of below
             output_loading_info=True,
             device_map=None if device.type == "cpu" else {"": device},  # never whole on the host
             quantization_config=quantisation,
         )
     except Exception as error:
-        raise UserError(f"model: cannot load {config.model!r}: {_brief(error)}") from error
+        refused_attention(config.attention, error)
+        raise UserError(f"model: cannot load {config.model!r}: {in_short(error)}") from error
     model, loading = opened
     if loading["missing_keys"]:  # transformers would draw them at random
         raise UserError(f"model: {config.model!r} lacks weights: {min(loading['missing_keys'])}")
+    for name, stored, shape in sorted(loading["mismatched_keys"]):
+        raise UserError(
+            f"model: {config.model!r}: {name} is stored as {tuple(stored)}, and config.json says "
+            f"{tuple(shape)}; take the config.json of these weights"
+        )
     return model
 
 
-def _brief(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+def attention_of(asked: str, config: PreTrainedConfig) -> str:
+    """What "auto" is of a model."""
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    has_sdpa = getattr(kind, "_supports_sdpa", True)
+    return ("sdpa" if has_sdpa else "eager") if asked == "auto" else asked
+
+
+def tell_attention(asked: str, model: PreTrainedModel, console: Console) -> None:
+    """Where "auto" took another than the usual one."""
+    found = model.config._attn_implementation
+    if asked == "auto" and found != "sdpa":
+        name = type(model).__name__
+        console.print(f"Attention: {found}; {name} has no sdpa.", markup=False, soft_wrap=True)
+
+
+def architecture(config: PreTrainedConfig) -> str:
+    """Its name, for messages."""
+    return (config.architectures or [type(config).__name__.removesuffix("Config")])[0]
+
+
+def in_short(error: Exception) -> str:
+    """An exception of transformers or the hub client in one line."""
+    text = " ".join(str(error).split())
+    if "trust_remote_code" in text:
+        return (
+            "it brings code of its own, which is not run here; take a model of an architecture "
+            "that transformers has"
+        )
+    return text[:300]
+
+
+def refused_attention(attention: str, error: Exception) -> None:
+    """Raises: UserError where the error is transformers' refusal of this attention."""
+    text = " ".join(str(error).split())
+    if isinstance(error, (ImportError, ValueError)) and "attention" in text.lower():
+        first = text.split(". ")[0]
+        raise UserError(f"attention: {attention!r} is refused: {first}; use auto") from error

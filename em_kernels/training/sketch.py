@@ -8,17 +8,21 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, masking_utils
 from transformers.cache_utils import DynamicLayer
+from transformers.initialization import no_init_weights
+from transformers.integrations import moe
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
-from ..hf import head_of
+from ..hf import decoder_of, head_of, require_gradients
 from .config import TrainConfig, UserError
-from .rollout import Rollout, check_cache
+from .padding import check_cache
+from .rollout import Rollout
+from .setup import architecture, attention_of, refused_attention
 from .step import Prompt, recomputation, scored_states
 
 DEPTHS = (2, 3)  # of models that stand for a deep one whose layers are alike
@@ -91,15 +95,20 @@ class _Net:
         if attention.startswith("flash"):  # keeps as much, and runs on GPUs only
             attention = "sdpa"
         try:
-            with self.fake:
+            with self.fake, no_init_weights():  # some ask for values
                 self.model = AutoModelForCausalLM.from_config(
-                    config, dtype=dtype, attn_implementation=attention
+                    config,
+                    dtype=dtype,
+                    attn_implementation=attention_of(attention, config),
                 )
-        except ValueError as error:
-            text = " ".join(str(error).split())[:200]
-            raise UserError(f"attention: {attention!r} is refused: {text}") from error
+        except (ImportError, ValueError) as error:
+            refused_attention(attention, error)
+            raise
+        self.model.tie_weights()
         self.model.eval()
         self.base = list(self.model.parameters())
+        require_gradients(self.model)
+        self.text = [p for p in self.base if p.requires_grad]
         if lora is not None:
             self._add_adapters(lora)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -125,7 +134,7 @@ class _Net:
         embedding = self.model.get_input_embeddings().weight
         head = self.model.get_output_embeddings().weight
         linear = {m.weight for m in self.model.modules() if isinstance(m, nn.Linear | Conv1D)}
-        matrices = sum(p.numel() for p in self.base if p.dim() > 1)
+        matrices = sum(p.numel() for p in self.text if p.dim() > 1)
         return Sizes(
             sum(p.nbytes for p in self.base),
             sum(b.nbytes for b in self.model.buffers()),
@@ -140,7 +149,7 @@ class _Net:
         prompt's. Each is a linear function of the depth.
         """
         batch = [Rollout([0] * prompt, [0] * new, False)] * rows
-        with self.fake, self.live, _unpacked(), recomputation(self.model, recompute):
+        with self.fake, self.live, _without_values(), recomputation(self.model, recompute):
             begun, ahead = self._begin((prompt, recompute) if shared else None)
             self.live.take_peak()
             states = scored_states(self.model, batch, begun, False)
@@ -168,7 +177,7 @@ class _Net:
 
     def _finish(self, prompt: Prompt) -> tuple[int, int]:
         for leaf in prompt.leaves:
-            leaf.grad = torch.zeros_like(leaf)
+            leaf.grad = torch.zeros_like(leaf) if leaf.requires_grad else None
         return self._backward(prompt.backward)
 
     def _backward(self, backward: Callable[[], object]) -> tuple[int, int]:
@@ -189,16 +198,43 @@ class _Net:
 
 
 @contextmanager
-def _unpacked() -> Iterator[None]:
+def _without_values() -> Iterator[None]:
     """transformers asks for the values of position ids, whether rows are packed; not of tensors
-    without: it would make the mask of rows that are.
+    without: it would make the mask of rows that are. And torch's grouped product, of experts, wants
+    bf16 where it has no values; transformers' own takes any dtype, and as much memory.
     """
-    asked = masking_utils.find_packed_sequence_indices
+    packed, grouped = masking_utils.find_packed_sequence_indices, moe._can_use_grouped_mm
     masking_utils.find_packed_sequence_indices = lambda *_: None
+    moe._can_use_grouped_mm = lambda *_: False
     try:
         yield
     finally:
-        masking_utils.find_packed_sequence_indices = asked
+        masking_utils.find_packed_sequence_indices, moe._can_use_grouped_mm = packed, grouped
+
+
+@contextmanager
+def _planned(config: PreTrainedConfig) -> Iterator[None]:
+    """What an architecture's own code raises where tensors have no values, as a UserError."""
+    name = architecture(config)
+    try:
+        yield
+    except UserError:
+        raise
+    except DataDependentOutputException as error:
+        raise UserError(
+            f"model: {name} decides by its tensors' values what it computes, so what that needs "
+            "cannot be planned; this architecture is not supported"
+        ) from error
+    except Exception as error:
+        text = " ".join(str(error).split())
+        if text.startswith("model: "):  # our own
+            raise UserError(text) from error
+        if "Unrecognized configuration class" in text:
+            raise UserError(f"model: transformers opens {name} as no causal model") from error
+        raise UserError(
+            f"model: {name} cannot be planned ({type(error).__name__}: {text[:200]}); this "
+            "architecture is not supported"
+        ) from error
 
 
 class Sketch:
@@ -208,23 +244,33 @@ class Sketch:
         self,
         config: PreTrainedConfig,
         dtype: torch.dtype,
-        attention: str = "sdpa",
+        attention: str = "auto",
         lora: TrainConfig | None = None,
     ) -> None:
+        self.config = config
+        with _planned(config):
+            self._build(config, dtype, attention, lora)
+
+    def _build(
+        self,
+        config: PreTrainedConfig,
+        dtype: torch.dtype,
+        attention: str,
+        lora: TrainConfig | None,
+    ) -> None:
         whole = _Net(config, dtype, attention)
-        try:
-            check_cache(whole.model)
-            self.words, self.width = head_of(whole.model).weight.shape
-        except TypeError as error:
-            raise UserError(str(error)) from error
-        blocks = [m for m in whole.model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        check_cache(whole.model)
+        self.words, self.width = head_of(whole.model).weight.shape
+        parts = decoder_of(whole.model).modules()
+        blocks = [m for m in parts if isinstance(m, GradientCheckpointingLayer)]
         kinds = [(type(m), [p.shape for p in m.parameters()]) for m in blocks]
         caches = [type(layer) for layer in DynamicCache(config=config).layers]
         self.layers = len(caches)
         self.can_share = set(caches) == {DynamicLayer}
         self.itemsize = dtype.itemsize
         alike = self.can_share and len(blocks) == self.layers and kinds == kinds[:1] * self.layers
-        if alike and self.layers > sum(DEPTHS):
+        one = lora is not None and any(s.isdigit() for t in lora.lora_targets for s in t.split("."))
+        if alike and self.layers > sum(DEPTHS) and not one:  # of single layers, by their number
             self.nets = [_Net(_of_depth(config, depth), dtype, attention, lora) for depth in DEPTHS]
         else:
             self.nets = [_Net(config, dtype, attention, lora) if lora else whole]
@@ -244,7 +290,8 @@ class Sketch:
         """Rows of so many prompt and new tokens, through the update's own forward and backward."""
         key = (rows, prompt, new, shared, recompute)
         if key not in self.runs:
-            count, kept, *peaks = self._whole([net.run(*key) for net in self.nets])
+            with _planned(self.config):
+                count, kept, *peaks = self._whole([net.run(*key) for net in self.nets])
             self.runs[key] = Activations(count, kept, max(peaks))
         return self.runs[key]
 
@@ -253,11 +300,11 @@ class Sketch:
         found = []
         for net in self.nets:
             cache = DynamicCache(config=net.model.config)
-            with net.fake, torch.no_grad():
+            with _planned(self.config), net.fake, torch.no_grad(), _without_values():
                 ids = torch.zeros(1, tokens, dtype=torch.int64)
-                net.model.get_decoder()(input_ids=ids, past_key_values=cache, use_cache=True)
-            kept: list[Any] = cache.layers
-            found.append([sum(x.keys.nbytes + x.values.nbytes for x in kept)])
+                decoder_of(net.model)(input_ids=ids, past_key_values=cache, use_cache=True)
+            kept: list[Any] = cache.layers  # some share others', and have none
+            found.append([sum(x.keys.nbytes + x.values.nbytes for x in kept if x.keys is not None)])
         return self._whole(found)[0]
 
 

@@ -33,12 +33,18 @@ class StepLoss(NamedTuple):
 class _Kept(DynamicLayer):
     """A prompt's keys and values, with their graph."""
 
+    length = 0
+
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:  # a recomputation comes a second time
             self.keys, self.values, self.is_initialized = key_states, value_states, True
+            self.length = key_states.shape[-2]
         return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        return self.length
 
 
 class _Before(DynamicLayer):
@@ -70,14 +76,20 @@ class Prompt:
         kept: list[Any] = [_Kept() for _ in cache.layers]
         cache.layers = kept
         states = hidden_states(model, torch.tensor([ids], device=model.device), cache)
+        if any(layer.keys is None for layer in kept):
+            raise TypeError(
+                f"model: {type(model).__name__} does not fill the cache it is given; this "
+                "architecture is not supported"
+            )
         self.outputs: list[Any] = [states[:, -1]]
         for layer in kept:
             self.outputs += [layer.keys, layer.values]
             layer.keys = layer.values = None  # else checkpoint's frames hold a graph unused
-        self.leaves = [
-            x.detach().to(torch.promote_types(x.dtype, torch.float32)).requires_grad_()
-            for x in self.outputs
-        ]
+        self.leaves = [x.detach() for x in self.outputs]
+        for i, x in enumerate(self.outputs):
+            if x.requires_grad:  # of adapters on some layers only, those before them have none
+                wide = torch.promote_types(x.dtype, torch.float32)
+                self.leaves[i] = x.detach().to(wide).requires_grad_()
 
     @property
     def last(self) -> Tensor:
@@ -96,7 +108,8 @@ class Prompt:
         """Of what the rows' backwards left."""
         pairs = zip(self.outputs, self.leaves, strict=True)
         reached = [(x, leaf.grad.to(x.dtype)) for x, leaf in pairs if leaf.grad is not None]
-        torch.autograd.backward([x for x, _ in reached], [gradient for _, gradient in reached])
+        if reached:
+            torch.autograd.backward([x for x, _ in reached], [gradient for _, gradient in reached])
 
 
 @torch.no_grad()
@@ -104,7 +117,10 @@ def can_share_prefix(model: PreTrainedModel) -> bool:
     """Whether rows that continue a Prompt get the model's states; not with sliding windows, say."""
     if {type(layer) for layer in DynamicCache(config=model.config).layers} != {DynamicLayer}:
         return False
-    ids = torch.arange(2, 26, device=model.device).view(2, 12) % model.config.vocab_size
+    ids = (
+        torch.arange(2, 26, device=model.device).view(2, 12)
+        % model.config.get_text_config().vocab_size
+    )
     ids[:, :6] = ids[0, :6]
     expected = hidden_states(model, ids)[:, 6:].float()
     found = Prompt(model, ids[0, :6].tolist()).continued(ids[:, 6:])

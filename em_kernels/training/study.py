@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .completions import TaskSettings, digest, open_model
 from .config import Positive, Sampling, TrainConfig, UserError, from_flags
 from .console import Terminal
-from .data import Problem, few_shot
+from .data import Problem, few_shot, texts_of
 from .effects import ARMS, EXAMPLES, analyse, table_of
 from .evaluate import Temperatures, known_answers, percent, score
 from .records import CONFIG, resumable, write_whole
@@ -193,7 +193,7 @@ def _trained(
     run = config.output / "runs" / path.stem
     settings = TrainConfig(
         model=config.model,
-        prompt=candidate.prompt,
+        prompt=texts_of(candidate.prompt)[0],  # of template few-shot, which is one text
         answer=problem.answer,
         chat_template=False,
         output=run,

@@ -34,8 +34,16 @@ from .records import (
     write_config,
 )
 from .rollout import Rollout, generate
-from .session import Interrupted, StopRequest, line_of, peak_memory_gib, progress_on
-from .setup import Task, as_recorded, as_sampled, load_model, load_task
+from .session import Interrupted, StopRequest, doing, line_of, peak_memory_gib, progress_on
+from .setup import (
+    Task,
+    architecture,
+    as_recorded,
+    as_sampled,
+    load_model,
+    load_task,
+    tell_attention,
+)
 from .shards import CONTEXT
 from .step import StepLoss
 from .trackers import Tracking
@@ -115,7 +123,8 @@ def train(
                     break
                 if running:
                     running.phase(f"update {update}")
-                run.update(update, stop)
+                with doing(f"update {update} of {architecture(task.model_config)}"):
+                    run.update(update, stop)
                 tracking.log(run.result.metrics[-1])
                 if update in plan.config.save_at:
                     run.save()
@@ -142,7 +151,8 @@ def _prepared(
     if config.chat_template and not task.chat_template:
         no_template = "The tokenizer has no chat template: the prompt is used as it is."
         console.print(no_template, soft_wrap=True)
-    with console.status("planning memory"):
+    what = f"planning memory of {architecture(task.model_config)}"
+    with console.status("planning memory"), doing(what):
         plan = resolve(
             config, task.model_config, max(map(len, task.prompts)), ranks.device, held, ranks.world
         )
@@ -186,12 +196,15 @@ class _Run:
                     f"rollouts_from: {config.rollouts_from} holds {len(self.recorded)} whole "
                     f"updates of {config.steps}; lower steps"
                 )
+        name = architecture(task.model_config)
         if model is None:
-            with self.console.status(escape(f"loading {config.model}")):
+            with doing(f"loading {name}"), self.console.status(escape(f"loading {config.model}")):
                 fsdp = ranks.world.engine == "fsdp2"  # takes its parts one after another
                 device = torch.device("cpu") if fsdp else ranks.device
                 model = load_model(task.source, config, device)
-        self.engine = engine_of(ranks.world.engine)(model, task.tokenizer, config, ranks)
+        tell_attention(self.asked.attention, model, self.console)
+        with doing(f"preparing {name}"):
+            self.engine = engine_of(ranks.world.engine)(model, task.tokenizer, config, ranks)
         if self.engine.config != config:
             why = "The prompt is computed in every row: this model's cache asks it."
             self.console.print(why, soft_wrap=True)

@@ -14,11 +14,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..functional import fused_entropy_loss, gradient_report
-from ..hf import Head, head_reads
+from ..hf import Head, head_reads, require_gradients
 from .checkpoint import Writer, write_model
 from .config import UserError
 from .engines import Engine
 from .optimizer import KINDS, square_sum
+from .padding import PADS
 from .rollout import Rollout
 from .rounding import dithered
 from .step import StepLoss, padded, part_of, recomputation
@@ -34,9 +35,18 @@ class Wrapped(Engine):
     updates = 0
 
     def prepare(self) -> None:
-        self.model.requires_grad_(True)
-        self.ranks.from_main(self.check_model)  # where weights are, whatever loads
+        pads = self.ranks.from_main(self.check_model)  # where weights are, whatever loads
+        require_gradients(self.model)
+        frozen = next((n for n, p in self.model.named_parameters() if not p.requires_grad), None)
+        if frozen is not None:
+            self.ranks.refuse(
+                UserError(
+                    f"model: {frozen} is no part of the language model and stays as it is; this "
+                    "engine trains all of a model: use one process, or torchrun without FSDP"
+                )
+            )
         self.wrap()
+        PADS[self.model] = pads
 
     @abstractmethod
     def wrap(self) -> None:

@@ -125,7 +125,7 @@ REFUSED = [
         r"data: the prompt of problem 0 has 5\d\d tokens, the model's context 512",
     ),
     (["--template-kwargs", "{"], "template_kwargs: '{' is not a JSON object"),
-    (["--attention", "none"], "model: cannot load"),
+    (["--attention", "none"], "attention: 'none' is refused: "),
 ]
 
 

@@ -1,12 +1,15 @@
 """Problems from text and files, in the schemas that are met in the wild."""
 
+import copy
 import json
+from functools import partial
 
 import datasets
 import huggingface_hub.constants
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from em_kernels.training.config import ADDITION_SHOTS, DEMO_SHOTS, TrainConfig, UserError
 from em_kernels.training.data import (
@@ -18,6 +21,7 @@ from em_kernels.training.data import (
     read_problems,
     read_rows,
 )
+from em_kernels.training.evaluate import known_answers
 
 CHAT = [
     {"role": "system", "content": "Be brief."},
@@ -36,7 +40,7 @@ SCHEMAS = {
     "no final answer": ({"question": "q", "final_answer": []}, ("q", None)),
     "RLVR": (
         {"prompt": CHAT[:2], "reward_model": {"ground_truth": "5", "style": "rule"}},
-        ("What is 2 + 3?", "5"),
+        (CHAT[:2], "5"),
     ),
     "RLVR, text": ({"problem": "p", "reward_model": {"ground_truth": "12.8"}}, ("p", "12.8")),
     "several answers": ({"question": "q", "final_answer": ["1", "-1"]}, ("q", "1, -1")),
@@ -45,7 +49,12 @@ SCHEMAS = {
         {"question": "q", "answer": "", "solution": r"\boxed{5}"},
         ("q", "5"),
     ),
-    "several turns": ({"prompt": CHAT}, ("And 4?", None)),
+    "several turns": ({"prompt": CHAT}, (CHAT, None)),
+    "one turn": ({"prompt": CHAT[1:2]}, ("What is 2 + 3?", None)),
+    "parts of text": (
+        {"prompt": [{"role": "user", "content": [{"type": "text", "text": t} for t in "pq"]}]},
+        ("pq", None),
+    ),
     "prompt alone": ({"prompt": "p"}, ("p", None)),
     "empty columns": (
         {"problem": None, "question": "", "prompt": "p", "answer": None},
@@ -145,11 +154,71 @@ def test_template_kwargs(tokenizer):
     kept, tokenizer.chat_template = tokenizer.chat_template, template
     texts = [tokenizer.decode(encode(tokenizer, "the", True, {"deep": d})) for d in (True, False)]
     tokenizer.chat_template = "{{ raise_exception('no role ' ~ messages[0].role) }}"
-    with pytest.raises(UserError, match="^template_kwargs: the chat template says: no role user"):
+    with pytest.raises(UserError, match="^chat_template: it refuses the prompt: no role user;"):
         encode(tokenizer, "the", True)
     tokenizer.chat_template = kept
     assert texts == ["the abc", "the"]
     assert encode(tokenizer, "the", True, {"tokenize": True}) == encode(tokenizer, "the", True)
+
+
+SYSTEM, USER = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "the"}
+ASSISTANT = {"role": "assistant", "content": "so abc"}
+
+
+def test_conversations(tokenizer):
+    """Every message, in its order; the assistant's last words are gone on with."""
+    ask = partial(encode, tokenizer, chat_template=True)
+    system = "<|system|>Be brief.<|end|>"
+    assert tokenizer.decode(ask([SYSTEM, USER])) == f"{system}<|user|>the<|end|><|assistant|>"
+    turns = f"{system}<|user|>the<|end|><|assistant|>so abc"
+    assert tokenizer.decode(ask([SYSTEM, USER, ASSISTANT])) == turns
+    again = f"{turns}<|end|><|user|>the<|end|><|assistant|>"
+    assert tokenizer.decode(ask([SYSTEM, USER, ASSISTANT, USER])) == again
+    assert ask([USER]) == ask("the")
+    with pytest.raises(UserError, match="^prompt: is a conversation of 2 messages, which only"):
+        encode(tokenizer, [SYSTEM, USER], chat_template=False)
+    with pytest.raises(UserError, match="^template: few-shot takes prompts of one text"):
+        few_shot([], Problem([SYSTEM, USER]))
+
+
+def test_what_a_template_cannot_take_is_refused(monkeypatch, tokenizer):
+    last = "{{ messages[-1].content }}"
+    monkeypatch.setattr(tokenizer, "chat_template", last)
+    with pytest.raises(UserError, match="the chat template leaves out what the system says;"):
+        encode(tokenizer, [SYSTEM, USER], chat_template=True)
+    thought = {"role": "assistant", "content": "<think>3 + 4</think>7"}
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ messages[0].content }}7" + last)
+    assert tokenizer.decode(encode(tokenizer, [USER, thought, USER], True)) == "the7the"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [float("nan"), False, True, {"value": 5}, [], " ", float("inf"), ["5", None], None],
+    ids=str,
+)
+def test_answers_that_are_none(answer):
+    assert as_problem({"prompt": "p", "answer": answer}, "row 0") == Problem("p")
+    later = {"prompt": "p", "answer": answer, "ground_truth": 7}
+    assert as_problem(later, "row 0") == Problem("p", "7")
+
+
+@pytest.mark.parametrize("box", [r"\boxed{5}", r"\boxed 5", r"\fbox{5}", r"$\boxed {5}$."])
+def test_answer_of_a_solution(box):
+    assert as_problem({"problem": "p", "solution": f"2 + 3 is {box}"}, "row 0") == Problem("p", "5")
+
+
+def test_a_prompt_never_ends_in_eos(tokenizer):
+    """As T5's and some SentencePiece tokenizers append; unless the user wrote it."""
+    appending = copy.deepcopy(tokenizer)
+    appending.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|pad|> $A <|end|>", special_tokens=[("<|pad|>", 2), ("<|end|>", 0)]
+    )
+    assert appending("the").input_ids[-1] == tokenizer.eos_token_id
+    for text in ("the", "the<|end|>", "<|end|>", ""):
+        ids = encode(appending, text, chat_template=False)
+        assert ids == [2, *encode(tokenizer, text, chat_template=False)]
+    known = known_answers(appending, ["Q: a\nA:"], [" 3\n"])
+    assert known[0].response_ids == known_answers(tokenizer, ["Q: a\nA:"], [" 3\n"])[0].response_ids
 
 
 def test_few_shot():

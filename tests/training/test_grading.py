@@ -268,11 +268,24 @@ TEXTS = [  # whole completions
     (r"\boxed{\frac{1}{2", "2", False),
     (r"\boxed{\boxed{7}}", "7", True),
     (r"\boxed{7}", None, False),
+    (boxed("r^2"), "R^2", False),
+    (boxed(r"\frac{V}{R}"), r"\frac{v}{R}", False),
+    (boxed(r"\varnothing"), r"\emptyset", True),
+    (r"\boxed {7}", "7", True),
+    (r"\fbox{42}", "42", True),
+    (r"so \boxed 5.", "5", True),
+    (boxed(r"\frac{1}{10^9}"), r"\frac{1}{10^8}", False),
+    (boxed(r"\frac{1}{10^9}"), "10^{-9}", True),
+    (boxed(r"\frac{\pi}{10^9}"), r"\frac{2\pi}{10^9}", False),
+    (boxed(r"\frac{\pi}{10^9}"), r"\pi 10^{-9}", True),
+    (boxed("B. 42"), "B", True),
+    (boxed(r"\textbf{(B) } 42"), "B", True),
+    (boxed("C: 42"), "B", False),
+    (boxed("b"), "B", False),
 ]
 KNOWN_DISAGREEMENTS = [  # what it says, where a mathematician says the opposite
     (boxed("no"), "on", True),  # two letters may be a product
     (boxed("acb"), "abc", False),  # three are a word
-    (boxed("r^2"), "R^2", True),  # variables have no case
     (boxed("0.333333"), r"\frac13", True),  # six digits are enough, not for two plain numbers
     (boxed("52_9"), "52_8", True),  # a number's base is not read
     (boxed(r"5\text{ km}"), r"5\text{ m}", True),  # units are left out
@@ -282,11 +295,8 @@ KNOWN_DISAGREEMENTS = [  # what it says, where a mathematician says the opposite
     (boxed(r"\frac{\pi}{2}"), r"90^\circ", False),  # degrees are numbers
     (boxed(r"33\frac13\%"), r"\frac13", False),  # a percentage is of one number
     (boxed(r"0.\overline{3}"), r"\frac13", False),
-    (boxed(r"\text{(B) } 12"), "B", False),  # as is a choice with its content
     (boxed("1, 2"), "(1, 2)", True),  # a pair without parentheses
-    (boxed(r"\varnothing"), r"\emptyset", False),
     (boxed("]1,2["), "(1,2)", False),
-    (r"\boxed {7}", "7", False),
     ("it is 3 \\times 10^5", "300000", False),  # unboxed and not within $
     ("Answer: blue", "blue", False),  # a word is an answer in a box or alone
 ]

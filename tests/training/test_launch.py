@@ -21,7 +21,7 @@ from em_kernels.training.records import Running
 
 @pytest.mark.parametrize(
     ("example", "engine", "model"),
-    [("2-gpus", "replicas", True), slow("8-gpus-fsdp2", "fsdp2", "falcon")],  # its layers are h
+    [slow("2-gpus", "replicas", True), slow("8-gpus-fsdp2", "fsdp2", "falcon")],  # its layers are h
 )
 def test_examples(folders, tmp_path, example, engine, model):
     code, out, err = example_run(example, folders[model], tmp_path)

@@ -9,6 +9,7 @@ from training.adapters import (
     DTYPES,
     IDS,
     WIDE,
+    error_of,
     is_adapter,
     lora,
     loss_of,
@@ -16,13 +17,14 @@ from training.adapters import (
     trained,
     wide,
 )
-from training.tiny import PLAIN, make_model
+from training.tiny import PLAIN, loss_and_gradients, make_model, run, save_tiny, settings
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from em_kernels.hf import check_head, head_of
 from em_kernels.training.config import TrainConfig, UserError
 from em_kernels.training.lora import adapted_layers, add_adapters
-from em_kernels.training.rollout import check_cache, generate
+from em_kernels.training.padding import check_cache
+from em_kernels.training.rollout import Rollout, generate
 
 
 @DTYPES
@@ -87,6 +89,42 @@ def test_gradients_are_those_of_the_product():
         assert_close(b.grad, 3.0 * gradient @ a.T)
         assert_close(a.grad, 3.0 * b.T @ gradient)
     assert adapted.get_base_model() is model
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        ("q_proj",),
+        ("v_proj",),
+        ("q_proj", "v_proj"),
+        ("layers.1.self_attn.q_proj",),
+        ("layers.1.self_attn.k_proj", "layers.0.mlp.up_proj"),
+        ("layers.1.mlp.down_proj",),
+        ("gate_proj", "up_proj", "down_proj"),
+    ],
+    ids=" ".join,
+)
+def test_gradients_with_and_without_a_shared_prompt(targets, tmp_path):
+    """Keys and values that no adapter touches have none; a plan and an update go through."""
+    model = wide("qwen2", dtype=torch.float64)
+    adapted = trained(model, lora(lora_targets=targets))
+    adapted.double()
+    rollouts = [Rollout([5, 6, 7], [*range(8, 8 + n)], False) for n in (3, 1, 5)]
+    (loss, shared), (same, alone) = (
+        loss_and_gradients(model, rollouts, settings("-", tmp_path, share_prefix=share))
+        for share in (True, False)
+    )
+    assert loss.entropy == pytest.approx(same.entropy, rel=1e-9)
+    assert shared.keys() == alone.keys() and len(shared) == 2 * len(lora_layers(model))
+    for name, gradient in shared.items():
+        assert error_of(gradient, alone[name]) < 1e-6, name
+    base = save_tiny(tmp_path / "model", "qwen2", tied=False, **WIDE)
+    config = settings(base, tmp_path / "run", mode="lora", lora_targets=targets, steps=1)
+    assert run(config).metrics[0]["grad_norm"] > 0
+
+
+def lora_layers(model):
+    return [m for m in model.modules() if hasattr(m, "lora_A")]
 
 
 @DTYPES

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from training.tiny import make_model
 
 from em_kernels.training.config import Sampling
+from em_kernels.training.padding import PADS, can_pad, check_sampling, in_fp32
 from em_kernels.training.rollout import _batches, generate
 
 GREEDY = Sampling(temperature=0, top_k=0, top_p=1, repetition_penalty=1, max_new_tokens=20)
@@ -52,6 +53,7 @@ def together_and_alone(model, tokenizer, prompts, sampling):
     seeds = [(7, i) for i in range(len(prompts))]
     pairs = zip(prompts, seeds, strict=True)
     alone = [generate(model, tokenizer, [p], [seed], sampling)[0] for p, seed in pairs]
+    can_pad(model, 128)  # is measured once
     shapes = batches_seen(model)
     together = generate(model, tokenizer, prompts, seeds, sampling)
     assert [rollout.prompt_ids for rollout in together] == prompts
@@ -147,3 +149,50 @@ def test_twice_the_length_is_the_limit():
     assert list(_batches([10, 20, 21, 5], 64, True)) == [[3, 0], [1, 2]]
     assert list(_batches([20, 10, 10], 64, True)) == [[1, 2, 0]]
     assert list(_batches([21, 10, 10], 64, True)) == [[1, 2], [0]]
+
+
+PLACES = {  # of what the padding moves: ALiBi by the place, a window that the cache does not know
+    "mpt": {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 128},
+    "gpt_neo": {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]}
+    | {"window_size": 8},
+}
+
+
+@BOTH
+@pytest.mark.parametrize("kind", PLACES)
+def test_what_padding_would_change_is_sampled_by_length(kind, texts, tokenizer):
+    model = make_model(kind, dtype=torch.float64, **PLACES[kind])
+    prompts = prompts_of(tokenizer, [*texts, texts[0]])
+    sampling = GREEDY.model_copy(update={"temperature": 1.0})
+    together, alone, shapes = together_and_alone(model, tokenizer, prompts, sampling)
+    assert together == alone
+    assert max(rows for rows, _ in shapes) == max(
+        map([*map(len, prompts)].count, map(len, prompts))
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_padding_is_measured_in_fp32(kind, dtype):
+    """So that bf16's rounding neither hides a difference nor is one; the model stays as it was."""
+    model = make_model(kind, dtype=dtype, **KINDS[kind])
+    before = dict(model.named_parameters())
+    assert check_sampling(model) is True and PADS[model] is True
+    after = dict(model.named_parameters())
+    assert before.keys() == after.keys() and all(before[n] is after[n] for n in before)
+    assert model.dtype == dtype and can_pad(model, 100)
+    ids = torch.arange(20)[None]
+    with in_fp32(model) as computed:
+        found = model(ids).logits
+    exact = make_model(kind, dtype=dtype, **KINDS[kind]).float()(ids).logits
+    assert computed == found.dtype == torch.float32 and torch.equal(found, exact)
+    assert model(ids).logits.dtype == dtype
+
+
+def test_a_model_that_looks_at_what_is_beside_it_is_refused(tokenizer):
+    """Even among rows of one length: here each reads the mean of the batch."""
+    model = make_model()
+    embed = model.get_input_embeddings()
+    embed.register_forward_hook(lambda _, args, out: out + 0.1 * out.mean(0, keepdim=True))
+    with pytest.raises(TypeError, match="completions depend on what is sampled beside them"):
+        check_sampling(model)

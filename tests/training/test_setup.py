@@ -1,5 +1,6 @@
 """What a run starts from, and what it refuses to, with nothing written."""
 
+import json
 import shutil
 from io import StringIO
 from pathlib import Path
@@ -39,6 +40,41 @@ def test_weights_that_are_missing_are_not_drawn_at_random(tmp_path):
     with pytest.raises(UserError, match="lacks weights: lm_head.weight"):
         run(settings(model, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_weights_of_another_shape(tmp_path):
+    model = save_tiny(tmp_path / "model", tied=False)
+    weights = load_file(model / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"] = torch.zeros(48, 31)
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    said = r"up_proj.weight is stored as \(48, 31\), and config.json says \(48, 32\); take the"
+    with pytest.raises(UserError, match=said):
+        run(settings(model, tmp_path / "run"))
+
+
+def test_code_of_a_model_is_not_run(tmp_path, monkeypatch):
+    """Nor does it ask on the terminal."""
+    model = save_tiny(tmp_path / "model")
+    path = model / "config.json"
+    values = {**json.loads(path.read_text()), "model_type": "its_own"}
+    values["auto_map"] = {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.OwnModel"}
+    path.write_text(json.dumps(values))
+    (model / "own.py").write_text("raise SystemExit('ran')")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(UserError, match="^model: cannot open .* brings code of its own, which is"):
+        run(settings(model, tmp_path / "run"))
+
+
+def test_attention_that_the_model_has(tmp_path):
+    """The usual one, or else eager, and it says so; what is asked for by name is refused."""
+    model = save_tiny(tmp_path / "model", "bloom", n_layer=2, n_head=4)
+    text = StringIO()
+    config = settings(model, tmp_path / "run", steps=1, attention="auto")
+    train(config, console=Console(file=text, width=200))
+    assert "Attention: eager; BloomForCausalLM has no sdpa." in text.getvalue()
+    with pytest.raises(UserError, match="^attention: 'sdpa' is refused: Bloom.*; use auto$") as it:
+        run(settings(model, tmp_path / "other", attention="sdpa"))
+    assert "http" not in str(it.value)
 
 
 def test_pickled_weights_are_refused(tmp_path):

@@ -76,7 +76,12 @@ def settings(folder, output, **changes):
     base = {"prompt": TRAINING_TEXT, "steps": 2, "rollouts": 6, "sampling": PLAIN, "lr": 1e-3}
     base["grad_tolerance"] = 0.0  # what is compared with plain torch is exact
     base |= {"mode": "full", "moments": "fp32", "gradients": "fp32", "micro_batch": 4096}
-    base |= {"rollout_batch": 64, "gradient_checkpointing": False, "dtype": "float32"}
+    base |= {
+        "rollout_batch": 64,
+        "gradient_checkpointing": False,
+        "dtype": "float32",
+        "attention": "sdpa",
+    }
     base |= {"chunk_bytes": 1 << 28, "save_optimizer": False, "save_at": ()}
     return TrainConfig(
         **{"model": str(folder), "output": output, "device": "cpu", **base, **changes}
