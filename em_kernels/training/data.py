@@ -115,7 +115,7 @@ def _conversation(messages: list[Any], where: str) -> str | Conversation:
             texts = [part.get("text") if isinstance(part, dict) else part for part in content]
             if not all(isinstance(text, str) for text in texts):
                 raise UserError(f"{where}: a message has a part that is not text")
-            content = "".join(texts)
+            content = "".join(map(str, texts))
         if not isinstance(content, str | None):
             raise UserError(f"{where}: a message's content is not text")
         kept = {key: value for key, value in message.items() if value is not None}

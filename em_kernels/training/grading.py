@@ -340,18 +340,21 @@ def _cases(side: list[Any]) -> dict[str, set[str]]:
     return {name: {c for c in written if c.lower() == name} for name in names if len(name) == 1}
 
 
-def _is_quotient(term: Any) -> bool:
-    """Made of whole numbers and decimals, and small enough to be computed exactly."""
-    from sympy import Add, Expr, Mul, Number, Pow, preorder_traversal
+def _is_number(term: Any, kinds: tuple[type, ...] = (object,)) -> bool:
+    """Made of such parts alone, and no tower of powers, which would take for ever to compute."""
+    from sympy import Expr, Pow, postorder_traversal
 
-    parts = list(preorder_traversal(term)) if isinstance(term, Expr) else [None]
-    small = all(abs(x.exp.evalf()) < LONGEST for x in parts if isinstance(x, Pow))
-    return small and all(isinstance(x, (Add, Mul, Number, Pow)) for x in parts)
+    if not isinstance(term, Expr) or not term.is_number:
+        return False
+    return all(  # from the inside out
+        isinstance(x, kinds) and (not isinstance(x, Pow) or abs(x.exp.evalf()) < LONGEST)
+        for x in postorder_traversal(term)
+    )
 
 
 def _verified(known: str, found: str) -> bool:
     from math_verify import verify
-    from sympy import Expr, Float
+    from sympy import Add, Float, Mul, Number, Pow
 
     with suppress(BaseException):
         both = _parsed(known), _parsed(found)
@@ -359,12 +362,12 @@ def _verified(known: str, found: str) -> bool:
         if any(mine[name].isdisjoint(other[name]) for name in mine.keys() & other.keys()):
             return False
         terms = [term for side in both for term in side if hasattr(term, "atoms")]
-        exact = [term.doit() for term in terms if _is_quotient(term)]
+        exact = [term.doit() for term in terms if _is_number(term, (Add, Mul, Number, Pow))]
         rational = len(terms) == len(exact) == 2 and all(x.is_Rational for x in exact)
         if rational and "%" not in known + found:  # 50 % may be 50 or a half
             return bool(exact[0] == exact[1])
         sizes = [abs(x) for term in terms for x in term.atoms(Float) if x]
-        numbers = [x.evalf() for x in terms if isinstance(x, Expr) and x.is_number]
+        numbers = [x.evalf() for x in terms if _is_number(x)]
         sizes += [abs(x) for x in numbers if isinstance(x, Float) and 0 < abs(x) < 1]
         return verify(
             *both,

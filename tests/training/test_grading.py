@@ -269,6 +269,7 @@ TEXTS = [  # whole completions
     (r"\boxed{\boxed{7}}", "7", True),
     (r"\boxed{7}", None, False),
     (boxed("r^2"), "R^2", False),
+    (boxed("x^n+1"), "1+x^n", True),
     (boxed(r"\frac{V}{R}"), r"\frac{v}{R}", False),
     (boxed(r"\varnothing"), r"\emptyset", True),
     (r"\boxed {7}", "7", True),
