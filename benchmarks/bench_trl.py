@@ -14,7 +14,7 @@ from timed import timed
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, set_seed
 from trl import GRPOConfig, GRPOTrainer
 
-from em_kernels.training.demo_model import fetch_demo
+from em_kernels.training.models.demo_model import fetch_demo
 from em_kernels.trl import FusedGRPOTrainer
 
 ROUNDS, STEPS, ROWS = 3, 3, 8

@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 import em_kernels
 from em_kernels.training.config import Sampling, TrainConfig, UserError
-from em_kernels.training.memory import resolve
+from em_kernels.training.planning.planner import resolve
 from em_kernels.training.session import peak_memory_gib
 from em_kernels.training.trainer import train
 

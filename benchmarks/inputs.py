@@ -120,7 +120,7 @@ def real(
     """
     from safetensors.torch import load_file, save_file
 
-    from em_kernels.training.demo_model import fetch_demo
+    from em_kernels.training.models.demo_model import fetch_demo
 
     folder = fetch_demo(quiet=True)
     cached = folder.parent / f"bench-states-{temperature}.safetensors"
@@ -143,7 +143,7 @@ def _generated(folder: Path, temperature: float, tokens: int) -> Tensor:
 
     from em_kernels.hf import hidden_states
     from em_kernels.training.config import Sampling
-    from em_kernels.training.rollout import generate
+    from em_kernels.training.rollouts.sampling import generate
 
     disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(folder)

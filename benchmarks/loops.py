@@ -11,10 +11,10 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from em_kernels.training.config import TrainConfig
-from em_kernels.training.records import read_metrics, read_rollouts
-from em_kernels.training.rollout import Rollout
+from em_kernels.training.rollouts.sampling import Rollout
+from em_kernels.training.runs.records import read_metrics, read_rollouts
 from em_kernels.training.session import peak_memory_gib
-from em_kernels.training.setup import load_task
+from em_kernels.training.task import load_task
 from em_kernels.training.trainer import train
 
 ROWS = 8  # of the micro-batches by hand; ours choose theirs

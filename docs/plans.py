@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 
 from em_kernels.cli import main
-from em_kernels.training import plan_command
+from em_kernels.commands.plan import open_config
 from em_kernels.training.config import TrainConfig
-from em_kernels.training.memory import Planner
-from em_kernels.training.plan import GIB, Plan
-from em_kernels.training.ranks import World
+from em_kernels.training.distributed import World
+from em_kernels.training.planning.plan import GIB, Plan
+from em_kernels.training.planning.planner import Planner
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from gpu_24gb import save_task
@@ -83,7 +83,7 @@ def cell(plan: Plan, chosen: bool) -> str:
 
 def table(model: str, machines: Sequence[str]) -> list[str]:
     """Lines of Markdown: the header and a row a machine."""
-    config = plan_command.open_config(model)
+    config = open_config(model)
     rows, header = [], ""
     for name in machines:
         gpu, host = MACHINES[name]
@@ -98,7 +98,7 @@ def table(model: str, machines: Sequence[str]) -> list[str]:
 
 def several(model: str) -> list[str]:
     """Lines of Markdown: what a process needs where there are several."""
-    config = plan_command.open_config(model)
+    config = open_config(model)
     rows = [f"| | {' | '.join(ENGINES)} |", "|" + "---|" * (len(ENGINES) + 1)]
     for name, (gpu, host, cards) in SEVERAL.items():
         cells = []

@@ -22,8 +22,8 @@ import store  # noqa: E402
 import suite  # noqa: E402
 from providers import PROVIDERS, official_loss  # noqa: E402
 
-from em_kernels import cli  # noqa: E402
 from em_kernels.cli import main  # noqa: E402
+from em_kernels.commands import bench as bench_command  # noqa: E402
 
 TINY = ["--shape", "32x400", "--tokens", "24"]
 
@@ -283,7 +283,9 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path):
 
 def test_installed_without_the_checkout(tmp_path, monkeypatch, capfd):
     """From a wheel there is no benchmarks folder beside the package."""
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "em_kernels" / "cli.py"))
+    monkeypatch.setattr(
+        bench_command, "__file__", str(tmp_path / "em_kernels" / "commands" / "bench.py")
+    )
     assert "checkout of the repository" in refused(capfd)
 
 

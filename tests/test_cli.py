@@ -244,8 +244,10 @@ def test_unknown_command(arguments, capfd):
 
 @pytest.mark.parametrize("package", ["tyro", "accelerate", "pydantic"])
 def test_missing_package_is_named(package, monkeypatch, capfd):
-    monkeypatch.setattr(em_kernels, "training", em_kernels.training)  # put back, as the modules are
-    for name in [name for name in sys.modules if name.startswith("em_kernels.training")]:
+    for room in ("training", "commands"):  # put back, as the modules are
+        monkeypatch.setattr(em_kernels, room, getattr(em_kernels, room))
+    below = ("em_kernels.training", "em_kernels.commands.")
+    for name in [name for name in sys.modules if name.startswith(below)]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
     line = refused(["train", *PROMPT], capfd)
@@ -420,12 +422,16 @@ def test_other_commands_refuse_unknown_flags(name, capfd):
 @pytest.mark.parametrize(
     "command, where, doing",
     [
-        ("plan", "em_kernels.training.memory.Planner.choose", "planning memory of Llama"),
-        ("train", "em_kernels.training.memory.Planner.choose", "planning memory of Llama"),
-        ("train", "em_kernels.training.engines.check_sampling", "preparing Llama"),
-        ("train", "em_kernels.training.step.entropy_loss_into", "update 1 of Llama"),
-        ("eval", "em_kernels.training.completions.check_head", "checking Llama"),
-        ("eval", "em_kernels.training.completions.generate", "completing"),
+        ("plan", "planning.planner.Planner.choose", "planning memory of Llama"),
+        (
+            "train",
+            "planning.planner.Planner.choose",
+            "planning memory of Llama",
+        ),
+        ("train", "engines.base.check_sampling", "preparing Llama"),
+        ("train", "engines.step.entropy_loss_into", "update 1 of Llama"),
+        ("eval", "evaluation.completions.check_head", "checking Llama"),
+        ("eval", "evaluation.completions.generate", "completing"),
     ],
 )
 def test_what_nobody_has_foreseen(command, where, doing, at, tmp_path, monkeypatch, capfd):
@@ -434,7 +440,7 @@ def test_what_nobody_has_foreseen(command, where, doing, at, tmp_path, monkeypat
     def broken(*args, **kwargs):
         raise ZeroDivisionError("of\nnothing")
 
-    monkeypatch.setattr(where, broken)
+    monkeypatch.setattr(f"em_kernels.training.{where}", broken)
     task = {
         "plan": ["--prompt-tokens", "6", "--max-new-tokens", "2"],
         "train": [*PROMPT, "--steps", "1", "--rollouts", "2", "--max-new-tokens", "2"],

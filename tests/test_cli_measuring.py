@@ -5,11 +5,12 @@ import re
 import pytest
 from test_cli import contents, help_of, refused
 
-from em_kernels.cli import main, settings
+from em_kernels.cli import main
+from em_kernels.commands.flags import train_settings as settings
 from em_kernels.training.config import PRESETS, TrainConfig
-from em_kernels.training.evaluate import EvalConfig
-from em_kernels.training.select import SelectConfig
-from em_kernels.training.study import StudyConfig
+from em_kernels.training.evaluation.evaluate import EvalConfig
+from em_kernels.training.evaluation.select import SelectConfig
+from em_kernels.training.evaluation.study import StudyConfig
 
 
 @pytest.mark.parametrize(

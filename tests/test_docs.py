@@ -3,6 +3,7 @@ somewhere, every generated number is what its source says.
 """
 
 import ast
+import importlib
 import io
 import json
 import re
@@ -135,18 +136,11 @@ class Parsed(BaseException):
 @pytest.fixture
 def only_parsed(monkeypatch):
     """The first thing that a command does when it knows what to do."""
-    from em_kernels import compile_report
-    from em_kernels.training import (
-        completions,
-        demo,
-        demo_model,
-        evaluate,
-        lora,
-        plan_command,
-        study,
-        trainer,
-    )
-    from em_kernels.training import report as pages
+    from em_kernels import commands, compile_report
+    from em_kernels.training.evaluation import completions
+
+    for name in ("demo", "eval", "fetch_demo", "merge", "plan", "report", "study", "train"):
+        importlib.import_module(f"em_kernels.commands.{name}")
 
     def stop(*_, **__):
         raise Parsed
@@ -155,18 +149,18 @@ def only_parsed(monkeypatch):
         config.check_complete()
         raise Parsed
 
-    monkeypatch.setattr(trainer, "train", train)
-    monkeypatch.setattr(evaluate, "read_results", lambda _: None)  # of an evaluation before
+    monkeypatch.setattr(commands.train, "train", train)
+    monkeypatch.setattr(commands.eval, "read_results", lambda _: None)  # of an evaluation before
     for module, name in (
-        (plan_command, "open_config"),
+        (commands.plan, "open_config"),
         (completions.TaskSettings, "problems"),
-        (evaluate, "evaluate"),
-        (evaluate, "regrade"),
-        (study, "run_study"),
-        (pages, "write_report"),
-        (lora, "merge"),
-        (demo, "run_demo"),
-        (demo_model, "fetch_demo"),
+        (commands.eval, "evaluate"),
+        (commands.eval, "regrade"),
+        (commands.study, "run_study"),
+        (commands.report, "write_report"),
+        (commands.merge, "merge"),
+        (commands.demo, "run_demo"),
+        (commands.fetch_demo, "fetch_demo"),
         (compile_report, "main"),
         (report, "write"),
     ):

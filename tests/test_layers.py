@@ -4,12 +4,14 @@ import ast
 import os
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import em_kernels
 
 ROOT = Path(em_kernels.__file__).parent
-CORE = [path for path in ROOT.rglob("*.py") if "training" not in path.relative_to(ROOT).parts]
+ALL = list(ROOT.rglob("*.py"))
+CORE = [path for path in ALL if not {"training", "commands"} & {*path.relative_to(ROOT).parts}]
 
 
 def imported(path):
@@ -28,14 +30,64 @@ def test_reference_stands_alone():
     assert not [name for name in imported(ROOT / "reference.py") if name.startswith("em_kernels")]
 
 
-def test_imports_go_one_way():
-    order = ["functional", "ops", "chunked", "slabs", "gradients", "sparse", "problem", "rows"]
-    order.append("reference")
-    for path in CORE:
-        layer = path.relative_to(ROOT).parts[0].removesuffix(".py")
-        if layer in order:
-            above = tuple(f"em_kernels.{name}" for name in order[: order.index(layer)])
-            assert not [name for name in imported(path) if name.startswith(above)], path
+# From the top down: a module imports from its own floor and from those below.
+FLOORS = """
+cli
+commands
+training.report
+training.evaluation
+training.trainer
+training.planning
+training.engines training.task
+training.runs
+training.distributed training.models
+training.rollouts training.data
+training.config training.session training.console training.run_folder
+hf hf_trainer trl compile_report
+functional losses
+ops
+chunked slabs logits saved
+gradients
+sparse
+problem
+gemm parallel checks flops
+rows free_memory
+reference
+"""
+
+
+def floor_of(module):
+    """Its number from the top; a folder is on one floor."""
+    parts = module.removeprefix("em_kernels.").split(".")
+    names = {".".join(parts[:n]) for n in range(1, len(parts) + 1)}
+    return next(n for n, line in enumerate(FLOORS.split("\n")) if names & {*line.split()})
+
+
+def graph():
+    """What each module imports of the project, anywhere in it."""
+    paths = {".".join(["em_kernels", *p.relative_to(ROOT).with_suffix("").parts]): p for p in ALL}
+    modules = {name.removesuffix(".__init__"): path for name, path in paths.items()}
+    found = {}
+    for module, path in modules.items():
+        names = {name if name in modules else name.rpartition(".")[0] for name in imported(path)}
+        inside = {name for name in names if name in modules and not module.startswith(name + ".")}
+        found[module] = inside - {module}
+    return found
+
+
+def test_imports_go_down():
+    rooms = {"em_kernels", "em_kernels.training"}  # their own files import nothing, or the face
+    wrong = [
+        (module, name)
+        for module, names in graph().items()
+        for name in names
+        if module not in rooms and name not in rooms and floor_of(module) > floor_of(name)
+    ]
+    assert not wrong
+
+
+def test_there_is_no_circle():
+    TopologicalSorter(graph()).prepare()
 
 
 def test_only_ops_touches_torch_library():

@@ -8,7 +8,6 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import tyro
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
@@ -17,6 +16,11 @@ from tyro.conf import arg
 
 class UserError(Exception):
     """Something the user can mend; the message is one line that names it and the remedy."""
+
+
+def in_one_line(error: object) -> str:
+    """The text of an exception that may have several lines."""
+    return " ".join(str(error).split())
 
 
 Positive = Annotated[int, Field(ge=1)]
@@ -307,17 +311,6 @@ def json_object(name: str, text: str) -> dict[str, Any]:
     return found
 
 
-def from_flags(kind: type[T], command: str, arguments: list[str], text: str, **start: Any) -> T:
-    """Settings of flags, over their defaults or those given; --help tells of each."""
-    return tyro.cli(
-        tyro.conf.OmitArgPrefixes[kind],  # type: ignore[valid-type, misc]
-        args=arguments,
-        default=kind(**start),
-        prog=f"em-kernels {command}",
-        description=f"{' '.join((kind.__doc__ or '').split())}\n\n{text}",
-    )
-
-
 def read_yaml(path: Path) -> TrainConfig:
     """The settings of a YAML file over the defaults.
 
@@ -328,7 +321,7 @@ def read_yaml(path: Path) -> TrainConfig:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"config: cannot read {path}: {error}") from error
     except yaml.YAMLError as error:
-        raise UserError(f"config: {path} is not YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"config: {path} is not YAML: {in_one_line(error)}") from error
     if not isinstance(values, dict):
         raise UserError(f"config: {path} must hold lines of `setting: value`")
     try:

@@ -14,15 +14,20 @@ from rich.console import Console
 from rich.markup import escape
 from transformers import PreTrainedModel
 
-from .checkpoint import defining_settings, newest_state, read_state, save_checkpoint
 from .config import TrainConfig, UserError
 from .console import Terminal
+from .data.grading import Grader
+from .distributed import Ranks, find_ranks
 from .engines import engine_of
-from .grading import Grader
-from .memory import resolve
-from .plan import Plan, cheaper
-from .ranks import Ranks, find_ranks
-from .records import (
+from .engines.step import StepLoss
+from .models.loading import architecture, load_model, tell_attention
+from .planning.plan import Plan, cheaper
+from .planning.planner import resolve
+from .planning.sharded import CONTEXT
+from .rollouts.sampling import Rollout, generate
+from .run_folder import METRICS, ROLLOUTS, checkpoint_folder
+from .runs.checkpoint import defining_settings, newest_state, read_state, save_checkpoint
+from .runs.records import (
     Running,
     append,
     check_output,
@@ -33,20 +38,9 @@ from .records import (
     trim,
     write_config,
 )
-from .rollout import Rollout, generate
+from .runs.trackers import Tracking
 from .session import Interrupted, StopRequest, doing, line_of, peak_memory_gib, progress_on
-from .setup import (
-    Task,
-    architecture,
-    as_recorded,
-    as_sampled,
-    load_model,
-    load_task,
-    tell_attention,
-)
-from .shards import CONTEXT
-from .step import StepLoss
-from .trackers import Tracking
+from .task import Task, as_recorded, as_sampled, load_task
 
 T = TypeVar("T")
 
@@ -201,7 +195,14 @@ class _Run:
             with doing(f"loading {name}"), self.console.status(escape(f"loading {config.model}")):
                 fsdp = ranks.world.engine == "fsdp2"  # takes its parts one after another
                 device = torch.device("cpu") if fsdp else ranks.device
-                model = load_model(task.source, config, device)
+                model = load_model(
+                    task.source,
+                    config.dtype,
+                    config.attention,
+                    device,
+                    four_bit=config.four_bit,
+                    named=config.model,
+                )
         tell_attention(self.asked.attention, model, self.console)
         with doing(f"preparing {name}"):
             self.engine = engine_of(ranks.world.engine)(model, task.tokenizer, config, ranks)
@@ -326,7 +327,7 @@ class _Run:
             **self.sizes,
         }
         if update > self.measured:
-            ranks.from_main(lambda: append(config.output / "metrics.jsonl", [row]))
+            ranks.from_main(lambda: append(config.output / METRICS, [row]))
         self.result.metrics.append(row)
         self.is_whole = True
         self.console.print(line_of(row, config.steps), soft_wrap=True)
@@ -353,7 +354,7 @@ class _Run:
             for index, (rollout, text) in enumerate(zip(rollouts, texts, strict=True))
         ]
         if update > self.written:
-            append(self.config.output / "rollouts.jsonl", records)
+            append(self.config.output / ROLLOUTS, records)
         graded = [right[i] for i, answer in enumerate(answers) if answer is not None]
         return sum(graded) / len(graded) if graded else None
 
@@ -383,7 +384,7 @@ class _Run:
 
     def folder(self, update: int) -> Path:
         """Of a checkpoint."""
-        return self.config.output / "checkpoints" / f"step-{update:05d}"
+        return checkpoint_folder(self.config.output, update)
 
     def save(self) -> None:
         """A checkpoint of the last update, unless there is one."""

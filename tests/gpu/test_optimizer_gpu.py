@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-pytest.importorskip("em_kernels.training.offload")  # pip install '.[train]'
-from em_kernels.training import offload
-from em_kernels.training.optimizer import MasterAdamW
-from em_kernels.training.rounding import to_bf16
+pytest.importorskip("em_kernels.training.engines.offload")  # pip install '.[train]'
+from em_kernels.training.engines import offload
+from em_kernels.training.engines.optimizer import MasterAdamW
+from em_kernels.training.models.rounding import to_bf16
 
 pytestmark = [
     pytest.mark.gpu,

@@ -8,7 +8,7 @@ from training.tiny import make_model, make_tokenizer
 from em_kernels import fused_entropy_loss
 from em_kernels.hf import head_of, hidden_states
 from em_kernels.training.config import TrainConfig
-from em_kernels.training.lora import adapted_layers, add_adapters, write_adapter
+from em_kernels.training.models.lora import adapted_layers, add_adapters, write_adapter
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128}  # bitsandbytes wants blocks of 64
 ARCHITECTURES = {

@@ -6,7 +6,7 @@ from training.tiny import make_model, make_tokenizer, save_tiny, settings
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from em_kernels.training.demo_model import fetch_demo
+from em_kernels.training.models.demo_model import fetch_demo
 
 disable_progress_bar()
 

@@ -163,18 +163,14 @@ def half_text(name, nth):
 
 def the(name):
     """A class or module of the trainer's."""
-    from em_kernels.training import (
-        checkpoint,
-        completions,
-        optimizer,
-        records,
-        rollout,
-        step,
-        trainer,
-    )
+    from em_kernels.training import trainer
+    from em_kernels.training.engines import optimizer, step
+    from em_kernels.training.evaluation import completions
+    from em_kernels.training.rollouts import sampling as rollout
+    from em_kernels.training.runs import checkpoint, records
 
-    modules = (checkpoint, completions, records, rollout, step)
-    parts = {m.__name__.rpartition(".")[2]: m for m in modules}
+    parts = {"checkpoint": checkpoint, "completions": completions, "records": records}
+    parts |= {"rollout": rollout, "step": step}
     parts |= {"trainer": trainer, "optimizer": optimizer, "AdamW": optimizer.MasterAdamW}
     parts |= {"Running": records.Running, "Prompt": step.Prompt, "Ends": rollout._SegmentEnd}
     return parts[name]
@@ -280,7 +276,7 @@ def life(arguments, log, changes, threads=1):
     os.chdir(Path(log).parent)
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(f"{log}.{name}", os.O_CREAT | os.O_RDWR | os.O_TRUNC | os.O_APPEND), number)
-    from em_kernels.training import optimizer
+    from em_kernels.training.engines import optimizer
 
     torch.set_num_threads(threads)
     optimizer.SLAB = SLAB

@@ -12,7 +12,7 @@ from training.tiny import PLAIN, read
 
 CHILDREN = multiprocessing.get_context("forkserver")  # of a process that has no threads yet
 CHILDREN.set_forkserver_preload(
-    ["em_kernels.cli", "em_kernels.training.trainer", "em_kernels.training.lora", "tyro"]
+    ["em_kernels.cli", "em_kernels.training.trainer", "em_kernels.training.models.lora", "tyro"]
     + ["transformers.models.llama.modeling_llama", "training.tiny", "math_verify"]
 )
 TIMES = {"tokens_per_s", "sampling_s", "training_s", "peak_memory_gib", "planned_memory_gib"}

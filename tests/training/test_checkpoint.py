@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from training.tiny import make_model, make_tokenizer, rounded
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from em_kernels.training.checkpoint import (
+from em_kernels.training.config import Sampling, TrainConfig, UserError
+from em_kernels.training.runs.checkpoint import (
     FACTS,
     STATE,
     defining_settings,
@@ -23,7 +24,6 @@ from em_kernels.training.checkpoint import (
     save_checkpoint,
     write_model,
 )
-from em_kernels.training.config import Sampling, TrainConfig, UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 SETTINGS = defining_settings(TrainConfig(model="demo"))

@@ -12,7 +12,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from em_kernels.training.config import ADDITION_SHOTS, DEMO_SHOTS, TrainConfig, UserError
-from em_kernels.training.data import (
+from em_kernels.training.data.problems import (
     Problem,
     as_problem,
     encode,
@@ -21,7 +21,7 @@ from em_kernels.training.data import (
     read_problems,
     read_rows,
 )
-from em_kernels.training.evaluate import known_answers
+from em_kernels.training.evaluation.evaluate import known_answers
 
 CHAT = [
     {"role": "system", "content": "Be brief."},

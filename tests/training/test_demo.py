@@ -8,11 +8,11 @@ import pytest
 from training.tiny import read, save_tiny
 
 from em_kernels.cli import main
-from em_kernels.training import demo as demo_module
-from em_kernels.training import setup
+from em_kernels.commands import demo as demo_module
+from em_kernels.commands.demo import reading
 from em_kernels.training.config import read_yaml
-from em_kernels.training.data import few_shot, read_problems
-from em_kernels.training.demo import reading
+from em_kernels.training.data.problems import few_shot, read_problems
+from em_kernels.training.models import loading
 
 PARTS = ["after", "before", "report-plots", "report.html", "run", "selection"]
 
@@ -21,7 +21,7 @@ PARTS = ["after", "before", "report-plots", "report.html", "run", "selection"]
 def small(tmp_path, monkeypatch):
     """A random model in the place of the 135M one; a few problems."""
     folder = save_tiny(tmp_path / "model", max_position_embeddings=512)
-    monkeypatch.setattr(setup, "fetch_demo", lambda: folder)
+    monkeypatch.setattr(loading, "fetch_demo", lambda: folder)
     monkeypatch.setattr(demo_module, "POOL", 4)
     monkeypatch.setattr(demo_module, "HELD_OUT", 10)
     monkeypatch.chdir(tmp_path)

@@ -14,8 +14,8 @@ import torch
 from spawned import HANG_S, wait_for
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from em_kernels.training import demo_model
-from em_kernels.training.demo_model import DemoModelError, fetch_demo
+from em_kernels.training.models import demo_model
+from em_kernels.training.models.demo_model import DemoModelError, fetch_demo
 
 FEW_SHOT = (
     "Q: What is 12 + 7?\nA: 12 + 7 = 19\n\nQ: What is 23 + 45?\nA: 23 + 45 = 68\n\n"

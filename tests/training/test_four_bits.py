@@ -22,8 +22,9 @@ from transformers import AutoModelForCausalLM
 
 from em_kernels.hf import check_head, head_of
 from em_kernels.training.config import UserError
-from em_kernels.training.lora import adapted_layers, add_adapters, four_bit_config, merge
-from em_kernels.training.rollout import generate
+from em_kernels.training.models.lora import adapted_layers, add_adapters, four_bit_config
+from em_kernels.training.rollouts.sampling import generate
+from em_kernels.training.runs.merge import merge
 
 
 def four_bit(folder):

@@ -6,9 +6,9 @@ from training.tiny import run, save_tiny, settings
 from transformers import AutoConfig
 
 from em_kernels.free_memory import free_host_bytes
-from em_kernels.training import checkpoint
-from em_kernels.training.memory import resolve
-from em_kernels.training.ranks import World
+from em_kernels.training.distributed import World
+from em_kernels.training.planning.planner import resolve
+from em_kernels.training.runs import checkpoint
 
 
 def cgroup(folder, limit, used, cache, version):

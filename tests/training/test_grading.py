@@ -12,8 +12,8 @@ import pytest
 from spawned import HANG_S, group_of, outlived, wait_for
 from training.lives import CHILDREN, slow
 
-from em_kernels.training import grading
-from em_kernels.training.grading import Grader, final_answer
+from em_kernels.training.data import grading
+from em_kernels.training.data.grading import Grader, final_answer
 
 
 @pytest.fixture(scope="module")
@@ -461,7 +461,7 @@ def test_ctrl_c(at, tmp_path):
     script = tmp_path / "script.py"
     tell = "lambda count: print('working', flush=True)"
     script.write_text(
-        "from em_kernels.training.grading import Grader\n"
+        "from em_kernels.training.data.grading import Grader\n"
         "print('start', flush=True)\n"
         "with Grader() as grader:\n"
         f"    grader.grade({easy(1) + 20 * heavy(20)!r}, {tell})\n"

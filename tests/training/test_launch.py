@@ -15,8 +15,8 @@ from training.processes import FSDP2, environment, example_run, flags, launched,
 from training.tiny import read
 
 from em_kernels.training.config import TrainConfig, UserError
-from em_kernels.training.ranks import find_ranks
-from em_kernels.training.records import Running
+from em_kernels.training.distributed import find_ranks
+from em_kernels.training.runs.records import Running
 
 
 @pytest.mark.parametrize(

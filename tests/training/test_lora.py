@@ -22,9 +22,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from em_kernels.hf import check_head, head_of
 from em_kernels.training.config import TrainConfig, UserError
-from em_kernels.training.lora import adapted_layers, add_adapters
-from em_kernels.training.padding import check_cache
-from em_kernels.training.rollout import Rollout, generate
+from em_kernels.training.models.lora import adapted_layers, add_adapters
+from em_kernels.training.rollouts.padding import check_cache
+from em_kernels.training.rollouts.sampling import Rollout, generate
 
 
 @DTYPES

@@ -11,17 +11,19 @@ from training.shapes import QWEN, SMALL, two_layers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from em_kernels import chunked, problem
+from em_kernels.commands.plan import open_config
 from em_kernels.functional import entropy_loss_into
 from em_kernels.gemm import bf16_isa
 from em_kernels.gradients import WordSink
-from em_kernels.training import memory, rounding, trainer
+from em_kernels.training import trainer
 from em_kernels.training.config import Sampling, TrainConfig, UserError
-from em_kernels.training.memory import Planner, resolve
-from em_kernels.training.plan import GIB, phases
-from em_kernels.training.plan_command import open_config
-from em_kernels.training.rollout import Rollout
-from em_kernels.training.sketch import Sketch
-from em_kernels.training.step import Prompt, recomputation, scored_states
+from em_kernels.training.engines.step import Prompt, recomputation, scored_states
+from em_kernels.training.models import rounding
+from em_kernels.training.planning import planner as memory
+from em_kernels.training.planning.activations import Sketch
+from em_kernels.training.planning.plan import GIB, phases
+from em_kernels.training.planning.planner import Planner, resolve
+from em_kernels.training.rollouts.sampling import Rollout
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 

@@ -26,9 +26,11 @@ from training.adapters import (
 from training.tiny import make_tokenizer, rounded, save_tiny
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from em_kernels.commands.merge import run as merge_command
 from em_kernels.hf import check_head, head_of
 from em_kernels.training.config import UserError
-from em_kernels.training.lora import add_adapters, merge, merge_command
+from em_kernels.training.models.lora import add_adapters
+from em_kernels.training.runs.merge import merge
 
 
 def test_adapter_folder_is_written_without_the_network(tmp_path, monkeypatch):

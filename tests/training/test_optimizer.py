@@ -26,9 +26,9 @@ from training.updates import (
     weights,
 )
 
-from em_kernels.training import offload, optimizer
-from em_kernels.training.offload import Bounce
-from em_kernels.training.optimizer import MasterAdamW
+from em_kernels.training.engines import offload, optimizer
+from em_kernels.training.engines.offload import Bounce
+from em_kernels.training.engines.optimizer import MasterAdamW
 
 NO_CLIP = 1e9
 

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from training.tiny import make_model
 
 from em_kernels.training.config import Sampling
-from em_kernels.training.padding import PADS, can_pad, check_sampling, in_fp32
-from em_kernels.training.rollout import _batches, generate
+from em_kernels.training.rollouts.padding import PADS, can_pad, check_sampling, in_fp32
+from em_kernels.training.rollouts.sampling import _batches, generate
 
 GREEDY = Sampling(temperature=0, top_k=0, top_p=1, repetition_penalty=1, max_new_tokens=20)
 KINDS = {

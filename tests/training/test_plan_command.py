@@ -7,11 +7,11 @@ import pytest
 import torch
 from training.shapes import two_layers
 
-from em_kernels.cli import settings
+from em_kernels.commands import plan
+from em_kernels.commands.flags import as_flags, train_settings
 from em_kernels.training.config import TrainConfig, UserError
-from em_kernels.training.memory import resolve
-from em_kernels.training.plan import GIB
-from em_kernels.training.plan_command import flags, plan_command
+from em_kernels.training.planning.plan import GIB
+from em_kernels.training.planning.planner import resolve
 
 
 @pytest.fixture(scope="module")
@@ -47,14 +47,14 @@ def test_command_for_another_machine(file, folder, capsys):
     ]
     source = folder / "config.json" if file else folder
     arguments = ["--model", str(source), "--device", "cuda", "--prompt-tokens", "20", *asked]
-    assert plan_command([*arguments, "--json"]) == 0
+    assert plan.run([*arguments, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     names = ["full", "offload", "offload to disk", "lora", "lora 4bit"]
     assert [mode["name"] for mode in found["modes"]] == names
     chosen = found["chosen"]
     assert chosen["fits"] and chosen["download"] == 0 and chosen["device_limit"] == int(0.56 * GIB)
     assert chosen["rates"]["flops"] > 0 and "sensitive" in found["note"]
-    train = settings("plan", flags_of(found["command"]), "")[0]
+    train = train_settings("plan", flags_of(found["command"]), "")[0]
     assert train.model == str(folder) and train.prompt == "a b" and train.mode == chosen["name"]
     again = resolve(train, two_layers(), 20, torch.device("cuda"))
     assert again.device == chosen["device"] and again.host == chosen["host"]
@@ -66,13 +66,13 @@ def test_command_for_another_machine(file, folder, capsys):
 
 def test_table(folder, capsys):
     arguments = ["--model", str(folder), "--device", "cpu", "--max-new-tokens", "40"]
-    assert plan_command([*arguments, "--host-memory", "4"]) == 0
+    assert plan.run([*arguments, "--host-memory", "4"]) == 0
     text = capsys.readouterr().out
     for word in ("full", "lora", "scratch", "KV cache", "TFLOP/s", "Seconds", "sensitive"):
         assert word in text
     line = next(line for line in text.splitlines() if line.startswith("em-kernels train"))
-    assert settings("plan", flags_of(line), "")[0].prompt == "YOUR PROMPT"
-    assert plan_command([*arguments, "--host-memory", "0.01"]) == 1
+    assert train_settings("plan", flags_of(line), "")[0].prompt == "YOUR PROMPT"
+    assert plan.run([*arguments, "--host-memory", "0.01"]) == 1
     assert "missing" in capsys.readouterr().out
 
 
@@ -94,7 +94,7 @@ def test_flags_are_parsed_back():
         keep=3,
         eps=1e-10,
     )
-    assert settings("plan", flags(changed), "")[0] == changed
+    assert train_settings("plan", as_flags(changed), "")[0] == changed
 
 
 @pytest.mark.parametrize(
@@ -109,4 +109,4 @@ def test_flags_are_parsed_back():
 )
 def test_bad_plans(arguments, word):
     with pytest.raises(UserError, match=f"^{word}: "):
-        plan_command(arguments)
+        plan.run(arguments)

@@ -20,8 +20,8 @@ from training.processes import (
 )
 from training.tiny import settings
 
-from em_kernels.training.rollout import Rollout
-from em_kernels.training.step import part_of, scored
+from em_kernels.training.engines.step import part_of, scored
+from em_kernels.training.rollouts.sampling import Rollout
 from em_kernels.training.trainer import train
 
 # FSDP2's runs are launched by themselves, which takes as long as all of the replicas'.

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from em_kernels.training import records
 from em_kernels.training.config import TrainConfig, UserError, read_yaml
-from em_kernels.training.records import (
+from em_kernels.training.rollouts.sampling import Rollout
+from em_kernels.training.runs import records
+from em_kernels.training.runs.records import (
     Running,
     append,
     check_output,
@@ -21,7 +22,6 @@ from em_kernels.training.records import (
     trim,
     write_config,
 )
-from em_kernels.training.rollout import Rollout
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 N = 3  # completions of an update

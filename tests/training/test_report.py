@@ -20,8 +20,9 @@ from training.tiny import PLAIN, make_model, make_tokenizer, read, run, save_tin
 from transformers import AutoModelForCausalLM
 
 from em_kernels.cli import main
-from em_kernels.training import report as report_module
-from em_kernels.training.report import (
+from em_kernels.training.report import page as report_module
+from em_kernels.training.report.logit_shift import BINS, HIGH, LOW, measure
+from em_kernels.training.report.page import (
     LEVELS,
     happened,
     pieces,
@@ -29,8 +30,7 @@ from em_kernels.training.report import (
     warnings,
     write_report,
 )
-from em_kernels.training.rollout import Rollout
-from em_kernels.training.shift import BINS, HIGH, LOW, measure
+from em_kernels.training.rollouts.sampling import Rollout
 
 VOID = {"meta", "br", "hr", "img", "link"}
 PROMPTS = [[5, 6, 7, 8], [9, 10, 11, 12, 13, 14]]

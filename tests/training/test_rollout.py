@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from em_kernels.training.config import DEMO_SHOTS, Sampling
-from em_kernels.training.rollout import _InverseCdf, _SegmentEnd, generate
+from em_kernels.training.rollouts.sampling import _InverseCdf, _SegmentEnd, generate
 
 PLAIN = Sampling(temperature=1, top_k=0, top_p=1, repetition_penalty=1, max_new_tokens=24)
 GREEDY = PLAIN.model_copy(update={"temperature": 0})

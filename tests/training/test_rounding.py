@@ -3,8 +3,8 @@
 import torch
 from training.tiny import make_model, make_optimizer, settings
 
-from em_kernels.training import rounding
-from em_kernels.training.rounding import to_bf16
+from em_kernels.training.models import rounding
+from em_kernels.training.models.rounding import to_bf16
 
 
 def test_what_is_bf16_already_stays():

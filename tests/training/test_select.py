@@ -14,12 +14,13 @@ from training.test_interrupt import lines
 from training.tiny import read, save_tiny
 from transformers import AutoModelForCausalLM
 
-from em_kernels.cli import main, settings
-from em_kernels.training import grading
+from em_kernels.cli import main
+from em_kernels.commands.flags import train_settings as settings
 from em_kernels.training.config import Sampling, read_yaml
-from em_kernels.training.grading import Grader, final_answer
-from em_kernels.training.rollout import generate
-from em_kernels.training.select import Candidate
+from em_kernels.training.data import grading
+from em_kernels.training.data.grading import Grader, final_answer
+from em_kernels.training.evaluation.select import Candidate
+from em_kernels.training.rollouts.sampling import generate
 
 QUESTIONS = ["2 + 3 =", "What is the 3?", "Hello", "abc 7", "the", "1 2 3 4", "5 5", "It is 4 or"]
 SAMPLING = Sampling(temperature=0.7, top_k=30, top_p=1, repetition_penalty=1, max_new_tokens=10)

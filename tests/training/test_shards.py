@@ -6,12 +6,13 @@ import pytest
 import torch
 from training.shapes import QWEN
 
+from em_kernels.commands.plan import launcher
+from em_kernels.commands.plan import run as plan_command
 from em_kernels.training.config import TrainConfig, UserError
-from em_kernels.training.memory import Planner
-from em_kernels.training.plan import GIB
-from em_kernels.training.plan_command import launcher, plan_command
-from em_kernels.training.ranks import World
-from em_kernels.training.shards import settings_of
+from em_kernels.training.distributed import World
+from em_kernels.training.planning.plan import GIB
+from em_kernels.training.planning.planner import Planner
+from em_kernels.training.planning.sharded import settings_of
 
 CUDA = torch.device("cuda")
 SMALL = {"steps": 2, "sampling": {"max_new_tokens": 64}}

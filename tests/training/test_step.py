@@ -6,13 +6,13 @@ from torch.profiler import ProfilerActivity, profile
 from training.tiny import loss_and_gradients, make_model, make_optimizer, settings
 
 from em_kernels.hf import head_of
-from em_kernels.training.rollout import Rollout
-from em_kernels.training.step import (
+from em_kernels.training.engines.step import (
     by_prompt,
     can_share_prefix,
     entropy_step,
     micro_batches,
 )
+from em_kernels.training.rollouts.sampling import Rollout
 
 PROMPT = [58, 75, 68, 87]
 ROLLOUTS = [  # one prompt of one token; EOS (0) inside a prompt and at ends; a single-token answer

@@ -18,13 +18,19 @@ from training.tiny import make_model, make_tokenizer, read
 from transformers import AutoModelForCausalLM
 
 from em_kernels.cli import main
-from em_kernels.training import effects as effects_module
 from em_kernels.training.config import UserError
-from em_kernels.training.data import Problem, few_shot, read_problems
-from em_kernels.training.effects import ARMS, analyse, mean_and_interval, reading, table_of
-from em_kernels.training.evaluate import known_answers
-from em_kernels.training.select import Candidate
-from em_kernels.training.study import StudyConfig, arms_of, only_form
+from em_kernels.training.data.problems import Problem, few_shot, read_problems
+from em_kernels.training.evaluation import study_analysis as effects_module
+from em_kernels.training.evaluation.evaluate import known_answers
+from em_kernels.training.evaluation.select import Candidate
+from em_kernels.training.evaluation.study import StudyConfig, arms_of, only_form
+from em_kernels.training.evaluation.study_analysis import (
+    ARMS,
+    analyse,
+    mean_and_interval,
+    reading,
+    table_of,
+)
 
 POOL, HELD_OUT, SHOTS, EXAMPLES = 24, 20, 2, 8
 FLAGS = ["--pool", "24", "--samples", "4", "--prompts", "4", "--held-out", "20", "--rollouts", "4"]

@@ -15,8 +15,8 @@ from training.tiny import (
 
 from em_kernels.hf import head_of
 from em_kernels.training.config import TrainConfig
-from em_kernels.training.rollout import generate
-from em_kernels.training.step import entropy_step
+from em_kernels.training.engines.step import entropy_step
+from em_kernels.training.rollouts.sampling import generate
 
 
 def test_default_tolerance_is_reported(tmp_path):

@@ -21,8 +21,8 @@ from training.tiny import (
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from em_kernels.training.config import UserError, read_yaml
-from em_kernels.training.rollout import Rollout
-from em_kernels.training.setup import load_model
+from em_kernels.training.models.loading import load_model
+from em_kernels.training.rollouts.sampling import Rollout
 
 TIMES = {"tokens_per_s", "sampling_s", "training_s", "peak_memory_gib", "rollout_batch"}
 
@@ -113,7 +113,7 @@ def test_a_model_trained_twice_is_its_own_afterwards(folder, tmp_path):
 def test_what_a_run_leaves(folder, tmp_path, tokenizer):
     output = tmp_path / "deep" / "run"
     config = settings(folder, output, answer="5", steps=3, save_at=(1,))
-    model = load_model(str(folder), config, torch.device("cpu"))
+    model = load_model(str(folder), config.dtype, config.attention, torch.device("cpu"))
     result = run(config, model)
     assert sorted(path.name for path in output.iterdir()) == [
         "checkpoints",

@@ -12,9 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from em_kernels.hf import head_of
 from em_kernels.training.config import Sampling, TrainConfig
-from em_kernels.training.optimizer import MasterAdamW
-from em_kernels.training.rounding import to_bf16
-from em_kernels.training.step import entropy_step
+from em_kernels.training.engines.optimizer import MasterAdamW
+from em_kernels.training.engines.step import entropy_step
+from em_kernels.training.models.rounding import to_bf16
 
 CONTEXT = 128
 TRAINING_TEXT = "What is 2 + 3?"

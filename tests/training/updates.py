@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
-from em_kernels.training.offload import Bounce
-from em_kernels.training.optimizer import MasterAdamW
+from em_kernels.training.engines.offload import Bounce
+from em_kernels.training.engines.optimizer import MasterAdamW
 
 CPU = torch.device("cpu")
 FP32, BF16, FP64 = torch.float32, torch.bfloat16, torch.float64

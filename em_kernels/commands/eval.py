@@ -1,0 +1,75 @@
+"""`em-kernels eval`: accuracy on problems with known answers."""
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from ..training.config import UserError
+from ..training.console import Terminal
+from ..training.evaluation.evaluate import (
+    EvalConfig,
+    compare,
+    evaluate,
+    of_problems,
+    percent,
+    read_results,
+    regrade,
+)
+from .flags import parse_settings
+
+HELP = """--regrade DIR grades the completions that an evaluation has kept once more; --against DIR
+compares with an earlier evaluation of the same problems, by McNemar's exact test.
+
+Examples: em-kernels eval --model demo --data math500.jsonl --count 50 --max-new-tokens 512;
+em-kernels eval --model Qwen/Qwen2.5-Math-7B --data HuggingFaceH4/MATH-500 --template
+qwen25-math-cot --output evals/base; em-kernels eval --model demo --data addition --template
+few-shot --teacher-forced; em-kernels eval --regrade evals/after --against evals/base"""
+
+
+def run(arguments: list[str]) -> int:
+    """An evaluation, anew or of what was kept; and a comparison."""
+    before = argparse.ArgumentParser(prog="em-kernels eval", add_help=False, allow_abbrev=False)
+    before.add_argument("--regrade", type=Path)
+    before.add_argument("--against", type=Path)
+    known, rest = before.parse_known_args(arguments)
+    console = Terminal()
+    if known.against is not None:
+        read_results(known.against)  # before the work
+    if known.regrade is not None and rest:
+        raise UserError(f"regrade: goes with --against alone, not with {rest[0]}")
+    if known.regrade is not None:
+        folder, results = known.regrade, regrade(known.regrade, Terminal(stderr=True))
+    else:
+        config = parse_settings(EvalConfig, "eval", rest, HELP)
+        folder, results = config.output, evaluate(config, Terminal(stderr=True), known.against)
+    show(results, console)
+    if known.against is not None:
+        console.print(compare(known.against, folder), markup=False, soft_wrap=True)
+    console.print(f"Kept in {folder}", markup=False, soft_wrap=True)
+    return 0
+
+
+def show(results: Mapping[str, Any], console: Console) -> None:
+    """A table, and what else there is to know."""
+    n, k, rates = results["problems"], results["samples"], results.get("probability", {})
+    table = Table("", "%", box=SIMPLE_HEAD)
+    table.columns[1].justify = "right"
+    name = "greedy, teacher-forced" if rates else "accuracy" if k == 1 else f"avg@{k}"
+    table.add_row(name, percent(results["accuracy"], results["interval"]))
+    for pass_k, share in results["pass_at"].items() if k > 1 else ():
+        table.add_row(f"pass@{pass_k}", percent(share))
+    for temperature, row in rates.items():
+        values = np.array(row)
+        cells = percent(values.mean(), of_problems(values))
+        table.add_row(f"probability of the answer, T = {float(temperature):g}", cells)
+    title = f"{results['model']} on {n} problems of {results['data']}"
+    console.print(title, markup=False, soft_wrap=True)
+    console.print(table)
+    if cut := round((1 - results.get("ended", 1)) * n * k):
+        console.print(f"{cut} of {n * k} completions were cut off by sampling.max_new_tokens.")

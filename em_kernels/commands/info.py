@@ -1,0 +1,57 @@
+"""`em-kernels info`: what this machine has, and which kernels are in use."""
+
+import argparse
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from .. import __version__
+from ..gemm import bf16_isa
+from ..rows import cpu, kernels_for
+
+
+def run(arguments: list[str]) -> int:
+    """Print versions, device, row kernels in use, optional parts."""
+    parser = argparse.ArgumentParser(
+        prog="em-kernels info", description="Versions, device, row kernels in use, optional parts."
+    )
+    parser.parse_args(arguments)
+
+    def installed(package: str) -> str:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return "not installed"
+
+    rows = [("em_kernels", __version__), ("python", platform.python_version())]
+    required = ("torch", "triton", "transformers", "safetensors", "numpy")
+    rows += [(name, installed(name)) for name in required]
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            gpu = torch.cuda.get_device_properties(index)
+            memory = f"{gpu.total_memory / 2**30:.1f} GiB"
+            rows.append((f"GPU {index}", f"{gpu.name}, sm{gpu.major}{gpu.minor}, {memory}"))
+    else:
+        rows.append(("GPU", "none that torch sees"))
+    capability = torch.backends.cpu.get_cpu_capability()
+    rows.append(("CPU", f"{capability}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"))
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        kernels = kernels_for(torch.empty(0, 1, device=device)).__name__.rsplit(".", 1)[1]
+        text = {"cpu": "C++ (em_kernels._C)", "portable": "portable, plain torch"}.get(
+            kernels, "Triton"
+        )
+        rows.append((f"row kernels, {device}", text))
+    isa = {0: "none: slabs of the weight are upcast", 1: "AVX512-BF16", 2: "AMX"}[bf16_isa()]
+    rows.append(("bf16 GEMM, cpu", isa))
+    for package in ("accelerate", "flash-attn", "vllm", "deepspeed", "bitsandbytes"):
+        rows.append((f"optional: {package}", installed(package)))
+    width = max(len(name) for name, _ in rows)
+    print("\n".join(f"{name:<{width}}  {text}" for name, text in rows))
+    if not cpu.is_built():
+        print(
+            f"em_kernels._C is not built, or does not load ({cpu.WHY_NOT}): the CPU runs the "
+            "portable rows. Build it with `make build`, or `python setup.py build_ext --inplace`."
+        )
+    return 0

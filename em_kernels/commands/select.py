@@ -1,0 +1,68 @@
+"""`em-kernels select`: which prompt of a pool to train on."""
+
+import shlex
+from collections.abc import Sequence
+
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ..training.config import TrainConfig
+from ..training.console import Terminal
+from ..training.data.problems import texts_of
+from ..training.evaluation.completions import open_model
+from ..training.evaluation.select import SELECTION, Candidate, SelectConfig, select
+from .flags import as_flags, parse_settings
+
+SHOWN = 10  # prompts
+HELP = """The same command again goes on where it was stopped.
+
+Examples: em-kernels select --model Qwen/Qwen2.5-Math-1.5B --data math500.jsonl --count 100;
+em-kernels select --model demo --data addition --count 24 --template few-shot --temperature 1
+--top-k 0 --top-p 1 --repetition-penalty 1 --max-new-tokens 24"""
+
+
+def run(arguments: list[str]) -> int:
+    """Rank, write, show."""
+    config = parse_settings(SelectConfig, "select", arguments, HELP)
+    pool, shots = config.problems()
+    console = Terminal(stderr=True)
+    ranked = select(config, pool, shots, *open_model(config, console), console)
+    show(config, ranked, Terminal())
+    print(config.output / SELECTION)
+    return 0
+
+
+def show(config: SelectConfig, ranked: Sequence[Candidate], console: Console) -> None:
+    """The best of the ranking, and the command that trains on the first."""
+    table = Table(
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        title=f"The first {min(SHOWN, len(ranked))} of {len(ranked)}",
+    )
+    table.add_column("row", justify="right", min_width=3)
+    table.add_column("the prompt's end", no_wrap=True)
+    for name in ("right", "disagree", "entropy", "samples"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row, c in enumerate(ranked[:SHOWN]):
+        end = " ".join(texts_of(c.prompt)[-1].split())[-32:]
+        right = "-" if c.pass_rate is None else f"{c.pass_rate:.0%}"
+        cells = (right, f"{c.disagreement:.0%}", f"{c.entropy:.3f}", str(c.samples))
+        table.add_row(str(row), escape(end), *cells)
+    console.print(table)
+    if (ended := np.mean([c.ended for c in ranked])) < 0.5:
+        console.print(f"{1 - ended:.0%} of the completions were cut off: raise max_new_tokens.")
+    best = ranked[0]
+    if best.pass_rate in (0.0, 1.0, None) and best.disagreement == 0:
+        console.print("No prompt's samples vary; raise sampling.temperature, or take another pool.")
+    train = TrainConfig(
+        model=config.model,
+        prompt_from=config.output / SELECTION,
+        chat_template=config.template == "chat",
+        template_kwargs=config.template_kwargs,
+        sampling=config.sampled(),
+    )
+    command = shlex.join(["em-kernels", "train", *as_flags(train)])
+    console.print(f"Train on the first: {command}", markup=False, soft_wrap=True)

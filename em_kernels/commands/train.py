@@ -1,0 +1,26 @@
+"""`em-kernels train`: One-shot Entropy Minimization."""
+
+import torch
+
+from ..training.console import Terminal
+from ..training.trainer import train
+from . import RANK
+from .flags import train_settings
+
+
+def run(arguments: list[str]) -> int:
+    """Train, and print the last checkpoint."""
+    config, resume = train_settings(
+        "train",
+        arguments,
+        "--resume RUN goes on with a run that was stopped or killed, its settings those of RUN.\n\n"
+        "Examples: em-kernels train --model demo --prompt 'What is 2 + 3?' --steps 2 --rollouts 8 "
+        "--max-new-tokens 64; em-kernels train --resume runs/one-shot-em. On several GPUs: "
+        "accelerate launch -m em_kernels.cli train ..., or torchrun.",
+    )
+    result = train(config, console=Terminal(stderr=True), resume=resume)
+    if RANK == "0":
+        print(result.checkpoint, flush=True)
+    if torch.distributed.is_initialized():  # left to the interpreter's end, it may abort there
+        torch.distributed.destroy_process_group()
+    return 0

@@ -1,0 +1,81 @@
+"""DeepSpeed ZeRO 2 through accelerate: every rank has the weights, and a part of the rest."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..config import UserError
+from ..models.rounding import dithered
+from .wrapped import MASTER, MOMENTS, Wrapped
+
+
+class DeepSpeed(Wrapped):
+    """Each rank has the weights, and of gradients and AdamW's state a part, on the device or the
+    host (ZeRO 2).
+    """
+
+    def wrap(self) -> None:
+        settings = self.ranks.plugin.deepspeed_config
+        for name in ("optimizer", "scheduler"):
+            if name in settings:
+                raise UserError(
+                    f"deepspeed: leave {name} out of its configuration; lr, betas, eps and "
+                    "weight_decay are settings of the run"
+                )
+        settings.update(
+            train_micro_batch_size_per_gpu=1,  # which nothing reads
+            gradient_accumulation_steps=1,
+            gradient_clipping=self.config.clip,
+            bf16={"enabled": self.config.dtype == "bfloat16"},
+            fp16={"enabled": False},
+        )
+        if self.config.dtype == "bfloat16":
+            settings.setdefault("data_types", {})["grad_accum_dtype"] = "fp32"
+        settings.pop("train_batch_size", None)
+        self.root, _ = self.ranks.accelerator.prepare(self.model, self.adamw())
+        self.optimizer = self.root.optimizer
+        if self.config.dtype == "bfloat16":
+            for p in self.model.parameters():
+                self._set(p, dithered(self.full(MASTER, p).flatten()).view(p.shape))
+
+    @torch.no_grad()
+    def _set(self, parameter: Tensor, master: Tensor) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        parameter.copy_(master)
+        safe_set_full_fp32_param(parameter, master)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        self.root.set_gradient_accumulation_boundary(last)
+        self.root.backward(loss)
+
+    def norm(self) -> float:
+        return float(self.optimizer.scaled_global_norm())
+
+    def step(self, norm: float) -> None:
+        self.root.step()
+        self.updates += 1
+
+    def full(self, kind: str, parameter: Tensor) -> Tensor:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        if kind == MASTER:
+            return safe_get_full_fp32_param(parameter).detach().view(parameter.shape)
+        return safe_get_full_optimizer_state(parameter, kind).detach().view(parameter.shape)
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        with torch.enable_grad():  # the moments are there after a first step; what it does goes
+            nothing = torch.stack([p.sum() for p in self.model.parameters()]).sum() * 0
+            self.backward(nothing, last=True)
+            self.root.step()
+        for name, p in self.model.named_parameters():
+            self._set(p, state[f"{MASTER}.{name}"].to(p.device))
+            for kind in MOMENTS:
+                safe_set_full_optimizer_state(p, state[f"{kind}.{name}"].to(p.device), kind)
+            self.updates = int(state[f"step.{name}"])
+        for slot in self.optimizer.optimizer.state.values():  # a tensor of torch's, or a number
+            slot["step"] = slot["step"] * 0 + self.updates

@@ -1,0 +1,125 @@
+"""Memory beyond the GPU's: a way to the host and back through pinned buffers, and mapped files."""
+
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+
+import torch
+from torch import Tensor
+
+from ..config import UserError
+
+BUFFER_BYTES = 64 << 20  # torch rounds pinned blocks up to a power of two; WSL pins under 1 GiB
+
+
+class Bounce:
+    """Two pinned buffers between a GPU and the host, and a thread that empties them."""
+
+    def __init__(self, device: torch.device):
+        on_gpu = device.type == "cuda"
+        self.side = torch.cuda.Stream(device) if on_gpu else None
+        self.thread = ThreadPoolExecutor(max_workers=1)
+        self.busy: list[Callable[[], object]] = [lambda: None] * 2  # each waits for a buffer's use
+        self.turn = 0
+        try:
+            self.buffers = [self._buffer(on_gpu) for _ in range(2)]
+        except RuntimeError as error:
+            reason = str(error).split("\n")[0]
+            warnings.warn(f"offload: slower, as no memory can be pinned: {reason}", stacklevel=3)
+            self.buffers = [self._buffer(False) for _ in range(2)]
+
+    @staticmethod
+    def _buffer(pinned: bool) -> Tensor:
+        return torch.empty(BUFFER_BYTES, dtype=torch.uint8, device="cpu", pin_memory=pinned)
+
+    def _next(self, like: Tensor) -> Tensor:
+        self.turn ^= 1
+        self.busy[self.turn]()
+        return self.buffers[self.turn][: like.nbytes].view(like.dtype).view(like.shape)
+
+    def fetch(self, source: Tensor, put: Callable[[slice, Tensor], None], reused: bool) -> None:
+        """Call put(part, source[part] on the host) in the thread, for parts of a contiguous source
+        in turn. Returns before; where the source is reused, the current stream will wait.
+        """
+        rows = max(1, BUFFER_BYTES // max(1, source[:1].nbytes))
+        for start in range(0, len(source), rows):
+            part = slice(start, min(start + rows, len(source)))
+            host = self._next(source[part])
+            arrived = self._copy(host, source[part])
+            self.busy[self.turn] = self.thread.submit(_empty, arrived, put, part, host).result
+        if self.side is not None and reused:
+            torch.cuda.current_stream(source.device).wait_stream(self.side)
+
+    def _copy(self, host: Tensor, source: Tensor) -> Callable[[], object]:
+        """Returns what waits for the copy."""
+        if self.side is None:
+            host.copy_(source)
+            return lambda: None
+        self.side.wait_stream(torch.cuda.current_stream(source.device))
+        with torch.cuda.stream(self.side):
+            host.copy_(source, non_blocking=True)
+            source.record_stream(self.side)  # dropped now, its memory stays until it is copied
+            return _marked(self.side)
+
+    def send(self, target: Tensor, values: Tensor) -> None:
+        """target.copy_(values of the host), at most a buffer; ordered as the current stream is."""
+        host = self._next(target)
+        host.copy_(values)  # casts
+        target.copy_(host, non_blocking=True)
+        if target.is_cuda:
+            self.busy[self.turn] = _marked(torch.cuda.current_stream(target.device))
+
+    def wait(self) -> None:
+        """Until the host has everything, and the buffers are free."""
+        for done in self.busy:
+            done()
+
+    def close(self) -> None:
+        self.thread.shutdown()
+
+
+def _empty(arrived: Callable, put: Callable, part: slice, host: Tensor) -> None:
+    arrived()
+    put(part, host)
+
+
+def _marked(stream: torch.cuda.Stream) -> Callable[[], object]:
+    """Waits, asleep, for what the stream has been given so far."""
+    return stream.record_event(torch.cuda.Event(blocking=True)).synchronize
+
+
+def zeros_in_files(
+    folder: Path, kinds: Mapping[str, Sequence[tuple[int, torch.dtype]]]
+) -> dict[str, list[Tensor]]:
+    """Zeros (n,) for each (n, dtype), in a mapped file a kind.
+
+    Raises: UserError where the folder cannot hold them.
+    """
+    # each starts at a multiple of 8 bytes, whatever the dtypes
+    lengths = {kind: [-(-n // 4) * 4 * d.itemsize for n, d in kinds[kind]] for kind in kinds}
+    need = sum(map(sum, lengths.values()))
+    remedy = "choose another folder, or leave it out to use memory"
+    if not hasattr(os, "posix_fallocate"):
+        raise UserError("offload_dir: needs Linux; leave it out to use memory")
+    zeros = {}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+        if need > free:  # asked first, as a reservation that fails has filled the disk
+            sizes = f"{need / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
+            raise UserError(f"offload_dir: {folder} needs {sizes}; {remedy}")
+        for kind, tensors in kinds.items():
+            # unlinked when mapped, which on Linux leaves nothing after any kind of end
+            with NamedTemporaryFile(dir=folder, prefix=f"{kind}.") as file:
+                size = sum(lengths[kind])
+                os.posix_fallocate(file.fileno(), 0, size)  # sparse, a full disk is a SIGBUS
+                arena = torch.from_file(file.name, shared=True, size=size, dtype=torch.uint8)
+            parts = zip(arena.split(lengths[kind]), tensors, strict=True)
+            zeros[kind] = [part[: n * d.itemsize].view(d) for part, (n, d) in parts]
+    except OSError as error:
+        raise UserError(f"offload_dir: {folder}: {error.strerror}; {remedy}") from error
+    return zeros

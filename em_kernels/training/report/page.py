@@ -1,0 +1,271 @@
+"""Runs as one HTML page: what happened, curves, completions by entropy, how the logits moved."""
+
+import json
+import shutil
+import sys
+from bisect import bisect
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+import numpy as np
+import torch
+from rich.console import Console
+from scipy.stats import fisher_exact
+from transformers import PreTrainedTokenizerBase
+
+from ... import __version__
+from ..config import TrainConfig, UserError, read_yaml
+from ..console import Terminal
+from ..rollouts.sampling import Rollout
+from ..run_folder import CONFIG, ROLLOUTS, newest_checkpoint
+from ..runs.records import read_metrics, read_rollouts, write_whole
+from .figures import COLOURS, curves, density
+from .logit_shift import Measures, Shift, shift
+
+LEVELS = (0.01, 0.1, 0.3, 0.7, 1.5, 3.0)  # nats, at which a token's background changes
+SHOWN, LONGEST = 12, 256  # completions of an update, of all runs together; tokens of each
+RANKS = {"1": 1, "2": 2, "3 to 5": 5, "6 to 10": 10, "11 to 100": 100, "over 100": sys.maxsize}
+SIGNIFICANT = 0.05  # p values below
+
+
+class Run(NamedTuple):
+    """A finished run, a stopped one, or one that is going on."""
+
+    folder: Path
+    config: TrainConfig
+    metrics: list[dict[str, Any]]  # each with `right`: bools of the graded completions, unordered
+    rollouts: dict[int, list[Rollout]]  # by update
+    records: dict[int, list[dict[str, Any]]]  # the same, as rollouts.jsonl has them
+    checkpoint: Path | None  # the last
+
+    @property
+    def last(self) -> int:
+        """The last update whose completions are recorded; 0 where there is none."""
+        return max(self.rollouts, default=0)
+
+
+def read_run(folder: Path) -> Run:
+    """Raises: UserError for a folder that is no run's, or whose records are damaged."""
+    if not (folder / CONFIG).is_file():
+        raise UserError(
+            f"RUN: {folder} is not the folder of a run: it has no {CONFIG}; name the --output of "
+            "an em-kernels train"
+        )
+    config, metrics = read_yaml(folder / CONFIG), read_metrics(folder)
+    rollouts, n = read_rollouts(folder, config.rollouts), config.rollouts
+    lines = (folder / ROLLOUTS).read_bytes().split(b"\n") if rollouts else []
+    records = {i: [json.loads(line) for line in lines[i * n - n : i * n]] for i in rollouts}
+    answered = sum(record["correct"] is not None for record in records.get(1, ())) or n
+    for row in metrics:
+        row["right"] = np.arange(answered) < round((row["accuracy"] or 0) * answered)
+    return Run(folder, config, metrics, rollouts, records, newest_checkpoint(folder))
+
+
+def settings_of(run: Run) -> dict[str, str]:
+    """The main ones."""
+    config, sampling = run.config, run.config.sampling
+    rank = f", rank {config.lora_rank}" if config.mode == "lora" else ""
+    return {
+        "model": config.model,
+        "trained": f"{config.mode}{rank}, {config.dtype}",
+        "updates": f"{len(run.metrics)} of {config.steps}",
+        "completions an update": str(config.rollouts),
+        "sampling": f"T {sampling.temperature:g}, top_k {sampling.top_k}, "
+        f"top_p {sampling.top_p:g}, repetition penalty {sampling.repetition_penalty:g}, "
+        f"at most {sampling.max_new_tokens} tokens",
+        "loss": f"entropy at T {config.temperature:g}" + ", official" * config.official_loss,
+        "learning rate": f"{config.lr:g}" if config.lr else "",
+        "gradient tolerance": f"{config.grad_tolerance:g}",
+        "seed": str(config.seed),
+        "answer": config.answer or "",
+        "completions from": str(config.rollouts_from or ""),
+        "folder": str(run.folder),
+    }
+
+
+def p_value(one: dict[str, Any], other: dict[str, Any]) -> float:
+    """Of two updates' accuracies being the same."""
+    return float(fisher_exact([np.bincount(row["right"], minlength=2) for row in (one, other)])[1])
+
+
+def graded(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The updates whose accuracy is known: an answer may have been added on resume."""
+    return [row for row in metrics if row["accuracy"] is not None]
+
+
+def happened(metrics: list[dict[str, Any]]) -> str:
+    """In a sentence or two."""
+    if not metrics:
+        return "No finished update is recorded: the run was stopped before."
+    first, last, accuracy = metrics[0], metrics[-1], "Accuracy on the training prompt"
+    text = f"From update 1 to {last['update']} the entropy went from {first['entropy']:.3g} to "
+    text += f"{last['entropy']:.3g} nats a token."
+    if first is last:
+        text = f"One update, before which the entropy was {first['entropy']:.3g} nats a token; "
+        text += "after it nothing was sampled."
+    if not (known := graded(metrics)):
+        return f"{text} Accuracy is not known: the prompt came without an answer."
+    since = "" if known[0] is first else f" in update {known[0]['update']}"
+    first, last = known[0], known[-1]
+    if first is last:
+        return f"{text} {accuracy} was {first['accuracy']:.0%}{since}."
+    p = p_value(first, last)
+    told = "more than chance explains" if p < SIGNIFICANT else "a change is not shown"
+    return (
+        f"{text} {accuracy} went from {first['accuracy']:.0%}{since} to {last['accuracy']:.0%} of "
+        f"the completions; {told} (Fisher's exact p = {p:.2g})."
+    )
+
+
+def warnings(metrics: list[dict[str, Any]]) -> Iterator[str]:
+    """What a reader should know first."""
+    if not metrics:
+        return
+    if cut := sum(row["ended"] < 0.5 for row in metrics):
+        where = f"{cut} of {len(metrics)} updates" if len(metrics) > 1 else "the only update"
+        yield f"Most completions were cut off at sampling.max_new_tokens in {where}."
+    first, last = metrics[0]["repetition"], metrics[-1]["repetition"]
+    if last > max(0.05, 2 * first):
+        risen = f"Repetition rose from {first:.1%} to {last:.1%} of the 4-grams"
+        yield f"{risen}: collapse shows there first."
+    if not (known := graded(metrics)):
+        return
+    now, best = known[-1], max(known, key=lambda row: row["accuracy"])
+    if now["accuracy"] < best["accuracy"] and now["entropy"] < best["entropy"]:
+        if (p := p_value(best, now)) >= SIGNIFICANT:
+            return
+        yield (
+            f"Overtrained: accuracy on the training prompt fell from {best['accuracy']:.0%} in "
+            f"update {best['update']} to {now['accuracy']:.0%} in update {now['update']} while "
+            f"entropy fell on (p = {p:.2g}); an earlier checkpoint may be better."
+        )
+
+
+def visible(text: str) -> str:
+    """Control characters as pictures of themselves."""
+    pictures = {c: 0x2400 + c for c in range(32) if c not in b"\n\t"}
+    return text.translate(pictures | {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD))
+
+
+def pieces(tokenizer: PreTrainedTokenizerBase, before: list[int], ids: list[int]) -> list[str]:
+    """What each token adds to the text; nothing where a character goes on in the next."""
+    start = before[-4:]  # some tokenizers drop a text's first space
+    parts = [start + ids[:i] for i in range(len(ids) + 1)]
+    texts = tokenizer.batch_decode(parts, clean_up_tokenization_spaces=False)
+    return [text[len(old) :] for old, text in pairwise(t.rstrip("\ufffd") for t in texts)]
+
+
+def completions(
+    run: Run, update: int, tokenizer: Any, measured: Measures | None, shown: int
+) -> list[dict[str, Any]]:
+    """The first ones of an update, as recorded; their tokens where these are measured."""
+    at, found = 0, list[dict[str, Any]]()
+    for record in run.records[update][:shown]:
+        ids, length = record["response_ids"][:LONGEST], len(record["response_ids"])
+        tokens = list[dict[str, Any]]()
+        if measured:
+            names = tokenizer.convert_ids_to_tokens(ids)
+            texts = pieces(tokenizer, record["prompt_ids"], ids)
+            numbers = measured.entropy[at:].tolist(), measured.probability[at:].tolist()
+            for name, text, entropy, p in zip(names, texts, *numbers, strict=False):
+                token = {"text": visible(text).replace("\n", "↵\n") or "·"}
+                token["told"] = f"{visible(name or '')}   {entropy:.3f} nats, probability {p:.3g}"
+                special = name in tokenizer.all_special_tokens
+                tokens.append(token | {"level": bisect(LEVELS, entropy), "special": special})
+        at += length
+        text = visible(record["text"])[: 8 * LONGEST]
+        found.append(record | {"tokens": tokens, "more": length - LONGEST, "text": text})
+    return found
+
+
+def models_of(run: Run, models: bool, console: Console) -> tuple[Shift | None, str]:
+    """What the run's models say of its completions; or why they say nothing."""
+    if not models:
+        return None, "left out, as --no-models asks"
+    if not run.rollouts:
+        return None, "no completions of a whole update are recorded"
+    if run.checkpoint is None:
+        return None, "the run has no checkpoint yet"
+    last = run.rollouts[run.last] if run.last > 1 else None
+    try:
+        return shift(run.config, run.checkpoint, run.rollouts[1], last, console), ""
+    except UserError as error:
+        return None, str(error)
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+            return None, "out of memory"
+        raise
+
+
+def part_of(run: Run, number: int, shown: int, moved: Shift | None, folder: Path) -> dict[str, Any]:
+    """A run's own part of the page."""
+    rows = ", ".join(map(str, run.config.prompt_rows))
+    part: dict[str, Any] = {
+        "run": run,
+        "colour": COLOURS[number % len(COLOURS)],
+        "happened": happened(run.metrics),
+        "warnings": warnings(run.metrics),
+        "settings": settings_of(run),
+        "prompt": run.config.prompt or f"rows {rows} of {run.config.prompt_from}",
+        "moved": moved,
+    }
+    if run.rollouts:
+        tokenizer, before, after, own = moved or (None, None, None, None)
+        part["before"] = completions(run, 1, tokenizer, before, shown)
+        part["after"] = completions(run, run.last, tokenizer, own or after, shown)
+    if moved:
+        part["densities"] = [
+            density(moved.before, found, f"{key} texts", folder / f"logits-{key}-{number}.png")
+            for key, found in (("same", moved.after), ("own", moved.own))
+            if found
+        ]
+        upto = [(moved.after.rank <= rank).double().mean().item() for rank in RANKS.values()]
+        part["ranks"] = list(zip(RANKS, np.diff(upto, prepend=0), strict=True))
+    return part
+
+
+def write_report(
+    runs: Sequence[Path], output: Path, console: Console | None = None, models: bool = True
+) -> Path:
+    """One HTML page that needs nothing else, and its plots as PNGs in a folder beside it.
+
+    Args:
+        runs: folders of runs, finished or not.
+        models: load base and trained models, one at a time, for what needs them.
+
+    Raises: UserError for a folder that is no run's, and where output cannot be written.
+    """
+    console = console or Terminal(stderr=True)
+    names = [run.resolve().name for run in runs]
+    names = [n if names.count(n) == 1 else str(r) for n, r in zip(names, runs, strict=True)]
+    found = [read_run(run) for run in runs]
+    if output.is_dir():
+        raise UserError(f"output: {output} is a folder; name a file, {output / 'report.html'} say")
+    plots = output.with_name(f"{output.stem}-plots")
+    ours = not plots.exists()
+    try:
+        plots.mkdir(parents=True, exist_ok=True)
+        parts, shown = list[dict[str, Any]](), max(1, min(3, SHOWN // (2 * len(found))))
+        for number, (name, run) in enumerate(zip(names, found, strict=True)):
+            moved, why = models_of(run, models, console)
+            if models and why:
+                console.print(f"{name}: {why}", markup=False, soft_wrap=True)
+            part = part_of(run, number, shown, moved, plots)
+            parts.append({"name": name, "why": why, **part})
+        source = Path(__file__).with_suffix(".html.jinja").read_text(encoding="utf-8")
+        environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+        drawn = curves(names, [run.metrics for run in found], plots)
+        page = environment.from_string(source).render(
+            parts=parts, curves=drawn, levels=LEVELS, version=__version__
+        )
+        write_whole(output, page.encode("utf-8", "replace").decode())  # text may be no UTF-8
+    except BaseException as error:  # Ctrl-C too
+        if ours:
+            shutil.rmtree(plots, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise UserError(f"output: cannot write {output}: {error}") from error
+        raise
+    return output

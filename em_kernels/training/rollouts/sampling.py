@@ -1,0 +1,220 @@
+"""Completions of prompts: transformers' generate and its processors, a shared prefix, a shrinking
+batch.
+
+A completion's randomness is a row of uniforms of its own, so it does not depend on what is sampled
+beside it.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import (
+    EosTokenCriteria,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from ..config import Sampling
+from .padding import can_pad, padded, prefilled, ready_to_generate
+
+LEAVE_SHARE = 8  # a batch is rebuilt once one in so many of its rows has finished
+
+
+@dataclass
+class Rollout:
+    """One completion: its tokens, the ending token included, and whether it ended by itself."""
+
+    prompt_ids: list[int]
+    response_ids: list[int]
+    ended: bool
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.response_ids)
+
+
+class _InverseCdf(LogitsProcessor):
+    """Leaves one token: the one in which a uniform of the row's own falls. Last of the
+    processors.
+    """
+
+    def __init__(self, uniforms: Tensor, start: int):
+        self.uniforms, self.start = uniforms, start
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        cdf = torch.softmax(scores, dim=-1, dtype=torch.float64).cumsum(dim=-1)
+        u = self.uniforms[:, input_ids.shape[1] - self.start, None] * cdf[:, -1:]
+        token = torch.searchsorted(cdf, u, right=True).clamp_(max=scores.shape[1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter_(1, token, 0)
+
+
+class _SegmentEnd(StoppingCriteria):
+    """Notes where rows end, and ends the segment when enough of them have, or when asked to."""
+
+    def __init__(
+        self, ends: StoppingCriteriaList, rows: int, start: int, check: Callable[[], None] | None
+    ) -> None:
+        self.ends, self.start, self.check = ends, start, check
+        self.enough = -(-rows // LEAVE_SHARE)
+        self.length: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor | None, **kwargs: object) -> Tensor:
+        if self.check is not None:
+            self.check()
+        if self.length is None:
+            self.length = input_ids.new_zeros(len(input_ids))
+        ended = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        for criterion in self.ends:  # a stop string does not begin in the prompt
+            ended |= criterion(input_ids[:, self.start :], scores)
+        now = ended & (self.length == 0)
+        self.length = torch.where(now, input_ids.shape[1], self.length)
+        return torch.full_like(ended, int((self.length > 0).sum()) >= self.enough)
+
+
+def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every id that the model's generation_config or its tokenizer calls the end."""
+    ids = model.generation_config.eos_token_id if model.generation_config else None
+    found = set(ids if isinstance(ids, list) else [ids]) | {tokenizer.eos_token_id}
+    return sorted(i for i in found if i is not None)
+
+
+def uniforms_for(seeds: Sequence[Sequence[int]], length: int) -> Tensor:
+    """(len(seeds), length) uniforms in [0, 1), a row for each seed; the same on every device."""
+    return torch.tensor(np.stack([np.random.default_rng(seed).random(length) for seed in seeds]))
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    seeds: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    batch_size: int = 64,
+    on_done: Callable[[int], None] | None = None,
+    check: Callable[[], None] | None = None,
+) -> list[Rollout]:
+    """A completion for each prompt.
+
+    Args:
+        prompts: token ids; those of similar length are sampled together, their common prefix
+            computed once.
+        seeds: for each prompt the numbers that its randomness depends on.
+        on_done: called with the number of completions just finished.
+        check: called after every token; may raise to abandon the work.
+    """
+    results: dict[int, Rollout] = {}
+    ends = eos_ids(model, tokenizer)
+    lengths = [len(ids) for ids in prompts]
+    pad = len(set(lengths)) > 1 and can_pad(model, max(lengths) + sampling.max_new_tokens)
+    with ready_to_generate(model):
+        for batch in _batches(lengths, batch_size, pad):
+            uniforms = uniforms_for([seeds[i] for i in batch], sampling.max_new_tokens)
+            done = _generate_batch(
+                model,
+                tokenizer,
+                [prompts[i] for i in batch],
+                uniforms.to(model.device),
+                sampling,
+                ends,
+                on_done,
+                check,
+            )
+            results.update(zip(batch, done, strict=True))
+    return [results[i] for i in range(len(prompts))]
+
+
+def _batches(lengths: Sequence[int], size: int, pad: bool) -> Iterator[list[int]]:
+    """Indices by length, none over twice its batch's shortest; without padding, of one length."""
+    batch: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if batch and (len(batch) == size or lengths[i] > lengths[batch[0]] * (1 + pad)):
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+def _generate_batch(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    uniforms: Tensor,
+    sampling: Sampling,
+    ends: list[int],
+    on_done: Callable[[int], None] | None,
+    check: Callable[[], None] | None,
+) -> list[Rollout]:
+    """Completions of prompts, in segments; rows that finished leave between them."""
+    same, ids, mask = padded(prompts)
+    ids, mask = ids.to(model.device), mask.to(model.device)
+    prompt_length = ids.shape[1]
+    longest = prompt_length + sampling.max_new_tokens
+    endings = StoppingCriteriaList()
+    if ends:
+        endings.append(EosTokenCriteria(eos_token_id=ends))
+    if sampling.stop:
+        endings.append(StopStringCriteria(tokenizer, list(sampling.stop)))
+    results: list[Rollout | None] = [None] * len(ids)
+    rows = torch.arange(len(ids), device=ids.device)  # which result each row of the batch is
+    cache = prefilled(model, ids, same)
+    while len(rows):
+        processors = LogitsProcessorList()
+        if sampling.repetition_penalty != 1:
+            processors.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+        if sampling.temperature > 0:
+            if sampling.temperature != 1:
+                processors.append(TemperatureLogitsWarper(sampling.temperature))
+            if sampling.top_k:
+                processors.append(TopKLogitsWarper(sampling.top_k))
+            if sampling.top_p < 1:
+                processors.append(TopPLogitsWarper(sampling.top_p))
+            processors.append(_InverseCdf(uniforms[rows], prompt_length))
+        segment_end = _SegmentEnd(endings, len(rows), prompt_length, check)
+        output = model.generate(  # type: ignore[operator]
+            ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            generation_config=GenerationConfig(
+                do_sample=False,
+                max_length=longest,
+                pad_token_id=ends[0] if ends else 0,
+                return_dict_in_generate=True,
+                use_cache=True,
+            ),
+            logits_processor=processors,
+            stopping_criteria=StoppingCriteriaList([segment_end]),
+            synced_gpus=False,  # else under FSDP each rank waits for the others' segments
+        )
+        ids, cache = output.sequences, output.past_key_values
+        length = segment_end.length
+        assert length is not None
+        ended = (length > 0) & (length <= ids.shape[1])
+        finished = torch.ones_like(ended) if ids.shape[1] >= longest else ended
+        stop_at = torch.where(ended, length, ids.shape[1]).tolist()
+        for i in finished.nonzero()[:, 0].tolist():
+            response = ids[i, prompt_length : stop_at[i]].tolist()
+            results[int(rows[i])] = Rollout(prompts[int(rows[i])], response, bool(ended[i]))
+        if on_done is not None:
+            on_done(int(finished.sum()))
+        going = (~finished).nonzero()[:, 0]
+        mask = torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
+        ids, rows, mask = ids[going], rows[going], mask[going]
+        if len(rows):
+            cache.batch_select_indices(going)
+    assert all(result is not None for result in results)
+    return [result for result in results if result is not None]

@@ -1,0 +1,1 @@
+"""A run on disk: its records, checkpoints, and what tracks it elsewhere."""

@@ -1,0 +1,201 @@
+"""Model folders that appear whole or not at all, and the optimizer's state to resume from."""
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..config import TrainConfig, UserError, in_one_line
+from ..models.rounding import to_bf16
+from ..run_folder import CHECKPOINTS, steps_in
+from .records import differing, sync
+
+Writer = Callable[[Path], None]
+State: TypeAlias = Mapping[str, Tensor] | None
+Facts: TypeAlias = Mapping[str, Any] | None
+STATE, FACTS = "training_state.safetensors", "training_state.json"
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64"}  # safetensors' names
+FREE = {  # settings that leave the numbers of an update as they are
+    *("output", "steps", "save_at", "save_optimizer", "keep", "stop_below", "stop_repetition"),
+    *("gpu_memory", "host_memory", "offload_dir", "rollouts_from", "answer", "report_to"),
+}
+
+
+def defining_settings(config: TrainConfig) -> dict[str, Any]:
+    """Every setting that determines the numbers, by name, as JSON has it."""
+    values = config.located().model_dump(mode="json", exclude=FREE)
+    return values | {f"sampling.{k}": v for k, v in values.pop("sampling").items()}
+
+
+def write_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    weights: Mapping[str, Tensor] | None = None,
+) -> Writer:
+    """What fills a folder, in bf16, for from_pretrained, vLLM and GGUF converters.
+
+    Args:
+        weights: of each parameter, by name; default its own.
+
+    Memory: none on the device; on the host 2 GB, or 2 bytes a weight where they are not bf16.
+    """
+
+    def write(folder: Path) -> None:
+        rounded = {}
+        for name, p in model.named_parameters():
+            values = p.detach() if weights is None else weights[name]
+            if values.dtype != torch.bfloat16:
+                values = to_bf16(values.cpu().float().flatten()).view(p.shape)
+            rounded[id(p)] = values
+        named = model.state_dict(keep_vars=True).items()  # a tied weight has two names
+        state = {
+            name: rounded.get(id(weight), weight.detach()) for name, weight in named
+        }  # buffers
+        generation, model.generation_config = model.generation_config, GenerationConfig()
+        try:
+            model.save_pretrained(folder, state_dict=state, max_shard_size="2GB")
+        finally:
+            model.generation_config = generation
+        if generation is not None:  # as it was published; its save_pretrained is strict
+            path = folder / "generation_config.json"
+            generation.to_json_file(path, keys_to_pop=["compile_config"])
+        tokenizer.save_pretrained(folder)
+        path = folder / "config.json"  # has the dtype in memory; so have parts of some models
+        path.write_text(re.sub(r'"dtype": "\w+"', '"dtype": "bfloat16"', path.read_text()))
+
+    return write
+
+
+def save_checkpoint(
+    write: Writer, folder: Path, state: State = None, facts: Facts = None, keep: int | None = None
+) -> Path:
+    """Have `write` fill a folder step-NNNNN: beside its place, synced to disk, then renamed.
+
+    Args:
+        state: of the optimizer; afterwards no other checkpoint keeps one.
+        facts: {"update": NNNNN, "settings": defining_settings(config)}, where there is a state.
+        keep: afterwards remove all checkpoints but this and the newest others, so many in all.
+
+    Raises: UserError where the disk is full or not writable; what was there before stays.
+    """
+    partial, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("partial", "old"))
+    try:
+        _clear(partial, old, *_left_in(folder.parent))
+        partial.mkdir(parents=True)
+        write(partial)
+        if state is not None:
+            digest = _write_state(partial / STATE, state)
+            (partial / FACTS).write_text(json.dumps({**(facts or {}), "sha256": digest}))
+        for path in partial.rglob("*"):
+            path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors leaves its to the owner
+            sync(path)
+        sync(partial)
+        if folder.exists():
+            folder.rename(old)
+        partial.rename(folder)
+        sync(folder.parent)
+        sync(folder.parent.parent)
+        others = [path for path in steps_in(folder.parent) if path != folder]
+        if state is not None:
+            _drop_states(others)
+        for path in others[: max(0, len(others) + 1 - keep)] if keep else ():
+            path.rename(path.with_name(f".{path.name}.partial"))
+        _clear(*_left_in(folder.parent))
+    except Exception as error:  # safetensors and tokenizers report a full disk in their own classes
+        why = in_one_line(error)
+        raise UserError(f"output: cannot write the checkpoint {folder}: {why}") from error
+    finally:
+        _clear(partial, old)
+    return folder
+
+
+def newest_state(
+    run: Path, settings: Mapping[str, Any]
+) -> tuple[tuple[int, Path] | None, list[str]]:
+    """The newest whole state made with these settings, as its update and its checkpoint, if there
+    is one; and for each newer one a line that says why not that. What a kill left is removed.
+    """
+    refused = list[str]()
+    _clear(*_left_in(run / CHECKPOINTS))
+    steps = steps_in(run / CHECKPOINTS)
+    while steps:
+        folder = steps.pop()
+        if (folder / STATE).exists() or (folder / FACTS).exists():
+            if (why := _refusal(folder, settings)) is None:
+                _drop_states(steps)
+                return (int(folder.name[5:]), folder), refused
+            refused.append(f"{folder} cannot be resumed from: {why}")
+    return None, refused
+
+
+def read_state(checkpoint: Path) -> Mapping[str, Tensor]:
+    """The optimizer's state, on the CPU; mapped, so that it is read where and when it is used."""
+    return load_file(checkpoint / STATE)
+
+
+def _refusal(folder: Path, settings: Mapping[str, Any]) -> str | None:
+    """What is wrong with a state, if anything."""
+    digest = hashlib.sha256()
+    try:
+        facts = json.loads((folder / FACTS).read_bytes())
+        if what := differing(facts["settings"], settings):
+            return f"it was made with {what}"
+        with open(folder / STATE, "rb") as file:
+            while block := file.read(2**24):
+                digest.update(block)
+        if digest.hexdigest() != facts["sha256"]:
+            return f"{STATE} is truncated or corrupted"
+        return None if facts["update"] == int(folder.name[5:]) else f"{FACTS} is of another update"
+    except OSError as error:
+        return f"cannot read {error.filename}: {error.strerror}"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{FACTS} is corrupted"
+
+
+def _drop_states(folders: Iterable[Path]) -> None:
+    for path in folders:
+        (path / FACTS).unlink(missing_ok=True)  # first: without it the tensors are no state
+        (path / STATE).unlink(missing_ok=True)
+
+
+def _write_state(path: Path, state: Mapping[str, Tensor]) -> str:
+    """A safetensors file, with one tensor at a time on the host; returns its SHA-256."""
+    names = sorted(state, key=lambda name: -state[name].element_size())  # keeps each one aligned
+    header, end = {}, 0
+    for name in names:
+        start, end = end, end + state[name].nbytes
+        kind = {"dtype": DTYPES[state[name].dtype], "shape": [*state[name].shape]}
+        header[name] = {**kind, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(head := len(text).to_bytes(8, "little") + text)
+        digest = hashlib.sha256(head)
+        for name in names:
+            data = state[name].detach().cpu().reshape(-1).view(torch.uint8).numpy().data
+            file.write(data)
+            digest.update(data)
+    return digest.hexdigest()
+
+
+def _left_in(checkpoints: Path) -> list[Path]:
+    """What a writer that was killed left there."""
+    named = checkpoints.glob(".step-*") if checkpoints.name == CHECKPOINTS else ()
+    return [path for path in named if path.suffix in (".partial", ".old")]
+
+
+def _clear(*paths: Path) -> None:
+    """Delete what a writer left beside folders; one that was not replaced in the end goes back."""
+    for path in paths:
+        home = path.with_name(path.stem[1:])
+        if path.suffix == ".old" and path.exists() and not home.exists():
+            path.rename(home)
+        shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,87 @@
+"""Low-rank adapters summed into their base model."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, get_peft_model, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.pytorch_utils import Conv1D
+
+from ..config import UserError, in_one_line
+from ..models.rounding import to_bf16
+from ..run_folder import newest_checkpoint
+from .checkpoint import save_checkpoint, write_model
+from .records import check_output
+
+# init_lora_weights that leave the base model as it was, and those by which peft changes it to the
+# same again whenever it makes the adapters; others change it by random numbers or by data
+KEEP_BASE = {"true", "false", "gaussian", "eva", "orthogonal"}
+REPEAT_BASE = {"pissa", "olora"}
+BY_PEFT = "merge them by peft's merge_and_unload"
+
+
+@torch.no_grad()
+def merge(adapter: Path, output: Path) -> Path:
+    """Add a checkpoint's adapters (or a run's newest's) to its base's weights, as peft adds them,
+    rsLoRA, DoRA and patterns of rank and alpha included: each sum in fp32, rounded to bf16 by
+    rounding.py, so that small deltas count. Needs memory for the base and one layer in fp32, twice.
+
+    Raises: UserError; output is written whole or not at all.
+    """
+    output = output.absolute()
+    check_output(output)
+    folder = newest_checkpoint(adapter) or adapter
+    if not (folder / "adapter_config.json").is_file():
+        raise UserError(f"merge: {folder} has no adapter_config.json; name a run of mode lora")
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+        check_mergeable(config)
+        weights = load_file(folder / "adapter_model.safetensors")
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        source = str(config.base_model_name_or_path)
+        base = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+        try:
+            model: Any = get_peft_model(base, config)
+            fits: Any = set_peft_model_state_dict(model, weights)
+        except (RuntimeError, ValueError) as error:  # of shapes, of layers that are not there
+            raise ValueError(f"{source} is not their base: {error}") from error
+        lacking = [name for name in fits.missing_keys if ".lora_" in name]
+        for name in (*fits.unexpected_keys, *lacking):
+            raise ValueError(f"{source} and they differ in {name}; is it their base?")
+        for layer in [m for m in model.modules() if isinstance(m, LoraLayer)]:
+            inner = layer.get_base_layer()
+            if not isinstance(inner, (nn.Linear, Conv1D)):
+                raise ValueError(f"one is on a {type(inner).__name__}; {BY_PEFT}")
+            inner.weight.data = inner.weight.data.float()
+            layer.merge(safe_merge=True)
+            inner.weight.data = to_bf16(inner.weight.data.flatten()).view(inner.weight.shape)
+        model = model.unload()
+    except Exception as error:  # peft, transformers, safetensors and the hub raise many kinds
+        raise UserError(f"merge: {folder}: {in_one_line(error)[:300]}") from error
+    return save_checkpoint(write_model(model, tokenizer), output)
+
+
+def check_mergeable(config: PeftConfig) -> None:
+    """Raises: ValueError for adapters whose sum with the base would not be the trained model."""
+    if not isinstance(config, LoraConfig):
+        kind = str(config.peft_type).rpartition(".")[2]
+        raise ValueError(f"these adapters are {kind}, not LoRA; {BY_PEFT}")
+    start = str(config.init_lora_weights).lower()
+    if start not in KEEP_BASE | REPEAT_BASE:
+        raise ValueError(
+            f"init_lora_weights {start!r} changed the base model by something that is not kept; "
+            "save them once more where they were trained, with peft's "
+            "save_pretrained(path_initial_model_for_weight_conversion=...), which makes a plain "
+            "LoRA of them"
+        )
+    for name in ("modules_to_save", "trainable_token_indices", "target_parameters"):
+        if getattr(config, name, None):
+            raise ValueError(f"these adapters have {name}; {BY_PEFT}")
+    if config.bias != "none":
+        raise ValueError(f"these adapters have bias {config.bias!r}; {BY_PEFT}")
+    if config.layer_replication:
+        raise ValueError(f"these adapters have layer_replication; {BY_PEFT}")
