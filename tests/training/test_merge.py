@@ -182,6 +182,7 @@ def test_neighbours_of_the_output_stay(tmp_path, adapter, monkeypatch):
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
     assert merge(adapter, Path(".")) == tmp_path / "empty"
+    monkeypatch.chdir(tmp_path)  # the other one is gone: another has its name
     AutoModelForCausalLM.from_pretrained(tmp_path / "empty")
 
 
