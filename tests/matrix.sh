@@ -17,7 +17,7 @@ mkdir -p "$out"
 # The files that compare floating-point numbers of different computations,
 floats=(tests/test_{chunked,functional,gemm,gradients,hard_inputs,hf,hf_trainer,losses,ops}.py
   tests/test_{parallel,peers,precision,reference,rows,sink,sparse,token_loss,triton_rows,trl}.py
-  tests/training/test_{evaluate,four_bits,lora,merge,optimizer,padding,ranks,report,rollout}.py
+  tests/training/test_{architectures,evaluate,four_bits,lora,merge,optimizer,padding,ranks,report,rollout}.py
   tests/training/test_{step,tolerance,trainer}.py)
 # that start processes and wait for what they do,
 processes=(tests/test_{bench,cli,gpu_proof}.py
