@@ -1,4 +1,4 @@
-"""What the Triton rows cost on each GPU generation, from their compiled code: no GPU is needed."""
+"""Cost of the Triton kernels on each GPU generation, read from compiled code without a GPU."""
 
 import os
 import re
@@ -105,7 +105,7 @@ class Variant(NamedTuple):
         return getattr(kernels, FUNCTIONS[self.kernel])
 
     def is_divisible(self, name: str) -> bool:
-        """Whether Triton may assume 16 as a divisor: our buffers, and nothing of odd logits."""
+        """True if Triton may assume that 16 divides an argument: own buffers, aligned logits."""
         return name == "split_length" or self.aligned and name.endswith(("_ptr", "_yn", "_on"))
 
 
@@ -130,7 +130,7 @@ def variants() -> Iterator[Variant]:
 
 
 class Cost(NamedTuple):
-    """Of one variant on one generation."""
+    """Measurements of one kernel variant on one GPU generation."""
 
     variant: Variant
     arch: int

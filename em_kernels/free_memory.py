@@ -22,7 +22,7 @@ def free_host_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cg
 
 
 def _left(proc: Path, cgroups: Path) -> Iterator[int]:
-    """Of each cgroup that has a limit: that, less what is used and cannot be dropped."""
+    """For each cgroup with a limit: the limit less what is used and cannot be dropped."""
     try:
         lines = (proc / "self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -24,7 +24,7 @@ def bf16_isa() -> int:
 
 
 def operand_dtype(weight: Tensor) -> torch.dtype:
-    """What the row gradient is rounded to for the GEMMs with weight."""
+    """Dtype to which the logit gradient is rounded for the GEMMs with weight."""
     takes_16_bits = weight.is_cuda or (weight.dtype == torch.bfloat16 and bf16_isa() > 0)
     return weight.dtype if takes_16_bits else accumulation_dtype(weight.dtype)
 

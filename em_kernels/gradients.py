@@ -122,7 +122,7 @@ class Sums:
         self.of += count * columns
 
     def result(self) -> Gradients:
-        """Of all chunks. A collective call where the vocabulary is split."""
+        """Finish the gradients of all chunks; a collective call where the vocabulary is split."""
         self._multiply_waiting()
         self.dy = None
         if self.needs.hidden and self.problem.shard is not None:

@@ -72,15 +72,15 @@ def decoder_of(model: PreTrainedModel) -> nn.Module:
 
 
 def takes(module: nn.Module, *names: str) -> bool:
-    """Whether a module's forward has inputs of these names."""
+    """True if a module's forward has inputs with these names."""
     parameters = inspect.signature(module.forward).parameters
     more = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
     return more or set(names) <= parameters.keys()
 
 
 def require_gradients(model: PreTrainedModel) -> None:
-    """Of the decoder's and the head's weights, which are all that the loss depends on: a vision
-    tower, say, is frozen.
+    """Require gradients of the decoder's and the head's weights, all that the loss depends on; the
+    rest, such as a vision tower, is frozen.
 
     Raises: TypeError as head_of and decoder_of.
     """

@@ -55,7 +55,7 @@ class EntropyTrainer(Trainer):
         self.head_checked = False
 
     def _get_num_items_in_batch(self, batch_samples: Sequence[Any], device: torch.device) -> Any:
-        """Of the tokens that count here, labels or not."""
+        """Count the tokens that are scored, whether they come from labels or not."""
         ignored = [torch.where(scored_positions(batch), 0, -100) for batch in batch_samples]
         labels = [{"labels": x, "shift_labels": x} for x in ignored]
         return super()._get_num_items_in_batch(labels, device)

@@ -46,17 +46,17 @@ class Problem(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of logits, statistics and sums."""
+        """Dtype of logits, statistics and sums."""
         return accumulation_dtype(self.hidden.dtype)
 
     @property
     def operand(self) -> torch.dtype:
-        """Of dy in the GEMMs."""
+        """Dtype of dy in the GEMMs."""
         return operand_dtype(self.weight)
 
     @property
     def sizes(self) -> list[int]:
-        """Of the ranks' parts of the vocabulary."""
+        """Vocabulary entries that each rank holds."""
         return [len(self.weight)] if self.shard is None else self.shard.sizes
 
     @property
@@ -70,7 +70,7 @@ class Problem(NamedTuple):
         )
 
     def row_transform(self, tokens: slice | Tensor, words: slice = slice(0, None)) -> RowTransform:
-        """Of these tokens' logits of these words of the weight."""
+        """Bias, temperature, scale and targets for these tokens and these rows of the weight."""
         targets, first = self.targets, words.start
         if targets is not None:
             first += 0 if self.shard is None else self.shard.start
@@ -102,12 +102,12 @@ class Problem(NamedTuple):
 
     @property
     def dy_is_apart(self) -> bool:
-        """Whether dy has memory of its own: a GPU's, in the 16 bits that the GEMM wants."""
+        """True if dy has its own buffer: on a GPU, in the 16 bits that the GEMM takes."""
         return self.hidden.is_cuda and self.operand != self.dtype
 
     @property
     def logit_bytes(self) -> int:
-        """Of one logit, and of its gradient where that is apart."""
+        """Bytes of one logit, and of its gradient where that has its own buffer."""
         return self.dtype.itemsize + (self.operand.itemsize if self.dy_is_apart else 0)
 
 

@@ -24,7 +24,7 @@ def run(arguments: list[str]) -> int:
 
 
 def compile_report(arguments: list[str]) -> int:
-    """What the GPU kernels cost, from their compiled code."""
+    """Print the cost of the GPU kernels, from their compiled code."""
     parser = argparse.ArgumentParser(
         prog="em-kernels bench --compile-report",
         description="Every Triton kernel compiled for every GPU generation: its registers, spills, "

@@ -87,7 +87,7 @@ def run_demo(seed: int, output: Path, console: Console) -> str:
 
 
 def reading(before: dict[str, Any], after: dict[str, Any]) -> str:
-    """What the numbers show and do not show, from the numbers."""
+    """Say what the numbers show and what they do not."""
     base, now = (np.array(results["right"])[:, 0] for results in (before, after))
     change, low, high, p = paired_change(base, now)
     if p < 0.05:

@@ -65,7 +65,7 @@ def parse_settings(kind: type[T], command: str, arguments: list[str], text: str)
 
 
 def as_flags(config: TrainConfig) -> list[str]:
-    """What differs from the defaults, as `em-kernels train` takes it."""
+    """Flags for `em-kernels train` that reproduce the settings that differ from the defaults."""
     default = TrainConfig()
     pairs = [
         (name, getattr(config, name), getattr(default, name)) for name in type(config).model_fields

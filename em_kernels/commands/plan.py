@@ -78,7 +78,7 @@ def run(arguments: list[str]) -> int:
 
 
 def launcher(world: World) -> list[str]:
-    """What a command of em-kernels begins with."""
+    """The words that a launch command begins with."""
     if world == World():
         return ["em-kernels"]
     options = {
@@ -120,7 +120,7 @@ def open_config(model: str) -> PreTrainedConfig:
 
 
 def download_bytes(model: str) -> int | None:
-    """Of the weights; 0 where they are here, None where the hub does not tell."""
+    """Bytes of weights to download; 0 if they are here, None if the hub does not tell."""
     from huggingface_hub import HfApi, try_to_load_from_cache
 
     if model == "demo" or Path(model).expanduser().exists():

@@ -19,7 +19,7 @@ ISAS = ("baseline", "avx2", "avx512")  # as csrc/entropy_rows.cpp numbers them
 
 
 def is_built() -> bool:
-    """Whether the extension is there."""
+    """True if the C++ extension is loaded."""
     return _C is not None
 
 

@@ -119,7 +119,7 @@ def statistics_settings(config: RowConfig, dtype: torch.dtype, aligned: bool) ->
 
 
 def mass_settings(config: RowConfig, dtype: torch.dtype, aligned: bool) -> dict:
-    """Those of a column mass launch: of one warp, whose sum of a row needs no barrier."""
+    """Launch settings of the column-mass kernel: one warp, whose row sum needs no barrier."""
     return _lane_settings(1, config.THREAD_V, dtype, aligned)
 
 
@@ -135,7 +135,7 @@ def _lane_settings(warps: int, thread_v: int, dtype: torch.dtype, aligned: bool)
 
 
 def gradient_settings(config: RowConfig) -> dict:
-    """Those of a gradient launch."""
+    """Launch settings of the gradient kernel."""
     return {
         "BLOCK_N": config.BLOCK_N,
         "BLOCK_V": config.BLOCK_V,
@@ -145,7 +145,7 @@ def gradient_settings(config: RowConfig) -> dict:
 
 
 def _is_aligned(y: Tensor) -> bool:
-    """Whether every row begins where Triton knows that vector loads can."""
+    """True if every row starts at an address that allows vector loads."""
     return y.data_ptr() % 16 == 0 and y.stride(0) % 16 == 0
 
 

@@ -200,7 +200,7 @@ def row_statistics_kernel(
 
 @triton.jit
 def _row_scalars(inv_temperature_ptr, targets_ptr, per_row_ptr, rows, offs_n, mask_n):
-    """What (8) needs of each row."""
+    """Load the per-row terms of equation (8)."""
     inv_temperature = tl.load(inv_temperature_ptr + offs_n, mask=mask_n)
     target = tl.load(targets_ptr + offs_n, mask=mask_n).to(tl.int32)
     m = tl.load(per_row_ptr + offs_n, mask=mask_n)

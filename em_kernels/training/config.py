@@ -221,7 +221,7 @@ class TrainConfig(Settings):
 
     @property
     def temperature(self) -> float:
-        """Of the loss."""
+        """Temperature that the loss divides logits by."""
         return self.loss_temperature or self.sampling.temperature or 1.0
 
     def located(self) -> "TrainConfig":

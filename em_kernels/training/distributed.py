@@ -68,11 +68,11 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Of one process: it writes the run's folder and the console."""
+        """True on rank 0, which writes the run's folder and the console."""
         return self.index == 0
 
     def describe(self) -> dict[str, Any]:
-        """What the last digits depend on, where it is not one process."""
+        """Settings of the launch that change the last digits; empty for one process."""
         if self.world == World():
             return {}
         return {"ranks": self.count, "engine": self.world.engine}

@@ -1,4 +1,4 @@
-"""What surrounds a run: signals, progress, the line of an update, memory in use."""
+"""Signals, progress bars, the line printed per update, and memory in use."""
 
 import resource
 import signal

@@ -1,4 +1,4 @@
-"""What a run starts from; whatever is wrong with it is said here, before anything is written."""
+"""Inputs of a run, validated here before anything is written."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -44,7 +44,7 @@ def as_recorded(config: TrainConfig) -> TrainConfig:
 
 
 def find_device(config: TrainConfig) -> torch.device:
-    """Of a command that one process runs; with its index."""
+    """The device, with its index, for a command that runs in one process."""
     ranks = find_ranks(config)
     if ranks.count > 1:
         raise UserError("device: one process only; start it without accelerate or torchrun")

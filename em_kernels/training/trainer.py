@@ -47,7 +47,7 @@ T = TypeVar("T")
 
 @dataclass
 class TrainResult:
-    """What a run left: its folder, its last checkpoint, a row of metrics for each update."""
+    """Result of a run: its folder, its last checkpoint, one row of metrics per update."""
 
     output: Path
     checkpoint: Path | None = None
@@ -55,7 +55,7 @@ class TrainResult:
 
 
 class _Before(NamedTuple):
-    """What a stopped run left."""
+    """State that a stopped run left on disk."""
 
     done: int = 0  # updates that the checkpoint holds
     checkpoint: Path | None = None
@@ -132,7 +132,7 @@ def train(
 def _prepared(
     config: TrainConfig, resume: bool, ranks: Ranks, held: int, console: Console
 ) -> tuple[TrainConfig, Task, Plan]:
-    """What is asked for, and how it is to be done; nothing is written."""
+    """Resolve settings, task and plan; nothing is written."""
     if resume:
         config = as_recorded(config)
     else:
@@ -383,7 +383,7 @@ class _Run:
         return ""
 
     def folder(self, update: int) -> Path:
-        """Of a checkpoint."""
+        """Folder of the checkpoint of an update."""
         return checkpoint_folder(self.config.output, update)
 
     def save(self) -> None:
@@ -399,7 +399,7 @@ class _Run:
         self.result.checkpoint = folder
 
     def failed(self, error: BaseException) -> BaseException:
-        """What to tell, after the last finished update is saved."""
+        """Save the last finished update, and return the error to raise."""
         kept = "no update yet"
         if self.result.metrics:
             kept = f"--resume {self.config.output} goes on"

@@ -99,7 +99,7 @@ class _Answer(NamedTuple):
 
 
 def _read(answer: str | None) -> _Answer:
-    """What stands in a box, or is known."""
+    """Parse the content of a box, or a known answer."""
     answer = answer or ""
     if len(answer) > LONGEST:
         return _Answer("".join(answer.split()), "")
@@ -132,7 +132,7 @@ def _answer_of(text: str) -> _Answer:
 
 
 def _same(known: _Answer, found: _Answer) -> bool | None:
-    """Whether two answers are the same, where that is certain without math-verify."""
+    """True or False where equality is certain without math-verify; else None."""
     keys = known.key, found.key
     if "" in keys or known.key == found.key:
         return "" not in keys

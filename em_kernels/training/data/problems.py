@@ -43,7 +43,7 @@ class Problem:
 
     @property
     def completion(self) -> str:
-        """What follows "A:" where the answer is given as the examples give it."""
+        """Text after "A:" when the answer is written as in the worked examples."""
         return f" {self.worked or self.answer}\n"
 
 
@@ -126,7 +126,7 @@ def _conversation(messages: list[Any], where: str) -> str | Conversation:
 
 
 def texts_of(prompt: str | Conversation) -> list[str]:
-    """Of its messages."""
+    """The texts of a prompt's messages."""
     return [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
 
 

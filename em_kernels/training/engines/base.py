@@ -39,7 +39,7 @@ class Engine(ABC):
         self.prepare()  # eval: no dropout
 
     def check_model(self) -> bool:
-        """Whether rows of unequal length may be sampled side by side.
+        """Check the model; true if rows of unequal length may be sampled side by side.
 
         Raises: UserError where the loss would not be of the model's own distribution, or what is
             sampled not its own.
@@ -87,7 +87,7 @@ class Engine(ABC):
 
     @abstractmethod
     def writer(self) -> Writer:
-        """What fills a folder with the model, on rank 0."""
+        """A writer that fills a folder with the model, on rank 0."""
 
     def close(self) -> None:  # noqa: B027
         """Leave the model to itself."""

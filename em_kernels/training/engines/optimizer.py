@@ -306,7 +306,7 @@ class MasterAdamW:
 
 
 def square_sum(values: Tensor) -> Tensor:
-    """Of (n,), in fp64."""
+    """Sum of squares of a (n,) tensor, in fp64."""
     rows = values[: len(values) // NORM_ROW * NORM_ROW].view(-1, NORM_ROW)
     norms = [torch.linalg.vector_norm(rows, dim=1)]
     norms.append(torch.linalg.vector_norm(values[rows.numel() :])[None])

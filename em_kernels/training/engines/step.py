@@ -23,7 +23,7 @@ from .optimizer import MasterAdamW
 
 
 class StepLoss(NamedTuple):
-    """Of one update, over its scored tokens."""
+    """Loss statistics of one update, over its scored tokens."""
 
     entropy: float  # mean, in nats
     active_share: float  # of the vocabulary that the head's backward multiplied
@@ -48,7 +48,7 @@ class _Kept(DynamicLayer):
 
 
 class _Before(DynamicLayer):
-    """Those of the prompt before each row's own, which are not kept."""
+    """Prepends the prompt's keys and values to each row's own, which are not kept."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class Prompt:
         return hidden_states(self.model, ids, cache)
 
     def backward(self) -> None:
-        """Of what the rows' backwards left."""
+        """Backpropagate the accumulated gradients through the prompt."""
         pairs = zip(self.outputs, self.leaves, strict=True)
         reached = [(x, leaf.grad.to(x.dtype)) for x, leaf in pairs if leaf.grad is not None]
         if reached:
@@ -114,7 +114,7 @@ class Prompt:
 
 @torch.no_grad()
 def can_share_prefix(model: PreTrainedModel) -> bool:
-    """Whether rows that continue a Prompt get the model's states; not with sliding windows, say."""
+    """True if rows that continue a Prompt get the model's states; false with sliding windows."""
     if {type(layer) for layer in DynamicCache(config=model.config).layers} != {DynamicLayer}:
         return False
     ids = (
@@ -230,14 +230,14 @@ class Part(NamedTuple):
     rounds: int  # micro-batches of the rank that has most
 
     def divisor(self, tokens: int, official: bool) -> int:
-        """Of a token's entropy, in a micro-batch that scores so many."""
+        """Divisor of each token's entropy in a micro-batch that scores this many tokens."""
         return tokens * self.batches if official else self.tokens
 
 
 def part_of(
     rollouts: Sequence[Rollout], config: TrainConfig, micro_batch: int, index: int, count: int
 ) -> Part:
-    """Of rank index of count: rollouts of all lengths; the mean over tokens is over all ranks'."""
+    """Assign rollouts of all lengths to one rank; the token mean spans all ranks."""
     official, rows = config.official_loss, config.micro_batch_rows
 
     def work_of(rollouts: Sequence[Rollout], tokens: int) -> Work:

@@ -47,11 +47,11 @@ class Wrapped(Engine):
 
     @abstractmethod
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Of a micro-batch; the ranks' gradients are averaged."""
+        """Backward of one micro-batch; gradients are averaged over the ranks."""
 
     @abstractmethod
     def full(self, kind: str, parameter: Tensor) -> Tensor:
-        """Of a parameter the master, or a moment."""
+        """The full fp32 master, or a full moment, of a parameter."""
 
     def adamw(self) -> torch.optim.AdamW:
         config = self.config

@@ -1,4 +1,4 @@
-"""What a model answers to problems: settings, prompts, completions written down as they come."""
+"""Completions of problems by a model: settings, prompts, results written as they arrive."""
 
 import hashlib
 import json
@@ -72,7 +72,7 @@ class TaskSettings(Settings):
     """transformers' attn_implementation; auto: sdpa, or eager where the architecture has none."""
 
     def problems(self) -> tuple[list[Problem], list[Problem]]:
-        """Those of the task, and the worked examples."""
+        """Read the task's problems, and the worked examples that go before them."""
         if not self.data:
             raise UserError("data: missing; name a file, a dataset, addition or gym:TASK")
         shots = self.shots if self.template == "few-shot" else 0
@@ -116,7 +116,7 @@ def digest(problems: Sequence[Problem], prompts: Sequence[str | Conversation]) -
 
 
 class Completion(NamedTuple):
-    """Of a problem, its k-th sample."""
+    """The k-th sample for a problem."""
 
     problem: int
     sample: int
@@ -261,7 +261,7 @@ def token_ids(
     model: PreTrainedModel,
     texts: Sequence[str | Conversation],
 ) -> list[list[int]]:
-    """Of prompts, checked against the model's context."""
+    """Tokenize prompts, checked against the model's context length."""
     chat = config.template == "chat"
     kwargs = json_object("template_kwargs", config.template_kwargs)
     found = [encode(tokenizer, text, chat, kwargs) for text in texts]

@@ -65,7 +65,7 @@ class EvalConfig(TaskSettings):
     temperatures? For template few-shot and answers that can be written in one way.
     """
     temperatures: Temperatures = (1.0, 0.5, 0.25)
-    """Of teacher_forced."""
+    """Temperatures at which teacher_forced computes the answer's probability."""
     server: str | None = None
     """Evaluate through this OpenAI-compatible server, such as http://localhost:8000/v1 of vLLM."""
     parallel: Positive = 32
@@ -73,7 +73,7 @@ class EvalConfig(TaskSettings):
 
 
 class Scores(NamedTuple):
-    """Of problems, teacher-forced."""
+    """Teacher-forced scores of problems."""
 
     greedy: np.ndarray  # (n,) bool: every token of the answer is the most probable one
     logprob: np.ndarray  # (temperatures, n) nats, of the whole answer
@@ -245,7 +245,7 @@ def regrade(folder: Path, console: Console) -> dict[str, Any]:
 
 
 def read_results(folder: Path, setting: str = "against") -> dict[str, Any]:
-    """Of an evaluation that is finished, which a setting names."""
+    """Read results.json of a finished evaluation; `setting` names the flag in errors."""
     try:
         return json.loads((folder / RESULTS).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -325,7 +325,7 @@ def _finish(
 
 
 def compare(before: Path, after: Path) -> str:
-    """What two evaluations of the same problems say of the change, by McNemar's exact test."""
+    """Compare two evaluations of the same problems by McNemar's exact test, in a sentence."""
     results = read_results(after)
     problems = (after / PROBLEMS).read_text(encoding="utf-8")
     _check_comparable(before, results["samples"], problems)

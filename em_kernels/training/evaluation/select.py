@@ -61,7 +61,7 @@ class Candidate:
 
     @property
     def variance(self) -> float:
-        """Of correctness: highest where the model is right half of the time."""
+        """Variance of correctness: highest where the model is right half of the time."""
         p = self.pass_rate or 0.0
         return round(p * (1 - p), 9)  # else p and 1 - p may not tie
 

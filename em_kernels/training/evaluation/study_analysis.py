@@ -1,4 +1,4 @@
-"""What a study's verdicts say: means, intervals, tests; a table, and sentences they support."""
+"""Statistics of a study: means, intervals, tests, a table, and sentences they support."""
 
 from collections.abc import Sequence
 from itertools import combinations
@@ -106,13 +106,13 @@ def points(interval: Sequence[float]) -> str:
 
 
 def relation(interval: Sequence[float]) -> str:
-    """Of one thing to another, by the interval of their difference."""
+    """Describe how one value relates to another, by the interval of their difference."""
     _, low, high = interval
     return "above" if low > 0 else "below" if high < 0 else "not shown to differ from"
 
 
 def reading(report: dict[str, Any], update: int) -> str:
-    """What the numbers show and do not show, from the numbers."""
+    """Say what the numbers show and what they do not."""
     told = []
     for contrast in report["contrasts"]:
         a, b = contrast["arms"]

@@ -37,7 +37,7 @@ def resolve_source(model: str) -> str:
 
 
 def fingerprint(model: str) -> str:
-    """Of a local model: changes when other weights lie there."""
+    """A string that changes when a local model's weight files do."""
     source = resolve_source(model)
     files = [(path.name, path.stat()) for path in sorted(Path(source).glob("*.safetensors"))]
     return "; ".join(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in files) or source
@@ -131,7 +131,7 @@ def load_model(
 
 
 def attention_of(asked: str, config: PreTrainedConfig) -> str:
-    """What "auto" is of a model."""
+    """The attention implementation that "auto" stands for with this model."""
     kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     has_sdpa = getattr(kind, "_supports_sdpa", True)
     return ("sdpa" if has_sdpa else "eager") if asked == "auto" else asked

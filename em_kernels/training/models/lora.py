@@ -119,7 +119,7 @@ def four_bit_config() -> BitsAndBytesConfig:
 
 
 def write_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> Callable[[Path], None]:
-    """What fills a folder that peft opens. Its own save_pretrained asks the hub about the base."""
+    """A writer of a folder that peft opens; peft's own save_pretrained asks the hub."""
 
     def write(folder: Path) -> None:
         weights = get_peft_model_state_dict(model, save_embedding_layers=False)

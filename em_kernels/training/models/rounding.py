@@ -42,7 +42,7 @@ def dithered(weights: Tensor) -> Tensor:
 
 
 def _parts(weights: Tensor, start: int, out: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Of weights, their thresholds in steps of fp32, and where the result goes."""
+    """Split weights: each part, its thresholds in steps of fp32, and its part of `out`."""
     device, done = weights.device, 0
     if device not in _noise:
         generator = torch.Generator().manual_seed(0)

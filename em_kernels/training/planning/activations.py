@@ -29,7 +29,7 @@ DEPTHS = (2, 3)  # of models that stand for a deep one whose layers are alike
 
 
 class Sizes(NamedTuple):
-    """Of a model."""
+    """Parameter and byte counts of a model."""
 
     weights: int  # bytes, a tied head once
     buffers: int  # bytes
@@ -214,7 +214,7 @@ def _without_values() -> Iterator[None]:
 
 @contextmanager
 def _planned(config: PreTrainedConfig) -> Iterator[None]:
-    """What an architecture's own code raises where tensors have no values, as a UserError."""
+    """Turn what an architecture's own code raises on tensors without values into a UserError."""
     name = architecture(config)
     try:
         yield
@@ -280,7 +280,7 @@ class Sketch:
         self.runs: dict[tuple, Activations] = {}
 
     def _whole(self, values: Any) -> list[int]:
-        """Those of the models of DEPTHS, prolonged."""
+        """Extrapolate linearly from the 2- and 3-layer models to full depth."""
         if len(values) == 1:
             return list(values[0])
         more, step = self.layers - DEPTHS[1], DEPTHS[1] - DEPTHS[0]

@@ -48,7 +48,7 @@ class Plan:
 
     @property
     def allocated(self) -> int:
-        """What torch.cuda.max_memory_allocated should come to."""
+        """Bytes that torch.cuda.max_memory_allocated should report."""
         return self.device_total - sum(self.device.get(n, 0) for n in ("context", "fragments"))
 
     @property

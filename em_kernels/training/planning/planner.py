@@ -1,7 +1,7 @@
-"""Whether a run fits, before any of it is loaded: bytes by component, sizes of batches, seconds.
+"""Plan a run before anything is loaded: bytes by component, batch sizes, seconds, does it fit.
 
-From the model's config alone. Activations are run, on tensors without memory (sketch.py); the rest
-is arithmetic.
+Needs the model's config alone. Activations are run, on tensors without memory (activations.py); the
+rest is arithmetic.
 """
 
 import shutil
@@ -41,7 +41,7 @@ PAYS = {"cuda": 16384, "cpu": 1024}  # tokens of a micro-batch beyond which noth
 MOST_ROWS = 256  # sampled at a time, as a token of a step takes as long on a GPU, and here longer
 SHORT = 8  # times as many rows as whole ones make a micro-batch where they end early, at most
 ENOUGH = 4096  # tokens of a micro-batch for whose sake nothing need be recomputed
-# Bytes a word of rollout.py's processors, beside the model's own logits: peaks of `generate` under
+# Bytes a word of sampling.py's processors, beside the model's own logits: peaks of `generate` under
 # torch.profiler on a CPU; the same for V 50,000 and 150,000, 8 and 16 rows.
 GREEDY, PLAIN, TOP_K, TOP_P = 16, 24, 28, 34
 CUDA_SORT = 24  # keys and indices again, in a GPU's sort
@@ -143,7 +143,7 @@ class Planner:
         return [self.plan(self.config.model_copy(update={**plain, **mode})) for mode in modes]
 
     def choose(self) -> Plan:
-        """Of the modes that the settings allow the first that fits, or the last and remedies."""
+        """Pick the first allowed mode that fits; else the last one, with remedies."""
         modes: list[Any] = [self.config.mode]
         if modes == ["auto"]:
             modes = ["full", *["offload"] * self.cuda, "lora"]
@@ -182,7 +182,7 @@ class Planner:
         return self.sketches[key]
 
     def plan(self, config: TrainConfig) -> Plan:
-        """Of a mode: with the most exact sums that leave room for batches that pay, or for any."""
+        """Pick the most exact moments and gradients that leave room for an efficient batch size."""
         key = config.model_dump_json()
         if key not in self.plans:
             best: Plan | None = None
@@ -354,7 +354,7 @@ class Planner:
         return max(2 * self._logit_bytes(sketch), 1 << max(0, some.bit_length() - 1))
 
     def _logit_bytes(self, sketch: Sketch) -> int:
-        """Of a row: logits in fp32; on a GPU their gradient, and of a second chunk the logits."""
+        """Bytes per row: fp32 logits; on a GPU also their gradient and a second chunk's logits."""
         return sketch.words * (4 + (4 + self.dtype.itemsize) * self.cuda)
 
     def _head(self, config: TrainConfig, sketch: Sketch, states: int, chunk: int) -> int:
@@ -377,7 +377,7 @@ class Planner:
         return total
 
     def _of_completion(self, config: TrainConfig, sketch: Sketch) -> dict[str, int]:
-        """Of a row that is sampled."""
+        """Bytes per completion while sampling."""
         sampling, length = config.sampling, self.prompt + config.sampling.max_new_tokens
         word = TOP_P if sampling.top_p < 1 else TOP_K if sampling.top_k else PLAIN
         word = (word if sampling.temperature else GREEDY) + self.dtype.itemsize

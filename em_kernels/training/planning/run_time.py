@@ -7,7 +7,7 @@ from .activations import Sketch
 
 
 class Rates(NamedTuple):
-    """Of a machine; all a second."""
+    """Speeds of a machine; all per second."""
 
     flops: float  # of matrix products, sustained
     bandwidth: float  # bytes of the device's memory
@@ -25,7 +25,7 @@ RATES = {  # a 24 GB card of the RTX 3090 and 4090's class; two cores of a proce
 
 
 class Work(NamedTuple):
-    """Of an update, beside what the settings say."""
+    """Amounts of work in one update that the settings alone do not give."""
 
     prompt_tokens: int  # that are computed
     micro_batches: int

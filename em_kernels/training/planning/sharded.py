@@ -1,4 +1,4 @@
-"""What a rank holds where FSDP2 or DeepSpeed divide a model: settings, and bytes."""
+"""Settings and bytes of one rank where FSDP2 or DeepSpeed shard the model."""
 
 from typing import Any
 

@@ -87,7 +87,7 @@ def plot(axes: Axes, described: str, png: Path) -> Markup:
 def curves(
     names: Sequence[str], metrics: Sequence[list[dict[str, Any]]], folder: Path
 ) -> list[Markup]:
-    """Of what runs' updates recorded; those that no run knows are left out."""
+    """Plot what the updates of runs recorded; skip metrics that no run has."""
     drawn = []
     for key, (title, unit, factor, least) in CURVES.items():
         axes, told = Figure().add_subplot(title=title, xlabel="update", ylabel=unit), list[str]()

@@ -32,7 +32,7 @@ ENOUGH, LEAST = 4096, 3  # tokens measured, of as many whole completions as that
 
 
 class Measures(NamedTuple):
-    """Of n tokens under one model; all on the CPU."""
+    """Measurements of n tokens under one model; all on the CPU."""
 
     completions: int
     entropy: Tensor  # (n,) of the distribution that a token was drawn from, in nats

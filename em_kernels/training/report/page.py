@@ -87,7 +87,7 @@ def settings_of(run: Run) -> dict[str, str]:
 
 
 def p_value(one: dict[str, Any], other: dict[str, Any]) -> float:
-    """Of two updates' accuracies being the same."""
+    """p value for two updates having the same accuracy."""
     return float(fisher_exact([np.bincount(row["right"], minlength=2) for row in (one, other)])[1])
 
 
@@ -121,7 +121,7 @@ def happened(metrics: list[dict[str, Any]]) -> str:
 
 
 def warnings(metrics: list[dict[str, Any]]) -> Iterator[str]:
-    """What a reader should know first."""
+    """Sentences that a reader should see first."""
     if not metrics:
         return
     if cut := sum(row["ended"] < 0.5 for row in metrics):
@@ -151,7 +151,7 @@ def visible(text: str) -> str:
 
 
 def pieces(tokenizer: PreTrainedTokenizerBase, before: list[int], ids: list[int]) -> list[str]:
-    """What each token adds to the text; nothing where a character goes on in the next."""
+    """Text that each token adds; empty where a character continues in the next token."""
     start = before[-4:]  # some tokenizers drop a text's first space
     parts = [start + ids[:i] for i in range(len(ids) + 1)]
     texts = tokenizer.batch_decode(parts, clean_up_tokenization_spaces=False)
@@ -182,7 +182,7 @@ def completions(
 
 
 def models_of(run: Run, models: bool, console: Console) -> tuple[Shift | None, str]:
-    """What the run's models say of its completions; or why they say nothing."""
+    """Measure the run's completions with its models, or say why that is not possible."""
     if not models:
         return None, "left out, as --no-models asks"
     if not run.rollouts:

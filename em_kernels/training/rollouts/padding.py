@@ -95,7 +95,7 @@ class _Only(LogitsProcessor):
 
 
 def _side_by_side(model: PreTrainedModel, rows: Sequence[list[int]], token: int) -> Tensor:
-    """Logits (n, 2, V) of what comes next, and after a token then, as rollout.py gets them."""
+    """Logits (n, 2, V) of what comes next, and after a token then, as sampling.py gets them."""
     same, ids, mask = padded(rows)
     ids, mask = ids.to(model.device), mask.to(model.device)
     output = model.generate(  # type: ignore[operator]
@@ -124,9 +124,9 @@ def _alone(model: PreTrainedModel, row: list[int], token: int) -> Tensor:
 
 @torch.no_grad()
 def check_sampling(model: PreTrainedModel) -> bool:
-    """Whether rows of unequal length can be sampled side by side, as rollout.py pads them: in fp32
-    a shorter row's logits then are no further from those of it alone than 4 times what those of
-    longer rows are, which only rounding moves. Remembered for :func:`can_pad`.
+    """Measure whether rows of unequal length can be sampled side by side, as sampling.py pads them:
+    in fp32, a shorter row's logits must be no further from those of that row alone than 4 times the
+    distance of two longer rows, which rounding alone moves. Remembered for :func:`can_pad`.
 
     Raises: TypeError where the longer rows' too differ from those alone, by more than rounding.
     """
@@ -150,7 +150,7 @@ def check_sampling(model: PreTrainedModel) -> bool:
 
 
 def can_pad(model: PreTrainedModel, longest: int) -> bool:
-    """Whether rows of unequal length, up to so many tokens, can be sampled side by side."""
+    """True if rows of unequal length, up to `longest` tokens, can be sampled side by side."""
     kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
     if not kinds <= {DynamicLayer, DummyLayer}:  # a sliding window would count the padding in
         return False

@@ -44,7 +44,7 @@ def _client(kind: Any, url: str) -> Any:
 
 
 def _said(error: openai.APIError) -> str:
-    """What it was told, in one line."""
+    """The server's error message, in one line."""
     body = error.body
     if isinstance(body, dict):  # OpenAI's API has a message, FastAPI a detail
         body = body.get("message") or body.get("detail") or body
@@ -53,7 +53,7 @@ def _said(error: openai.APIError) -> str:
 
 @contextmanager
 def _in_one_line(url: str) -> Iterator[None]:
-    """What the client raises, as a UserError."""
+    """Turn the client's exceptions into UserErrors."""
     try:
         yield
     except openai.APIError as error:

@@ -142,7 +142,7 @@ def read_state(checkpoint: Path) -> Mapping[str, Tensor]:
 
 
 def _refusal(folder: Path, settings: Mapping[str, Any]) -> str | None:
-    """What is wrong with a state, if anything."""
+    """Say why a saved state cannot be resumed from; None if it can."""
     digest = hashlib.sha256()
     try:
         facts = json.loads((folder / FACTS).read_bytes())
@@ -187,7 +187,7 @@ def _write_state(path: Path, state: Mapping[str, Tensor]) -> str:
 
 
 def _left_in(checkpoints: Path) -> list[Path]:
-    """What a writer that was killed left there."""
+    """Temporary folders that a killed writer left behind."""
     named = checkpoints.glob(".step-*") if checkpoints.name == CHECKPOINTS else ()
     return [path for path in named if path.suffix in (".partial", ".old")]
 

@@ -1,4 +1,4 @@
-"""What a run writes down beside its checkpoints: settings, metrics, completions, that it runs."""
+"""Records of a run beside its checkpoints: settings, metrics, completions, a running marker."""
 
 import fcntl
 import json

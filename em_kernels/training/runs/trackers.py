@@ -86,6 +86,6 @@ class Tracking:
 
 
 def _wandb_id(folder: Path) -> str | None:
-    """Of the run that was begun there, if one was."""
+    """Id of the wandb run to continue, if one was begun."""
     runs = sorted(folder.glob("*run-*-*"), key=lambda path: path.name.partition("run-")[2])
     return runs[-1].name.rpartition("-")[2] if runs else None
