@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def free_host_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
-    """What the kernel calls available, or what the tightest cgroup above this process leaves.
+    """Bytes that the kernel calls available, or that the tightest cgroup above this process leaves.
 
     Raises: OSError where the machine does not tell (not Linux, and no psutil).
     """

@@ -269,8 +269,8 @@ def fused_token_loss(
 
 
 class GradientReport(NamedTuple):
-    """What a tolerance saved and cost, (), on the loss's device: reading one waits for that. With a
-    process_group of this rank's words.
+    """Work saved and gradient dropped by a tolerance, each (), on the loss's device; reading one
+    synchronises. With a process_group: for this rank's part of the vocabulary.
     """
 
     active_share: Tensor
@@ -282,7 +282,7 @@ class GradientReport(NamedTuple):
 
 
 def gradient_report(loss: Tensor) -> GradientReport:
-    """What the gradients of a loss leave out.
+    """Report what the gradient tolerance of a loss left out.
 
     Args:
         loss: as :func:`fused_entropy_loss` ("mean" or "sum") or :func:`fused_token_loss` returned

@@ -167,7 +167,7 @@ class Sums:
         self.filled = end
 
     def _multiply_waiting(self) -> None:
-        """What chunks have left in dy; their tokens are neighbours, or so many of a list."""
+        """Multiply the dy that waits from several chunks; their tokens are adjacent, or a list."""
         if self.filled == 0:
             return
         assert self.dy is not None

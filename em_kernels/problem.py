@@ -1,6 +1,4 @@
-"""What the loops are given: logits that are never held whole, and the memory that pieces of them
-may take.
-"""
+"""Inputs of the loops over logits that are never held whole, and the memory a piece may take."""
 
 from math import frexp
 from typing import NamedTuple

@@ -56,7 +56,7 @@ class RowTransform(NamedTuple):
 
 
 class RowParts(NamedTuple):
-    """What one pass over (a part of) a row of logits leaves; every field is (rows,).
+    """Results of one pass over (a part of) each row of logits; every field is (rows,).
 
     q1, total and argmax may be None where nobody asked for them.
     """

@@ -24,7 +24,7 @@ def save_gradients(ctx, tensors, needs, grad_tolerance, gradients) -> None:
 
 
 def saved_gradients(ctx, upstream):
-    """Those of hidden, weight and bias, times upstream, each in its tensor's dtype."""
+    """Gradients of hidden, weight and bias times upstream, each in its tensor's dtype."""
     refuse_double_backward()
     if upstream is None:
         return [None] * 3

@@ -80,7 +80,7 @@ class FusedGRPOTrainer(GRPOTrainer):
         batch_size: int | None = None,
         **others: Any,
     ) -> tuple[Tensor, Tensor, None]:
-        """Of the last logits_to_keep tokens, each (B, logits_to_keep); and no load-balancing loss.
+        """Log-probabilities and entropies (B, logits_to_keep) of the last tokens; no router loss.
 
         The wrapped model is called, as DDP must see its forward.
         """

@@ -51,8 +51,8 @@ def row_gradient(terms: RowTerms, out: Tensor) -> Tensor:
 
 
 def column_mass(terms: RowTerms) -> tuple[Tensor, Tensor]:
-    """Of equation (8)'s dy, which is not stored: sums of |dy| over the rows (V,), and of dy over
-    the columns (rows,).
+    """Sums of |dy| over the rows (V,) and of dy over the columns (rows,), for equation (8)'s dy,
+    which is not stored.
     """
     return kernels_for(terms.y).column_mass(*terms)
 

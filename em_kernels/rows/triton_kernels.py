@@ -315,7 +315,7 @@ def _mass_of_rows(
     VECTOR: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """Of rows begin to end, in the UNROLL * LANES * VECTOR columns from first_v on."""
+    """Sums over rows begin to end, in the UNROLL * LANES * VECTOR columns from first_v on."""
     # (UNROLL, LANES, VECTOR), in two parts: a lane's own and what lanes share, an immediate operand
     lane_v = first_v + tl.arange(0, LANES)[None, :, None] * VECTOR
     offs_v = (

@@ -1,6 +1,4 @@
-"""What a run is: every setting, its default (the paper's), its range, and where settings come
-from.
-"""
+"""Settings of a run: each with its default (the paper's) and range; YAML, presets."""
 
 import difflib
 import json
@@ -31,7 +29,7 @@ FULL_LR, LORA_LR = 2e-5, 2e-4
 
 
 class Settings(BaseModel):
-    """Of a command: what --help says of each, its default, its range."""
+    """Base of a command's settings; a field's docstring is its --help text."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
@@ -185,7 +183,7 @@ class TrainConfig(Settings):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a CUDA GPU where there is one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the weights that compute, beside which the optimizer has fp32 ones. auto: bfloat16 on a
+    """Dtype of the weights that compute; the optimizer keeps fp32 masters. auto: bfloat16 on a
     GPU, and on a CPU that multiplies it (AMX, AVX512-BF16), where it is faster.
     """
     micro_batch: Auto | Positive = "auto"

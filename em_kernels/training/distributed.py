@@ -41,7 +41,7 @@ class World(NamedTuple):
 
 
 class Ranks:
-    """Of a run.
+    """The processes of a run, as one of them sees them.
 
     index, count: of this process (its rank), and of all.
     device: this process's, with its index.
@@ -97,8 +97,8 @@ class Ranks:
         return there.to(values.device)
 
     def from_main(self, make: Callable[[], T]) -> T:
-        """What rank 0 makes, on every rank. Where it fails for a reason that the user can mend,
-        the others end without a word.
+        """Make something on rank 0 and share it with every rank. If that raises a UserError, the
+        other ranks exit silently.
         """
         if self.count == 1:
             return make()
@@ -145,7 +145,7 @@ class Ranks:
 
 
 def find_ranks(config: TrainConfig) -> Ranks:
-    """Of the launcher that started this process.
+    """Find the processes that accelerate or torchrun has started.
 
     Raises: UserError where it asks for what cannot work.
     """

@@ -30,7 +30,7 @@ class Task(NamedTuple):
 
 
 def as_recorded(config: TrainConfig) -> TrainConfig:
-    """What the run in config.output goes on with: what config leaves open is as that run has it.
+    """Settings with which the run in config.output resumes: what config leaves open is the run's.
 
     Raises: UserError where there is no run, or a setting would change its numbers.
     """

@@ -175,9 +175,9 @@ class Grader:
         pairs: Sequence[tuple[str, str | None]],
         on_done: Callable[[int], None] | None = None,
     ) -> list[bool]:
-        """Whether each completion's final answer is the one beside it; wrong where that is None.
+        """Grade completions against the answers beside them; wrong where the answer is None.
 
-        Wrong too is what takes a worker too long, too much memory, or down.
+        A completion that takes a worker too long, too much memory, or down is wrong too.
 
         Args:
             on_done: called with the number just graded.
@@ -200,9 +200,9 @@ class Grader:
         return right
 
     def agreement(self, groups: Sequence[Sequence[str]]) -> list[tuple[int, float]]:
-        """Of each prompt's completions the index of the first with the most frequent final answer,
-        and the share that has it; those without one count as one answer. A short text without box
-        and number is its own answer, as "Friday" is.
+        """Majority vote per prompt: index of the first completion with the most frequent final
+        answer, and the share that has it. Completions without an answer count as one answer; a
+        short text without box and number, such as "Friday", is its own answer.
         """
         answers = [tuple(_read(_said(text)) for text in group) for group in groups]
         firsts = {group: _firsts(group, asked=False) for group in answers}
@@ -286,7 +286,7 @@ class _Context(SpawnContext):
 
 
 def _limit() -> None:
-    """Of a worker: silence, and bounds that what it has imported does not count towards."""
+    """Start a worker: no output, and a memory bound beyond what its imports take."""
     import math_verify  # noqa: F401
 
     silence = os.open(os.devnull, os.O_WRONLY)
@@ -301,7 +301,7 @@ def _limit() -> None:
 
 
 def _firsts(answers: Sequence[_Answer], asked: bool = True) -> list[int]:
-    """Of each answer the first that is the same, as far as the time goes; only a worker may ask
+    """Map each answer to the first equal one, as far as time allows; only a worker may ask
     math-verify.
     """
     end = time.monotonic() + KILL_S - 2 * STEP_S

@@ -41,9 +41,9 @@ class TaskSettings(Settings):
     two-digit numbers), or gym:TASK[?setting=value&...] (a reasoning-gym task).
     """
     subset: str | None = None
-    """Of a dataset of the hub."""
+    """Subset (configuration) of a dataset of the hub."""
     split: str = "test"
-    """Of a dataset of the hub."""
+    """Split of a dataset of the hub."""
     skip: Annotated[int, Field(ge=0)] = 0
     """Problems to leave out, the first: what was selected from, say."""
     count: Positive | None = None
@@ -60,7 +60,8 @@ class TaskSettings(Settings):
     sampling: Sampling = Sampling()
     """How completions are sampled."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Of samples and of a generator's problems: completion k of problem i depends on (seed, i, k).
+    """Seed of samples and of a generator's problems: completion k of problem i depends on
+    (seed, i, k).
     """
     batch_size: Positive = 64
     """Completions side by side; halved where memory runs out."""

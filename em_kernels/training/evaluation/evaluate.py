@@ -169,7 +169,7 @@ def paired_change(before: np.ndarray, after: np.ndarray) -> tuple[float, float, 
 
 
 def pass_at(right: np.ndarray, k: int) -> np.ndarray:
-    """Of each problem the chance that one of k of its samples is right, without bias (Chen et al.,
+    """Unbiased pass@k of each problem: the chance that one of k samples is right (Chen et al.,
     arXiv 2107.03374).
     """
     n, wrong = right.shape[1], (~right).sum(1)

@@ -82,7 +82,7 @@ def resolve(
 
 
 class Planner:
-    """Of one run on one machine: what was found for one mode serves the others.
+    """Plans one run on one machine; results for one mode are reused for the others.
 
     Args:
         download: bytes; None: of all weights, in the dtype that the config names.
@@ -358,8 +358,8 @@ class Planner:
         return sketch.words * (4 + (4 + self.dtype.itemsize) * self.cuda)
 
     def _head(self, config: TrainConfig, sketch: Sketch, states: int, chunk: int) -> int:
-        """Of entropy_loss_into: logits, fp32 dhidden, the sink's values; with a tolerance columns
-        of a chunk and their words, at most half of all, or a sample of the other words.
+        """Bytes of entropy_loss_into: logits, fp32 dhidden, the head's gradient slab; with a
+        tolerance also a chunk's chosen columns, at most half of all, or a sample of the others.
         """
         words, width, itemsize = sketch.words, sketch.width, self.dtype.itemsize
         device, row = torch.device("cuda" if self.cuda else "cpu"), self._logit_bytes(sketch)

@@ -40,7 +40,7 @@ def write_model(
     tokenizer: PreTrainedTokenizerBase,
     weights: Mapping[str, Tensor] | None = None,
 ) -> Writer:
-    """What fills a folder, in bf16, for from_pretrained, vLLM and GGUF converters.
+    """A writer of a bf16 folder for from_pretrained, vLLM and GGUF converters.
 
     Args:
         weights: of each parameter, by name; default its own.
