@@ -1,4 +1,4 @@
-"""What the library costs over the matrix products it cannot avoid: make bench.
+"""Cost of the library over the matrix products it cannot avoid: make bench.
 
 Work and time: GEMM floor = the same products by torch alone, logits whole, in the inputs' dtype.
 """

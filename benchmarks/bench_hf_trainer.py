@@ -36,7 +36,7 @@ TRAINERS = {"logits": (LogitsTrainer, {}), "EntropyTrainer": (EntropyTrainer, {"
 
 
 def measure(kind: str) -> dict:
-    """Of one process: its first step warms up."""
+    """Measure one process; its first step warms up."""
     base, settings = TRAINERS[kind]
 
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""What this device is, and the most it can do: the ceilings that kernels are measured by."""
+"""Identity and speed limits of this device: the ceilings that kernels are measured by."""
 
 import platform
 import shutil

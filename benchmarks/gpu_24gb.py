@@ -74,7 +74,7 @@ def save_task(folder: Path, size: str, dry_run: bool) -> None:
 
 
 def run_part(name: str, dry_run: bool, folder: Path) -> dict:
-    """What is stored of a part; {"skipped": why} where it does not fit."""
+    """The stored result of a part; {"skipped": why} where it does not fit."""
     size, device = name.split()[0], torch.device("cpu" if dry_run else "cuda")
     rollouts, prompt, new, seconds = (8, 16, 8, 1.0) if dry_run else (64, 128, 512, SECONDS)
     began, cap_gib = time.perf_counter(), CAP_GIB

@@ -55,7 +55,7 @@ SUITE = (  # of em-kernels bench, what matters most first
 
 
 class Run(NamedTuple):
-    """What a part is told."""
+    """Arguments of a part."""
 
     sizes: Sizes
     path: Path  # of the results
@@ -247,7 +247,7 @@ def work(name: str, run: Run) -> None:
 
 
 def in_own_process(name: str, run: Run, seconds: float) -> bool:
-    """Whether it went well. A dry run forks, which is quick; after a fork CUDA may not be there."""
+    """Run a part in a process; true if it succeeded. A dry run forks: quick, but not with CUDA."""
     context = multiprocessing.get_context("spawn" if run.sizes == GPU else "forkserver")
     if run.sizes == DRY:
         context.set_forkserver_preload(["gpu_proof", "pytest"])

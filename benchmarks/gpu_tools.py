@@ -1,4 +1,4 @@
-"""What other tools say of the kernels: compute-sanitizer, PyTorch's profiler, Nsight Compute."""
+"""Reports of other tools on the kernels: compute-sanitizer, PyTorch's profiler, Nsight Compute."""
 
 import csv
 import os
@@ -126,7 +126,7 @@ def counters(sizes: Sizes) -> dict:
 
 
 def counted(text: str) -> dict[str, dict[str, str]]:
-    """Of Nsight Compute's CSV: by kernel, each counter; the line after the head has units."""
+    """Parse Nsight Compute's CSV: counters by kernel; the line after the head has units."""
     lines = text.splitlines()
     first = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
     rows = [row for row in csv.DictReader(lines[first:]) if row["ID"].isdigit()]

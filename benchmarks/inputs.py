@@ -41,7 +41,7 @@ class Input(NamedTuple):
 
 
 class Figures(NamedTuple):
-    """Of logits y = hidden @ weight^T; entropies in nats; shares of V in percent."""
+    """Statistics of logits y = hidden @ weight^T; entropies in nats; shares of V in percent."""
 
     entropy_half: float  # mean, at temperature 0.5
     entropy_one: float

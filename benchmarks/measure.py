@@ -51,7 +51,7 @@ TASKS = {
 
 
 class Case(NamedTuple):
-    """What one process measures."""
+    """A case that one process measures."""
 
     provider: str
     shape: str
@@ -94,12 +94,12 @@ def make_problem(case: Case) -> Problem:
 
 
 def upstream(case: Case, device: str) -> Tensor:
-    """Of the per-token task; signs differ, as advantages do."""
+    """Upstream weights of the per-token task; signs differ, as advantages do."""
     return torch.linspace(-1, 1, case.tokens, device=device) / case.tokens
 
 
 def call(provider: Provider, case: Case, problem: Problem) -> Tensor | None:
-    """What a training step does; gradients are left in .grad."""
+    """Run one training step; gradients are left in .grad."""
     if provider.loss is None:
         products(problem, GEMMS[case.task])
         return None
@@ -200,8 +200,8 @@ def errors(true: dict, loss: Tensor, problem: Problem) -> dict[str, float]:
 
 
 def gemm_flops(run: Callable[[], object]) -> float:
-    """Of every matrix product that goes through torch, inside custom ops and compiled code too,
-    where FlopCounterMode does not look.
+    """Count the FLOPs of every matrix product that goes through torch, inside custom ops and
+    compiled code too, where FlopCounterMode does not look.
     """
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
         run()
@@ -238,7 +238,7 @@ def _kib(field: str) -> int:
 
 
 def peak_bytes(device: str, run: Callable[[], object]) -> int | None:
-    """Of the device while run() runs, above what is there before; None where nobody can tell."""
+    """Peak bytes of the device while run() runs, above those before; None if unknown."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

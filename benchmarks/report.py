@@ -67,7 +67,7 @@ def name_of(row: dict) -> str:
 
 
 def cells(row: dict, memory: tuple[str, ...]) -> str:
-    """Of a table: time, ratio, memory, work, error; empty where a provider does not tell."""
+    """Cells of a table row: time, ratio, memory, work, error; empty where not measured."""
     low, high = row["ratio_quartiles"]
     found = [f"{row['time_ms']:.0f} ms", f"{row['ratio']:.2f} ({low:.2f}-{high:.2f})"]
     found += [f"{row[name]:.0f} MiB" if name in row else "" for name in memory]
@@ -100,7 +100,7 @@ def table(rows: list[dict]) -> list[str]:
 
 
 def others(content: dict) -> list[str]:
-    """What was measured beside the featured problems: tasks, inputs, other losses."""
+    """Tables of what was measured beside the featured problems: tasks, inputs, other losses."""
     cases = content.get("cases", {})
     shown = [row for group in featured(cases) for row in group]
     rows = [row for row in cases.values() if row not in shown]
@@ -159,8 +159,8 @@ def measured(paths: list[Path]) -> list[tuple[Path, dict]]:
 
 
 def block(paths: list[Path]) -> str:
-    """What stands between the README's markers: the first featured problem, whole updates in a
-    line, the plot of times.
+    """The generated text between the README's markers: the first featured problem, whole updates
+    in a line, the plot of times.
     """
     lines: list[str] = []
     for path, content in measured(paths):
@@ -241,7 +241,7 @@ def write(path: Path) -> list[Path]:
 
 
 def generated() -> dict[Path, str]:
-    """What stands between the markers of each page."""
+    """The generated text between the markers of each page."""
     results, studies = sorted(store.RESULTS.glob("*.json")), sorted(STUDIES.glob("*.json"))
     whole = page(results, studies, "../benchmarks/results/")
     return {README: block(results), PAGE: whole}

@@ -13,7 +13,7 @@ SCHEMA = 2
 
 
 class BenchError(Exception):
-    """What the user can mend, in one line."""
+    """An error that the user can mend, in one line."""
 
 
 def device_name(device: str) -> str:

@@ -81,7 +81,7 @@ EXAMPLES = """examples:
 
 
 def chosen(kind: str, names: Sequence[str], known: Iterable[str]) -> list[str]:
-    """Those names; "all" is every known one."""
+    """Expand a list of names; "all" is every known one."""
     known = list(known)
     if "all" in names:
         return known
@@ -96,7 +96,7 @@ def chosen(kind: str, names: Sequence[str], known: Iterable[str]) -> list[str]:
 
 
 def sizes_of(name: str) -> tuple[int, int, float | None]:
-    """Of a named shape, or of one such as 2048x32000 (hidden x vocabulary)."""
+    """Parse a shape's name, or one such as 2048x32000 (hidden x vocabulary)."""
     left, _, right = name.partition("x")
     if left.isdecimal() and right.isdecimal() and int(left) > 0 and int(right) > 1:
         return int(left), int(right), None

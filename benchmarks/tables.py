@@ -89,7 +89,7 @@ def steps(row: dict) -> list[str]:
 
 
 def training(parts: dict[str, dict]) -> list[str]:
-    """Of `make gpu-24gb`."""
+    """The table of `make gpu-24gb`."""
     lines = [
         "64 completions of 128 + 512 tokens an update; GiB, measured and planned.",
         "",
@@ -108,7 +108,7 @@ def training(parts: dict[str, dict]) -> list[str]:
 
 
 def model_of(rows: dict[str, dict]) -> str:
-    """What bench_train.py measured, in words."""
+    """Describe what bench_train.py measured."""
     first = next(iter(rows.values()))
     model = "SmolLM2-135M-Instruct" if first["model"] == "demo" else first["model"]
     return f"{model}, {first['rollouts']} completions of the demo's prompt, sampled and trained"
@@ -133,7 +133,7 @@ def updates(rows: dict[str, dict]) -> list[str]:
 
 
 def ratios(rows: dict[str, dict]) -> list[str]:
-    """Of `make bench`."""
+    """The table of `make bench`."""
     lines = [
         f"By `make bench`, {max(row['date'] for row in rows.values())}: ratios, what they must be "
         "and what is aimed at.",
@@ -151,7 +151,7 @@ def ratios(rows: dict[str, dict]) -> list[str]:
 
 
 def study(report: dict) -> list[str]:
-    """What `em-kernels study` wrote, as its own table and words have it."""
+    """The results of `em-kernels study`, in its own table and words."""
     best, rows = report["best_temperature"], report["rows"]
     lines = [
         f"{report['data']}, {report['model']} model, {report['held_out']} held-out problems, "

@@ -43,7 +43,7 @@ GAIN = 0.02  # below it another setting is noise
 
 
 class Sizes(NamedTuple):
-    """Of what is measured, on a GPU or in a dry run."""
+    """Sizes of what is measured, on a GPU or in a dry run."""
 
     device: str
     head: tuple[int, int, int]  # N, D, V
@@ -63,7 +63,7 @@ DRY = Sizes("cpu", (48, 32, 500), 4, 16, (3, 1100), 256, 2**22, (2**14, 2**20), 
 
 
 class RowProblem(NamedTuple):
-    """What the three kernels are launched on."""
+    """Inputs on which the three kernels are launched."""
 
     terms: RowTerms
     out: Tensor  # bf16
@@ -78,7 +78,7 @@ class RowProblem(NamedTuple):
 
 
 def row_problem(rows: int, columns: int, device: str) -> RowProblem:
-    """Of an entropy loss, as chunked.py lays it out."""
+    """A chunk of an entropy loss, laid out as in chunked.py."""
     stride = row_stride(columns, torch.device(device))
     y = torch.empty(rows, stride, device=device)[:, :columns].normal_(std=4)
     row = RowTransform(None, torch.full((rows,), 2.0, device=device))
@@ -111,7 +111,7 @@ def settings(capability: tuple[int, int], config: RowConfig) -> Iterator[None]:
 
 
 def candidates(name: str, grid: dict[str, tuple[int, ...]]) -> Iterator[RowConfig]:
-    """Those that differ for this kernel; its other fields are the default's."""
+    """Settings that differ for this kernel; its other fields are the default's."""
     for values in product(*(grid[field] for field in FIELDS[name])):
         config = DEFAULT._replace(**dict(zip(FIELDS[name], values, strict=True)))
         logits = config.BLOCK_N * config.BLOCK_V // (32 * config.gradient_warps)
@@ -173,7 +173,7 @@ def sweep_rows(kernels: ModuleType, sizes: Sizes) -> dict:
 
 
 def path_ms(ms: dict[str, float]) -> float:
-    """Of both ways through a chunk."""
+    """Sum the times of both ways through a chunk."""
     return sum(ms[name] for path in PATHS.values() for name in path)
 
 
@@ -251,7 +251,7 @@ def head_problem(sizes: Sizes) -> Problem:
 
 
 def step(problem: Problem, loss: Callable[[Problem], Tensor]) -> Callable[[], None]:
-    """What a training step does."""
+    """Make a function that does one training step."""
 
     def run() -> None:
         forget(problem)

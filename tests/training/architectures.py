@@ -9,6 +9,7 @@ is kept in build/architectures; the same command goes on, and without that folde
 import json
 import os
 import re
+import signal
 import sys
 import tempfile
 import traceback
@@ -36,10 +37,14 @@ from em_kernels.hf import entropy_loss, require_gradients
 from em_kernels.training.engines.step import can_share_prefix
 from em_kernels.training.rollouts.padding import can_pad
 from em_kernels.training.rollouts.sampling import Rollout, generate
+from em_kernels.training.runs.records import write_whole
 
 KINDS = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 ROOT = Path(__file__).parents[2]
-PAGE, RESULTS = ROOT / "docs" / "architectures.md", ROOT / "build" / "architectures"
+PAGE, RESULTS = (
+    ROOT / "docs" / "architectures.md",
+    ROOT / "build" / "architectures" / transformers.__version__,
+)
 WORDS = 267
 LARGEST = 2 << 30  # bytes of a model
 # What a setting becomes whose name matches, the first that does; settings that are not there, or
@@ -116,7 +121,7 @@ def shrunk(settings: dict) -> dict:
 
 
 def tiny_config(kind: str) -> PreTrainedConfig:
-    """Of an architecture, with every size small."""
+    """The architecture's configuration with every size small."""
     settings = shrunk(AutoConfig.for_model(kind).to_dict())
     return AutoConfig.for_model(kind, **{**settings, **OWN.get(kind, {})})
 
@@ -126,7 +131,7 @@ class Failure(Exception):
 
 
 def make(kind: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
-    """Of random weights that make no flat distribution."""
+    """A model of random weights whose distributions are not flat."""
     config = tiny_config(kind)
     with torch.device("meta"):
         size = sum(p.numel() * 8 for p in AutoModelForCausalLM.from_config(config).parameters())
@@ -196,7 +201,7 @@ def check_update(model: PreTrainedModel, share: bool, recompute: bool) -> None:
 
 
 def check_completions(model: PreTrainedModel) -> None:
-    """Those side by side are those of one alone."""
+    """Compare completions sampled side by side with those sampled alone."""
     tokenizer, sampling = make_tokenizer(), PLAIN.model_copy(update={"repetition_penalty": 1.2})
     prompts = [*PROMPTS, PROMPTS[0], PROMPTS[2]]
     seeds = [(0, i) for i in range(len(prompts))]
@@ -208,7 +213,7 @@ def check_completions(model: PreTrainedModel) -> None:
 
 
 def one_line(call) -> str:
-    """What a command says; Failure where that is no line for the user."""
+    """Run a command; returns the line of a refusal, raises Failure for any other error."""
     out, error = StringIO(), StringIO()
     with redirect_stdout(out), redirect_stderr(error):
         code = main(call)
@@ -220,7 +225,7 @@ def one_line(call) -> str:
 
 
 def examine(kind: str, folder: Path) -> dict[str, Any]:
-    """What an architecture can do: accepted, refused in one line, or failed."""
+    """Try an architecture: accepted, refused in one line, or failed."""
     try:
         try:
             model = make(kind)
@@ -269,7 +274,7 @@ def commands(model: PreTrainedModel, folder: Path) -> str:
 
 
 def examined(kind: str) -> tuple[str, dict[str, Any]]:
-    """With what is known already."""
+    """The verdict on an architecture, from an earlier run if there is one."""
     path = RESULTS / f"{kind}.json"
     if not path.exists():
         torch.set_num_threads(1)
@@ -277,12 +282,12 @@ def examined(kind: str) -> tuple[str, dict[str, Any]]:
         with tempfile.TemporaryDirectory() as folder:
             found = examine(kind, Path(folder))
         RESULTS.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(found))
+        write_whole(path, json.dumps(found))
     return kind, json.loads(path.read_text())
 
 
 def page(results: dict[str, dict[str, Any]]) -> str:
-    """docs/architectures.md."""
+    """Render docs/architectures.md."""
 
     def of(verdict: str) -> dict[str, dict[str, Any]]:
         return {kind: r for kind, r in results.items() if r["verdict"] == verdict}
@@ -321,19 +326,25 @@ def page(results: dict[str, dict[str, Any]]) -> str:
 
 
 def examine_all() -> int:
-    """And tell of those that fail; without any the page is written."""
+    """Examine every architecture; print those that fail, or else write the page."""
     workers = max(1, (os.cpu_count() or 1))
     results: dict[str, dict[str, Any]] = {}
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        for done in as_completed([pool.submit(examined, kind) for kind in KINDS]):
-            kind, found = done.result()
-            results[kind] = found
-            print(f"{len(results)}/{len(KINDS)} {kind}: {found['verdict']}", flush=True)
+    alone = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), **alone) as pool:
+        try:
+            for done in as_completed([pool.submit(examined, kind) for kind in KINDS]):
+                kind, found = done.result()
+                results[kind] = found
+                print(f"{len(results)}/{len(KINDS)} {kind}: {found['verdict']}", flush=True)
+        except KeyboardInterrupt:
+            print("interrupted; the same command goes on", file=sys.stderr)
+            pool.shutdown(cancel_futures=True)
+            return 130
     failed = {kind: r for kind, r in results.items() if r["verdict"] == "failed"}
     for kind, found in sorted(failed.items()):
         print(f"{kind}: {found['why']}\n" + "\n".join(found.get("where", ())), file=sys.stderr)
     if not failed:
-        PAGE.write_text(page({kind: results[kind] for kind in KINDS}), encoding="utf-8")
+        write_whole(PAGE, page({kind: results[kind] for kind in KINDS}))
         print(PAGE)
     return 1 if failed else 0
 

@@ -6,6 +6,8 @@ from training.architectures import KINDS, PAGE, examine, make, page
 from training.tiny import make_tokenizer, run, settings
 from transformers import AutoModelForCausalLM
 
+from em_kernels.cli import main
+
 EIGHT = [
     "bloom",  # no sdpa; positions by the mask
     "doge",  # its cache gives other logits
@@ -27,6 +29,15 @@ def test_is_as_the_page_says(kind, tmp_path):
     found = examine(kind, tmp_path)
     assert found["verdict"] in ("accepted", "refused"), found
     assert rows(page({kind: found}), kind) == rows(PAGE.read_text(encoding="utf-8"), kind)
+
+
+def test_a_refusal_is_one_line(tmp_path, capfd):
+    """Where the architecture fails on tensors without values, of which torch logs a traceback."""
+    make("cpmant").save_pretrained(tmp_path / "model")
+    capfd.readouterr()
+    assert main(["plan", "--model", str(tmp_path / "model"), "--max-new-tokens", "8"]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("em-kernels plan: error: model: CpmAntForCausalLM cannot be planned (")
 
 
 def test_a_vision_tower_stays_as_it_was(tmp_path):

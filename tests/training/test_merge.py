@@ -26,10 +26,12 @@ from training.adapters import (
 from training.tiny import make_tokenizer, rounded, save_tiny
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from em_kernels.cli import main
 from em_kernels.commands.merge import run as merge_command
 from em_kernels.hf import check_head, head_of
 from em_kernels.training.config import UserError
 from em_kernels.training.models.lora import add_adapters
+from em_kernels.training.runs import merge as merge_module
 from em_kernels.training.runs.merge import merge
 
 
@@ -244,6 +246,17 @@ def test_adapters_that_are_not_their_sum_are_refused(changes, message, tmp_path,
     with pytest.raises(UserError, match=message) as caught:
         merge(adapter, tmp_path / "merged")
     assert "\n" not in str(caught.value) and not (tmp_path / "merged").exists()
+
+
+def test_what_nobody_has_foreseen_is_no_fault_of_the_users(tmp_path, adapter, monkeypatch, capfd):
+    def broken(*_):
+        raise ZeroDivisionError("of nothing")
+
+    monkeypatch.setattr(merge_module, "to_bf16", broken)
+    assert main(["merge", str(adapter), "--output", str(tmp_path / "merged")]) == 1
+    said = "merge: error: merging into LlamaForCausalLM: ZeroDivisionError: of nothing; --debug"
+    assert said in capfd.readouterr().err
+    assert not [path for path in tmp_path.iterdir() if "merged" in path.name]
 
 
 def test_output_that_holds_something_is_refused(tmp_path, adapter):

@@ -1,6 +1,7 @@
 """A model's forward and backward on tensors that have shapes and no memory: every byte counted."""
 
 import copy
+import logging
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -215,7 +216,8 @@ def _without_values() -> Iterator[None]:
 @contextmanager
 def _planned(config: PreTrainedConfig) -> Iterator[None]:
     """Turn what an architecture's own code raises on tensors without values into a UserError."""
-    name = architecture(config)
+    name, log = architecture(config), logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True  # it prints a traceback of its own
     try:
         yield
     except UserError:
@@ -235,6 +237,8 @@ def _planned(config: PreTrainedConfig) -> Iterator[None]:
             f"model: {name} cannot be planned ({type(error).__name__}: {text[:200]}); this "
             "architecture is not supported"
         ) from error
+    finally:
+        log.disabled = before
 
 
 class Sketch:

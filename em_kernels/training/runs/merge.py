@@ -1,5 +1,6 @@
 """Low-rank adapters summed into their base model."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -7,13 +8,15 @@ import torch
 from peft import LoraConfig, PeftConfig, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
-from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..config import UserError, in_one_line
+from ..config import UserError
+from ..models.loading import architecture, in_short
 from ..models.rounding import to_bf16
 from ..run_folder import newest_checkpoint
+from ..session import doing
 from .checkpoint import save_checkpoint, write_model
 from .records import check_output
 
@@ -41,28 +44,44 @@ def merge(adapter: Path, output: Path) -> Path:
         config = PeftConfig.from_pretrained(str(folder))
         check_mergeable(config)
         weights = load_file(folder / "adapter_model.safetensors")
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        source = str(config.base_model_name_or_path)
-        base = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
-        try:
-            model: Any = get_peft_model(base, config)
-            fits: Any = set_peft_model_state_dict(model, weights)
-        except (RuntimeError, ValueError) as error:  # of shapes, of layers that are not there
-            raise ValueError(f"{source} is not their base: {error}") from error
-        lacking = [name for name in fits.missing_keys if ".lora_" in name]
-        for name in (*fits.unexpected_keys, *lacking):
-            raise ValueError(f"{source} and they differ in {name}; is it their base?")
-        for layer in [m for m in model.modules() if isinstance(m, LoraLayer)]:
-            inner = layer.get_base_layer()
-            if not isinstance(inner, (nn.Linear, Conv1D)):
-                raise ValueError(f"one is on a {type(inner).__name__}; {BY_PEFT}")
-            inner.weight.data = inner.weight.data.float()
-            layer.merge(safe_merge=True)
-            inner.weight.data = to_bf16(inner.weight.data.flatten()).view(inner.weight.shape)
-        model = model.unload()
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        base = AutoModelForCausalLM.from_pretrained(
+            str(config.base_model_name_or_path), dtype="auto", trust_remote_code=False
+        )
     except Exception as error:  # peft, transformers, safetensors and the hub raise many kinds
-        raise UserError(f"merge: {folder}: {in_one_line(error)[:300]}") from error
+        raise UserError(f"merge: {folder}: {in_short(error)}") from error
+    try:
+        with doing(f"merging into {architecture(base.config)}"):
+            model = add_to_base(base, config, weights)
+    except ValueError as error:
+        raise UserError(f"merge: {folder}: {in_short(error)}") from error
     return save_checkpoint(write_model(model, tokenizer), output)
+
+
+def add_to_base(
+    base: PreTrainedModel, config: PeftConfig, weights: Mapping[str, Tensor]
+) -> PreTrainedModel:
+    """Add adapters to their base's weights, in place; returns the base.
+
+    Raises: ValueError for adapters of another base, on layers that are not linear, or not finite.
+    """
+    source = config.base_model_name_or_path
+    try:
+        model: Any = get_peft_model(base, config)
+        fits: Any = set_peft_model_state_dict(model, weights)
+    except (RuntimeError, ValueError) as error:  # of shapes, of layers that are not there
+        raise ValueError(f"{source} is not their base: {error}") from error
+    lacking = [name for name in fits.missing_keys if ".lora_" in name]
+    for name in (*fits.unexpected_keys, *lacking):
+        raise ValueError(f"{source} and they differ in {name}; is it their base?")
+    for layer in [m for m in model.modules() if isinstance(m, LoraLayer)]:
+        inner = layer.get_base_layer()
+        if not isinstance(inner, (nn.Linear, Conv1D)):
+            raise ValueError(f"one is on a {type(inner).__name__}; {BY_PEFT}")
+        inner.weight.data = inner.weight.data.float()
+        layer.merge(safe_merge=True)
+        inner.weight.data = to_bf16(inner.weight.data.flatten()).view(inner.weight.shape)
+    return model.unload()
 
 
 def check_mergeable(config: PeftConfig) -> None:
