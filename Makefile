@@ -46,13 +46,13 @@ bench: $(INSTALLED)
 	@$(BIN)/python -m pytest benchmarks/bench_*.py -rs --benchmark-disable-gc --benchmark-columns=median,iqr,rounds
 
 bench-train: $(INSTALLED)
-	@$(BIN)/python benchmarks/bench_train.py $(BENCH_ARGS)
+	@$(BIN)/python -m benchmarks.bench_train $(BENCH_ARGS)
 
 gpu: $(INSTALLED)
-	@$(BIN)/python benchmarks/gpu_proof.py $(GPU_ARGS)
+	@$(BIN)/python -m benchmarks.gpu_proof $(GPU_ARGS)
 
 gpu-24gb: $(INSTALLED)
-	@$(BIN)/python benchmarks/gpu_24gb.py $(GPU_ARGS)
+	@$(BIN)/python -m benchmarks.gpu_24gb $(GPU_ARGS)
 
 # The stamp is written last; an interrupted installation is begun anew, from pip's cache.
 $(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)

@@ -5,15 +5,15 @@ Work and time: GEMM floor = the same products by torch alone, logits whole, in t
 
 from functools import partial
 
-import inputs
 import pytest
 import torch
-from providers import PROVIDERS
 
+from benchmarks import inputs
+from benchmarks.providers import PROVIDERS
 from em_kernels import fused_entropy_loss, fused_token_stats, gradient_report, reference
-from em_kernels.problem import free_bytes
+from em_kernels.kernels import kernels_for
+from em_kernels.ops.inputs import free_bytes
 from em_kernels.reference import RowTransform, TokenStats
-from em_kernels.rows import kernels_for
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Qwen2.5-1.5B's head, and on a GPU one of 8B models' width
@@ -23,7 +23,7 @@ SHAPE = f"N={TOKENS} D={HIDDEN} V={VOCAB}"
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def head(request):
-    """LM-like, as em-kernels bench's."""
+    """LM-like, as python -m benchmarks's."""
     given = inputs.lm_like(TOKENS, HIDDEN, VOCAB, getattr(torch, request.param), DEVICE)
     return [x.requires_grad_() for x in (given.hidden, given.weight)]
 

@@ -1,5 +1,5 @@
 """EntropyTrainer beside a Trainer with all logits in memory, each in a process of its own.
-python benchmarks/bench_hf_trainer.py adds to results/hf_trainer.json
+python -m benchmarks.bench_hf_trainer adds to results/hf_trainer.json
 """
 
 import json
@@ -9,13 +9,13 @@ import subprocess
 import sys
 import tempfile
 
-import store
 import torch
 import transformers
-from timed import timed
 from transformers import Qwen2Config, Qwen2ForCausalLM, Trainer, TrainingArguments
 
 import em_kernels
+from benchmarks import store
+from benchmarks.timed import timed
 from em_kernels.hf_trainer import EntropyTrainer
 
 ROUNDS, STEPS, ROWS, LENGTH, TAU = 3, 2, 4, 512, 0.5
@@ -61,10 +61,10 @@ def measure(kind: str) -> dict:
 def main() -> None:
     rounds: dict[str, list[dict]] = {kind: [] for kind in TRAINERS}
     for kind in [*TRAINERS] * ROUNDS:
-        run = [sys.executable, __file__, kind]
+        run = [sys.executable, "-m", "benchmarks.bench_hf_trainer", kind]
         rounds[kind].append(json.loads(subprocess.check_output(run, text=True).splitlines()[-1]))
     facts = {
-        "command": "OMP_NUM_THREADS=1 python benchmarks/bench_hf_trainer.py",
+        "command": "OMP_NUM_THREADS=1 python -m benchmarks.bench_hf_trainer",
         "model": f"random Qwen2, fp32, {SHAPE}; {ROWS} x {LENGTH} tokens, AdamW",
         "versions": {m.__name__: m.__version__ for m in (em_kernels, torch, transformers)},
     }

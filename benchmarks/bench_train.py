@@ -14,14 +14,13 @@ import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
-import store
-import tables
 import torch
 import transformers
-from loops import by_hand, ours
-from store import BenchError
 
 import em_kernels
+from benchmarks import store, tables
+from benchmarks.loops import by_hand, ours
+from benchmarks.store import BenchError
 from em_kernels.training.config import preset
 
 OURS, OFFICIAL = "ours-fp32", "official"
@@ -70,7 +69,15 @@ class Program:
 
     def __init__(self, program: str, options: argparse.Namespace, folder: Path) -> None:
         self.name, self.errors = program, folder / f"{program}.err"
-        command = [sys.executable, __file__, "--program", program, "--folder", str(folder)]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.bench_train",
+            "--program",
+            program,
+            "--folder",
+            str(folder),
+        ]
         command += ["--model", options.model, "--rollouts", str(options.rollouts)]
         with open(self.errors, "w") as errors:
             self.process = subprocess.Popen(

@@ -1,5 +1,5 @@
 """Forward and backward of GRPO over TRL's statistics, ours, and all logits in memory, on the CPU:
-python benchmarks/bench_trl.py wide|demo fp32|bf16   (bf16: autocast over fp32 weights, TRL's way)
+python -m benchmarks.bench_trl wide|demo fp32|bf16   (bf16: autocast over fp32 weights, TRL's way)
 """
 
 import json
@@ -10,10 +10,10 @@ import sys
 import tempfile
 
 from datasets import Dataset
-from timed import timed
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, set_seed
 from trl import GRPOConfig, GRPOTrainer
 
+from benchmarks.timed import timed
 from em_kernels.training.models.demo_model import fetch_demo
 from em_kernels.trl import FusedGRPOTrainer
 
@@ -65,7 +65,7 @@ if __name__ == "__main__":
         sys.exit(print(json.dumps(measure(TRAINERS[sys.argv[1]], *sys.argv[2:]))))
     found: dict[str, list[dict]] = {name: [] for name in TRAINERS}
     for name in [*TRAINERS] * ROUNDS:
-        command = [sys.executable, __file__, name, *sys.argv[1:]]
+        command = [sys.executable, "-m", "benchmarks.bench_trl", name, *sys.argv[1:]]
         run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         found[name].append(json.loads(run.stdout.splitlines()[-1]))
     for name, runs in found.items():

@@ -8,9 +8,9 @@ from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
-from tuning import Sizes, median_ms
 
-from em_kernels.gemm import gemm
+from benchmarks.tuning import Sizes, median_ms
+from em_kernels.ops.gemm import gemm
 
 PACKAGES = ("torch", "triton", "transformers", "pytest", "trl", "liger-kernel", "verl")
 PACKAGES += ("cut-cross-entropy", "quack-kernels")

@@ -5,11 +5,11 @@ import time
 from pathlib import Path
 
 import pytest
-import store
 import torch
-from measure import keep_freed_memory
 
 import em_kernels
+from benchmarks import store
+from benchmarks.measure import keep_freed_memory
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROUNDS = 5

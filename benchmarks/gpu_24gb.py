@@ -16,19 +16,19 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from pathlib import Path
 
-import store
 import torch
-from inputs import PROMPT
-from loops import EachUpdate
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import em_kernels
+from benchmarks import store
+from benchmarks.inputs import PROMPT
+from benchmarks.loops import EachUpdate
 from em_kernels.training.config import Sampling, TrainConfig, UserError
+from em_kernels.training.interrupts import peak_memory_gib
 from em_kernels.training.planning.planner import resolve
-from em_kernels.training.session import peak_memory_gib
 from em_kernels.training.trainer import train
 
 GIB = 2**30

@@ -22,17 +22,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
+from benchmarks import ceilings, gpu_tools, store, suite, tuning
+from benchmarks.tuning import DRY, GPU, Sizes
+
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))  # em_kernels, where it is not installed
-
-import ceilings  # noqa: E402
-import gpu_tools  # noqa: E402
-import store  # noqa: E402
-import suite  # noqa: E402
-import torch  # noqa: E402
-import tuning  # noqa: E402
-from tuning import DRY, GPU, Sizes  # noqa: E402
-
 TESTS = {
     "rows": ("gpu/test_rows_gpu.py", "gpu/test_sparse_gpu.py"),
     "functions": (
@@ -45,7 +40,7 @@ TESTS = {
 }
 WORKERS = 6  # of pytest-xdist, where it is there: most of the time goes into compiling kernels
 SHAPE = "qwen3-8b"  # N = 8192 of it: others have published times
-SUITE = (  # of em-kernels bench, what matters most first
+SUITE = (  # of python -m benchmarks, what matters most first
     f"--shape {SHAPE}",
     f"--shape {SHAPE} --task stats --provider ours compile trl liger verl",
     "--shape llama3-8b gemma2-2b --provider ours ours-sparse compile cce quack liger trl verl",
@@ -106,12 +101,12 @@ def count(cases: list[ElementTree.Element]) -> dict:
 def tune_rows(run: Run) -> dict:
     """Every setting of the Triton rows, in a dry run by the interpreter."""
     if run.sizes == GPU:
-        from em_kernels.rows import triton as kernels
+        from em_kernels.kernels import triton as kernels
     else:
         sys.path.append(str(ROOT / "tests"))
         import interpreted
 
-        from em_kernels.rows.configs import config_for
+        from em_kernels.kernels.configs import config_for
 
         kernels = interpreted.load()
         kernels.config_for = config_for
@@ -188,7 +183,7 @@ PARTS = {
     "tune-rows": Part(
         90,
         tune_rows,
-        "every setting of em_kernels/rows/configs.py; prints the row to commit",
+        "every setting of em_kernels/kernels/configs.py; prints the row to commit",
     ),
     "tune-chunks": Part(60, tune_chunks, "chunk_bytes: time and memory"),
     "profile": Part(
@@ -199,7 +194,7 @@ PARTS = {
     "suite": Part(
         210,
         bench_suite,
-        "em-kernels bench at the shapes others publish, with those that are installed",
+        "python -m benchmarks at the shapes others publish, with those that are installed",
     ),
     "ratios": Part(90, bench_ratios, "make bench, in bf16"),
     "counters": Part(
@@ -250,7 +245,7 @@ def in_own_process(name: str, run: Run, seconds: float) -> bool:
     """Run a part in a process; true if it succeeded. A dry run forks: quick, but not with CUDA."""
     context = multiprocessing.get_context("spawn" if run.sizes == GPU else "forkserver")
     if run.sizes == DRY:
-        context.set_forkserver_preload(["gpu_proof", "pytest"])
+        context.set_forkserver_preload(["benchmarks.gpu_proof", "pytest"])
     process = context.Process(target=work, args=(name, run))
     process.start()
     try:

@@ -9,12 +9,12 @@ import sys
 from statistics import median
 
 import torch
-from measure import timed_ms
 from torch.profiler import ProfilerActivity
-from tuning import DRY, FIELDS, GPU, WAYS, Sizes, head_problem, row_problem, step
 
+from benchmarks.measure import timed_ms
+from benchmarks.tuning import DRY, FIELDS, GPU, WAYS, Sizes, head_problem, row_problem, step
 from em_kernels import fused_entropy_loss, fused_token_stats
-from em_kernels.rows import kernels_for
+from em_kernels.kernels import kernels_for
 
 COUNTERS = {  # of Nsight Compute
     "gpu__time_duration.sum": "time_ns",

@@ -1,6 +1,6 @@
 """Hidden states and heads to measure on: real ones, LM-like ones of any size, and the worst case.
 
-`python benchmarks/inputs.py` prints how like the LM-like ones are. What a method with a tolerance
+`python -m benchmarks.inputs` prints how like the LM-like ones are. What a method with a tolerance
 costs depends on the distributions, and Gaussian heads have no peaks: on them nothing can be left
 out, and nothing that was measured holds of a model.
 """

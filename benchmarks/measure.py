@@ -1,4 +1,5 @@
-"""One case in a process of its own: `python -m measure truth|run FILE < case.json`, JSON out.
+"""Measure one case in a process of its own, JSON in and out:
+`python -m benchmarks.measure truth|run FILE < case.json`.
 
 `truth` writes fp64 losses and gradients of a sample to FILE; `run` compares with it, counts, weighs
 and times one provider.
@@ -17,13 +18,13 @@ from importlib.metadata import PackageNotFoundError, packages_distributions, ver
 from pathlib import Path
 from typing import NamedTuple
 
-import inputs
 import torch
-from providers import PROVIDERS, Problem, Provider, products
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import em_kernels
+from benchmarks import inputs
+from benchmarks.providers import PROVIDERS, Problem, Provider, products
 from em_kernels import reference
 from em_kernels.reference import RowTransform, TokenStats
 

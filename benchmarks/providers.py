@@ -4,11 +4,11 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-import peers
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import peers
 from em_kernels import fused_entropy_loss, fused_token_stats
 
 TOLERANCE = 2**-9  # of "ours sparse"; the trainer's default

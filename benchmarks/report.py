@@ -4,9 +4,8 @@ import json
 import re
 from pathlib import Path
 
-import store
-import tables
-from providers import PROVIDERS
+from benchmarks import store, tables
+from benchmarks.providers import PROVIDERS
 
 FEATURED = {  # shape, input
     "cpu": (("qwen2.5-1.5b", "lm-0.5"), ("smollm2-135m", "real-0.5")),
@@ -16,7 +15,7 @@ TITLES = {"lm": "LM-like input", "real": "real states", "uniform": "near-uniform
 README = Path(__file__).parents[1] / "README.md"
 PAGE = README.parent / "docs" / "benchmarks.md"
 STUDIES = store.RESULTS / "studies"
-BEGIN, END = "<!-- em-kernels bench --report: begin -->", "<!-- end -->"
+BEGIN, END = "<!-- python -m benchmarks --report: begin -->", "<!-- end -->"
 THEMES = {"light": ("#1f2328", "#8c959f"), "dark": ("#e6edf3", "#7d8590")}  # text, others' marks
 OURS = ("#2f81f7", "#db6d28", "#8957e5")  # readable on white and on black
 LINES = {  # of the memory plot

@@ -1,4 +1,4 @@
-"""results/<device>.json: one file a device, of `em-kernels bench` and of `make bench`."""
+"""results/<device>.json: one file a device, of `python -m benchmarks` and of `make bench`."""
 
 import json
 import platform

@@ -1,4 +1,4 @@
-"""`em-kernels bench`: every provider on every case asked for, each in a process of its own."""
+"""`python -m benchmarks`: every provider on every case asked for, each in a process of its own."""
 
 import argparse
 import difflib
@@ -12,15 +12,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby, product
 from pathlib import Path
 
-import inputs
-import report
-import store
 import torch
-from measure import GEMMS, TASKS, Case
-from providers import ASIDE, PROVIDERS
-from store import BenchError
 
-from em_kernels.problem import free_bytes
+from benchmarks import inputs, report, store
+from benchmarks.measure import GEMMS, TASKS, Case
+from benchmarks.providers import ASIDE, PROVIDERS
+from benchmarks.store import BenchError
+from em_kernels.ops.inputs import free_bytes
 
 SHAPES = {  # D, V, softcap of real heads
     "smollm2-135m": (576, 49152, None),
@@ -72,11 +70,11 @@ inputs:
 providers:
 {_listed({name: provider.title for name, provider in PROVIDERS.items()})}"""
 EXAMPLES = """examples:
-  em-kernels bench --shape gemma2-2b llama3-8b --provider ours ours-sparse compile
-  em-kernels bench --shape 2048x32000 --tokens 1024 --input lm-1 uniform-1
-  em-kernels bench --shape all --task all --dtype all --input all --provider all
-  em-kernels bench --scaling && em-kernels bench --report
-  em-kernels bench --compile-report --arch 90    GPU kernels' registers and occupancy, without a GPU
+  python -m benchmarks --shape gemma2-2b llama3-8b --provider ours ours-sparse compile
+  python -m benchmarks --shape 2048x32000 --tokens 1024 --input lm-1 uniform-1
+  python -m benchmarks --shape all --task all --dtype all --input all --provider all
+  python -m benchmarks --scaling && python -m benchmarks --report
+  python -m benchmarks --compile-report --arch 90    registers and occupancy, without a GPU
 """
 
 
@@ -170,7 +168,7 @@ def reason_not_to(case: Case) -> str | None:
 def run_process(kind: str, case: Case, truth: Path) -> dict:
     """One case in a child; {"skipped": why} where it fails."""
     child = subprocess.Popen(
-        [sys.executable, "-m", "measure", kind, str(truth)],
+        [sys.executable, "-m", "benchmarks.measure", kind, str(truth)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -231,7 +229,7 @@ def run(cases: list[Case], path: Path) -> int:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="em-kernels bench",
+        prog="python -m benchmarks",
         description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -276,6 +274,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> int:
     """0 done, 2 the user can mend it, 130 interrupted."""
     try:
+        if any(argument.startswith("--compile-report") for argument in arguments):
+            from . import compile_report  # needs Triton
+
+            return compile_report.main(arguments)
         options = parse(arguments)
         if options.calibration:
             for line in inputs.calibration({name: SHAPES[name][:2] for name in SHAPES}):
@@ -290,19 +292,15 @@ def main(arguments: list[str]) -> int:
         print(f"{measured} measured, in {os.path.relpath(path)}")
         return 0
     except BenchError as error:
-        print(f"em-kernels bench: error: {error}", file=sys.stderr)
+        print(f"python -m benchmarks: error: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         print(
-            f"em-kernels bench: error: {error.name} is not installed; "
+            f"python -m benchmarks: error: {error.name} is not installed; "
             "pip install --editable '.[train,bench]'",
             file=sys.stderr,
         )
         return 2
     except KeyboardInterrupt:
-        print("em-kernels bench: interrupted; finished cases are kept", file=sys.stderr)
+        print("python -m benchmarks: interrupted; finished cases are kept", file=sys.stderr)
         return 130
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

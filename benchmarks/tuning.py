@@ -9,20 +9,20 @@ from itertools import product
 from types import ModuleType
 from typing import NamedTuple
 
-import inputs
 import torch
 import triton
-from measure import forget, in_turns, peak_bytes, timed_ms
-from providers import TOLERANCE, Problem, ours_loss, products
-from store import device_name
 from torch import Tensor
 
+from benchmarks import inputs
+from benchmarks.measure import forget, in_turns, peak_bytes, timed_ms
+from benchmarks.providers import TOLERANCE, Problem, ours_loss, products
+from benchmarks.store import device_name
 from em_kernels import fused_token_stats, reference
+from em_kernels.kernels import RowTerms, gradient_buffer, portable, row_stride
+from em_kernels.kernels.configs import DEFAULT, TUNED, RowConfig, config_for
 from em_kernels.reference import RowTransform, TokenStats
-from em_kernels.rows import RowTerms, gradient_buffer, portable, row_stride
-from em_kernels.rows.configs import DEFAULT, TUNED, RowConfig, config_for
 
-GRID = {  # of em_kernels/rows/configs.py
+GRID = {  # of em_kernels/kernels/configs.py
     "statistics_warps": (1, 2, 4, 8),
     "THREAD_V": (8, 16, 32),
     "gradient_warps": (2, 4, 8),
@@ -215,7 +215,7 @@ def difference(found: tuple[Tensor, ...], expected: list[Tensor]) -> str | None:
 
 
 def table_row(found: dict, device: str) -> str:
-    """For TUNED in em_kernels/rows/configs.py, with where it comes from."""
+    """For TUNED in em_kernels/kernels/configs.py, with where it comes from."""
     over, settings = (found[key][found["winner"]] for key in ("over_copy", "settings"))
     versions = f"torch {torch.__version__}, triton {triton.__version__}"
     told = ", ".join(f"{name} {ratio:.2f}" for name, ratio in over.items())

@@ -104,7 +104,7 @@ struct FlushDenormals {
 #endif
 };
 
-// Instruction sets of the rows, numbered as in em_kernels/rows/cpu.py; each CPU has the lower ones.
+// Instruction sets of the rows, numbered as in em_kernels/kernels/cpu.py; each CPU has the lower ones.
 enum Isa : int64_t { BASELINE, AVX2, AVX512 };
 
 int64_t row_isa() {

@@ -26,7 +26,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-enum Isa : int64_t { NONE, AVX512_BF16, AMX };  // as em_kernels/gemm.py names them
+enum Isa : int64_t { NONE, AVX512_BF16, AMX };  // as em_kernels/ops/gemm.py names them
 
 #if defined(EM_GEMM_BF16)
 // Asks Linux for the tile registers too, which a process has to do once.

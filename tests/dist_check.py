@@ -21,7 +21,7 @@ BESIDE = {"CHANGELOG.md", "LICENSE", "MANIFEST.in", "README.md", "constraints.tx
 BESIDE |= {"pyproject.toml", "setup.py"}
 LOSS = """
 import sys, torch, em_kernels
-from em_kernels.rows import cpu, kernels_for
+from em_kernels.kernels import cpu, kernels_for
 from torch.testing import assert_close
 
 assert em_kernels.__file__.startswith(sys.prefix), em_kernels.__file__

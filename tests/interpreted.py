@@ -1,4 +1,4 @@
-"""rows/triton.py on the CPU: a second copy of it and its kernels, run by Triton's interpreter."""
+"""A second copy of kernels/triton.py and its kernels, run on the CPU by Triton's interpreter."""
 
 import functools
 import importlib.util
@@ -8,9 +8,9 @@ import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
-import em_kernels.rows.triton as compiled
-import em_kernels.rows.triton_kernels as kernels
-from em_kernels.rows.configs import DEFAULT
+import em_kernels.kernels.triton as compiled
+import em_kernels.kernels.triton_kernels as kernels
+from em_kernels.kernels.configs import DEFAULT
 
 # of few lanes, as the interpreter merges them one by one, and few columns, so that rows have blocks
 SMALL = DEFAULT._replace(statistics_warps=1, BLOCK_N=2, BLOCK_V=256)

@@ -6,7 +6,7 @@ import interpreted
 import pytest
 import torch
 
-from em_kernels.rows import cpu, portable
+from em_kernels.kernels import cpu, portable
 
 needs_extension = pytest.mark.skipif(cpu._C is None, reason="em_kernels._C is not built")
 ROWS = [

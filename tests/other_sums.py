@@ -7,7 +7,7 @@ import warnings
 
 import torch
 
-from em_kernels.rows import cpu
+from em_kernels.kernels import cpu
 
 PRODUCTS = {  # where the operands of each product stand in its arguments
     "aten::mm": 0,

@@ -5,9 +5,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from truth import draw
 
-import em_kernels.flops  # noqa: F401  # FlopCounterMode counts the extension's GEMM
-from em_kernels import chunked, problem, rows, slabs
-from em_kernels.problem import Needs, Problem, chunk_length
+import em_kernels.ops.flops  # noqa: F401  # FlopCounterMode counts the extension's GEMM
+from em_kernels import kernels
+from em_kernels.ops import chunked, inputs, vocab_slabs
+from em_kernels.ops.inputs import Needs, Problem, chunk_length
 
 DTYPES = [torch.float32, torch.bfloat16]
 CPU = torch.device("cpu")
@@ -31,16 +32,16 @@ def test_chunks_on_a_gpu_are_whole_tiles_where_they_can_be(total, fitting):
     assert 1 <= length <= fitting
     if fitting >= total:
         assert length == total
-    elif fitting >= problem.TILE:
-        assert length % problem.TILE == 0
+    elif fitting >= inputs.TILE:
+        assert length % inputs.TILE == 0
         pieces = -(-total // length)
-        assert pieces * (length - problem.TILE) < total  # no smaller chunks would do
+        assert pieces * (length - inputs.TILE) < total  # no smaller chunks would do
 
 
 def test_default_budget_is_an_eighth_of_the_free_memory(monkeypatch):
-    monkeypatch.setattr(problem, "free_bytes", lambda device: 8 * 40 * 7)
+    monkeypatch.setattr(inputs, "free_bytes", lambda device: 8 * 40 * 7)
     assert chunk_length(12, 40, None, CPU) == 6  # 256 B, the power of two below 280 B
-    monkeypatch.setattr(problem, "free_bytes", lambda device: 1 << 50)
+    monkeypatch.setattr(inputs, "free_bytes", lambda device: 1 << 50)
     assert chunk_length(1 << 40, 1, None, CPU) == 1 << 30
 
 
@@ -89,9 +90,11 @@ def test_work_of_statistics(needed, dtype, head):
     needs = Needs(**dict.fromkeys(needed, True))
 
     def both_ways():
-        found, _, m, log_s = slabs.token_stats(problem, everything=True)
+        found, _, m, log_s = vocab_slabs.token_stats(problem, everything=True)
         if needed:
-            slabs.token_stats_backward(problem, torch.ones_like(found), found, m, log_s, needs)
+            vocab_slabs.token_stats_backward(
+                problem, torch.ones_like(found), found, m, log_s, needs
+            )
 
     recomputed = 2 if needed else 0
     assert work(both_ways) == pytest.approx((NEEDED[needed] + recomputed) * unit, rel=0.01)
@@ -105,7 +108,7 @@ def test_work_of_one_statistic_under_a_frozen_head(dtype, head):
 
 
 def test_no_row_gradient_where_none_is_needed(monkeypatch):
-    monkeypatch.setattr(rows, "row_gradient", None)
+    monkeypatch.setattr(kernels, "row_gradient", None)
     hidden, weight, _, _ = draw(5, 4, 9)
     with torch.no_grad():
         chunked.entropy_loss(Problem(hidden, weight), True, Needs())
@@ -128,7 +131,7 @@ def test_fp16_upstreams_of_any_size_keep_their_digits(sizes, monkeypatch):
         return found[:3]
 
     truth = gradients(hidden.double(), weight.double(), bias.double())
-    monkeypatch.setattr(problem, "operand_dtype", lambda weight: torch.float16)  # as on a GPU
+    monkeypatch.setattr(inputs, "operand_dtype", lambda weight: torch.float16)  # as on a GPU
     found = gradients(hidden, weight, bias)
     for ours, true in zip(found, truth, strict=True):
         assert (ours - true).norm() <= 2e-3 * true.norm()

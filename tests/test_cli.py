@@ -25,7 +25,7 @@ from em_kernels.training.config import Sampling, TrainConfig, read_yaml
 
 PROMPT = ["--prompt", "What is 2 + 3?"]
 COMMANDS = ["plan", "select", "train", "eval", "study", "report", "merge", "demo", "fetch-demo"]
-COMMANDS += ["info", "bench"]
+COMMANDS += ["info"]
 SHORT = ["--steps", "1", "--rollouts", "2", "--max-new-tokens", "4"]
 FILES = {
     "good.jsonl": '{"prompt": "a"}\n{"prompt": "b"}\n',
@@ -412,7 +412,7 @@ def test_info(capfd):
     assert "optional: accelerate" in rows and "optional: vllm" in rows
 
 
-@pytest.mark.parametrize("name", ["select", "eval", "study", "demo", "fetch-demo", "info", "bench"])
+@pytest.mark.parametrize("name", ["select", "eval", "study", "demo", "fetch-demo", "info"])
 def test_other_commands_refuse_unknown_flags(name, capfd):
     with pytest.raises(SystemExit) as exit:
         main([name, "--bogus"])

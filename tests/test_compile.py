@@ -9,11 +9,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import mangle_type
 
-from em_kernels import compile_report
-from em_kernels.cli import main
-from em_kernels.compile_report import ARCHS, FUNCTIONS, Variant, compiled, cost, variants
+from benchmarks import compile_report
+from benchmarks.compile_report import ARCHS, FUNCTIONS, Variant, compiled, cost, variants
+from em_kernels.kernels import triton as kernels
 from em_kernels.reference import Coefficients, RowTransform
-from em_kernels.rows import triton as kernels
 
 ALL = [pytest.param(v, arch, id=f"{v} sm{arch}") for v in variants() for arch in ARCHS]
 HEAVIEST = (
@@ -137,8 +136,8 @@ def test_variants_are_what_is_launched(monkeypatch):
 def test_command(monkeypatch, capfd):
     plain = [next(variants())]
     monkeypatch.setattr(compile_report, "variants", lambda: iter(plain))
-    command = ["bench", "--compile-report", "--arch", "90"]
-    assert main(command) == 0
+    command = ["--compile-report", "--arch", "90"]
+    assert compile_report.main(command) == 0
     stdout, stderr = capfd.readouterr()
     lines = stdout.splitlines()
     assert lines[0].split()[:2] == ["variant", "sm"] and lines[1].split()[:3] == [
@@ -147,11 +146,11 @@ def test_command(monkeypatch, capfd):
     assert lines[-1].startswith("worst: statistics fp32 on sm90: ")
     assert "compiled 1 of 1" in stderr
     monkeypatch.setitem(ARCHS, 90, ARCHS[90]._replace(shared_kib=1))
-    assert main(command) == 1
+    assert compile_report.main(command) == 1
     assert "statistics fp32 on sm90: too much shared memory" in capfd.readouterr().out
 
 
 def test_unknown_arch(capfd):
     with pytest.raises(SystemExit) as exit:
-        main(["bench", "--compile-report", "--arch", "7"])
+        compile_report.main(["--compile-report", "--arch", "7"])
     assert exit.value.code == 2 and "--arch: 7 is none of 80, 86" in capfd.readouterr().err

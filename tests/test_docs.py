@@ -20,13 +20,12 @@ from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import get_args_parser
 from training import tiny
 
+from benchmarks import gpu_proof, report, suite
 from em_kernels import cli, reference
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "docs")]
-import gpu_proof  # noqa: E402
+sys.path.insert(0, str(ROOT / "docs"))
 import plans  # noqa: E402
-import report  # noqa: E402
 
 FILES = [ROOT / "README.md", *ROOT.glob("docs/*.md")]
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in FILES}
@@ -69,11 +68,12 @@ def commands():
 
 
 COMMANDS = list(commands())
+SUITE = ["python", "-m", "benchmarks"]
 LAUNCHERS = {"accelerate": launch_command_parser, "torchrun": get_args_parser}
 OURS = [
     pytest.param(words, id=f"{page} {shlex.join(words)}")
     for page, words in COMMANDS
-    if words[0] in ("em-kernels", *LAUNCHERS)
+    if words[0] in ("em-kernels", *LAUNCHERS) or words[:3] == SUITE
 ]
 
 
@@ -136,7 +136,8 @@ class Parsed(BaseException):
 @pytest.fixture
 def only_parsed(monkeypatch):
     """The first thing that a command does when it knows what to do."""
-    from em_kernels import commands, compile_report
+    from benchmarks import compile_report
+    from em_kernels import commands
     from em_kernels.training.evaluation import completions
 
     for name in ("demo", "eval", "fetch_demo", "merge", "plan", "report", "study", "train"):
@@ -161,12 +162,11 @@ def only_parsed(monkeypatch):
         (commands.merge, "merge"),
         (commands.demo, "run_demo"),
         (commands.fetch_demo, "fetch_demo"),
-        (compile_report, "main"),
+        (compile_report, "report"),
         (report, "write"),
     ):
         monkeypatch.setattr(module, name, stop)
-    import inputs
-    import suite
+    from benchmarks import inputs
 
     monkeypatch.setattr(suite, "run", stop)
     monkeypatch.setattr(inputs, "calibration", stop)
@@ -185,7 +185,7 @@ def test_command_parses(words, only_parsed, runs, monkeypatch, capsys):
         assert cli.main(arguments) == 0
         return
     try:
-        code = cli.main(arguments)
+        code = suite.main(words[3:]) if words[:3] == SUITE else cli.main(arguments)
     except Parsed:
         return
     except SystemExit as error:
@@ -207,7 +207,8 @@ def test_other_commands_are_known():
             asked = {extra for found in extras for extra in found.split(",")}
             assert asked <= known, page
         else:
-            assert words[0] in ("em-kernels", *LAUNCHERS), (page, words)
+            ours = words[0] in ("em-kernels", *LAUNCHERS) or words[:3] == SUITE
+            assert ours, (page, words)
 
 
 def test_merge_and_report_do_what_the_pages_say(runs, monkeypatch, capsys):
@@ -226,9 +227,12 @@ def flags():
     told, names = io.StringIO(), re.findall(r"^  ([a-z-]+)  ", cli.USAGE, re.M)
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(told):
         patch.setenv("COLUMNS", "300")
-        for arguments in [*([name] for name in names), ["bench", "--compile-report"]]:
+        for name in names:
             with suppress(SystemExit):
-                cli.main([*arguments, "--help"])
+                cli.main([name, "--help"])
+        for arguments in ([], ["--compile-report"]):
+            with suppress(SystemExit):
+                suite.main([*arguments, "--help"])
         with suppress(SystemExit):
             gpu_proof.main(["--help"])
     return set(re.findall(r"--[a-z0-9][a-z0-9-]*", told.getvalue()))

@@ -8,8 +8,8 @@ from torch.testing import assert_close
 from truth import FLOAT_STATS, compare, draw, entropy_of, floors, leaves, logits_of, stats_of
 
 from em_kernels import TokenStats, entropy_from_logits, fused_entropy_loss, fused_token_stats
-from em_kernels.problem import Problem
-from em_kernels.rows import row_stride
+from em_kernels.kernels import row_stride
+from em_kernels.ops.inputs import Problem
 
 N, D, V = 7, 6, 29
 TAU = torch.tensor([0.5, 1.0, 2.0, 0.8, 1.1, 0.3, 1.7])

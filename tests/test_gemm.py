@@ -8,9 +8,9 @@ from kernel_params import needs_extension
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
-import em_kernels.flops
-import em_kernels.gemm
-from em_kernels.gemm import BF16_ISAS, bf16_isa, gemm
+import em_kernels.ops.flops
+import em_kernels.ops.gemm
+from em_kernels.ops.gemm import BF16_ISAS, bf16_isa, gemm
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -20,7 +20,7 @@ def isa(request, monkeypatch):
     """Each way that this CPU has to multiply bf16."""
     if request.param > bf16_isa():
         pytest.skip(f"this CPU has no {BF16_ISAS[request.param]}")
-    monkeypatch.setattr(em_kernels.gemm, "bf16_isa", lambda: request.param)
+    monkeypatch.setattr(em_kernels.ops.gemm, "bf16_isa", lambda: request.param)
     return request.param
 
 
@@ -60,7 +60,7 @@ def problem(m, k, n, layouts=("rows", "rows")):
 @pytest.mark.parametrize("dtypes", list(itertools.product(DTYPES, repeat=2)), ids=str)
 def test_any_dtypes(dtypes, shape, accumulate, isa, monkeypatch):
     """Accumulated in fp32, where upcast by blocks of 16-bit operands."""
-    monkeypatch.setattr(em_kernels.gemm, "UPCAST_BYTES", 4 * 7 * 5)
+    monkeypatch.setattr(em_kernels.ops.gemm, "UPCAST_BYTES", 4 * 7 * 5)
     rows, inner, columns = shape
     a = torch.randn(rows, inner).to(dtypes[0])
     b = torch.randn(columns, inner).to(dtypes[1]).t()

@@ -12,17 +12,10 @@ from test_sparse import N, V, peaked
 from torch.utils.flop_counter import FlopCounterMode
 from truth import relative_error
 
-import em_kernels.flops  # noqa: F401  # FlopCounterMode counts the extension's GEMM
-from em_kernels import (
-    chunked,
-    fused_entropy_loss,
-    fused_token_loss,
-    gradient_report,
-    gradients,
-    problem,
-    sparse,
-)
-from em_kernels.problem import Needs, Problem
+import em_kernels.ops.flops  # noqa: F401  # FlopCounterMode counts the extension's GEMM
+from em_kernels import fused_entropy_loss, fused_token_loss, gradient_report
+from em_kernels.ops import chunked, gradients, inputs, sparse
+from em_kernels.ops.inputs import Needs, Problem
 
 
 def gradients_of(hidden, weight, tolerance, *, bias=None, **arguments):
@@ -111,7 +104,7 @@ def test_two_chunks_at_a_time_as_on_a_gpu(operand, flat_from, monkeypatch):
     """And by slabs of few words; an fp16 dy is scaled."""
     monkeypatch.setattr(gradients, "SLAB_WORDS", 40)
     monkeypatch.setattr(gradients, "SLAB_BYTES", 0)
-    monkeypatch.setattr(problem, "operand_dtype", lambda weight: operand)
+    monkeypatch.setattr(inputs, "operand_dtype", lambda weight: operand)
     hidden, weight = (x.detach().to(operand).requires_grad_() for x in peaked(1000, 1000))
     hidden.data[100 * flat_from :] *= 0.01
     mask = torch.linspace(0.1, 5, 1000) * (torch.arange(1000) % 7 > 0)
@@ -317,11 +310,11 @@ def test_memory_is_a_chunk_and_the_words_that_are_kept(dtype, trained):
 @pytest.mark.parametrize("trained", [(0, 1, 2), (1,), (0,)])
 def test_dy_of_several_chunks_is_multiplied_at_once_as_on_a_gpu(trained, mask, monkeypatch):
     """There dy of 16 bits is apart from the logits: that of some chunks fits into the budget."""
-    inputs = [x.detach() for x in peaked(500, 1000, dtype=torch.bfloat16)]
-    inputs.append(torch.zeros(1000, dtype=torch.bfloat16))
-    hidden, weight, bias = (x.requires_grad_(i in trained) for i, x in enumerate(inputs))
+    leaves = [x.detach() for x in peaked(500, 1000, dtype=torch.bfloat16)]
+    leaves.append(torch.zeros(1000, dtype=torch.bfloat16))
+    hidden, weight, bias = (x.requires_grad_(i in trained) for i, x in enumerate(leaves))
     arguments = {"bias": bias, "mask": mask, "temperature": 0.5, "chunk_bytes": 60 * 1000 * 12}
-    monkeypatch.setattr(problem, "operand_dtype", lambda weight: torch.bfloat16)
+    monkeypatch.setattr(inputs, "operand_dtype", lambda weight: torch.bfloat16)
     _, expected = gradients_of(hidden, weight, 0.0, **arguments | {"chunk_bytes": None})
     rows, products, add_all = [], [], gradients.WordSum.add_all
 
@@ -334,7 +327,7 @@ def test_dy_of_several_chunks_is_multiplied_at_once_as_on_a_gpu(trained, mask, m
             rows.append(len(hidden))
             return super().begin(tokens, hidden, *arguments)
 
-    monkeypatch.setattr(problem.Problem, "dy_is_apart", True)
+    monkeypatch.setattr(inputs.Problem, "dy_is_apart", True)
     monkeypatch.setattr(chunked, "TILE", 50)
     monkeypatch.setattr(gradients.WordSum, "add_all", counted)
     monkeypatch.setattr(chunked, "Sums", Counting)

@@ -8,7 +8,8 @@ from kernel_params import needs_extension, on_cpu_only
 from torch.profiler import ProfilerActivity, profile
 from truth import draw, entropy_of
 
-from em_kernels import entropy_from_logits, fused_entropy_loss, fused_token_stats, gemm, logits
+from em_kernels import entropy_from_logits, fused_entropy_loss, fused_token_stats
+from em_kernels.ops import from_logits, gemm
 
 N, D, V = 512, 32, 2048
 CHUNK_BYTES = 64 * V * 4
@@ -136,7 +137,7 @@ def test_budget_bounds_the_slabs_of_dweight(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @on_cpu_only
 def test_entropy_from_logits(dtype, monkeypatch):
-    monkeypatch.setattr(logits, "BLOCK_BYTES", CHUNK_BYTES)
+    monkeypatch.setattr(from_logits, "BLOCK_BYTES", CHUNK_BYTES)
     x = torch.randn(N, V, dtype=dtype, requires_grad=True)
     entropy = []
     forward = allocations(lambda: entropy.append(entropy_from_logits(x)))

@@ -6,7 +6,8 @@ from torch import nn
 from torch.testing import assert_close
 from truth import FLOAT_STATS, draw, leaves
 
-from em_kernels import entropy_from_logits, fused_entropy_loss, fused_token_stats, ops
+from em_kernels import entropy_from_logits, fused_entropy_loss, fused_token_stats
+from em_kernels.ops import torch_library
 
 N, D, V = 6, 4, 13
 TAU = torch.linspace(0.5, 1.5, N)
@@ -37,16 +38,20 @@ def test_opcheck(optional, needs, dtype):
     h, w, b, targets, mask, tau = arguments(needs, dtype, optional)
     settings = (mask, tau, TRANSFORM, None, None)
     for tolerance in (0.0, 0.1):
-        torch.library.opcheck(ops.entropy_loss, (h, w, b, *settings, tolerance, True, needs))
+        torch.library.opcheck(
+            torch_library.entropy_loss, (h, w, b, *settings, tolerance, True, needs)
+        )
     everything = optional
     for unit in (-1, 0) if needs == [True, False, False] else (-1,):
         torch.library.opcheck(
-            ops.token_stats, (h, w, b, targets, *settings, needs, everything, unit)
+            torch_library.token_stats, (h, w, b, targets, *settings, needs, everything, unit)
         )
     h, w, b = (None if x is None else x.detach() for x in (h, w, b))
-    statistics, _, m, log_s, _ = ops.token_stats(h, w, b, targets, *settings, needs, everything, -1)
+    statistics, _, m, log_s, _ = torch_library.token_stats(
+        h, w, b, targets, *settings, needs, everything, -1
+    )
     torch.library.opcheck(
-        ops.token_stats_backward,
+        torch_library.token_stats_backward,
         (torch.randn_like(statistics), statistics, m, log_s, h, w, b, targets, *settings, needs),
     )
 
@@ -55,11 +60,11 @@ def test_opcheck(optional, needs, dtype):
 @pytest.mark.parametrize("tau", [None, TAU])
 def test_opcheck_of_logits(tau, dtype):
     logits = torch.randn(N, V, dtype=dtype, requires_grad=True)
-    torch.library.opcheck(ops.entropy_from_logits, (logits, tau, 0.7))
+    torch.library.opcheck(torch_library.entropy_from_logits, (logits, tau, 0.7))
     logits = logits.detach()
-    found = ops.entropy_from_logits(logits, tau, 0.7)
+    found = torch_library.entropy_from_logits(logits, tau, 0.7)
     torch.library.opcheck(
-        ops.entropy_from_logits_backward, (torch.randn(N), *found, logits, tau, 0.7)
+        torch_library.entropy_from_logits_backward, (torch.randn(N), *found, logits, tau, 0.7)
     )
 
 

@@ -13,8 +13,8 @@ from em_kernels import (
     fused_token_loss,
     fused_token_stats,
     gradient_report,
-    problem,
 )
+from em_kernels.ops import inputs
 
 N, D, V = 9, 8, 61
 SPLITS = {"three": ([0, 1, 2], (20, 2, 39)), "two": ([1, 2], (60, 1))}  # ranks, their words
@@ -95,7 +95,7 @@ def worker(rank, folder):
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=3
     )
-    free_bytes = problem.free_bytes
+    free_bytes = inputs.free_bytes
     for split, (members, sizes) in SPLITS.items():
         group = dist.new_group(members)
         if rank not in members:
@@ -108,9 +108,9 @@ def worker(rank, folder):
             hidden, weight, bias, targets = inputs_of(name)
             shard = (x.detach()[words].clone().requires_grad_() for x in (weight, bias))
             memory = (lambda device: 8 * V * 4 * (rank + 1)) if name == "unequal memory" else None
-            problem.free_bytes = memory or free_bytes
+            inputs.free_bytes = memory or free_bytes
             results[name] = call(name, hidden, *shard, targets, group)
-        problem.free_bytes = free_bytes
+        inputs.free_bytes = free_bytes
         hidden, *head, _ = inputs_of("mean")
         results["sparse"] = sparse(hidden, *(x.detach()[words].clone() for x in head), group)
         hidden, weight, *_ = inputs_of("mean")

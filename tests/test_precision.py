@@ -17,8 +17,8 @@ from truth import (
 )
 
 from em_kernels import fused_entropy_loss, fused_token_stats
-from em_kernels.problem import Problem
-from em_kernels.rows import row_stride
+from em_kernels.kernels import row_stride
+from em_kernels.ops.inputs import Problem
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 

@@ -7,8 +7,8 @@ from kernel_params import OLDER, ROWS, TRITON, interpreted_triton, needs_extensi
 from torch.testing import assert_close
 
 from em_kernels import reference
+from em_kernels.kernels import cpu, kernels_for, portable
 from em_kernels.reference import Coefficients, RowTransform
-from em_kernels.rows import cpu, kernels_for, portable
 
 ROW_COUNT = 5
 TRANSFORMS = [(1.0, None), (0.25, None), (1.0, 5.0), (-2.0, 30.0)]

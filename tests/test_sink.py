@@ -11,9 +11,10 @@ from test_sparse import peaked
 from torch.utils.flop_counter import FlopCounterMode
 from truth import assert_no_worse_than_eager, entropy_of, leaves, relative_error
 
-import em_kernels.flops  # noqa: F401  # FlopCounterMode counts the extension's GEMM
-from em_kernels import chunked, fused_entropy_loss, gradient_report, gradients, problem, sparse
+import em_kernels.ops.flops  # noqa: F401  # FlopCounterMode counts the extension's GEMM
+from em_kernels import fused_entropy_loss, gradient_report
 from em_kernels.functional import entropy_loss_into
+from em_kernels.ops import chunked, gradients, inputs, sparse
 
 N, V, D, CHUNK = 300, 1000, 24, 100
 TOLERANCE = 2**-9
@@ -24,7 +25,7 @@ class Total:
     """A sink that adds up what it gets, and leaves nothing but NaN of that."""
 
     def __init__(self, weight):
-        self.sum = torch.zeros_like(weight, dtype=problem.accumulation_dtype(weight.dtype))
+        self.sum = torch.zeros_like(weight, dtype=inputs.accumulation_dtype(weight.dtype))
         self.words = []
 
     def __call__(self, words, values):
@@ -155,7 +156,7 @@ def wide(x):
 def test_two_chunks_at_a_time_as_on_a_gpu(operand, slabs_of, monkeypatch):
     """A dy in fp16 is scaled: what is 1e-7 of a token would be 0."""
     slabs_of(80)
-    monkeypatch.setattr(problem, "operand_dtype", lambda weight: operand)
+    monkeypatch.setattr(inputs, "operand_dtype", lambda weight: operand)
     begun = []
 
     class Overlapping(gradients.Sums):

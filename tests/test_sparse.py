@@ -5,16 +5,9 @@ import torch
 from torch.testing import assert_close
 from truth import entropy_of, leaves
 
-from em_kernels import (
-    fused_entropy_loss,
-    fused_token_loss,
-    gradient_report,
-    gradients,
-    problem,
-    reference,
-    sparse,
-)
-from em_kernels.rows import RowTerms, portable
+from em_kernels import fused_entropy_loss, fused_token_loss, gradient_report, reference
+from em_kernels.kernels import RowTerms, portable
+from em_kernels.ops import gradients, inputs, sparse
 
 N, V = 60, 400
 TOLERANCES = [2**-9, 0.05, 0.5, 0.999]
@@ -100,7 +93,7 @@ def test_certificate(chunk, sample, kind, tolerance, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_certificate_in_16_bits(dtype, kind, tolerance, monkeypatch):
     """Beside the tolerance one rounding of dy, as a GPU's GEMM wants it, and one of the result."""
-    monkeypatch.setattr(problem, "operand_dtype", lambda weight: weight.dtype)
+    monkeypatch.setattr(inputs, "operand_dtype", lambda weight: weight.dtype)
     monkeypatch.setattr(gradients, "MOST_COLUMNS", 1.0)
     y, arguments = INPUTS[kind]()
     y = y.to(dtype)

@@ -8,8 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from .. import __version__
-from ..gemm import bf16_isa
-from ..rows import cpu, kernels_for
+from ..kernels import cpu, kernels_for
+from ..ops.gemm import bf16_isa
 
 
 def run(arguments: list[str]) -> int:

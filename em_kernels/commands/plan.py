@@ -15,10 +15,10 @@ from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 from ..training.config import TrainConfig, UserError
 from ..training.console import Terminal
 from ..training.distributed import ENGINES, World
+from ..training.interrupts import doing
 from ..training.models.loading import architecture, in_short
 from ..training.planning.plan import GIB, PHASES, Plan, phases
 from ..training.planning.planner import Planner
-from ..training.session import doing
 from ..training.task import check_context
 from .flags import as_flags, train_settings
 

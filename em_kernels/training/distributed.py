@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import FullyShardedDataParallelPlugin, InitProcessGroupKwargs
 
 from .config import TrainConfig, UserError
-from .session import Interrupted
+from .interrupts import Interrupted
 
 T = TypeVar("T")
 ENGINES = ("replicas", "fsdp2", "deepspeed")

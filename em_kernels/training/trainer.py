@@ -20,6 +20,7 @@ from .data.grading import Grader
 from .distributed import Ranks, find_ranks
 from .engines import engine_of
 from .engines.step import StepLoss
+from .interrupts import Interrupted, StopRequest, doing, line_of, peak_memory_gib, progress_on
 from .models.loading import architecture, load_model, tell_attention
 from .planning.plan import Plan, cheaper
 from .planning.planner import resolve
@@ -39,7 +40,6 @@ from .runs.records import (
     write_config,
 )
 from .runs.trackers import Tracking
-from .session import Interrupted, StopRequest, doing, line_of, peak_memory_gib, progress_on
 from .task import Task, as_recorded, as_sampled, load_task
 
 T = TypeVar("T")

@@ -20,9 +20,9 @@ from truth import (
 
 from em_kernels import entropy_from_logits, fused_entropy_loss, fused_token_stats, reference
 from em_kernels.cli import main
+from em_kernels.kernels import gradient_buffer, kernels_for, portable, row_stride
+from em_kernels.kernels import triton as kernels
 from em_kernels.reference import Coefficients
-from em_kernels.rows import gradient_buffer, kernels_for, portable, row_stride
-from em_kernels.rows import triton as kernels
 
 pytestmark = [
     pytest.mark.gpu,

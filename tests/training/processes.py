@@ -34,9 +34,9 @@ from training.tiny import rounded as saved  # noqa: E402
 
 from em_kernels.training.distributed import find_ranks  # noqa: E402
 from em_kernels.training.engines import engine_of  # noqa: E402
+from em_kernels.training.interrupts import Interrupted, StopRequest  # noqa: E402
 from em_kernels.training.models.rounding import dithered  # noqa: E402
 from em_kernels.training.rollouts.sampling import Rollout  # noqa: E402
-from em_kernels.training.session import Interrupted, StopRequest  # noqa: E402
 from em_kernels.training.trainer import train  # noqa: E402
 
 EXAMPLES = TESTS.parent / "examples"

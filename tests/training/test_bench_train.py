@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from training.tiny import PLAIN, run, save_tiny, settings
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-import report  # noqa: E402
-from loops import by_hand  # noqa: E402
+from benchmarks import report
+from benchmarks.loops import by_hand
+
+ROOT = Path(__file__).parents[2]
 
 
 class Enough(Exception):
@@ -43,8 +43,8 @@ def test_the_loops_are_the_same_work(official, tmp_path):
 def test_in_turns_and_reported(tmp_path):
     folder, path = save_tiny(tmp_path / "model"), tmp_path / "device.json"
     few = ["--model", folder, "--rollouts", 6, "--updates", 2, "--device", "cpu"]
-    command = [sys.executable, BENCHMARKS / "bench_train.py", *few, "--results", path]
-    env = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent)}
+    command = [sys.executable, "-m", "benchmarks.bench_train", *few, "--results", path]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
     ran = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=env)
     assert ran.returncode == 0, ran.stderr
     rows = json.loads(path.read_text())["training"]

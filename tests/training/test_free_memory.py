@@ -5,7 +5,7 @@ import torch
 from training.tiny import run, save_tiny, settings
 from transformers import AutoConfig
 
-from em_kernels.free_memory import free_host_bytes
+from em_kernels.ops.free_memory import free_host_bytes
 from em_kernels.training.distributed import World
 from em_kernels.training.planning.planner import resolve
 from em_kernels.training.runs import checkpoint

@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-import store  # noqa: E402
-from gpu_24gb import PARTS, main, save_task  # noqa: E402
+from benchmarks import store
+from benchmarks.gpu_24gb import PARTS, main, save_task
+
+ROOT = Path(__file__).parents[2]
 
 
 def parameters(config) -> int:
@@ -34,8 +34,8 @@ def test_shapes_are_the_models(size, count, tmp_path):
 def test_dry_run_fills_the_results_and_leaves_what_is_there(tmp_path):
     path, there = tmp_path / "24gb.json", {"device_peak_gib": 1.0}
     store.merge(path, "cpu", "parts", {"1.5B full": there, "7B lora": {"skipped": "no memory"}})
-    command = [sys.executable, BENCHMARKS / "gpu_24gb.py", "--dry-run", "--results", path]
-    env = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent)}
+    command = [sys.executable, "-m", "benchmarks.gpu_24gb", "--dry-run", "--results", path]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
     ran = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=env)
     assert ran.returncode == 0, ran.stderr
     parts = store.load(path)["parts"]

@@ -10,11 +10,11 @@ from training import tiny
 from training.shapes import QWEN, SMALL, two_layers
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from em_kernels import chunked, problem
 from em_kernels.commands.plan import open_config
 from em_kernels.functional import entropy_loss_into
-from em_kernels.gemm import bf16_isa
-from em_kernels.gradients import WordSink
+from em_kernels.ops import chunked, inputs
+from em_kernels.ops.gemm import bf16_isa
+from em_kernels.ops.gradients import WordSink
 from em_kernels.training import trainer
 from em_kernels.training.config import Sampling, TrainConfig, UserError
 from em_kernels.training.engines.step import Prompt, recomputation, scored_states
@@ -340,7 +340,7 @@ def test_head_on_a_gpu_where_dy_of_chunks_waits(states, monkeypatch):
     asked = config(mode="full", **changes)
     planner = Planner(asked, model_config, 1, CUDA)
     planned = planner._head(asked, Sketch(model_config, torch.bfloat16), states, chunk)
-    monkeypatch.setattr(problem.Problem, "dy_is_apart", True)
+    monkeypatch.setattr(inputs.Problem, "dy_is_apart", True)
     monkeypatch.setattr(chunked, "TILE", 8)
     hidden, weight = (torch.randn(n, width, dtype=torch.bfloat16) for n in (states, words))
     counts, add_all = [], WordSink.add_all

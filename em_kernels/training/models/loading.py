@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ...gemm import bf16_isa
+from ...ops.gemm import bf16_isa
 from ..config import UserError, in_one_line
 from ..run_folder import newest_checkpoint
 from .demo_model import fetch_demo

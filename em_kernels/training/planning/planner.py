@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from ...free_memory import free_host_bytes
-from ...gradients import SLAB_BYTES as SLAB
-from ...gradients import SLAB_WORDS
-from ...problem import chunk_length, free_bytes
-from ...sparse import SAMPLE
+from ...ops.free_memory import free_host_bytes
+from ...ops.gradients import SLAB_BYTES as SLAB
+from ...ops.gradients import SLAB_WORDS
+from ...ops.inputs import chunk_length, free_bytes
+from ...ops.sparse import SAMPLE
 from ..config import FULL_LR, LORA_LR, TrainConfig, UserError
 from ..distributed import World
 from ..engines.optimizer import SLAB as STEP_SLAB

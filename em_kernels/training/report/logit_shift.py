@@ -16,14 +16,14 @@ from rich.markup import escape
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ...gemm import accumulation_dtype, gemm
 from ...hf import head_of
+from ...ops.gemm import accumulation_dtype, gemm
 from ...reference import RowTransform, transform
 from ..config import TrainConfig, UserError
 from ..evaluation.completions import states_of
+from ..interrupts import progress_on
 from ..models.loading import load_model, open_source
 from ..rollouts.sampling import Rollout
-from ..session import progress_on
 from ..task import find_device
 
 BINS, LOW, HIGH = 1600, -200.0, 200.0  # of raw logits; those beyond count in the outermost

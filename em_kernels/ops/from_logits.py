@@ -5,12 +5,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from . import reference, rows
+from .. import kernels, reference
+from ..kernels import RowTerms
+from ..reference import RowTransform, TokenStats
 from .checks import check_values
 from .gemm import accumulation_dtype
-from .problem import inv_temperature
-from .reference import RowTransform, TokenStats
-from .rows import RowTerms
+from .inputs import inv_temperature
 
 BLOCK_BYTES = 16 << 20  # of rows in the accumulation dtype
 
@@ -20,7 +20,7 @@ def entropy(logits: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor
     check_values(None, temperature, None, 0, True)
     found, m, log_s = logits.new_empty(3, len(logits), dtype=accumulation_dtype(logits.dtype))
     for block, y, row in _blocks(logits, temperature):
-        parts = rows.row_statistics(y, row, everything=False)
+        parts = kernels.row_statistics(y, row, everything=False)
         found[block] = reference.statistics(parts, logits.shape[1]).entropy
         m[block], log_s[block] = parts.m, torch.log1p(parts.s1)
     return found.clone(), m.clone(), log_s.clone()
@@ -39,7 +39,7 @@ def entropy_backward(
     for block, y, row in _blocks(logits, temperature):
         stats, up = TokenStats(entropy[block]), TokenStats(upstream[block].to(entropy.dtype))
         factors = reference.coefficients(stats, up, logits.shape[1])
-        rows.row_gradient(RowTerms(y, row, m[block], log_s[block], factors), gradient[block])
+        kernels.row_gradient(RowTerms(y, row, m[block], log_s[block], factors), gradient[block])
     return gradient
 
 

@@ -11,7 +11,7 @@ try:
     from .. import _C  # type: ignore[attr-defined]
 
     WHY_NOT = ""
-except ImportError as error:  # rows/__init__.py takes the portable rows
+except ImportError as error:  # kernels/__init__.py takes the portable rows
     _C, WHY_NOT = None, str(error)
 
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from .problem import large_empty
-from .rows.cpu import supports
+from ..kernels.cpu import supports
+from .inputs import large_empty
 
 
 def refuse_double_backward() -> None:

@@ -7,8 +7,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from . import reference
-from .reference import RowParts
+from .. import reference
+from ..reference import RowParts
 
 
 class VocabularyShard:

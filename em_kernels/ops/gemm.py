@@ -5,7 +5,7 @@ import functools
 import torch
 from torch import Tensor
 
-from .rows.cpu import is_built
+from ..kernels.cpu import is_built
 
 # of a weight slab, where a GEMM cannot take 16 bits and return fp32
 UPCAST_BYTES = 16 << 20

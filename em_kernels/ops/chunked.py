@@ -12,12 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import reference, rows
+from .. import kernels, reference
+from ..kernels import RowTerms, row_stride
+from ..reference import RowTransform, TokenStats
 from .gemm import gemm
 from .gradients import Gradients, Pending, Sink, Sums
-from .problem import TILE, Needs, Problem, chunk_length, in_range_of, large_empty
-from .reference import RowTransform, TokenStats
-from .rows import RowTerms, row_stride
+from .inputs import TILE, Needs, Problem, chunk_length, in_range_of, large_empty
 
 PerToken = Callable[[TokenStats, slice | Tensor], tuple[Tensor, TokenStats]]
 
@@ -73,7 +73,7 @@ def _chunks(
         h = hidden[tokens]
         y = gemm(buffer[: len(h), : len(weight)], h, weight.t())
         row = problem.row_transform(tokens)
-        parts = rows.row_statistics(y, row, everything)
+        parts = kernels.row_statistics(y, row, everything)
         if shard is not None:
             parts = shard.merge(parts)
         goals = None if problem.targets is None else problem.targets[tokens]

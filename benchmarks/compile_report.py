@@ -1,5 +1,6 @@
 """Cost of the Triton kernels on each GPU generation, read from compiled code without a GPU."""
 
+import argparse
 import os
 import re
 import subprocess
@@ -16,8 +17,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from .rows import triton as kernels
-from .rows.configs import config_for
+from em_kernels.kernels import triton as kernels
+from em_kernels.kernels.configs import config_for
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 REGISTERS_PER_SM = 65536  # of 32 bits, given to a warp in units of 256: all generations here
@@ -73,7 +74,7 @@ class Variant(NamedTuple):
         return " ".join([f"{self.kernel} {TYPES[self.y]}{out}{bias}", *flags])
 
     def source(self, arch: int) -> tuple[dict[str, str], dict, dict]:
-        """Signature, constants and compiler options, as the launchers of rows/triton.py give."""
+        """Signature, constants and compiler options, as the launchers of kernels/triton.py give."""
         config = config_for(divmod(arch, 10))
         constants = {"HAS_BIAS": self.bias is not None, "HAS_SOFTCAP": self.softcap}
         if self.kernel == "statistics":
@@ -110,7 +111,7 @@ class Variant(NamedTuple):
 
 
 def variants() -> Iterator[Variant]:
-    """Everything that rows/triton.py launches, but for arguments that happen to be aligned or 1."""
+    """Every variant that kernels/triton.py launches, integer arguments of value 1 aside."""
     narrow, flags = (torch.bfloat16, torch.float16), (False, True)
     fp32 = torch.float32
     for bias, softcap, everything in product((None, fp32, *narrow), flags, flags):
@@ -215,7 +216,7 @@ def warps_per_sm(arch: Arch, warps: int, registers: int, shared: int) -> int:
     return warps * min(arch.warps // warps, arch.blocks, by_registers, by_shared)
 
 
-def main(archs: list[int]) -> int:
+def report(archs: list[int]) -> int:
     """Print the table, all of it before any complaint; 1 when a limit is violated."""
     work = [(variant, arch) for variant in variants() for arch in archs]
     costs: list[Cost] = []
@@ -256,6 +257,23 @@ def _loop(sass: str) -> list[str]:
     return longest
 
 
-def _run(tool: str, option: str, file) -> str:  # noqa: ANN001
+def _run(tool: str, option: str, file) -> str:
     command = [TOOLS / tool, option, file.name]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def main(arguments: list[str]) -> int:
+    """Print the cost of the GPU kernels, from their compiled code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks --compile-report",
+        description="Compile every Triton kernel for every GPU generation and print its registers, "
+        "spills, shared memory, occupancy and instructions per logit. Needs no GPU; takes minutes; "
+        "exit 1 when a limit is violated.",
+    )
+    parser.add_argument("--compile-report", action="store_true", help="print the table")
+    parser.add_argument("--arch", type=int, nargs="*", help="only these, such as 90")
+    known = parser.parse_args(arguments)
+    unknown = set(known.arch or ()) - set(ARCHS)
+    if unknown:
+        parser.error(f"--arch: {unknown.pop()} is none of {', '.join(map(str, ARCHS))}")
+    return report(known.arch or list(ARCHS))

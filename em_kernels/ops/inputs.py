@@ -6,12 +6,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..kernels.cpu import is_built
+from ..reference import RowTransform, TokenStats
 from .checks import check_values
 from .free_memory import free_host_bytes
 from .gemm import accumulation_dtype, operand_dtype
-from .parallel import VocabularyShard
-from .reference import RowTransform, TokenStats
-from .rows.cpu import is_built
+from .vocab_parallel import VocabularyShard
 
 MAX_CHUNK_BYTES = 1 << 30  # fp32 dW is read and written once a chunk, or some: few, large ones
 # The longer side of a GPU's GEMM tile. Counted, not measured: dhidden at D = 4096 in tiles of

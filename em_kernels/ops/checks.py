@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 from torch.distributed import ProcessGroup
 
-from . import reference
+from .. import reference
 
 LEAST, MOST = 1e-37, 1e37  # of a scale and its inverse in fp32
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

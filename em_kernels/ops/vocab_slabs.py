@@ -12,11 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import reference, rows
+from .. import kernels, reference
+from ..kernels import RowTerms, row_stride
+from ..reference import RowTransform, TokenStats
 from .gemm import gemm
-from .problem import Needs, Problem, chunk_length, in_range_of, large_empty
-from .reference import RowTransform, TokenStats
-from .rows import RowTerms, row_stride
+from .inputs import Needs, Problem, chunk_length, in_range_of, large_empty
 
 MIN_SLAB_BYTES = 64 << 20  # measured on a CPU; GEMMs of fewer words are slow
 
@@ -58,7 +58,7 @@ def token_stats(problem: Problem, everything: bool) -> tuple[Tensor, Tensor, Ten
     tokens: slice | Tensor = slice(None) if active is None else active
     parts = None
     for slab in _slabs(problem, problem.hidden[tokens], tokens):
-        found = rows.row_statistics(slab.y, slab.row, everything)
+        found = kernels.row_statistics(slab.y, slab.row, everything)
         if found.argmax is not None:
             found = found._replace(argmax=found.argmax + slab.words.start)
         parts = found if parts is None else reference.merge([parts, found])
@@ -112,8 +112,8 @@ def token_stats_backward(
     dw_slab = dh.new_empty(0)
     db = weight.new_empty(len(weight) if needs.bias else 0)
     for words, w, y, row in _slabs(problem, h, tokens):
-        out = rows.gradient_buffer(y, problem.operand)
-        dy = rows.row_gradient(RowTerms(y, row, m[tokens], log_s[tokens], factors), out)
+        out = kernels.gradient_buffer(y, problem.operand)
+        dy = kernels.row_gradient(RowTerms(y, row, m[tokens], log_s[tokens], factors), out)
         if needs.hidden:
             gemm(dh, dy, w, accumulate=True, alpha=scale)
         if needs.weight:

@@ -8,10 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import rows, sparse
+from .. import kernels
+from ..kernels import RowTerms
+from . import sparse
 from .gemm import gemm
-from .problem import Needs, Problem, large_empty
-from .rows import RowTerms
+from .inputs import Needs, Problem, large_empty
 from .sparse import Choice, Counts
 
 PROBE_ROWS = 64  # of a chunk: whether a look at all its rows can pay
@@ -154,7 +155,7 @@ class Sums:
     def _add_all(self, chunk: Pending) -> None:
         y = chunk.terms.y
         if self.room == 0:
-            dy = rows.row_gradient(chunk.terms, rows.gradient_buffer(y, self.problem.operand))
+            dy = kernels.row_gradient(chunk.terms, kernels.gradient_buffer(y, self.problem.operand))
             self._multiply(chunk.tokens, chunk.hidden, dy, chunk.scale)
             return
         if self.filled + len(y) > self.room:
@@ -162,7 +163,7 @@ class Sums:
         if self.dy is None:
             self.dy = y.new_empty(self.room, y.stride(0), dtype=self.problem.operand)
         end = self.filled + len(y)
-        rows.row_gradient(chunk.terms, self.dy[self.filled : end, : y.shape[1]])
+        kernels.row_gradient(chunk.terms, self.dy[self.filled : end, : y.shape[1]])
         self.tokens.append(chunk.tokens)
         self.filled = end
 
@@ -210,8 +211,8 @@ class Sums:
             some = words[start : start + length]
             terms = sparse.of_words(chunk.terms, some)
             if self.needs.hidden:
-                left_out -= rows.column_mass(terms)[1]
-            dy = rows.row_gradient(terms, rows.gradient_buffer(terms.y, operand))
+                left_out -= kernels.column_mass(terms)[1]
+            dy = kernels.row_gradient(terms, kernels.gradient_buffer(terms.y, operand))
             if self.needs.hidden:
                 gemm(dh, dy, weight[some], accumulate=True, alpha=chunk.scale)
             if self.needs.weight:

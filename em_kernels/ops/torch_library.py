@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
-from . import chunked, saved, slabs
-from . import logits as logits_entropy
+from ..kernels.cpu import is_built
+from ..reference import IGNORE_INDEX, TokenStats
+from . import chunked, saved_gradients, vocab_slabs
+from . import from_logits as logits_entropy
 from .gemm import accumulation_dtype
 from .gradients import Gradients, Sink
-from .parallel import VocabularyShard
-from .problem import Needs, Problem
-from .reference import IGNORE_INDEX, TokenStats
-from .rows.cpu import is_built
+from .inputs import Needs, Problem
+from .vocab_parallel import VocabularyShard
 
 
 def _problem(
@@ -119,7 +119,7 @@ def _(
 def _entropy_loss_setup(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(*output[1:])
     tolerance, _, needs = inputs[8:]
-    saved.save_gradients(ctx, inputs[:3], needs, tolerance, output[1:])
+    saved_gradients.save_gradients(ctx, inputs[:3], needs, tolerance, output[1:])
 
 
 @torch.library.custom_op("em_kernels::scaled_rows", mutates_args=())
@@ -127,7 +127,7 @@ def scaled_rows(
     values: Tensor, words: Tensor, upstream: Tensor, vocab_size: int, dtype: torch.dtype
 ) -> Tensor:
     """saved.scaled_rows, of which the compiler knows no K."""
-    return saved.scaled_rows(values, words, upstream, vocab_size, dtype)
+    return saved_gradients.scaled_rows(values, words, upstream, vocab_size, dtype)
 
 
 @scaled_rows.register_fake
@@ -136,7 +136,7 @@ def _(values, words, upstream, vocab_size, dtype):
 
 
 def _entropy_loss_backward(ctx, upstream, *_):
-    return *saved.saved_gradients(ctx, upstream), *(None,) * 8
+    return *saved_gradients.saved_gradients(ctx, upstream), *(None,) * 8
 
 
 entropy_loss.register_autograd(_entropy_loss_backward, setup_context=_entropy_loss_setup)
@@ -166,12 +166,14 @@ class TokenLoss(torch.autograd.Function):
     ) -> Tensor:
         problem = _problem(needs[0] + 2 * needs[1], hidden, weight, bias, *settings)
         loss, gradients = chunked.token_loss(problem, loss_fn, Needs(*needs), grad_enabled)
-        saved.save_gradients(ctx, (hidden, weight, bias), needs, problem.grad_tolerance, gradients)
+        saved_gradients.save_gradients(
+            ctx, (hidden, weight, bias), needs, problem.grad_tolerance, gradients
+        )
         return loss
 
     @staticmethod
     def backward(ctx, upstream):
-        return *saved.saved_gradients(ctx, upstream), *(None,) * 10
+        return *saved_gradients.saved_gradients(ctx, upstream), *(None,) * 10
 
 
 @torch.library.custom_op("em_kernels::token_stats", mutates_args=())
@@ -206,7 +208,9 @@ def token_stats(
         group,
     )
     if unit < 0:
-        return *slabs.token_stats(problem, everything), hidden.new_empty(0, dtype=problem.dtype)
+        return *vocab_slabs.token_stats(problem, everything), hidden.new_empty(
+            0, dtype=problem.dtype
+        )
     statistics, argmax, dh = chunked.token_stats_and_unit_gradient(
         problem, TokenStats._fields[unit], everything
     )
@@ -269,7 +273,7 @@ def token_stats_backward(
         chunk_bytes,
         group,
     )
-    return slabs.token_stats_backward(problem, upstream, statistics, m, log_s, Needs(*needs))
+    return vocab_slabs.token_stats_backward(problem, upstream, statistics, m, log_s, Needs(*needs))
 
 
 @token_stats_backward.register_fake
@@ -311,7 +315,7 @@ def _token_stats_setup(ctx, inputs, output) -> None:
 
 
 def _token_stats_backward(ctx, upstream, *_):
-    saved.refuse_double_backward()
+    saved_gradients.refuse_double_backward()
     nothing = (None,) * 12
     if upstream is None:
         return nothing
@@ -375,7 +379,7 @@ def _entropy_from_logits_setup(ctx, inputs, output) -> None:
 
 
 def _entropy_from_logits_backward(ctx, upstream, *_):
-    saved.refuse_double_backward()
+    saved_gradients.refuse_double_backward()
     if upstream is None:
         return None, None, None
     return entropy_from_logits_backward(upstream, *ctx.saved_tensors, ctx.temperature), None, None

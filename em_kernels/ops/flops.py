@@ -6,7 +6,7 @@ Apart from ops.py, as flop_counter imports Triton.
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from .rows.cpu import is_built
+from ..kernels.cpu import is_built
 
 if is_built():
 

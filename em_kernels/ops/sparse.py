@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from . import rows
+from .. import kernels
+from ..kernels import RowTerms
 from .gemm import gemm
-from .rows import RowTerms
 
 STEPS, ROUNDS = 6, 3  # thresholds tried: some 1 % more columns than sorting would leave
 SAMPLE = 2048  # words of which the mean is taken; of all words it is no better
@@ -46,7 +46,7 @@ class Choice(NamedTuple):
 
 def choose(terms: RowTerms, tolerance: float) -> Choice:
     """The heaviest columns, all but `tolerance` of the mass."""
-    mass, row_sums = rows.column_mass(terms)
+    mass, row_sums = kernels.column_mass(terms)
     total = mass.sum()
     exactness = 1 - (len(row_sums) + 64) * torch.finfo(mass.dtype).eps
     budget = tolerance * max(0.0, exactness) * total
@@ -93,7 +93,7 @@ def of_words(terms: RowTerms, words: Tensor) -> RowTerms:
         is_there = torch.searchsorted(words, targets, right=True) > place
         targets = torch.where(is_there, place, -1)
     bias = None if row.bias is None else row.bias[words]
-    stride = rows.row_stride(len(words), y.device)
+    stride = kernels.row_stride(len(words), y.device)
     some = y.new_empty(len(y), stride)[:, : len(words)]
     torch.index_select(y, 1, words, out=some)
     return terms._replace(y=some, row=row._replace(bias=bias, targets=targets))

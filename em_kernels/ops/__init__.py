@@ -1,0 +1,1 @@
+"""Private: everything between the public functions and the kernels."""
