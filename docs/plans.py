@@ -16,7 +16,7 @@ import torch
 from em_kernels.cli import main
 from em_kernels.commands.plan import open_config
 from em_kernels.training.config import TrainConfig
-from em_kernels.training.distributed import World
+from em_kernels.training.distributed import LaunchSpec
 from em_kernels.training.planning.plan import GIB, Plan
 from em_kernels.training.planning.planner import Planner
 
@@ -104,7 +104,7 @@ def several(model: str) -> list[str]:
         cells = []
         for engine, on_host in ENGINES.values():
             asked = TrainConfig(model=model, gpu_memory=gpu, host_memory=host)
-            world = World(cards, cards, engine, on_host)
+            world = LaunchSpec(cards, cards, engine, on_host)
             plan = Shared(asked, config, 128, torch.device("cuda"), world=world).choose()
             what = f"`{plan.name}` " if engine == "replicas" and plan.fits else ""
             cells.append(what + cell(plan, False))

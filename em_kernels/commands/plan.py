@@ -14,7 +14,7 @@ from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 
 from ..training.config import TrainConfig, UserError
 from ..training.console import Terminal
-from ..training.distributed import ENGINES, World
+from ..training.distributed import ENGINES, LaunchSpec
 from ..training.interrupts import doing
 from ..training.models.loading import architecture, in_short
 from ..training.planning.plan import GIB, PHASES, Plan, phases
@@ -52,7 +52,7 @@ def run(arguments: list[str]) -> int:
             raise UserError(f"{name}: must be at least 1")
     if known.on_host and known.engine == ENGINES[0]:
         raise UserError("on_host: goes with an engine; replicas have --mode offload")
-    world = World(known.ranks, known.ranks, known.engine, known.on_host)
+    world = LaunchSpec(known.ranks, known.ranks, known.engine, known.on_host)
     model_config = open_config(config.model)
     longest = known.prompt_tokens, config.sampling.max_new_tokens
     check_context(model_config, *longest, "prompt_tokens: are", "lower it")
@@ -77,9 +77,9 @@ def run(arguments: list[str]) -> int:
     return 0 if chosen.fits else 1
 
 
-def launcher(world: World) -> list[str]:
+def launcher(world: LaunchSpec) -> list[str]:
     """The words that a launch command begins with."""
-    if world == World():
+    if world == LaunchSpec():
         return ["em-kernels"]
     options = {
         "replicas": ["--multi_gpu"] if world.ranks > 1 else [],

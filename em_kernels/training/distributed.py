@@ -24,7 +24,7 @@ ENGINES = ("replicas", "fsdp2", "deepspeed")
 PATIENCE = timedelta(hours=2)  # of ranks, while one writes or reads; NCCL's own is ten minutes
 
 
-class World(NamedTuple):
+class LaunchSpec(NamedTuple):
     """A run's processes.
 
     on_machine: how many share one host's memory.
@@ -64,7 +64,7 @@ class Ranks:
             state.fsdp_plugin = self.plugin  # which accelerate has on GPUs alone
             on_host = type(self.plugin.cpu_offload).__name__ == "CPUOffloadPolicy"
         on_machine = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        self.world = World(self.count, on_machine, engine, on_host)
+        self.world = LaunchSpec(self.count, on_machine, engine, on_host)
 
     @property
     def is_main(self) -> bool:
@@ -73,7 +73,7 @@ class Ranks:
 
     def describe(self) -> dict[str, Any]:
         """Settings of the launch that change the last digits; empty for one process."""
-        if self.world == World():
+        if self.world == LaunchSpec():
             return {}
         return {"ranks": self.count, "engine": self.world.engine}
 

@@ -287,11 +287,11 @@ class _Run:
                 return list(zip(own, found, strict=True))
 
             def learn(micro_batch: int) -> StepLoss:
-                return self.engine.learn(rollouts, micro_batch, stop.check)
+                return self.engine.forward_backward(rollouts, micro_batch, stop.check)
 
             rollouts = self.recorded.get(update) or []
             if not rollouts:
-                with self.engine.whole():
+                with self.engine.gathered_weights():
                     mine = ranks.together(lambda: self._fitting("rollout_batch", sample, 1))
                 shares = [dict(pairs) for pairs in ranks.gather(mine)]
                 rollouts = [shares[i % ranks.count][i] for i in range(config.rollouts)]

@@ -172,7 +172,11 @@ def the(name):
     parts = {"checkpoint": checkpoint, "completions": completions, "records": records}
     parts |= {"rollout": rollout, "step": step}
     parts |= {"trainer": trainer, "optimizer": optimizer, "AdamW": optimizer.MasterAdamW}
-    parts |= {"Running": records.Running, "Prompt": step.Prompt, "Ends": rollout._SegmentEnd}
+    parts |= {
+        "Running": records.Running,
+        "SharedPrefix": step.SharedPrefix,
+        "Ends": rollout._SegmentEnd,
+    }
     return parts[name]
 
 
@@ -204,7 +208,7 @@ BETWEEN = {
     "token 30": lambda: on(the("Ends"), "__call__", 30),
     "completions of update 3": lambda: after(the("trainer"), "append", 5),
     "the second micro-batch of update 1": lambda: on(the("step"), "scored_states", 2),
-    "the last micro-batch of update 4": lambda: on(the("Prompt"), "backward", 5),
+    "the last micro-batch of update 4": lambda: on(the("SharedPrefix"), "backward", 5),
     "the norm of update 2": lambda: on(the("AdamW"), "norm", 2),
     "the step of update 2": lambda: on(the("AdamW"), "step", 2),
     "the step of update 3, done": lambda: after(the("AdamW"), "step", 3),
@@ -243,8 +247,10 @@ OTHERS = {
         for kib in ROOM
     },
     "stopped": lambda: on(the("AdamW"), "norm", 1, stop),
-    "Ctrl-C in update 2": lambda: on(the("Prompt"), "backward", 3, interrupt),  # the plan has one
-    "Ctrl-C twice in update 2": lambda: on(the("Prompt"), "backward", 3, twice),
+    "Ctrl-C in update 2": lambda: on(
+        the("SharedPrefix"), "backward", 3, interrupt
+    ),  # the plan has one
+    "Ctrl-C twice in update 2": lambda: on(the("SharedPrefix"), "backward", 3, twice),
     "Ctrl-C twice in the second save": lambda: on_file(".step-00004.partial", 1, "rename", twice),
     "Ctrl-C in the first save": lambda: on(the("trainer"), "save_checkpoint", 1, interrupt),
     "Ctrl-C at token 5": lambda: on(the("Ends"), "__call__", 5, interrupt),

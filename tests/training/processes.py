@@ -143,7 +143,7 @@ def engine_facts(config):
     ranks, stop = find_ranks(config), StopRequest()
     engine = engine_of(ranks.world.engine)(make_model(), make_tokenizer(), config, ranks)
     ended = [Rollout([5, 6], [0], True)] * 3  # whose only token the official loss leaves out
-    loss, norm = engine.learn(ended, 40, stop.check), engine.norm()
+    loss, norm = engine.forward_backward(ended, 40, stop.check), engine.norm()
     parts = [name for name, m in engine.model.named_modules() if isinstance(m, FSDPModule)]
     stop.requested = ranks.index == 1  # by one alone
     told = False

@@ -17,7 +17,7 @@ from em_kernels.ops.gemm import bf16_isa
 from em_kernels.ops.gradients import WordSink
 from em_kernels.training import trainer
 from em_kernels.training.config import Sampling, TrainConfig, UserError
-from em_kernels.training.engines.step import Prompt, recomputation, scored_states
+from em_kernels.training.engines.step import SharedPrefix, recomputation, scored_states
 from em_kernels.training.models import rounding
 from em_kernels.training.planning import planner as memory
 from em_kernels.training.planning.activations import Sketch
@@ -293,7 +293,7 @@ def test_activations_to_the_byte(kind, dtype, options, shared, recompute):
     batch = [Rollout([1] * prompt, [2] * new, False)] * rows
 
     def step():
-        begun = Prompt(model, batch[0].prompt_ids) if shared else None
+        begun = SharedPrefix(model, batch[0].prompt_ids) if shared else None
         states = scored_states(model, batch, begun, False)
         states = states if begun is None else torch.cat([begun.last, states])
         assert len(states) == found.states

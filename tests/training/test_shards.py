@@ -9,7 +9,7 @@ from training.shapes import QWEN
 from em_kernels.commands.plan import launcher
 from em_kernels.commands.plan import run as plan_command
 from em_kernels.training.config import TrainConfig, UserError
-from em_kernels.training.distributed import World
+from em_kernels.training.distributed import LaunchSpec
 from em_kernels.training.planning.plan import GIB
 from em_kernels.training.planning.planner import Planner
 from em_kernels.training.planning.sharded import settings_of
@@ -24,24 +24,24 @@ def plan(world, **changes):
 
 
 def test_replicas_divide_completions_and_the_host():
-    one, four = plan(World()), plan(World(4, 4))
+    one, four = plan(LaunchSpec()), plan(LaunchSpec(4, 4))
     assert (one.config.rollout_batch, four.config.rollout_batch) == (64, 16)
     assert (one.host_limit, four.host_limit) == (480 * GIB, 120 * GIB)
     assert one.device["weights"] == four.device["weights"]
     assert one.seconds["training"] == pytest.approx(4 * four.seconds["training"], rel=0.2)
-    assert plan(World(8, 4)).host_limit == 120 * GIB  # two machines
+    assert plan(LaunchSpec(8, 4)).host_limit == 120 * GIB  # two machines
 
 
 @pytest.mark.parametrize("engine", ["fsdp2", "deepspeed"])
 def test_engines_divide_state(engine):
     trained = 1_543_714_304  # of Qwen2.5-1.5B, its head tied
-    plans = {ranks: plan(World(ranks, ranks, engine), gpu_memory=80) for ranks in (2, 8)}
+    plans = {ranks: plan(LaunchSpec(ranks, ranks, engine), gpu_memory=80) for ranks in (2, 8)}
     for ranks, found in plans.items():
         assert found.device["master"] == 4 * trained // ranks
         assert found.device["moments"] == 8 * trained // ranks
         assert found.device["gradients"] == 4 * trained // ranks
         assert found.device["weights"] == 2 * trained
-    off = plan(World(8, 8, engine, on_host=True), gpu_memory=80)
+    off = plan(LaunchSpec(8, 8, engine, on_host=True), gpu_memory=80)
     assert off.host["master"] == 4 * trained // 8 and "master" not in off.device
     assert off.fits and not off.config.share_prefix
     assert (off.config.mode, off.config.moments, off.config.gradients) == ("full", "fp32", "fp32")
@@ -64,7 +64,7 @@ def test_settings_of_another_engine_are_refused(changes, name):
 
 
 def test_remedies_are_of_the_engine():
-    short = plan(World(2, 2, "fsdp2"), gpu_memory=12, micro_batch=16384)
+    short = plan(LaunchSpec(2, 2, "fsdp2"), gpu_memory=12, micro_batch=16384)
     assert not short.fits
     assert not any("mode" in words or "moments" in words for words in short.remedies)
 
@@ -79,7 +79,7 @@ def test_command(tmp_path, capsys):
         "accelerate launch --num_processes 8 --use_deepspeed --zero_stage 2 "
         "--offload_optimizer_device cpu -m em_kernels.cli train --model"
     )
-    assert launcher(World()) == ["em-kernels"]
+    assert launcher(LaunchSpec()) == ["em-kernels"]
     for wrong in (["--ranks", "0"], ["--on-host"]):
         with pytest.raises(UserError):
             plan_command(["--model", str(tmp_path), *wrong])

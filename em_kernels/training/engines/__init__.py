@@ -4,7 +4,7 @@ from .base import Engine
 
 
 def engine_of(kind: str) -> type[Engine]:
-    """The engine that a World names."""
+    """The engine that a LaunchSpec names."""
     if kind == "fsdp2":  # torch's part of it takes a second to import
         from .fsdp2 import Fsdp2
 

@@ -59,12 +59,12 @@ class Engine(ABC):
     def prepare(self) -> None:
         """Make the optimizer; whatever does not suit is refused."""
 
-    def whole(self) -> AbstractContextManager[object]:
+    def gathered_weights(self) -> AbstractContextManager[object]:
         """In it each rank may call the model by itself."""
         return nullcontext()
 
     @abstractmethod
-    def learn(
+    def forward_backward(
         self, rollouts: Sequence[Rollout], micro_batch: int, check: Callable[[], None]
     ) -> StepLoss:
         """This rank's part of the gradient, anew, and of the loss."""

@@ -38,7 +38,7 @@ class Fsdp2(Wrapped):
         self.optimizer = self.adamw()
 
     @contextmanager
-    def whole(self) -> Iterator[None]:
+    def gathered_weights(self) -> Iterator[None]:
         """Every weight is on every rank, which so need not wait for the others' completions."""
         parts: list[Any] = [m for m in self.model.modules() if isinstance(m, FSDPModule)]
         for part in parts:

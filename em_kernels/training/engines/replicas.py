@@ -49,7 +49,7 @@ class Replicas(Engine):
             folder=config.offload_dir if config.mode == "offload" else None,
         )
 
-    def learn(
+    def forward_backward(
         self, rollouts: Sequence[Rollout], micro_batch: int, check: Callable[[], None]
     ) -> StepLoss:
         self.optimizer.clear()

@@ -62,7 +62,7 @@ class _Before(DynamicLayer):
         return keys, torch.cat([self.values, value_states], dim=-2)
 
 
-class Prompt:
+class SharedPrefix:
     """A prompt's last hidden state, keys and values, computed once for all rows that continue it.
 
     The rows' backwards end here; their gradients are added up in fp32, and backward() takes them
@@ -114,7 +114,7 @@ class Prompt:
 
 @torch.no_grad()
 def can_share_prefix(model: PreTrainedModel) -> bool:
-    """True if rows that continue a Prompt get the model's states; false with sliding windows."""
+    """True if continuing a SharedPrefix gives the model's own states; not with sliding windows."""
     if {type(layer) for layer in DynamicCache(config=model.config).layers} != {DynamicLayer}:
         return False
     ids = (
@@ -123,7 +123,7 @@ def can_share_prefix(model: PreTrainedModel) -> bool:
     )
     ids[:, :6] = ids[0, :6]
     expected = hidden_states(model, ids)[:, 6:].float()
-    found = Prompt(model, ids[0, :6].tolist()).continued(ids[:, 6:])
+    found = SharedPrefix(model, ids[0, :6].tolist()).continued(ids[:, 6:])
     errors = (found.float() - expected).norm(dim=-1) / expected.norm(dim=-1)
     # rounding alone, of another batch size, moves single tokens of a real model by 1e-3 in fp32
     return bool(errors.median() <= 0.02)
@@ -206,7 +206,7 @@ def padded(
 
 
 def scored_states(
-    model: PreTrainedModel, batch: Sequence[Rollout], prompt: Prompt | None, official: bool
+    model: PreTrainedModel, batch: Sequence[Rollout], prompt: SharedPrefix | None, official: bool
 ) -> Tensor:
     """Hidden states (n, D) at the scored positions; where there is a prompt, at those behind it."""
     first = 0 if prompt is None else prompt.length
@@ -221,7 +221,7 @@ def scored_states(
 Work: TypeAlias = list[tuple[Sequence[int] | None, list[list[Rollout]]]]  # micro-batches, by prompt
 
 
-class Part(NamedTuple):
+class RankShare(NamedTuple):
     """A rank's of an update."""
 
     work: Work
@@ -236,7 +236,7 @@ class Part(NamedTuple):
 
 def part_of(
     rollouts: Sequence[Rollout], config: TrainConfig, micro_batch: int, index: int, count: int
-) -> Part:
+) -> RankShare:
     """Assign rollouts of all lengths to one rank; the token mean spans all ranks."""
     official, rows = config.official_loss, config.micro_batch_rows
 
@@ -255,7 +255,7 @@ def part_of(
     batches = [[batch for _, group in work for batch in group] for work in works]
     counts = [sum(len(scored(r, official)) for r in batch) for own in batches for batch in own]
     own = [(ids, group) for ids, group in works[index] if group]
-    return Part(own, sum(counts), sum(n > 0 for n in counts), max(map(len, batches)))
+    return RankShare(own, sum(counts), sum(n > 0 for n in counts), max(map(len, batches)))
 
 
 def entropy_step(
@@ -284,7 +284,7 @@ def entropy_step(
     mean, reports = 0.0, torch.zeros(2)
     with recomputation(model, config.gradient_checkpointing is True):
         for ids, batches in part.work:
-            prompt = None if ids is None else Prompt(model, ids)
+            prompt = None if ids is None else SharedPrefix(model, ids)
             firsts = 0 if prompt is None or official else sum(map(len, batches))
             for batch in batches:
                 check()

@@ -64,7 +64,7 @@ class Wrapped(Engine):
             weight_decay=config.weight_decay,
         )
 
-    def learn(
+    def forward_backward(
         self, rollouts: Sequence[Rollout], micro_batch: int, check: Callable[[], None]
     ) -> StepLoss:
         config, ranks = self.config, self.ranks

@@ -18,7 +18,7 @@ from ...functional import fused_token_stats
 from ...hf import check_head, head_of
 from ..config import Positive, Sampling, Settings, TrainConfig, UserError, json_object
 from ..data.problems import QWEN25_MATH_COT, Conversation, Problem, encode, few_shot, read_problems
-from ..engines.step import Prompt, can_share_prefix, micro_batches, scored_states
+from ..engines.step import SharedPrefix, can_share_prefix, micro_batches, scored_states
 from ..interrupts import doing, progress_on
 from ..models.loading import architecture, auto_dtype, load_model, open_source, tell_attention
 from ..rollouts.padding import check_cache, check_sampling
@@ -285,7 +285,7 @@ def states_of(
     same = len(commonprefix([rollout.prompt_ids[:-1] for rollout in rollouts]))
     prompt = None
     if same > 0 and can_share_prefix(model):
-        prompt = Prompt(model, rollouts[0].prompt_ids[:same])
+        prompt = SharedPrefix(model, rollouts[0].prompt_ids[:same])
     batches = micro_batches([rollouts[i] for i in order], tokens, same if prompt else 0)
     for batch in batches:
         members, order = order[: len(batch)], order[len(batch) :]

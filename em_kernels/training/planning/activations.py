@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ...hf import decoder_of, head_of, require_gradients
 from ..config import TrainConfig, UserError, in_one_line
-from ..engines.step import Prompt, recomputation, scored_states
+from ..engines.step import SharedPrefix, recomputation, scored_states
 from ..models.loading import architecture, attention_of, refused_attention
 from ..rollouts.padding import check_cache
 from ..rollouts.sampling import Rollout
@@ -114,7 +114,7 @@ class _Net:
             self._add_adapters(lora)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.live = _Live(self.model)
-        self.prompt: tuple[tuple[int, bool], Prompt, tuple[int, int]] | None = None
+        self.prompt: tuple[tuple[int, bool], SharedPrefix, tuple[int, int]] | None = None
 
     def _add_adapters(self, lora: TrainConfig) -> None:
         from peft import LoraConfig, inject_adapter_in_model
@@ -162,21 +162,21 @@ class _Net:
                 leaf.grad = None
         return [count, kept, forward, *peaks, *ahead]
 
-    def _begin(self, key: tuple[int, bool] | None) -> tuple[Prompt | None, tuple[int, int]]:
+    def _begin(self, key: tuple[int, bool] | None) -> tuple[SharedPrefix | None, tuple[int, int]]:
         """A prompt, kept until another is asked for, and the peaks of its backward."""
         if self.prompt is not None and self.prompt[0] != key:
             self.prompt = None
         if key is None:
             return None, (0, 0)
         if self.prompt is None:
-            begun = Prompt(self.model, [0] * key[0])
+            begun = SharedPrefix(self.model, [0] * key[0])
             self.live.take_peak()
             peaks = self._finish(begun)
             del begun
-            self.prompt = key, Prompt(self.model, [0] * key[0]), peaks
+            self.prompt = key, SharedPrefix(self.model, [0] * key[0]), peaks
         return self.prompt[1:]
 
-    def _finish(self, prompt: Prompt) -> tuple[int, int]:
+    def _finish(self, prompt: SharedPrefix) -> tuple[int, int]:
         for leaf in prompt.leaves:
             leaf.grad = torch.zeros_like(leaf) if leaf.requires_grad else None
         return self._backward(prompt.backward)

@@ -17,7 +17,7 @@ from ...ops.gradients import SLAB_WORDS
 from ...ops.inputs import chunk_length, free_bytes
 from ...ops.sparse import SAMPLE
 from ..config import FULL_LR, LORA_LR, TrainConfig, UserError
-from ..distributed import World
+from ..distributed import LaunchSpec
 from ..engines.optimizer import SLAB as STEP_SLAB
 from ..engines.optimizer import state_bytes
 from ..models.loading import attention_of, auto_dtype
@@ -47,7 +47,7 @@ GREEDY, PLAIN, TOP_K, TOP_P = 16, 24, 28, 34
 CUDA_SORT = 24  # keys and indices again, in a GPU's sort
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-ALONE = World()
+ALONE = LaunchSpec()
 
 
 def resolve(
@@ -56,7 +56,7 @@ def resolve(
     prompt_tokens: int,
     device: torch.device,
     held: int = 0,
-    world: World = ALONE,
+    world: LaunchSpec = ALONE,
 ) -> Plan:
     """The plan of a run, its settings complete.
 
@@ -100,7 +100,7 @@ class Planner:
         device: torch.device,
         download: int | None = 0,
         held: int = 0,
-        world: World = ALONE,
+        world: LaunchSpec = ALONE,
     ) -> None:
         cuda, host = device.type == "cuda", config.host_memory
         if world.engine != "replicas":

@@ -3,7 +3,7 @@
 from typing import Any
 
 from ..config import TrainConfig, UserError
-from ..distributed import World
+from ..distributed import LaunchSpec
 from .activations import Sketch
 from .plan import GIB
 
@@ -32,7 +32,7 @@ def settings_of(config: TrainConfig, engine: str) -> TrainConfig:
 
 
 def divided(
-    config: TrainConfig, world: World, sketch: Sketch, device: dict[str, int], cuda: bool
+    config: TrainConfig, world: LaunchSpec, sketch: Sketch, device: dict[str, int], cuda: bool
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Bytes that stay, on the device and on the host. Weights are whole, as sampling has them."""
     count, trained = world.ranks, sketch.sizes.trained
