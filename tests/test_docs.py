@@ -283,7 +283,7 @@ def test_links_of_the_readme():
 @pytest.mark.parametrize("page", PAGES)
 def test_paths_exist(page):
     """Those of the repository that a page names as code."""
-    named = re.findall(r"`((?:em_kernels|csrc|benchmarks|docs|tests)/[\w./-]*)`", PAGES[page])
+    named = re.findall(r"`((?:em_kernels|csrc|benchmarks|docs|tests|examples)/[\w./-]*)`", PAGES[page])
     assert [path for path in named if not (ROOT / path).exists()] == []
 
 
@@ -302,6 +302,20 @@ def test_the_readme_has_the_trainers_peaks():
     text = " ".join(PAGES["README.md"].split())
     ours, theirs = (trainer[name]["peak_gib"] for name in ("EntropyTrainer", "logits"))
     assert f"peaks at {ours:.1f} GiB, the same Trainer with logits at {theirs:.1f} GiB" in text
+
+
+def test_the_readme_s_first_numbers():
+    results = ROOT / "benchmarks/results/intel-r-xeon-r-processor-2-threads.json"
+    cases = json.loads(results.read_text())["cases"].values()
+    chosen = {"shape": "qwen2.5-1.5b", "dtype": "bfloat16", "task": "loss", "input": "lm-0.5"}
+    rows = {c["provider"]: c for c in cases if chosen.items() <= c.items()}
+    ours, compiled, floor = rows["ours"], rows["compile"], rows["floor"]
+    worse = max(compiled["error"].values()) / max(ours["error"].values())
+    text = " ".join(PAGES["README.md"].split())
+    assert f"({ours['tokens']} tokens, {ours['vocab_size']:,} vocabulary entries, bf16)" in text
+    assert f"all gradients take {ours['time_ms']:.0f} ms" in text
+    assert f"takes {compiled['time_ms']:.0f} ms with {worse:.0f} times the error" in text
+    assert f"the matrix products alone take {floor['time_ms']:.0f} ms" in text
 
 
 def test_equations_are_numbered_as_in_the_reference():
