@@ -16,23 +16,23 @@ from em_kernels.ops.free_memory import free_host_bytes
 pytest.register_assert_rewrite(
     *(f"training.{name}" for name in ("adapters", "lives", "processes", "updates"))
 )
-# What programs that tests start, pytest too, would take from the user or from this run.
+# Variables of the user or of this pytest run that programs started by tests would inherit.
 OUTSIDE = ("COLUMNS", "LINES", "FORCE_COLOR", "NO_COLOR", "PYTEST_ADDOPTS", "PYTEST_XDIST_WORKER")
 for name in OUTSIDE:
     os.environ.pop(name, None)
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")
 
 
-WORKER_BYTES = 3 << 30  # of the largest test's process and its children, with room
+WORKER_BYTES = 3 << 30  # the largest test with its child processes, rounded up
 
 
 def pytest_xdist_auto_num_workers(config):
-    """A worker for each CPU that this process may use, as far as memory goes, and eight at most."""
+    """Return one worker per usable CPU, at most eight and as many as memory holds."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = max(1, min(cpus, free_host_bytes() // WORKER_BYTES, 8))
-    os.environ.setdefault("OMP_NUM_THREADS", str(cpus // workers))  # theirs and their children's
+    os.environ.setdefault("OMP_NUM_THREADS", str(cpus // workers))  # per worker
     return workers
 
 
@@ -59,8 +59,8 @@ def fixed_seed():
 
 @pytest.fixture(params=[*ROWS, CUDA])
 def rows(request, monkeypatch):
-    """The row kernels in use for fp32 on the CPU: portable, the extension's or Triton's; or those
-    that a GPU has, for a test whose tensors are there.
+    """Run the test with each set of row kernels: portable, C++, interpreted Triton, and on a GPU
+    its own, with the test's tensors moved there.
     """
     if request.param == "cuda":
         request.getfixturevalue("on_cuda")
@@ -74,7 +74,7 @@ def rows(request, monkeypatch):
 
 @pytest.fixture
 def on_cuda(request, monkeypatch):
-    """Tensors are made on the GPU; those of the test's module and parameters are moved there."""
+    """Create tensors on the GPU, and move those of the test's module and parameters there."""
     parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
     for names in (request.function.__globals__, parameters):
         for name in [name for name in names if not name.startswith("__")]:
@@ -92,7 +92,7 @@ def _on_cuda(x):
 
 
 class _NumbersOfTheCpu(TorchFunctionMode):
-    """Random tensors made on the GPU hold what they would on the CPU."""
+    """Random tensors made on the GPU hold the values of the CPU's generator."""
 
     def __torch_function__(self, function, types, arguments=(), named=None):
         named = named or {}

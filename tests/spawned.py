@@ -1,4 +1,4 @@
-"""Processes for a test: waiting for what they do, ending those that hang, finding those left."""
+"""Processes for tests: wait for events, end those that hang, find those left over."""
 
 import faulthandler
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch.multiprocessing as mp
 
-HANG_S = 300  # ends what hangs, and nothing else: one busy CPU makes everything ten times slower
+HANG_S = 300  # only ends what hangs: a busy CPU makes everything ten times slower
 
 
 def wait_for(condition, alive=lambda: True):
@@ -24,7 +24,7 @@ def wait_for(condition, alive=lambda: True):
 
 @contextmanager
 def outlived(process):
-    """A process, of subprocess or multiprocessing, that does not outlive the test if that fails."""
+    """Kill a subprocess or multiprocessing process when the test leaves the block."""
     try:
         yield process
     finally:
@@ -33,7 +33,7 @@ def outlived(process):
 
 
 def running(pid):
-    """Whether a process runs; one that has ended may stay listed for as long as nobody reaps it."""
+    """Return True if a process runs; one that has ended stays listed until it is reaped."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
@@ -54,7 +54,7 @@ def group_of(leader):
 
 
 def spawn(worker, *arguments, nprocs, timeout_s=HANG_S):
-    """worker(rank, *arguments) in each, to its end."""
+    """Run worker(rank, *arguments) in nprocs processes and wait for all of them."""
     context = mp.spawn(watched, (worker, *arguments), nprocs=nprocs, join=False)
     deadline = time.monotonic() + timeout_s
     try:

@@ -56,7 +56,7 @@ PYTHON = [pytest.param(block, id=block.page) for block in TEXTS.values()]
 
 
 def commands():
-    """(page, words) of each line of a shell that is not marked."""
+    """Yield (page, words) for each shell command outside blocks marked as not run."""
     for block in BLOCKS:
         if block.kind == "bash" and not block.not_run:
             for line in block.text.replace("\\\n", " ").splitlines():
@@ -96,7 +96,7 @@ def test_what_is_not_run_is_listed():
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A folder with runs/one and runs/adapters, of ten updates of a model of 267 words."""
+    """Make a folder with runs/one and runs/adapters: ten updates of a tiny model each."""
     place = tmp_path_factory.mktemp("docs")
     model = tiny.save_tiny(place / "model")
     for name, mode in (("one", "full"), ("adapters", "lora")):
@@ -130,12 +130,12 @@ def test_python_uses_what_it_imports(block):
 
 
 class Parsed(BaseException):
-    """A command has understood its arguments. No Exception, which it might tell as a failure."""
+    """Raised once a command has parsed its arguments; not an Exception, which commands catch."""
 
 
 @pytest.fixture
 def only_parsed(monkeypatch):
-    """The first thing that a command does when it knows what to do."""
+    """Replace the first step of every command after parsing by raising Parsed."""
     from benchmarks import compile_report
     from em_kernels import commands
     from em_kernels.training.evaluation import completions
@@ -194,7 +194,7 @@ def test_command_parses(words, only_parsed, runs, monkeypatch, capsys):
 
 
 def test_other_commands_are_known():
-    """Of make and pip; whatever else a page names stands in a block that is marked."""
+    """make targets and pip extras exist; a block with any other command is marked as not run."""
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
     known = set(re.findall(r"^([\w-]+) = \[", (ROOT / "pyproject.toml").read_text(), re.M))
     for page, words in COMMANDS:
@@ -223,7 +223,7 @@ def test_merge_and_report_do_what_the_pages_say(runs, monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def flags():
-    """All that --help of any command, and of make gpu, tells of."""
+    """Every flag in the --help of all commands, the benchmark suite and make gpu."""
     told, names = io.StringIO(), re.findall(r"^  ([a-z-]+)  ", cli.USAGE, re.M)
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(told):
         patch.setenv("COLUMNS", "300")
@@ -240,7 +240,7 @@ def flags():
 
 @pytest.mark.parametrize("page", PAGES)
 def test_flags_exist(page, flags):
-    """Those of the text; of blocks each command is parsed."""
+    """Every flag named in the running text; commands in blocks are parsed by another test."""
     text = re.sub(r"^ *```.*?^ *```$", "", PAGES[page], flags=re.M | re.S)
     told = set(
         re.findall(r"(?<![\w-])--[a-z0-9][a-z0-9-]*", " ".join(re.findall(r"`[^`\n]+`", text)))
@@ -252,7 +252,7 @@ def test_flags_exist(page, flags):
 
 
 def test_the_site_builds(tmp_path):
-    """Strictly: links, anchors and pictures lead somewhere."""
+    """A strict build: links, anchors and pictures lead somewhere."""
     build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet"]
     ran = subprocess.run(
         [*build, "--site-dir", tmp_path / "site"], capture_output=True, text=True, cwd=ROOT
@@ -266,7 +266,7 @@ def test_the_site_builds(tmp_path):
 
 
 def anchors(page):
-    """As GitHub and mkdocs make them, of headings of letters, digits and spaces."""
+    """Return the anchors that GitHub and mkdocs make from a page's headings."""
     titles = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.M)
     return {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
 
@@ -282,8 +282,9 @@ def test_links_of_the_readme():
 
 @pytest.mark.parametrize("page", PAGES)
 def test_paths_exist(page):
-    """Those of the repository that a page names as code."""
-    named = re.findall(r"`((?:em_kernels|csrc|benchmarks|docs|tests|examples)/[\w./-]*)`", PAGES[page])
+    """Every path of the repository that a page names as code."""
+    folders = "em_kernels|csrc|benchmarks|docs|tests|examples"
+    named = re.findall(rf"`((?:{folders})/[\w./-]*)`", PAGES[page])
     assert [path for path in named if not (ROOT / path).exists()] == []
 
 
@@ -291,7 +292,7 @@ def test_paths_exist(page):
 
 
 def test_benchmarks_are_what_the_results_say():
-    """README's part is held to them in test_bench."""
+    """The README's part is tested in test_bench."""
     for path, text in report.generated().items():
         begun = path.read_text(encoding="utf-8").split(report.BEGIN)[1].split(report.END)[0]
         assert begun.strip() == text
@@ -324,7 +325,7 @@ def test_equations_are_numbered_as_in_the_reference():
 
 
 def alike(told, found):
-    """The same words; numbers within rounding, as libraries differ in what they keep."""
+    """Compare texts word by word, numbers within rounding: library versions keep other tensors."""
     number = r"\d+(?:\.\d+)?"
     assert re.split(number, told) == re.split(number, found)
     pairs = zip(re.findall(number, told), re.findall(number, found), strict=True)
@@ -337,7 +338,7 @@ def words_of(text):
 
 @pytest.mark.slow
 def test_plans_of_7b():
-    """A 24 GB card's; python docs/plans.py writes the page anew."""
+    """The plans for a 24 GB card; python docs/plans.py regenerates the page."""
     page = PAGES["memory.md"]
     machines = [name for name in plans.MACHINES if name.startswith("24 GB")]
     with plans.folders():

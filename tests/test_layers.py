@@ -1,4 +1,4 @@
-"""Who may import what (CONTRIBUTING.md, house rules)."""
+"""Imports follow the layers of docs/design.md, without cycles."""
 
 import ast
 import os
@@ -15,7 +15,7 @@ CORE = [path for path in ALL if not {"training", "commands"} & {*path.relative_t
 
 
 def imported(path):
-    """Absolute names of the modules that a file imports, anywhere in it."""
+    """Yield the absolute names that a file imports, functions included."""
     package = ["em_kernels", *path.relative_to(ROOT).parts[:-1]]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -30,7 +30,7 @@ def test_reference_stands_alone():
     assert not [name for name in imported(ROOT / "reference.py") if name.startswith("em_kernels")]
 
 
-# From the top down: a module imports from its own floor and from those below.
+# From top to bottom: a module imports from its own layer and from those below.
 FLOORS = """
 cli
 commands
@@ -57,14 +57,14 @@ reference
 
 
 def floor_of(module):
-    """Its number from the top; a folder is on one floor."""
+    """Return the number of a module's layer, counted from the top; a folder is one layer."""
     parts = module.removeprefix("em_kernels.").split(".")
     names = {".".join(parts[:n]) for n in range(1, len(parts) + 1)}
     return next(n for n, line in enumerate(FLOORS.split("\n")) if names & {*line.split()})
 
 
 def graph():
-    """What each module imports of the project, anywhere in it."""
+    """Map each module to the project's modules that it imports, at any depth of its code."""
     paths = {".".join(["em_kernels", *p.relative_to(ROOT).with_suffix("").parts]): p for p in ALL}
     modules = {name.removesuffix(".__init__"): path for name, path in paths.items()}
     found = {}
