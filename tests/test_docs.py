@@ -298,9 +298,9 @@ def test_benchmarks_are_what_the_results_say():
         assert begun.strip() == text
 
 
-def test_the_readme_has_the_trainers_peaks():
+def test_integrating_has_the_trainers_peaks():
     trainer = json.loads((ROOT / "benchmarks/results/hf_trainer.json").read_text())["trainer"]
-    text = " ".join(PAGES["README.md"].split())
+    text = " ".join(PAGES["integrating.md"].split())
     ours, theirs = (trainer[name]["peak_gib"] for name in ("EntropyTrainer", "logits"))
     assert f"peaks at {ours:.1f} GiB, the same Trainer with logits at {theirs:.1f} GiB" in text
 
