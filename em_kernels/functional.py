@@ -1,4 +1,4 @@
-"""The public functions: check the arguments, cast under autocast, flatten, call the op, reshape."""
+"""The public functions: check, cast under autocast, flatten, call the op, reshape."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from .ops import torch_library
+from .ops import chunked, torch_library
 from .ops.checks import check_arguments, check_float, check_tolerance, check_transform
-from .ops.gradients import Sink
+from .ops.inputs import GradMask, build_inputs
+from .ops.weight_gradient import WeightGradCallback
 from .reference import TokenStats
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -95,20 +96,12 @@ def fused_entropy_loss(
         ).entropy
         assert entropy is not None
         return entropy if mask is None else mask.to(entropy.dtype) * entropy
-    hidden, weight, bias, _, *settings = check_arguments(
-        hidden,
-        weight,
-        bias,
-        None,
-        mask,
-        (temperature, logit_scale, softcap),
-        chunk_bytes,
-        process_group,
+    transform = (temperature, logit_scale, softcap)
+    head = check_arguments(
+        hidden, weight, bias, None, mask, transform, chunk_bytes, process_group
     )
-    needs = _needs(hidden, weight, bias)
-    mean = reduction == "mean"
-    loss, *_ = torch_library.entropy_loss(
-        hidden, weight, bias, *settings, grad_tolerance, mean, needs
+    loss, *_ = torch_library.entropy_loss_op(
+        *head, grad_tolerance, reduction == "mean", _require_grad(*head[:3])
     )
     return loss
 
@@ -174,25 +167,21 @@ def fused_token_stats(
             raise ValueError(f"stats: {name!r} is unknown; use some of {known}")
     if "logprob" in names and targets is None:
         raise ValueError("stats: logprob needs targets")
-    arguments = check_arguments(
-        hidden,
-        weight,
-        bias,
-        targets,
-        mask,
-        (temperature, logit_scale, softcap),
-        chunk_bytes,
-        process_group,
+    transform = (temperature, logit_scale, softcap)
+    head = check_arguments(
+        hidden, weight, bias, targets, mask, transform, chunk_bytes, process_group
     )
-    needs, shape = _needs(*arguments[:3]), hidden.shape[:-1]
+    needs, shape = _require_grad(*head[:3]), hidden.shape[:-1]
     floats = [name for name in names if name != "argmax"]
-    # one statistic under a frozen head: its gradient in forward, 4 units of work instead of 6
-    alone = len(floats) == 1 and needs == [True, False, False]
-    unit = TokenStats._fields.index(floats[0]) if alone else -1
-    everything = not set(names) <= set(TokenStats._fields[:3])
-    found, argmax, *_ = torch_library.token_stats(*arguments, needs, everything, unit)
-    fields = dict(zip(TokenStats._fields, found.unbind(0), strict=False), argmax=argmax)
-    # copies, to be written into: the backward needs what was found
+    # One statistic under a frozen head gets its gradient in the forward: work 4 instead of 6.
+    is_single = len(floats) == 1 and needs == [True, False, False]
+    single_stat_index = TokenStats._fields.index(floats[0]) if is_single else -1
+    with_collision_and_argmax = not set(names) <= set(TokenStats._fields[:3])
+    statistics, argmax, *_ = torch_library.token_stats_op(
+        *head, needs, with_collision_and_argmax, single_stat_index
+    )
+    fields = dict(zip(TokenStats._fields, statistics.unbind(0), strict=False), argmax=argmax)
+    # The backward needs the op's own outputs, and the caller may write into what it gets.
     return TokenStats(**{name: fields[name].clone().reshape(shape) for name in names})
 
 
@@ -254,22 +243,12 @@ def fused_token_loss(
     if not callable(loss_fn):
         raise TypeError(f"loss_fn: expected a function, got {type(loss_fn).__name__}")
     grad_tolerance = check_tolerance(grad_tolerance)
-    hidden, weight, bias, *settings = check_arguments(
-        hidden,
-        weight,
-        bias,
-        targets,
-        mask,
-        (temperature, logit_scale, softcap),
-        chunk_bytes,
-        process_group,
+    transform = (temperature, logit_scale, softcap)
+    head = check_arguments(
+        hidden, weight, bias, targets, mask, transform, chunk_bytes, process_group
     )
-    needs = _needs(hidden, weight, bias)
-    grad_enabled = torch.is_grad_enabled()
-    head = (hidden, weight, bias)
-    return torch_library.TokenLoss.apply(
-        *head, loss_fn, grad_enabled, needs, *settings, grad_tolerance
-    )
+    needs, grad_enabled = _require_grad(*head[:3]), torch.is_grad_enabled()
+    return torch_library.TokenLoss.apply(*head, grad_tolerance, needs, loss_fn, grad_enabled)
 
 
 class GradientReport(NamedTuple):
@@ -305,7 +284,7 @@ def gradient_report(loss: Tensor) -> GradientReport:
 
 @torch.no_grad()
 def entropy_loss_into(
-    sink: Sink | None,
+    on_weight_grad: WeightGradCallback | None,
     hidden: Tensor,
     weight: Tensor,
     *,
@@ -318,25 +297,29 @@ def entropy_loss_into(
     grad_tolerance: float = 0.0,
     chunk_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, GradientReport]:
-    """:func:`fused_entropy_loss` and its gradients at once, without autograd; the weight's goes to
-    a sink in parts, so that no (V, D) gradient is ever in memory::
+    """Compute :func:`fused_entropy_loss` and its gradients at once, without autograd.
 
-        def sink(words, values):
-            weight_gradient[words] += values
+    The weight's gradient goes to a callback in parts, so that no (V, D) gradient is ever in
+    memory::
 
-        loss, dhidden, dbias, report = entropy_loss_into(sink, hidden, lm_head.weight)
+        def on_weight_grad(entries, values):
+            weight_gradient[entries] += values
+
+        loss, dhidden, dbias, report = entropy_loss_into(on_weight_grad, hidden, lm_head.weight)
         hidden.backward(dhidden)
 
     Args:
-        sink: called with (words, values), many times, also for the same words: words a slice or
-            distinct int64 indices (K,); values (K, D) fp32 (fp64 for fp64), to be added to these
-            rows of the gradient, and in memory that is used again when the sink returns. None: the
-            weight is frozen.
-        others: as in :func:`fused_entropy_loss`; reduction "mean" or "sum".
+        on_weight_grad: called with (entries, values) many times, also for the same entries: a
+            slice or distinct int64 indices (K,) of the vocabulary; values (K, D) fp32 (fp64 for
+            fp64), to be added to these rows of the gradient, in memory that is used again when the
+            callback returns. None: the weight is frozen.
+        hidden, weight, bias, mask, temperature, logit_scale, softcap, grad_tolerance, chunk_bytes:
+            as in :func:`fused_entropy_loss`.
+        reduction: "mean" or "sum".
 
     Returns:
-        The loss () and the gradient of hidden, shaped and rounded as hidden, that of bias (V,)
-        fp32 where it requires grad, and what a tolerance left out.
+        The loss (), the gradient of hidden, shaped and rounded as hidden, that of bias (V,) in fp32
+        if it requires grad, else None, and what a tolerance left out.
 
     Memory: one chunk, fp32 dhidden, and 64 MiB for values, with a tolerance 64 MiB more.
     Raises: as :func:`fused_entropy_loss`.
@@ -344,16 +327,16 @@ def entropy_loss_into(
     if reduction not in REDUCTIONS[:2]:
         raise ValueError(f'reduction: {reduction!r} is not "mean" or "sum"')
     grad_tolerance = check_tolerance(grad_tolerance)
-    needs = [True, sink is not None, bias is not None and bias.requires_grad]
+    needs = GradMask(True, on_weight_grad is not None, bias is not None and bias.requires_grad)
     transform = (temperature, logit_scale, softcap)
-    arguments = check_arguments(
+    head = check_arguments(
         hidden, weight, bias, None, mask, transform, chunk_bytes, process_group=None
     )
-    mean = reduction == "mean"
-    loss, found = torch_library.entropy_loss_into(sink, mean, needs, *arguments, grad_tolerance)
-    dhidden = found.hidden.to(hidden.dtype).reshape(hidden.shape)
-    dbias = found.bias if needs[2] else None
-    return loss, dhidden, dbias, GradientReport(*found.report.unbind(0))
+    inputs = build_inputs(head, int(needs.hidden), grad_tolerance)
+    loss, gradients = chunked.sum_entropy(inputs, reduction == "mean", needs, on_weight_grad)
+    dhidden = gradients.hidden.to(hidden.dtype).reshape(hidden.shape)
+    dbias = gradients.bias if needs.bias else None
+    return loss, dhidden, dbias, GradientReport(*gradients.report.unbind(0))
 
 
 def entropy_from_logits(logits: Tensor, *, temperature: float | Tensor = 1.0) -> Tensor:
@@ -381,9 +364,9 @@ def entropy_from_logits(logits: Tensor, *, temperature: float | Tensor = 1.0) ->
         raise ValueError(f"logits: expected (..., V) with V > 0, got {tuple(logits.shape)}")
     temperatures, scalars = check_transform(temperature, 1.0, None, logits)
     flat = logits.reshape(-1, logits.shape[-1])
-    entropy, *_ = torch_library.entropy_from_logits(flat, temperatures, scalars[2])
-    return entropy.clone().reshape(logits.shape[:-1])  # the backward needs it as it is
+    entropy, *_ = torch_library.entropy_from_logits_op(flat, temperatures, scalars[2])
+    return entropy.clone().reshape(logits.shape[:-1])  # the backward needs the op's own output
 
 
-def _needs(*tensors: Tensor | None) -> list[bool]:
+def _require_grad(*tensors: Tensor | None) -> list[bool]:
     return [torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors]

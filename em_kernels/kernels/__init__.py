@@ -1,7 +1,7 @@
 """Row kernels: a chunk of raw logits in, statistics or their gradient out. One file a device, one
 interface:
 
-row_statistics(y, row, everything) -> RowParts; q1, total and argmax may be None unless everything.
+row_statistics(y, row, with_collision_and_argmax) -> RowParts; q1, total and argmax may be None unless with_collision_and_argmax.
 row_gradient(*RowTerms, out) writes dy into out.
 column_mass(*RowTerms) -> sums of |dy| by column (V,), of dy by row (rows,).
 
@@ -39,9 +39,9 @@ def kernels_for(y: Tensor) -> ModuleType:
     return cpu if cpu.supports(y) else portable
 
 
-def row_statistics(y: Tensor, row: RowTransform, everything: bool) -> RowParts:
-    """Equation (1), and with everything argmax and the sums of (5) and (6)."""
-    return kernels_for(y).row_statistics(y, row, everything)
+def row_statistics(y: Tensor, row: RowTransform, with_collision_and_argmax: bool) -> RowParts:
+    """Equation (1), and with with_collision_and_argmax argmax and the sums of (5) and (6)."""
+    return kernels_for(y).row_statistics(y, row, with_collision_and_argmax)
 
 
 def row_gradient(terms: RowTerms, out: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ def _contiguous(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if x is None else x.to(dtype).contiguous()
 
 
-def row_statistics(y: Tensor, row: RowTransform, everything: bool = True) -> RowParts:
+def row_statistics(y: Tensor, row: RowTransform, with_collision_and_argmax: bool = True) -> RowParts:
     """Equation (1) and the sums of (5), (6)."""
     found = y.new_empty(6, y.shape[0])
     argmax = y.new_empty(y.shape[0], dtype=torch.int64)

@@ -18,7 +18,7 @@ def _blocks(y: Tensor) -> Iterator[slice]:
     return (slice(start, start + rows) for start in range(0, y.shape[0], rows))
 
 
-def row_statistics(y: Tensor, row: RowTransform, everything: bool = True) -> RowParts:
+def row_statistics(y: Tensor, row: RowTransform, with_collision_and_argmax: bool = True) -> RowParts:
     """Equation (1) and the sums of (5), (6)."""
     found = [
         reference.row_parts(reference.transform(y[rows], part), part.targets)

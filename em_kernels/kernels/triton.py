@@ -16,8 +16,8 @@ MIN_SPLIT_ROWS = 32  # of a column: partial masses are then 1/32 of the logits a
 OPTIONS = {"enable_fp_fusion": False, "num_stages": 1}
 
 
-def row_statistics(y: Tensor, row: RowTransform, everything: bool = True) -> RowParts:
-    """Equation (1), and with everything argmax and the sums of (5) and (6)."""
+def row_statistics(y: Tensor, row: RowTransform, with_collision_and_argmax: bool = True) -> RowParts:
+    """Equation (1), and with with_collision_and_argmax argmax and the sums of (5) and (6)."""
     rows, columns = y.shape
     if columns == 0 or rows == 0:
         return reference.row_parts(y, row.targets)
@@ -29,7 +29,7 @@ def row_statistics(y: Tensor, row: RowTransform, everything: bool = True) -> Row
     split_length = -(-columns // (splits * block_v)) * block_v
     splits = -(-columns // split_length)
     parts = torch.empty(splits, 6, rows, dtype=torch.float32, device=y.device)
-    argmax = torch.empty(splits, rows if everything else 0, dtype=torch.int64, device=y.device)
+    argmax = torch.empty(splits, rows if with_collision_and_argmax else 0, dtype=torch.int64, device=y.device)
     with torch.cuda.device_of(y):
         row_statistics_kernel[(rows, splits)](
             y,
@@ -41,12 +41,12 @@ def row_statistics(y: Tensor, row: RowTransform, everything: bool = True) -> Row
             columns,
             split_length,
             *_scalars(row),
-            EVERYTHING=everything,
+            WITH_COLLISION_AND_ARGMAX=with_collision_and_argmax,
             **_flags(row),
             **settings,
         )
     found = [
-        RowParts._make([*part, index] if everything else [*part[:4], None, None, None])
+        RowParts._make([*part, index] if with_collision_and_argmax else [*part[:4], None, None, None])
         for part, index in zip(parts, argmax, strict=True)
     ]
     return found[0] if splits == 1 else reference.merge(found)

@@ -99,7 +99,7 @@ def _add_block(
     IS_WHOLE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    EVERYTHING: tl.constexpr,
+    WITH_COLLISION_AND_ARGMAX: tl.constexpr,
 ):
     """Every lane's running (1) with these columns added."""
     m, s, t, q, total, argmax = state
@@ -121,7 +121,7 @@ def _add_block(
     r = _exp(shift)
     t = r * (t + (1.0 + s) * shift) + tl.sum(tl.sum(e * d, axis=2), axis=0)
     s = r * (s + own) + tl.sum(tl.sum(e, axis=2), axis=0) + (ties - own)
-    if EVERYTHING:
+    if WITH_COLLISION_AND_ARGMAX:
         q = r * r * (q + own) + tl.sum(tl.sum(e * e, axis=2), axis=0) + (ties - own)
         first = tl.min(tl.min(tl.where(is_max, cols, columns), axis=2), axis=0)
         argmax = tl.where(is_higher, first, argmax)
@@ -144,7 +144,7 @@ def row_statistics_kernel(
     softcap,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    EVERYTHING: tl.constexpr,
+    WITH_COLLISION_AND_ARGMAX: tl.constexpr,
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -171,12 +171,12 @@ def row_statistics_kernel(
     for start in range(begin, whole_end, BLOCK_V):
         state = _add_block(
             state, y_row, bias_ptr, start + offs_v, columns, inv_temperature, logit_scale, softcap,
-            True, HAS_BIAS, HAS_SOFTCAP, EVERYTHING,
+            True, HAS_BIAS, HAS_SOFTCAP, WITH_COLLISION_AND_ARGMAX,
         )  # fmt: skip
     if whole_end < end:
         state = _add_block(
             state, y_row, bias_ptr, whole_end + offs_v, columns, inv_temperature, logit_scale,
-            softcap, False, HAS_BIAS, HAS_SOFTCAP, EVERYTHING,
+            softcap, False, HAS_BIAS, HAS_SOFTCAP, WITH_COLLISION_AND_ARGMAX,
         )  # fmt: skip
 
     m, s, t, q, total, argmax = state
@@ -192,7 +192,7 @@ def row_statistics_kernel(
     tl.store(parts + rows, s)
     tl.store(parts + 2 * rows, t)
     tl.store(parts + 3 * rows, target_logit)
-    if EVERYTHING:
+    if WITH_COLLISION_AND_ARGMAX:
         tl.store(parts + 4 * rows, q)
         tl.store(parts + 5 * rows, total)
         tl.store(argmax_ptr + split * rows + row, argmax.to(tl.int64))
