@@ -19,7 +19,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 @functools.cache
 def bf16_isa() -> int:
-    """Return the index in BF16_ISAS that csrc/gemm_bf16.cpp uses on this CPU; 0 if it cannot run."""
+    """Return which of BF16_ISAS csrc/gemm_bf16.cpp uses on this CPU, 0 where it cannot run."""
     return torch.ops.em_kernels.gemm_bf16_isa() if is_built() else 0
 
 

@@ -103,9 +103,7 @@ class GradAccumulator:
         self.selector = ColumnSelector(inputs, needs)
         batches = self.selector.tolerance == 0 and needs.weight and inputs.dy_has_own_buffer
         # Chunks of an fp16 dy cannot be batched: each has a scale of its own.
-        self.batch = DyBatch(
-            CHUNKS_PER_BATCH if batches and inputs.operand != torch.float16 else 1
-        )
+        self.batch = DyBatch(CHUNKS_PER_BATCH if batches and inputs.operand != torch.float16 else 1)
         self.multiplied = self.total = 0  # elements of dy
         self.dropped, self.mass = hidden.new_zeros(2, dtype=wide)
 
@@ -167,7 +165,7 @@ class GradAccumulator:
     def _add_columns(
         self, chunk: PendingChunk, selection: Selection, vocab_indices: Tensor, new: int
     ) -> None:
-        """Add the chosen columns, slab by slab, so that little memory is needed beside the chunk."""
+        """Add the chosen columns by slabs, which need little memory beside the chunk."""
         weight, wide, operand = self.inputs.weight, self.inputs.dtype, self.inputs.operand
         choice = selection.choice
         entry_bytes = len(chunk.hidden) * (wide.itemsize + operand.itemsize)

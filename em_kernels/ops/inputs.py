@@ -123,9 +123,7 @@ class HeadInputs(NamedTuple):
         return statistics, self.hidden.new_zeros(count if more else 0, dtype=torch.int64)
 
 
-def build_inputs(
-    head: HeadArguments, collectives: int, grad_tolerance: float = 0.0
-) -> HeadInputs:
+def build_inputs(head: HeadArguments, collectives: int, grad_tolerance: float = 0.0) -> HeadInputs:
     """Build the loops' inputs from checked arguments.
 
     Args:
