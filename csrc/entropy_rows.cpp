@@ -95,7 +95,7 @@ __attribute__((target("avx2,fma"))) void run_avx2(const Operation& operation, in
 }
 #endif
 
-// A denormal e^2 or p * alpha costs a microcode assist: rows were up to 20 times slower (measured).
+// A denormal e^2 or p * alpha costs a microcode assist; measured, rows were up to 20 times slower.
 struct FlushDenormals {
 #if defined(__x86_64__)
   const unsigned saved = _mm_getcsr();
@@ -104,7 +104,7 @@ struct FlushDenormals {
 #endif
 };
 
-// Instruction sets, numbered as in em_kernels/kernels/cpu.py; a CPU that has one has all lower ones.
+// Instruction sets, numbered as in em_kernels/kernels/cpu.py; a CPU with one has all lower ones.
 enum Isa : int64_t { BASELINE, AVX2, AVX512 };
 
 int64_t row_isa() {
@@ -202,7 +202,7 @@ void column_mass(Tensor y, std::optional<Tensor> bias, Tensor inv_temperature, d
   operation.row_sums = partial.data();
   for_all(operation, blocks, rows * em::BLOCK_V, isa);
   float* sums = data_of<float>(row_sums, "row_sums", {rows});
-  for (int64_t row = 0; row < rows; ++row) {  // the order of sums does not depend on the number of threads
+  for (int64_t row = 0; row < rows; ++row) {  // an order that no thread count changes
     double sum = 0.0;
     for (int64_t block = 0; block < blocks; ++block) sum += partial[block * rows + row];
     sums[row] = static_cast<float>(sum);

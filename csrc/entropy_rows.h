@@ -113,7 +113,7 @@ EM_INLINE float transform(const Logits& logits, const float* __restrict y, int64
 
 // The lowest index that reaches max; adds the block's sum of z to row_total.
 EM_INLINE int lead_and_total(const float* __restrict z, int count, float max, double& row_total) {
-  // If logits are nearly equal, fp32 lanes lose up to 1e-6 of their sum, but nothing of differences.
+  // If logits are nearly equal, fp32 lanes lose up to 1e-6 of the sum, nothing of differences.
   const float origin = std::isfinite(z[0]) ? z[0] : 0.0f;
   int lead = count;
   float total = 0.0f;

@@ -1,4 +1,4 @@
-// Registers em_kernels::gemm_bf16 for the CPU: bf16 operands and fp32 result, which torch lacks there.
+// Registers em_kernels::gemm_bf16 for the CPU: bf16 operands, fp32 result, which torch lacks there.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

@@ -14,8 +14,8 @@ from truth import relative_error
 
 import em_kernels.ops.flops  # noqa: F401  # FlopCounterMode counts the extension's GEMM
 from em_kernels import fused_entropy_loss, fused_token_loss, gradient_report
-from em_kernels.ops import chunked, gradients, inputs, sparse
-from em_kernels.ops.inputs import Needs, Problem
+from em_kernels.ops import chunked, gradients, inputs, sparse, weight_gradient
+from em_kernels.ops.inputs import GradMask, HeadInputs
 
 
 def gradients_of(hidden, weight, tolerance, *, bias=None, **arguments):
@@ -102,8 +102,8 @@ def test_one_flat_chunk_costs_the_others_little(flat):
 @pytest.mark.parametrize("operand", [torch.float32, torch.float16])
 def test_two_chunks_at_a_time_as_on_a_gpu(operand, flat_from, monkeypatch):
     """And by slabs of few words; an fp16 dy is scaled."""
-    monkeypatch.setattr(gradients, "SLAB_WORDS", 40)
-    monkeypatch.setattr(gradients, "SLAB_BYTES", 0)
+    monkeypatch.setattr(weight_gradient, "MIN_SLAB_ENTRIES", 40)
+    monkeypatch.setattr(weight_gradient, "SLAB_BYTES", 0)
     monkeypatch.setattr(inputs, "operand_dtype", lambda weight: operand)
     hidden, weight = (x.detach().to(operand).requires_grad_() for x in peaked(1000, 1000))
     hidden.data[100 * flat_from :] *= 0.01
@@ -117,16 +117,16 @@ def test_two_chunks_at_a_time_as_on_a_gpu(operand, flat_from, monkeypatch):
     _, one = gradients_of(hidden, weight, 2**-9, **arguments | {"chunk_bytes": 100 * 1000 * 4})
     begun = []
 
-    class Overlapping(gradients.Sums):
+    class Overlapping(gradients.GradAccumulator):
         def __init__(self, *arguments):
             super().__init__(*arguments)
-            self.buffers = 2
+            self.selector.buffers = 2
 
         def begin(self, *arguments):
-            begun.append(self.buffers)
+            begun.append(self.selector.buffers)
             return super().begin(*arguments)
 
-    monkeypatch.setattr(chunked, "Sums", Overlapping)
+    monkeypatch.setattr(chunked, "GradAccumulator", Overlapping)
     _, two = gradients_of(hidden, weight, 2**-9, **arguments)
     assert 2 in begun and (1 in begun) == (flat_from < 10)
     rounding = 2 * torch.finfo(operand).eps
@@ -141,12 +141,12 @@ def test_no_buffer_is_taken_from_a_chunk_that_waits(n, monkeypatch):
     arguments = {"temperature": 0.5, "chunk_bytes": 100 * 1000 * 8, "reduction": "sum"}
     _, exact = gradients_of(hidden, weight, 0.0, **arguments)
 
-    class Overlapping(gradients.Sums):
+    class Overlapping(gradients.GradAccumulator):
         def __init__(self, *arguments):
             super().__init__(*arguments)
-            self.buffers = 2
+            self.selector.buffers = 2
 
-    monkeypatch.setattr(chunked, "Sums", Overlapping)
+    monkeypatch.setattr(chunked, "GradAccumulator", Overlapping)
     _, found = gradients_of(hidden, weight, 2**-9, **arguments)
     for mine, true in zip(found, exact, strict=True):
         assert relative_error(mine, true) < 3 * 2**-9
@@ -274,10 +274,10 @@ def test_work(dtype, trained, units):
     n, v, d = 512, 4096, 64
     inputs = peaked(n, v, d, dtype)
     inputs = [x.detach().requires_grad_(i in trained) for i, x in enumerate(inputs)]
-    head = Problem(*(x.detach() for x in inputs), temperature=0.5, grad_tolerance=2**-9)
-    needs = Needs(*(x.requires_grad for x in inputs))
+    head = HeadInputs(*(x.detach() for x in inputs), temperature=0.5, grad_tolerance=2**-9)
+    needs = GradMask(*(x.requires_grad for x in inputs))
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        _, found = chunked.entropy_loss(head, True, needs)
+        _, found = chunked.sum_entropy(head, True, needs)
     share = found.report[0].item()
     assert 0 < share < 0.3
     mean_word = 2 * sparse.SAMPLE * d
@@ -316,21 +316,21 @@ def test_dy_of_several_chunks_is_multiplied_at_once_as_on_a_gpu(trained, mask, m
     arguments = {"bias": bias, "mask": mask, "temperature": 0.5, "chunk_bytes": 60 * 1000 * 12}
     monkeypatch.setattr(inputs, "operand_dtype", lambda weight: torch.bfloat16)
     _, expected = gradients_of(hidden, weight, 0.0, **arguments | {"chunk_bytes": None})
-    rows, products, add_all = [], [], gradients.WordSum.add_all
+    rows, products, add_all = [], [], weight_gradient.SparseWeightGrad.add_all
 
     def counted(total, dy, *arguments):
         products.append(len(dy))
         add_all(total, dy, *arguments)
 
-    class Counting(gradients.Sums):
+    class Counting(gradients.GradAccumulator):
         def begin(self, tokens, hidden, *arguments):
             rows.append(len(hidden))
             return super().begin(tokens, hidden, *arguments)
 
-    monkeypatch.setattr(inputs.Problem, "dy_is_apart", True)
+    monkeypatch.setattr(inputs.HeadInputs, "dy_has_own_buffer", True)
     monkeypatch.setattr(chunked, "TILE", 50)
-    monkeypatch.setattr(gradients.WordSum, "add_all", counted)
-    monkeypatch.setattr(chunked, "Sums", Counting)
+    monkeypatch.setattr(weight_gradient.SparseWeightGrad, "add_all", counted)
+    monkeypatch.setattr(chunked, "GradAccumulator", Counting)
     _, found = gradients_of(hidden, weight, 0.0, **arguments)
     if trained == (0,):  # the weight is read as often for larger chunks
         assert max(rows) > 60 and not products

@@ -36,23 +36,23 @@ DTYPES = [torch.float32, torch.bfloat16]
 def test_opcheck(optional, needs, dtype):
     needs = [*needs[:2], needs[2] and optional]
     h, w, b, targets, mask, tau = arguments(needs, dtype, optional)
-    settings = (mask, tau, TRANSFORM, None, None)
+    settings = (targets, mask, tau, TRANSFORM, None, None)
     for tolerance in (0.0, 0.1):
         torch.library.opcheck(
-            torch_library.entropy_loss, (h, w, b, *settings, tolerance, True, needs)
+            torch_library.entropy_loss_op, (h, w, b, *settings, tolerance, True, needs)
         )
-    everything = optional
-    for unit in (-1, 0) if needs == [True, False, False] else (-1,):
+    for single_stat_index in (-1, 0) if needs == [True, False, False] else (-1,):
         torch.library.opcheck(
-            torch_library.token_stats, (h, w, b, targets, *settings, needs, everything, unit)
+            torch_library.token_stats_op,
+            (h, w, b, *settings, needs, optional, single_stat_index),
         )
     h, w, b = (None if x is None else x.detach() for x in (h, w, b))
-    statistics, _, m, log_s, _ = torch_library.token_stats(
-        h, w, b, targets, *settings, needs, everything, -1
+    statistics, _, m, log_s, _ = torch_library.token_stats_op(
+        h, w, b, *settings, needs, optional, -1
     )
     torch.library.opcheck(
-        torch_library.token_stats_backward,
-        (torch.randn_like(statistics), statistics, m, log_s, h, w, b, targets, *settings, needs),
+        torch_library.token_stats_backward_op,
+        (torch.randn_like(statistics), statistics, m, log_s, h, w, b, *settings, needs),
     )
 
 
@@ -60,11 +60,11 @@ def test_opcheck(optional, needs, dtype):
 @pytest.mark.parametrize("tau", [None, TAU])
 def test_opcheck_of_logits(tau, dtype):
     logits = torch.randn(N, V, dtype=dtype, requires_grad=True)
-    torch.library.opcheck(torch_library.entropy_from_logits, (logits, tau, 0.7))
+    torch.library.opcheck(torch_library.entropy_from_logits_op, (logits, tau, 0.7))
     logits = logits.detach()
-    found = torch_library.entropy_from_logits(logits, tau, 0.7)
+    found = torch_library.entropy_from_logits_op(logits, tau, 0.7)
     torch.library.opcheck(
-        torch_library.entropy_from_logits_backward, (torch.randn(N), *found, logits, tau, 0.7)
+        torch_library.entropy_from_logits_backward_op, (torch.randn(N), *found, logits, tau, 0.7)
     )
 
 

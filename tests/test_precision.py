@@ -18,7 +18,7 @@ from truth import (
 
 from em_kernels import fused_entropy_loss, fused_token_stats
 from em_kernels.kernels import row_stride
-from em_kernels.ops.inputs import Problem
+from em_kernels.ops.inputs import HeadInputs
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -47,7 +47,7 @@ def problems(choose):
     mask = masks[choose(st.sampled_from(list(masks)))]
     tokens = choose(st.sampled_from([None, 1, 2, 7]))
     longest = max(n + d, row_stride(v, inputs[0].device))
-    chunk_bytes = tokens and tokens * longest * Problem(*inputs[:2]).logit_bytes
+    chunk_bytes = tokens and tokens * longest * HeadInputs(*inputs[:2]).logit_bytes
     return inputs, targets, mask, transform, chunk_bytes
 
 

@@ -14,7 +14,7 @@ from truth import assert_no_worse_than_eager, entropy_of, leaves, relative_error
 import em_kernels.ops.flops  # noqa: F401  # FlopCounterMode counts the extension's GEMM
 from em_kernels import fused_entropy_loss, gradient_report
 from em_kernels.functional import entropy_loss_into
-from em_kernels.ops import chunked, gradients, inputs, sparse
+from em_kernels.ops import chunked, gradients, inputs, sparse, weight_gradient
 
 N, V, D, CHUNK = 300, 1000, 24, 100
 TOLERANCE = 2**-9
@@ -41,8 +41,8 @@ class Total:
 @pytest.fixture
 def slabs_of(monkeypatch):
     def set_words(count):
-        monkeypatch.setattr(gradients, "SLAB_WORDS", count)
-        monkeypatch.setattr(gradients, "SLAB_BYTES", 0)
+        monkeypatch.setattr(weight_gradient, "MIN_SLAB_ENTRIES", count)
+        monkeypatch.setattr(weight_gradient, "SLAB_BYTES", 0)
 
     return set_words
 
@@ -159,13 +159,13 @@ def test_two_chunks_at_a_time_as_on_a_gpu(operand, slabs_of, monkeypatch):
     monkeypatch.setattr(inputs, "operand_dtype", lambda weight: operand)
     begun = []
 
-    class Overlapping(gradients.Sums):
+    class Overlapping(gradients.GradAccumulator):
         def __init__(self, *arguments):
             super().__init__(*arguments)
-            self.buffers = 2
+            self.selector.buffers = 2
             begun.append(self)
 
-    monkeypatch.setattr(chunked, "Sums", Overlapping)
+    monkeypatch.setattr(chunked, "GradAccumulator", Overlapping)
     hidden, weight, _ = inputs_of("mixed", operand)
     total = Total(weight)
     arguments = {"temperature": 0.5, "chunk_bytes": CHUNK * V * 8, "grad_tolerance": TOLERANCE}
@@ -239,8 +239,8 @@ def test_work(dtype, tolerance, trained, units, slabs_of):
 def test_memory_holds_neither_dweight_nor_its_active_words(dtype, tolerance, monkeypatch):
     """Each of eight chunks keeps some 1 / 50 of the words, all together eight times that."""
     v, d, n, budget, slab = 4096, 512, 128, 16 * 4096 * 4, 64 * 512 * 4
-    monkeypatch.setattr(gradients, "SLAB_WORDS", 16)
-    monkeypatch.setattr(gradients, "SLAB_BYTES", slab)
+    monkeypatch.setattr(weight_gradient, "MIN_SLAB_ENTRIES", 16)
+    monkeypatch.setattr(weight_gradient, "SLAB_BYTES", slab)
     monkeypatch.setattr(sparse, "SAMPLE", 16)
     weight = torch.randn(v, d)
     hidden = 0.06 * weight.view(n, v // n, d)[:, :8].sum(1)  # near 8 words of its own

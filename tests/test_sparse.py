@@ -7,7 +7,7 @@ from truth import entropy_of, leaves
 
 from em_kernels import fused_entropy_loss, fused_token_loss, gradient_report, reference
 from em_kernels.kernels import RowTerms, portable
-from em_kernels.ops import gradients, inputs, sparse
+from em_kernels.ops import inputs, sparse
 
 N, V = 60, 400
 TOLERANCES = [2**-9, 0.05, 0.5, 0.999]
@@ -60,7 +60,7 @@ def dy_of(y, arguments):
 @pytest.mark.parametrize("chunk, sample", [(N, 2048), (17, 64)])
 def test_certificate(chunk, sample, kind, tolerance, monkeypatch):
     """Of the dy that the results imply, read off where the other operand is the identity."""
-    monkeypatch.setattr(gradients, "MOST_COLUMNS", 1.0)  # where it does not pay, too
+    monkeypatch.setattr(sparse, "MAX_COLUMN_SHARE", 1.0)  # where it does not pay, too
     monkeypatch.setattr(sparse, "SAMPLE", sample)
     y, arguments = INPUTS[kind]()
     settings = {"grad_tolerance": tolerance, "chunk_bytes": chunk * V * 4, "reduction": "sum"}
@@ -94,7 +94,7 @@ def test_certificate(chunk, sample, kind, tolerance, monkeypatch):
 def test_certificate_in_16_bits(dtype, kind, tolerance, monkeypatch):
     """Beside the tolerance one rounding of dy, as a GPU's GEMM wants it, and one of the result."""
     monkeypatch.setattr(inputs, "operand_dtype", lambda weight: weight.dtype)
-    monkeypatch.setattr(gradients, "MOST_COLUMNS", 1.0)
+    monkeypatch.setattr(sparse, "MAX_COLUMN_SHARE", 1.0)
     y, arguments = INPUTS[kind]()
     y = y.to(dtype)
     arguments = {k: x.to(dtype) if k == "bias" else x for k, x in arguments.items()}
@@ -133,7 +133,7 @@ def terms_of(y, arguments):
 @pytest.mark.parametrize("kind", [kind for kind in INPUTS if kind not in ("equal", "one-hot")])
 def test_few_more_columns_than_sorting_would_keep(kind, tolerance):
     y, arguments = INPUTS[kind]()
-    found = sparse.choose(terms_of(y, arguments), tolerance)
+    found = sparse.choose_columns(terms_of(y, arguments), tolerance)
     mass = found.mass.double().sort().values
     needed = V - int((mass.cumsum(0) <= tolerance * mass.sum()).sum())
     if kind == "columns of one mass":  # all or none of each kind
@@ -149,7 +149,7 @@ def test_mass_that_is_not_finite_keeps_every_column():
     for bad in (torch.nan, torch.inf):
         factors = terms_of(y, arguments).factors
         factors = factors._replace(alpha=factors.alpha.clone().index_fill_(0, TOKENS[3:4], bad))
-        found = sparse.choose(terms_of(y, arguments)._replace(factors=factors), 0.5)
+        found = sparse.choose_columns(terms_of(y, arguments)._replace(factors=factors), 0.5)
         assert found.kept.all()
 
 

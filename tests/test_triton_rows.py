@@ -19,7 +19,7 @@ kernels = interpreted_triton
 
 def entropy_and_gradient(kernels, y, row):
     """Entropy (rows,) and its gradient, in a buffer of its own, as for logits that exist."""
-    parts = kernels.row_statistics(y, row, everything=False)
+    parts = kernels.row_statistics(y, row, with_collision_and_argmax=False)
     stats = reference.statistics(parts, y.shape[1])
     upstream = TokenStats(entropy=torch.ones_like(parts.m))
     factors = reference.coefficients(stats, upstream, y.shape[1])

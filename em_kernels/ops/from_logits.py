@@ -31,7 +31,9 @@ def entropy(logits: Tensor, temperature: float | Tensor) -> LogitsEntropy:
     result = LogitsEntropy(*(logits.new_empty(len(logits), dtype=dtype) for _ in range(3)))
     for block, y, row in _blocks(logits, temperature):
         parts = kernels.row_statistics(y, row, with_collision_and_argmax=False)
-        result.entropy[block] = reference.statistics(parts, logits.shape[1]).entropy
+        stats = reference.statistics(parts, logits.shape[1])
+        assert stats.entropy is not None
+        result.entropy[block] = stats.entropy
         result.m[block], result.log_s[block] = parts.m, torch.log1p(parts.s1)
     return result
 

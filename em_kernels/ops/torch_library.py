@@ -113,9 +113,9 @@ def token_stats_op(*arguments):
     *head, needs, with_collision_and_argmax, single_stat_index = arguments
     inputs = build_inputs(HeadArguments(*head), 2 * (single_stat_index + 1) + needs[0])
     if single_stat_index < 0:
-        return tuple(vocab_slabs.token_stats(inputs, with_collision_and_argmax))
+        return vocab_slabs.token_stats(inputs, with_collision_and_argmax)
     name = TokenStats._fields[single_stat_index]
-    return tuple(chunked.token_stats_with_gradient(inputs, name, with_collision_and_argmax))
+    return chunked.token_stats_with_gradient(inputs, name, with_collision_and_argmax)
 
 
 @token_stats_op.register_fake
@@ -196,7 +196,7 @@ def entropy_from_logits_op(
     logits: Tensor, temperatures: Tensor | None, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return entropy, m and log s of logits (N, V), each (N,)."""
-    return tuple(from_logits.entropy(logits, temperature if temperatures is None else temperatures))
+    return from_logits.entropy(logits, temperature if temperatures is None else temperatures)
 
 
 @entropy_from_logits_op.register_fake

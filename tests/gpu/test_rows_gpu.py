@@ -65,7 +65,7 @@ def test_statistics_and_gradient(v, logit_scale, softcap, bias, layout):
     truth = truth_of(y, row)
     y = layout(y)
     before = y.clone()
-    plainer = kernels.row_statistics(y, row, everything=False)
+    plainer = kernels.row_statistics(y, row, with_collision_and_argmax=False)
     parts = kernels.row_statistics(y, row)
     assert torch.equal(y, before)
     assert plainer.argmax is None
