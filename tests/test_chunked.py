@@ -1,4 +1,4 @@
-"""The loops' parts: the budget of a chunk, and the work that it all costs."""
+"""The budget of a chunk, and the GEMM work of the loops."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def test_chunks_on_a_gpu_are_whole_tiles_where_they_can_be(total, fitting):
     elif fitting >= memory.TILE:
         assert length % memory.TILE == 0
         pieces = -(-total // length)
-        assert pieces * (length - memory.TILE) < total  # no smaller chunks would do
+        assert pieces * (length - memory.TILE) < total  # no smaller chunks would give as few
 
 
 def test_default_budget_is_an_eighth_of_the_free_memory(monkeypatch):
@@ -47,7 +47,7 @@ def test_default_budget_is_an_eighth_of_the_free_memory(monkeypatch):
 
 
 def work(function):
-    """Floating-point operations: a GEMM over the vocabulary is 2 N D V."""
+    """Count floating-point operations: a GEMM over the vocabulary is 2 N D V."""
     with FlopCounterMode(display=False) as counter:
         function()
     return counter.get_total_flops()

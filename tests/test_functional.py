@@ -40,7 +40,7 @@ GRADIENTS = ("dhidden", "dweight", "dbias")
 
 
 def assert_all_close(ours, truth, tolerance=3e-6):
-    """In norms: fp32 elements that nearly cancel are not right to their last digits."""
+    """Compare norms, as fp32 elements that nearly cancel lack their last digits."""
     for mine, true in zip(ours, truth, strict=True):
         assert mine.shape == true.shape
         error, size = (mine.double() - true).norm(), true.double().norm()
@@ -295,7 +295,7 @@ def test_inputs_are_left_alone():
 @pytest.mark.usefixtures("rows")
 @pytest.mark.parametrize("names", [["entropy"], ["entropy", "logprob"]])
 def test_outputs_may_be_written_into(names):
-    """And a head that one statistic found frozen may be, before the backward."""
+    """So may a frozen head be, before a single statistic's backward."""
     hidden, weight, _, targets = draw(N, D, V)
     weight = weight.detach()
     (expected,) = torch.autograd.grad(fused_token_stats(hidden, weight).entropy.sum(), hidden)

@@ -15,7 +15,7 @@ TRANSFORM = [0.7, 5.0, 1.0]
 
 
 def arguments(needs, dtype, optional):
-    """hidden, weight, bias, targets, mask, temperatures; matrices column-major."""
+    """Return hidden, weight, bias, targets, mask, temperatures; matrices are column-major."""
     *inputs, targets = draw(N, D, V, dtype=dtype)
     hidden, weight, bias = (
         x.detach().t().contiguous().t().requires_grad_(need)
@@ -92,7 +92,11 @@ def test_compiled_equals_eager(per_token, backend):
     torch._dynamo.reset()
     model = TinyModel()
     compiled = torch.compile(model, fullgraph=True, backend=backend)
-    for length, temperature in ((5, 0.5), (5, 0.7), (9, 0.9)):  # from the second on dynamic
+    for length, temperature in (
+        (5, 0.5),
+        (5, 0.7),
+        (9, 0.9),
+    ):  # shapes are dynamic from the second call on
         tokens = torch.randint(50, (2, length))
         mask = torch.rand(2, length) > 0.3
         if per_token:
@@ -109,7 +113,7 @@ def test_compiled_equals_eager(per_token, backend):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("hidden_dtype", DTYPES)
 def test_autocast_is_that_of_linear(hidden_dtype, dtype):
-    """Inputs are rounded to its dtype, and nothing else: not the temperature, nor statistics."""
+    """Autocast rounds the inputs to its dtype, but neither the temperature nor the statistics."""
     *inputs, targets = draw(N, D, V)
     rounded = leaves(*inputs, dtype=torch.bfloat16)
     hidden, weight, bias = inputs[0].detach().to(hidden_dtype), *leaves(*inputs[1:], dtype=dtype)

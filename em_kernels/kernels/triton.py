@@ -50,7 +50,9 @@ def row_statistics(
             **settings,
         )
     if with_collision_and_argmax:
-        by_split = [RowParts._make([*part, index]) for part, index in zip(parts, argmax, strict=True)]
+        by_split = [
+            RowParts._make([*part, index]) for part, index in zip(parts, argmax, strict=True)
+        ]
     else:
         by_split = [RowParts(*part[:4]) for part in parts]
     return by_split[0] if splits == 1 else reference.merge(by_split)
