@@ -12,7 +12,7 @@ import em_kernels.kernels.triton as compiled
 import em_kernels.kernels.triton_kernels as kernels
 from em_kernels.kernels.configs import DEFAULT
 
-# Few lanes, as the interpreter merges them one by one; few columns, so that rows have several blocks.
+# Few lanes, as the interpreter merges them one by one; few columns, so that rows have blocks.
 SMALL = DEFAULT._replace(statistics_warps=1, BLOCK_N=2, BLOCK_V=256)
 
 

@@ -1,4 +1,4 @@
-"""Gradients with a tolerance, chunk by chunk: against the exact ones, with their work and memory."""
+"""Gradients with a tolerance, chunk by chunk, against the exact ones; their work and memory."""
 
 import itertools
 

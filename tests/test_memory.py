@@ -18,7 +18,7 @@ MASK = torch.arange(N) % 5 > 0
 
 
 def changes(function):
-    """Return bytes allocated (> 0) and freed (< 0) while the function runs, also inside operators."""
+    """Return bytes allocated (> 0) and freed (< 0) by the function, also inside operators."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
     events = profiler.profiler.kineto_results.events()

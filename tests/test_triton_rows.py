@@ -52,7 +52,7 @@ def test_splits_of_few_rows_keep_four_blocks_each():
 
 
 def mass_and_truth(y, row, factors):
-    """Return mass and row sums, both in fp64, and sums of |dy| by row: the scale of the row sums."""
+    """Return mass and row sums, both also in fp64, and the scale of the row sums."""
     parts, truth = kernels.row_statistics(y, row), truth_of(y, row)
     found = kernels.column_mass(y, row, parts.m, parts.s1.log1p(), factors)
     dy = reference.row_gradient(

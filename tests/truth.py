@@ -9,7 +9,7 @@ FLOAT_STATS = ("entropy", "logprob", "logsumexp", "mean_logit", "log_collision")
 
 
 def draw(n, d, v, *, dtype=torch.float32, scale=3.0, seed=0):
-    """Return hidden (n, d), weight (v, d), bias (v,), targets (n,); logits have deviation `scale`."""
+    """Return hidden (n, d), weight (v, d), bias (v,), targets (n,); logits deviate by `scale`."""
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(n, d, generator=generator)
     weight = torch.randn(v, d, generator=generator) * (scale / d**0.5)
