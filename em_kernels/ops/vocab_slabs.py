@@ -104,14 +104,14 @@ def token_stats_backward(
         up = up._replace(logprob=up.logprob.masked_fill(ignored, 0))
     up, scale = scale_upstream(up, inputs.operand)
     factors = reference.coefficients(stats, up, inputs.vocab_size)
-    m, log_s = saved.m[tokens], saved.log_s[tokens]
     dh = h.new_zeros(h.shape if needs.hidden else (0,), dtype=wide)
     dw = large_empty(weight.shape if needs.weight else (0,), weight.dtype, weight)
     dw_slab = dh.new_empty(0)
     db = weight.new_empty(len(weight) if needs.bias else 0)
     for vocab_slice, w, y, row in _slabs(inputs, h, tokens):
         out = kernels.gradient_buffer(y, inputs.operand)
-        dy = kernels.row_gradient(RowTerms(y, row, m, log_s, factors), out)
+        terms = RowTerms(y, row, saved.m[tokens], saved.log_s[tokens], factors)
+        dy = kernels.row_gradient(terms, out)
         if needs.hidden:
             gemm(dh, dy, w, accumulate=True, alpha=scale)
         if needs.weight:
@@ -120,7 +120,7 @@ def token_stats_backward(
             dw[vocab_slice] = gemm(dw_slab[: len(w)], dy.t(), h, alpha=scale)
         if needs.bias:
             db[vocab_slice] = (dy.sum(0, dtype=wide) * scale).to(db.dtype)
-        del out, dy  # a GPU reuses their memory for the next slab
+        del terms, out, dy  # a GPU reuses their memory for the next slab
     if needs.hidden and inputs.shard is not None:
         inputs.shard.sum(dh)
     dh = dh.to(hidden.dtype)
