@@ -12,7 +12,7 @@ from benchmarks import inputs
 from benchmarks.providers import PROVIDERS
 from em_kernels import fused_entropy_loss, fused_token_stats, gradient_report, reference
 from em_kernels.kernels import kernels_for
-from em_kernels.ops.inputs import free_bytes
+from em_kernels.ops.memory import free_bytes
 from em_kernels.reference import RowTransform, TokenStats
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

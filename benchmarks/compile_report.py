@@ -79,7 +79,7 @@ class Variant(NamedTuple):
         constants = {"HAS_BIAS": self.bias is not None, "HAS_SOFTCAP": self.softcap}
         if self.kernel == "statistics":
             settings = kernels.statistics_settings(config, self.y, self.aligned)
-            constants["EVERYTHING"] = self.everything
+            constants["WITH_COLLISION_AND_ARGMAX"] = self.everything
         elif self.kernel == "mass":
             settings = kernels.mass_settings(config, self.y, self.aligned)
             constants["HAS_TARGETS"] = self.targets

@@ -18,7 +18,7 @@ from benchmarks import inputs, report, store
 from benchmarks.measure import GEMMS, TASKS, Case
 from benchmarks.providers import ASIDE, PROVIDERS
 from benchmarks.store import BenchError
-from em_kernels.ops.inputs import free_bytes
+from em_kernels.ops.memory import free_bytes
 
 SHAPES = {  # D, V, softcap of real heads
     "smollm2-135m": (576, 49152, None),

@@ -70,7 +70,9 @@ class RowProblem(NamedTuple):
 
     def launch(self, kernels: ModuleType, name: str) -> tuple[Tensor, ...]:
         if name == "statistics":
-            return kernels.row_statistics(self.terms.y, self.terms.row, everything=False)[:3]
+            return kernels.row_statistics(
+                self.terms.y, self.terms.row, with_collision_and_argmax=False
+            )[:3]
         if name == "gradient":
             kernels.row_gradient(*self.terms, self.out)
             return (self.out,)

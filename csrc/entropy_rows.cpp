@@ -81,7 +81,7 @@ EM_INLINE void run_all(const Operation& operation, int64_t begin, int64_t end) {
 }
 
 #if defined(__x86_64__)
-// Not target_clones: that needs glibc's ifunc, and its arch=haswell leaves AMD on the baseline.
+// Not target_clones, which needs glibc's ifunc, and whose arch=haswell leaves AMD on the baseline.
 template <class Operation>
 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))) void run_avx512(
     const Operation& operation, int64_t begin, int64_t end) {
@@ -95,7 +95,7 @@ __attribute__((target("avx2,fma"))) void run_avx2(const Operation& operation, in
 }
 #endif
 
-// A denormal e^2 or p * alpha costs a microcode assist: measured, rows up to 20 times slower.
+// A denormal e^2 or p * alpha costs a microcode assist; measured, rows were up to 20 times slower.
 struct FlushDenormals {
 #if defined(__x86_64__)
   const unsigned saved = _mm_getcsr();
@@ -104,7 +104,7 @@ struct FlushDenormals {
 #endif
 };
 
-// Instruction sets of the rows, numbered as in em_kernels/kernels/cpu.py; each CPU has the lower ones.
+// Instruction sets, numbered as in em_kernels/kernels/cpu.py; a CPU with one has all lower ones.
 enum Isa : int64_t { BASELINE, AVX2, AVX512 };
 
 int64_t row_isa() {
@@ -127,7 +127,7 @@ void run_with(int64_t isa, const Operation& operation, int64_t begin, int64_t en
   run_all(operation, begin, end);
 }
 
-// Runs `count` parts of so many elements each.
+// Runs `count` parts of `elements` elements each.
 template <class Operation>
 void for_all(const Operation& operation, int64_t count, int64_t elements, int64_t isa) {
   STD_TORCH_CHECK(isa >= BASELINE && isa <= row_isa(),
@@ -202,7 +202,7 @@ void column_mass(Tensor y, std::optional<Tensor> bias, Tensor inv_temperature, d
   operation.row_sums = partial.data();
   for_all(operation, blocks, rows * em::BLOCK_V, isa);
   float* sums = data_of<float>(row_sums, "row_sums", {rows});
-  for (int64_t row = 0; row < rows; ++row) {  // in one order, however many threads there were
+  for (int64_t row = 0; row < rows; ++row) {  // an order that no thread count changes
     double sum = 0.0;
     for (int64_t block = 0; block < blocks; ++block) sum += partial[block * rows + row];
     sums[row] = static_cast<float>(sum);

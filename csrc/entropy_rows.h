@@ -65,7 +65,7 @@ EM_INLINE Tanh tanh_and_slope(float x) {
           is_small ? 1.0f - small * small : complement * (2.0f - complement)};
 }
 
-// The arguments that both operations share. Row i starts at y + i * row_stride.
+// Arguments that all operations share. Row i starts at y + i * row_stride.
 struct Logits {
   const float* y;
   int64_t row_stride, rows, columns;
@@ -84,7 +84,7 @@ EM_INLINE void prefetch(const float* y, int64_t count) {
 // Maps a float's bits to an integer of the same order, and back.
 EM_INLINE int32_t order_key(int32_t bits) { return bits ^ ((bits >> 31) & 0x7fffffff); }
 
-// z of one block, and what else is needed: for the gradient the slope dc/du, else the maximum.
+// Writes z of one block; for the gradient also the slope dc/du, else returns the maximum.
 template <bool has_bias, bool has_softcap, bool for_gradient>
 EM_INLINE float transform(const Logits& logits, const float* __restrict y, int64_t start, int count,
                           float inv_temperature, float* __restrict z, float* __restrict slope) {
@@ -113,7 +113,7 @@ EM_INLINE float transform(const Logits& logits, const float* __restrict y, int64
 
 // The lowest index that reaches max; adds the block's sum of z to row_total.
 EM_INLINE int lead_and_total(const float* __restrict z, int count, float max, double& row_total) {
-  // Of logits alike, fp32 lanes lose up to 1e-6 of the plain sum and nothing of the differences.
+  // If logits are nearly equal, fp32 lanes lose up to 1e-6 of the sum, nothing of differences.
   const float origin = std::isfinite(z[0]) ? z[0] : 0.0f;
   int lead = count;
   float total = 0.0f;
@@ -124,7 +124,7 @@ EM_INLINE int lead_and_total(const float* __restrict z, int count, float max, do
     total += z[j] - origin;
   }
   double exact = total + static_cast<double>(count) * origin;
-  if (!std::isfinite(exact)) {  // by a -inf or NaN, or fp32 could not hold it
+  if (!std::isfinite(exact)) {  // a -inf, a NaN, or a sum beyond fp32
     exact = 0.0;
 #pragma omp simd reduction(+ : exact)
     for (int j = 0; j < count; ++j) exact += z[j];
@@ -253,7 +253,7 @@ struct RowTerms : Logits {
   }
 };
 
-// A row of `out` may begin where its row of y does: no element is written before it was read.
+// A row of `out` may begin where its row of y does: each element is read before it is overwritten.
 template <class Out>
 struct RowGradient : RowTerms {
   Out* out;

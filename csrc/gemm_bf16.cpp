@@ -1,5 +1,4 @@
-// Registers em_kernels::gemm_bf16, the GEMM of bf16 operands and fp32 result that torch has not for
-// the CPU.
+// Registers em_kernels::gemm_bf16 for the CPU: bf16 operands, fp32 result, which torch lacks there.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -8,7 +7,7 @@
 #include <cstdint>
 #include <memory>
 
-// AMX: gcc 11, clang 12; without it there are no instruction sets here.
+// AMX intrinsics need gcc 11 or clang 12; older compilers build no GEMM.
 #if __has_include(<amxbf16intrin.h>) || __has_include(<amxintrin.h>)
 #define EM_HAS_AMX_HEADER
 #endif
@@ -29,9 +28,9 @@ using torch::stable::Tensor;
 enum Isa : int64_t { NONE, AVX512_BF16, AMX };  // as em_kernels/ops/gemm.py names them
 
 #if defined(EM_GEMM_BF16)
-// Asks Linux for the tile registers too, which a process has to do once.
+// Also asks Linux for the tile registers, as every process must before it uses them.
 bool has_amx() {
-  // Not __builtin_cpu_supports: clang before 19 knows no "amx-bf16".
+  // Not __builtin_cpu_supports: clang before 19 does not know "amx-bf16".
   unsigned eax, ebx, ecx, edx;
   constexpr unsigned AMX_BF16 = 1u << 22, AMX_TILE = 1u << 24;
   if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
@@ -59,7 +58,7 @@ em::Operand operand_of(const Tensor& x, const char* name, int k_dim) {
           unit_k};
 }
 
-// One part of out a thread. Each packs its operands itself, hence parts as square as can be.
+// Each thread computes one part of out and packs its own operands: square parts pack the least.
 void multiply(const em::Product& product, int64_t rows, int64_t columns, Isa isa) {
   constexpr double GRAIN_SIZE = 1 << 20;  // multiplications a thread is worth
   const double work = static_cast<double>(rows) * columns * product.inner / GRAIN_SIZE;

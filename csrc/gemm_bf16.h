@@ -26,10 +26,10 @@ constexpr int TILE_SIZE = TILE * TILE_K;  // 1 KiB
 constexpr int PANEL = 2 * TILE;
 // Measured (Xeon with AMX and 2 MiB of L2, 2026-11): benchmarks/LOG.md.
 constexpr int64_t BLOCK_K = 1024;
-constexpr int64_t BLOCK_B_SIZE = 3 << 17;  // of b, in L2: 768 KiB
+constexpr int64_t BLOCK_B_SIZE = 3 << 17;  // elements of b held in L2: 768 KiB
 
-// One row of a, or one column of b, is a line: element (line, k) is at line * stride + k where
-// unit_k, else at line + k * stride.
+// A line is a row of a or a column of b: element (line, k) is at line * stride + k if unit_k, else
+// at line + k * stride.
 struct Operand {
   const bf16* data;
   int64_t stride;
@@ -47,7 +47,7 @@ struct Product {
   bool accumulate;
 };
 
-struct Workspace {  // a thread's: 840 KiB
+struct Workspace {  // 840 KiB per thread
   alignas(64) bf16 a[PANEL * BLOCK_K];
   alignas(64) bf16 b[BLOCK_B_SIZE];
   alignas(64) float sums[2][PANEL * PANEL];
@@ -91,7 +91,7 @@ EM_AVX512_INLINE void transpose(__m512i (&x)[16]) {
   }
 }
 
-// Zeros stand beyond `lines` and `count`: what lies there in memory may be NaN.
+// Pads with zeros beyond `lines` and `count`, where memory may hold NaN.
 template <bool unit_k, bool transposed>
 EM_AVX512_INLINE void pack_tile(const bf16* from, int64_t stride, int64_t ahead, int64_t lines,
                                 int64_t count, bf16* to) {
@@ -121,7 +121,7 @@ EM_AVX512_INLINE void pack_tile(const bf16* from, int64_t stride, int64_t ahead,
   for (int i = 0; i < 16; ++i) _mm512_store_si512(to + i * TILE_K, x[i]);
 }
 
-// The panels of `lines` lines and `count` k from (line, k) on, read along contiguous memory.
+// Packs `lines` lines and `count` k from (line, k) on into panels, reading along contiguous memory.
 template <bool unit_k, bool transposed>
 EM_AVX512 void pack_as(const Operand& operand, int64_t line, int64_t lines, int64_t k,
                        int64_t count, bf16* to) {
@@ -154,7 +154,7 @@ EM_AVX512 inline void pack_b(const Operand& b, int64_t column, int64_t columns, 
 
 enum class Store { PLAIN, STREAM, ADD };
 
-// The product of two panels on its way to out: some rows at a time, while the next is computed.
+// The product of two panels, stored to out a few rows at a time while the next is computed.
 struct Result {
   float* sums;  // (PANEL, PANEL)
   float* out;
@@ -273,8 +273,8 @@ struct Amx {
   }
 };
 
-// Rows [row_begin, row_end) and columns [column_begin, column_end) of out. The order of each sum
-// depends on K alone.
+// Computes rows [row_begin, row_end) and columns [column_begin, column_end) of out. The order of
+// each sum depends on K alone.
 template <class Isa>
 EM_AVX512 void multiply_part(const Product& product, int64_t row_begin, int64_t row_end,
                              int64_t column_begin, int64_t column_end, Workspace& workspace) {

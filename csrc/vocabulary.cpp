@@ -21,7 +21,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Zeros that nobody reads soon, past the caches: else what they overwrite is read first.
+// Writes zeros past the caches: a plain store would first read the memory that it overwrites.
 void stream_zeros(char* to, int64_t bytes) {
 #if defined(__x86_64__)
   const auto misaligned = reinterpret_cast<uintptr_t>(to) % 16;
@@ -61,7 +61,7 @@ void spread(const Tensor& values, const int64_t* words, float factor, const Tens
   });
 }
 
-// Rows `words` of out are those of values times the factor, the others 0: each is written once.
+// Writes each row of out once: values times the factor at the indices `words`, 0 elsewhere.
 void spread_rows(Tensor values, Tensor words, double factor, Tensor out) {
   STD_TORCH_CHECK(words.scalar_type() == ScalarType::Long && words.dim() == 1 &&
                       words.is_contiguous(),
@@ -78,7 +78,7 @@ void spread_rows(Tensor values, Tensor words, double factor, Tensor out) {
   spread<em::Bfloat16>(values, index, static_cast<float>(factor), out);
 }
 
-// Fresh memory in pages of 2 MiB: 4 KiB pages cost more time at their first use than a GEMM.
+// Asks for pages of 2 MiB: the first use of 4 KiB pages costs more time than a GEMM.
 void advise_huge_pages([[maybe_unused]] Tensor x) {
 #if defined(__linux__)
   constexpr uintptr_t PAGE = 2 << 20;

@@ -1,4 +1,4 @@
-"""The public functions: check the arguments, cast under autocast, flatten, call the op, reshape."""
+"""The public functions: check, cast under autocast, flatten, call the op, reshape."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from .ops import torch_library
+from .ops import chunked, torch_library
 from .ops.checks import check_arguments, check_float, check_tolerance, check_transform
-from .ops.gradients import Sink
+from .ops.inputs import GradMask, build_inputs
+from .ops.weight_gradient import WeightGradCallback
 from .reference import TokenStats
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -29,9 +30,9 @@ def fused_entropy_loss(
     chunk_bytes: int | None = None,
     process_group: ProcessGroup | None = None,
 ) -> Tensor:
-    """Entropy of the next-token distributions, straight from the hidden states.
+    """Compute the entropy of the next-token distributions, straight from the hidden states.
 
-    Equals, without the logits ever being in memory::
+    Equivalent to this, without the logits ever being in memory::
 
         logits = F.linear(hidden, weight, bias).float() * logit_scale
         logits = softcap * torch.tanh(logits / softcap)
@@ -41,39 +42,41 @@ def fused_entropy_loss(
     Args:
         hidden: (..., D) final hidden states; fp32, bf16, fp16, or fp64.
         weight: (V, D) of the output head, as in nn.Linear; hidden's dtype unless autocast is on.
-        bias: (V,) or None; a bias of -inf removes a word from the vocabulary.
+        bias: (V,) or None; a bias of -inf removes an entry from the vocabulary.
         mask: (...) bool, int or float weight of each token. Tokens of weight 0 cost nothing and may
             hold NaN.
-        temperature: > 0; a number, or (...) one per token. The logits are divided by it. Under
-            torch.compile a number is compiled in: one that changes is given as a tensor, ().
+        temperature: > 0, a number or (...) one per token, that the logits are divided by. Under
+            torch.compile a number is compiled in: give one that changes as a tensor of shape ().
         reduction: "mean" (divided by the mask's sum; 0 where that is 0), "sum", or "none". Negative
             weights are for "sum" and "none" only.
-        logit_scale, softcap: of models that have them (Cohere, Granite; Gemma 2).
+        logit_scale, softcap: for models that have them (Cohere, Granite; Gemma 2).
         grad_tolerance: in [0, 1): the share of the L1 mass of d loss / d logits that the backward
-            may leave out, and with it most of the GEMM work where distributions are peaked: words
-            whose gradient is next to nothing. 0 is exact; 2**-9 is bf16's own rounding. Of each
-            chunk (and rank's words), not of each token: one of little weight may lose more. At
-            the words left out the gradients of weight and bias are 0; dhidden gets their mean back,
-            and so is that of a d loss / d logits within twice the share. "none" is exact always.
+            may drop. It drops vocabulary entries whose gradient is next to nothing, and with them
+            most of the GEMM work where distributions are peaked. 0 is exact; 2**-9 is bf16's own
+            rounding. The bound holds per chunk (and rank), not per token: a token of little weight
+            may lose more. The gradients of weight and bias are 0 at dropped entries; dhidden gets
+            their mean back, so it is that of a d loss / d logits within twice the share. "none" is
+            always exact.
         chunk_bytes: memory for the logits held at a time; default 1 GiB or an eighth of the free
-            memory, rounded down to a power of two. It sets the order of sums, and which words a
-            tolerance leaves out: give it where the same bits are wanted again on a fuller machine.
-        process_group: ranks that hold consecutive rows of the weight each, bias split alike; every
-            rank passes the same hidden, all with the same requires_grad, and gets the same loss and
-            dhidden.
+            memory, rounded down to a power of two. It sets the order of sums, and which entries a
+            tolerance drops: give it to get the same bits again on a machine with less free memory.
+        process_group: ranks that hold consecutive rows of the weight each, with the bias split
+            alike. Every rank passes the same hidden, all with the same requires_grad, and gets the
+            same loss and dhidden.
 
     Returns:
         The loss in nats, fp32 (fp64 for fp64): (), or (...) for "none".
 
-    Gradient: for hidden, weight and bias, equation (8) of ``em_kernels.reference``; computed during
-        the forward for "mean" and "sum" (GEMM work 3 times the forward's, 2 with a frozen weight;
-        with a tolerance 1 + 2 A, or 1 + A, where a share A of the words is kept), recomputed for
-        "none" (4 times; 2 with a frozen weight). No second derivatives.
+    Gradient: for hidden, weight and bias, equation (8) of ``em_kernels.reference``. For "mean" and
+        "sum" it is computed during the forward: GEMM work is 3 times that of the forward alone, 2
+        with a frozen weight; with a tolerance 1 + 2 A, or 1 + A, where a share A of the vocabulary
+        is kept. For "none" logits are recomputed: 4 times, 2 with a frozen weight. No second
+        derivatives.
     Precision: logits, statistics and accumulated gradients are fp32 whatever the inputs' dtype;
         gradients are rounded once, to the inputs' dtype (under autocast its own, as nn.Linear's).
-    Memory: one chunk, and fp32 gradients of what requires grad; no gradient is kept for what does
-        not. With a tolerance dweight's is of the words that any chunk kept, and 64 MiB more are
-        used at most; on a GPU a chunk is two halves, of which one is computed ahead.
+    Memory: one chunk, and fp32 gradients of what requires grad. With a tolerance dweight has rows
+        for the entries that any chunk kept, and at most 64 MiB more are used; on a GPU a chunk is
+        two halves, of which one is computed ahead.
     Raises: ValueError, TypeError naming the argument; RuntimeError on double backward.
     Source: One-shot Entropy Minimization, arXiv 2505.20282; the tolerance's certificate is proven
         in ``em_kernels/ops/sparse.py``.
@@ -95,20 +98,10 @@ def fused_entropy_loss(
         ).entropy
         assert entropy is not None
         return entropy if mask is None else mask.to(entropy.dtype) * entropy
-    hidden, weight, bias, _, *settings = check_arguments(
-        hidden,
-        weight,
-        bias,
-        None,
-        mask,
-        (temperature, logit_scale, softcap),
-        chunk_bytes,
-        process_group,
-    )
-    needs = _needs(hidden, weight, bias)
-    mean = reduction == "mean"
-    loss, *_ = torch_library.entropy_loss(
-        hidden, weight, bias, *settings, grad_tolerance, mean, needs
+    transform = (temperature, logit_scale, softcap)
+    head = check_arguments(hidden, weight, bias, None, mask, transform, chunk_bytes, process_group)
+    loss, *_ = torch_library.entropy_loss_op(
+        *head, grad_tolerance, reduction == "mean", _require_grad(*head[:3])
     )
     return loss
 
@@ -127,10 +120,9 @@ def fused_token_stats(
     chunk_bytes: int | None = None,
     process_group: ProcessGroup | None = None,
 ) -> TokenStats:
-    """Differentiable statistics of each token's next-token distribution, straight from the hidden
-    states.
+    """Compute differentiable statistics of each token's next-token distribution.
 
-    Equals, without the logits ever being in memory::
+    Equivalent to this, without the logits ever being in memory::
 
         logits = F.linear(hidden, weight, bias).float() / temperature
         logp = logits.log_softmax(-1)
@@ -147,20 +139,22 @@ def fused_token_stats(
         targets: (...) int64, each in [0, V), or -100 for a token without one (logprob 0, no
             gradient).
         stats: names of the fields to return; default entropy, and logprob where there are targets.
-        mask: (...) tokens of weight 0 are left out: their statistics are 0, and they may hold NaN.
+        mask: (...) weights; tokens of weight 0 are left out: their statistics are 0, and they may
+            hold NaN.
 
     Returns:
         TokenStats; each field (...) fp32 in nats (fp64 for fp64), argmax int64, None where not
         asked for.
 
     Gradient: for hidden, weight and bias, with any upstream per token and statistic; argmax has
-        none. The logits are computed again in the backward (GEMM work in all 4 times the
-        forward's), but for one statistic with weight and bias frozen: its gradient is kept from
-        the forward (2 times). No second derivatives.
+        none. The backward recomputes the logits: GEMM work is 4 times that of the forward alone.
+        A single statistic with weight and bias frozen keeps its gradient from the forward: 2 times.
+        No second derivatives.
     Precision: as in :func:`fused_entropy_loss`.
-    Memory: chunk_bytes for a slab (all tokens, some words) of logits and of dweight, by default 64
-        MiB or, where more, 16 times an fp32 hidden; in the backward also an fp32 dhidden beside the
-        returned gradients, which one statistic with a frozen head keeps from the forward on.
+    Memory: chunk_bytes for a slab of logits (all tokens, some vocabulary entries) and of dweight,
+        by default 64 MiB or, if that is more, 16 times an fp32 hidden. The backward holds an fp32
+        dhidden beside the returned gradients; a single statistic with a frozen head holds it from
+        the forward on.
     Raises: ValueError, TypeError naming the argument; RuntimeError on double backward.
     Source: equations (1)-(8) of ``em_kernels.reference``.
     """
@@ -174,25 +168,21 @@ def fused_token_stats(
             raise ValueError(f"stats: {name!r} is unknown; use some of {known}")
     if "logprob" in names and targets is None:
         raise ValueError("stats: logprob needs targets")
-    arguments = check_arguments(
-        hidden,
-        weight,
-        bias,
-        targets,
-        mask,
-        (temperature, logit_scale, softcap),
-        chunk_bytes,
-        process_group,
+    transform = (temperature, logit_scale, softcap)
+    head = check_arguments(
+        hidden, weight, bias, targets, mask, transform, chunk_bytes, process_group
     )
-    needs, shape = _needs(*arguments[:3]), hidden.shape[:-1]
+    needs, shape = _require_grad(*head[:3]), hidden.shape[:-1]
     floats = [name for name in names if name != "argmax"]
-    # one statistic under a frozen head: its gradient in forward, 4 units of work instead of 6
-    alone = len(floats) == 1 and needs == [True, False, False]
-    unit = TokenStats._fields.index(floats[0]) if alone else -1
-    everything = not set(names) <= set(TokenStats._fields[:3])
-    found, argmax, *_ = torch_library.token_stats(*arguments, needs, everything, unit)
-    fields = dict(zip(TokenStats._fields, found.unbind(0), strict=False), argmax=argmax)
-    # copies, to be written into: the backward needs what was found
+    # One statistic under a frozen head gets its gradient in the forward: work 4 instead of 6.
+    is_single = len(floats) == 1 and needs == [True, False, False]
+    single_stat_index = TokenStats._fields.index(floats[0]) if is_single else -1
+    with_collision_and_argmax = not set(names) <= set(TokenStats._fields[:3])
+    statistics, argmax, *_ = torch_library.token_stats_op(
+        *head, needs, with_collision_and_argmax, single_stat_index
+    )
+    fields = dict(zip(TokenStats._fields, statistics.unbind(0), strict=False), argmax=argmax)
+    # The backward needs the op's own outputs, and the caller may write into what it gets.
     return TokenStats(**{name: fields[name].clone().reshape(shape) for name in names})
 
 
@@ -212,15 +202,15 @@ def fused_token_loss(
     chunk_bytes: int | None = None,
     process_group: ProcessGroup | None = None,
 ) -> Tensor:
-    """Sum of any loss that is a function of each token's own statistics: policy gradients, GRPO and
-    PPO with clip and entropy bonus, cross-entropy, z-loss, self-certainty.
+    """Sum any loss that is a function of each token's own statistics.
 
-    Equals, at 3/4 of the work::
+    Such are policy gradients, GRPO and PPO with clip and entropy bonus, cross-entropy, z-loss,
+    self-certainty. Equivalent to this, at 3/4 of the GEMM work::
 
         stats = fused_token_stats(hidden, weight, targets, stats=TokenStats._fields)
         loss = (mask * loss_fn(stats, torch.arange(mask.numel()))).sum()
 
-    GRPO with clip and entropy bonus, over answers' tokens::
+    GRPO with clip and entropy bonus, over the answers' tokens::
 
         def loss_fn(stats, index):
             ratio = torch.exp(stats.logprob - old_logprob[index])
@@ -233,19 +223,19 @@ def fused_token_loss(
     Args:
         hidden, weight, bias, temperature, logit_scale, softcap, grad_tolerance, chunk_bytes,
             process_group: as in :func:`fused_entropy_loss`.
-        targets: (...) int64 as in :func:`fused_token_stats`, or None: no logprob.
-        loss_fn: (TokenStats of n tokens, each field (n,); index (n,) int64: which tokens, counted
-            over the flattened hidden) -> losses (n,), real. Called once a chunk, with whichever
-            tokens it holds; differentiated there by autograd. It may read other tensors, which must
-            not require grad.
+        targets: (...) int64 as in :func:`fused_token_stats`, or None: then there is no logprob.
+        loss_fn: called once per chunk with (stats, index) -> losses (n,), real: stats is TokenStats
+            of the chunk's n tokens, each field (n,); index (n,) int64 their positions in the
+            flattened hidden. Autograd differentiates it there. It may read other tensors, which
+            must not require grad.
         mask: (...) weights of the losses, negative ones too. Tokens of weight 0 never reach
             loss_fn.
 
     Returns:
         () fp32 (fp64 for fp64).
 
-    Gradient: for hidden, weight and bias, computed during the forward (GEMM work 3 times the
-        forward's, 2 with a frozen weight). No second derivatives.
+    Gradient: for hidden, weight and bias, computed during the forward: GEMM work is 3 times that of
+        the forward alone, 2 with a frozen weight. No second derivatives.
     Precision, memory: as in :func:`fused_entropy_loss`.
     Raises: ValueError, TypeError naming the argument; RuntimeError on double backward. Under
         torch.compile a graph break.
@@ -254,45 +244,38 @@ def fused_token_loss(
     if not callable(loss_fn):
         raise TypeError(f"loss_fn: expected a function, got {type(loss_fn).__name__}")
     grad_tolerance = check_tolerance(grad_tolerance)
-    hidden, weight, bias, *settings = check_arguments(
-        hidden,
-        weight,
-        bias,
-        targets,
-        mask,
-        (temperature, logit_scale, softcap),
-        chunk_bytes,
-        process_group,
+    transform = (temperature, logit_scale, softcap)
+    head = check_arguments(
+        hidden, weight, bias, targets, mask, transform, chunk_bytes, process_group
     )
-    needs = _needs(hidden, weight, bias)
-    grad_enabled = torch.is_grad_enabled()
-    head = (hidden, weight, bias)
-    return torch_library.TokenLoss.apply(
-        *head, loss_fn, grad_enabled, needs, *settings, grad_tolerance
-    )
+    needs, grad_enabled = _require_grad(*head[:3]), torch.is_grad_enabled()
+    return torch_library.TokenLoss.apply(*head, grad_tolerance, needs, loss_fn, grad_enabled)
 
 
 class GradientReport(NamedTuple):
-    """Work saved and gradient dropped by a tolerance, each (), on the loss's device; reading one
-    synchronises. With a process_group: for this rank's part of the vocabulary.
+    """Work saved and gradient dropped by a tolerance.
+
+    Each field is (), on the loss's device, and reading it synchronises. With a process_group they
+    describe this rank's part of the vocabulary.
     """
 
     active_share: Tensor
-    """Share of the words that the backward multiplied, A: its GEMM work over the exact one's. At 1
-    the tolerance saves nothing: distributions are too flat for it.
+    """Share A of the vocabulary that the backward multiplied: its GEMM work over the exact one's.
+
+    At 1 the tolerance saves nothing, as the distributions are too flat for it.
     """
     dropped_share: Tensor
-    """Share of the L1 mass of d loss / d logits left out, of the chunks that left any out."""
+    """Share of the L1 mass of d loss / d logits dropped, over the chunks that dropped any."""
 
 
 def gradient_report(loss: Tensor) -> GradientReport:
-    """Report what the gradient tolerance of a loss left out.
+    """Report what the gradient tolerance of a loss saved and dropped.
 
     Args:
-        loss: as :func:`fused_entropy_loss` ("mean" or "sum") or :func:`fused_token_loss` returned
-            it, with grad.
+        loss: returned by :func:`fused_entropy_loss` ("mean" or "sum") or :func:`fused_token_loss`,
+            with grad.
 
-    Raises: ValueError for any other tensor, such as one that torch.compile returned.
+    Raises: ValueError for any other tensor, also for one that torch.compile returned.
     """
     report = getattr(getattr(loss, "grad_fn", None), "report", None)
     if report is None:
@@ -305,7 +288,7 @@ def gradient_report(loss: Tensor) -> GradientReport:
 
 @torch.no_grad()
 def entropy_loss_into(
-    sink: Sink | None,
+    on_weight_grad: WeightGradCallback | None,
     hidden: Tensor,
     weight: Tensor,
     *,
@@ -318,25 +301,29 @@ def entropy_loss_into(
     grad_tolerance: float = 0.0,
     chunk_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, GradientReport]:
-    """:func:`fused_entropy_loss` and its gradients at once, without autograd; the weight's goes to
-    a sink in parts, so that no (V, D) gradient is ever in memory::
+    """Compute :func:`fused_entropy_loss` and its gradients at once, without autograd.
 
-        def sink(words, values):
-            weight_gradient[words] += values
+    The weight's gradient goes to a callback in parts, so that no (V, D) gradient is ever in
+    memory::
 
-        loss, dhidden, dbias, report = entropy_loss_into(sink, hidden, lm_head.weight)
+        def on_weight_grad(entries, values):
+            weight_gradient[entries] += values
+
+        loss, dhidden, dbias, report = entropy_loss_into(on_weight_grad, hidden, lm_head.weight)
         hidden.backward(dhidden)
 
     Args:
-        sink: called with (words, values), many times, also for the same words: words a slice or
-            distinct int64 indices (K,); values (K, D) fp32 (fp64 for fp64), to be added to these
-            rows of the gradient, and in memory that is used again when the sink returns. None: the
-            weight is frozen.
-        others: as in :func:`fused_entropy_loss`; reduction "mean" or "sum".
+        on_weight_grad: called with (entries, values) many times, also for the same entries: a
+            slice or distinct int64 indices (K,) of the vocabulary; values (K, D) fp32 (fp64 for
+            fp64), to be added to these rows of the gradient, in memory that is used again when the
+            callback returns. None: the weight is frozen.
+        hidden, weight, bias, mask, temperature, logit_scale, softcap, grad_tolerance, chunk_bytes:
+            as in :func:`fused_entropy_loss`.
+        reduction: "mean" or "sum".
 
     Returns:
-        The loss () and the gradient of hidden, shaped and rounded as hidden, that of bias (V,)
-        fp32 where it requires grad, and what a tolerance left out.
+        The loss (), the gradient of hidden, shaped and rounded as hidden, that of bias (V,) in fp32
+        if it requires grad, else None, and what a tolerance left out.
 
     Memory: one chunk, fp32 dhidden, and 64 MiB for values, with a tolerance 64 MiB more.
     Raises: as :func:`fused_entropy_loss`.
@@ -344,23 +331,24 @@ def entropy_loss_into(
     if reduction not in REDUCTIONS[:2]:
         raise ValueError(f'reduction: {reduction!r} is not "mean" or "sum"')
     grad_tolerance = check_tolerance(grad_tolerance)
-    needs = [True, sink is not None, bias is not None and bias.requires_grad]
+    needs = GradMask(True, on_weight_grad is not None, bias is not None and bias.requires_grad)
     transform = (temperature, logit_scale, softcap)
-    arguments = check_arguments(
+    head = check_arguments(
         hidden, weight, bias, None, mask, transform, chunk_bytes, process_group=None
     )
-    mean = reduction == "mean"
-    loss, found = torch_library.entropy_loss_into(sink, mean, needs, *arguments, grad_tolerance)
-    dhidden = found.hidden.to(hidden.dtype).reshape(hidden.shape)
-    dbias = found.bias if needs[2] else None
-    return loss, dhidden, dbias, GradientReport(*found.report.unbind(0))
+    inputs = build_inputs(head, int(needs.hidden), grad_tolerance)
+    loss, gradients = chunked.sum_entropy(inputs, reduction == "mean", needs, on_weight_grad)
+    dhidden = gradients.hidden.to(hidden.dtype).reshape(hidden.shape)
+    dbias = gradients.bias if needs.bias else None
+    return loss, dhidden, dbias, GradientReport(*gradients.report.unbind(0))
 
 
 def entropy_from_logits(logits: Tensor, *, temperature: float | Tensor = 1.0) -> Tensor:
-    """Entropy of logits that already exist, without a second tensor of their size in the forward.
+    """Compute the entropy of logits that already exist.
 
-    Equals ``torch.distributions.Categorical(logits=logits.float() / temperature).entropy()``, with
-    -inf allowed.
+    The forward needs no second tensor of their size. Equivalent to
+    ``torch.distributions.Categorical(logits=logits.float() / temperature).entropy()``,
+    with -inf allowed.
 
     Args:
         logits: (..., V) fp32, bf16, fp16, or fp64.
@@ -381,9 +369,9 @@ def entropy_from_logits(logits: Tensor, *, temperature: float | Tensor = 1.0) ->
         raise ValueError(f"logits: expected (..., V) with V > 0, got {tuple(logits.shape)}")
     temperatures, scalars = check_transform(temperature, 1.0, None, logits)
     flat = logits.reshape(-1, logits.shape[-1])
-    entropy, *_ = torch_library.entropy_from_logits(flat, temperatures, scalars[2])
-    return entropy.clone().reshape(logits.shape[:-1])  # the backward needs it as it is
+    entropy, *_ = torch_library.entropy_from_logits_op(flat, temperatures, scalars[2])
+    return entropy.clone().reshape(logits.shape[:-1])  # the backward needs the op's own output
 
 
-def _needs(*tensors: Tensor | None) -> list[bool]:
+def _require_grad(*tensors: Tensor | None) -> list[bool]:
     return [torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors]

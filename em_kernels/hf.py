@@ -14,8 +14,9 @@ from transformers import Cache, PreTrainedModel
 from .functional import fused_entropy_loss
 from .reference import IGNORE_INDEX, RowTransform, transform
 
-READING: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()  # a model's lock
-INPUTS = ("input_ids", "attention_mask", "position_ids")  # of a batch, that the model is given
+# One lock per model: only one thread at a time may replace its forward.
+FORWARD_LOCKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+INPUTS = ("input_ids", "attention_mask", "position_ids")  # what the model gets of a batch
 
 
 class Head(NamedTuple):
@@ -27,15 +28,15 @@ class Head(NamedTuple):
     softcap: float | None
 
     def arguments(self) -> Mapping[str, Any]:
-        """Keyword arguments for fused_entropy_loss and fused_token_stats, weight apart."""
+        """Return the keyword arguments, weight apart, that our functions take of a head."""
         return {"bias": self.bias, "logit_scale": self.logit_scale, "softcap": self.softcap}
 
 
 def head_of(model: PreTrainedModel) -> Head:
-    """The head as the model's config describes it.
+    """Return the head as the model's config describes it.
 
-    Raises: TypeError where it is not a plain linear layer; a LoRA adapter on the head would be
-        silently ignored.
+    Raises: TypeError if it is not a plain linear layer; a LoRA adapter on it would be silently
+        ignored.
     """
     layer = model.get_output_embeddings()
     if hasattr(layer, "base_layer"):
@@ -54,13 +55,13 @@ def head_of(model: PreTrainedModel) -> Head:
 
 
 def decoder_of(model: PreTrainedModel) -> nn.Module:
-    """The part that computes the hidden states which the head reads.
+    """Return the submodule that computes the hidden states which the head reads.
 
-    Raises: TypeError where the architecture does not name it, or gives its inputs other names.
+    Raises: TypeError if the architecture does not name it, or names its inputs differently.
     """
     try:
         named = model.get_decoder()
-    except RecursionError:  # a few ask themselves
+    except RecursionError:  # in a few architectures get_decoder() calls itself
         named = model
     for part in (named, getattr(model, "model", None)):
         if isinstance(part, nn.Module) and part is not model and takes(part, *INPUTS[:2]):
@@ -72,15 +73,16 @@ def decoder_of(model: PreTrainedModel) -> nn.Module:
 
 
 def takes(module: nn.Module, *names: str) -> bool:
-    """True if a module's forward has inputs with these names."""
+    """Return True if a module's forward has inputs with these names."""
     parameters = inspect.signature(module.forward).parameters
     more = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
     return more or set(names) <= parameters.keys()
 
 
 def require_gradients(model: PreTrainedModel) -> None:
-    """Require gradients of the decoder's and the head's weights, all that the loss depends on; the
-    rest, such as a vision tower, is frozen.
+    """Require gradients of the decoder's and the head's weights only.
+
+    The loss depends on no others: the rest, such as a vision tower, is frozen.
 
     Raises: TypeError as head_of and decoder_of.
     """
@@ -93,8 +95,9 @@ def require_gradients(model: PreTrainedModel) -> None:
 def hidden_states(
     model: PreTrainedModel, input_ids: Tensor, past_key_values: Cache | None = None
 ) -> Tensor:
-    """Final hidden states (B, T, D): what the head reads. Rows may be padded on the right: causal
-    attention never looks there.
+    """Compute the final hidden states (B, T, D), which the head reads.
+
+    Rows may be padded on the right, where causal attention never looks.
     """
     return decoder_of(model)(
         input_ids=input_ids, past_key_values=past_key_values, use_cache=False
@@ -102,7 +105,7 @@ def hidden_states(
 
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside its wrappers: PEFT, DDP, FSDP, DeepSpeed."""
+    """Return the transformers model inside its wrappers: PEFT, DDP, FSDP, DeepSpeed."""
     found = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
     if found is None:
         raise TypeError(f"model: there is no transformers model in this {type(model).__name__}")
@@ -111,12 +114,12 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
 
 @contextmanager
 def head_reads(model: nn.Module, read: Callable[[Tensor, Head], Tensor]) -> Iterator[None]:
-    """While it lasts, model(...) returns read(hidden states, head) in place of logits.
+    """Let model(...) return read(hidden states, head) instead of logits within this context.
 
-    The head's module is called and `read` runs as its forward, within that of the wrapped model:
-    whatever prepares a module's weights for its forward (FSDP, DeepSpeed ZeRO), or a model for its
-    backward (DDP), does so here. Threads take turns; model(...) of another thread meanwhile is read
-    as well.
+    `read` runs as the forward of the head's module, within that of the wrapped model, so hooks that
+    prepare a module's weights for its forward (FSDP, DeepSpeed ZeRO) or a model for its backward
+    (DDP) do their work. Threads take turns; a model(...) call of a thread outside the context
+    returns `read`'s result too.
     """
     lm = causal_lm(model)
     head_of(lm)
@@ -125,18 +128,18 @@ def head_reads(model: nn.Module, read: Callable[[Tensor, Head], Tensor]) -> Iter
     layer = lm.get_output_embeddings()
 
     def forward(**inputs: Any) -> Tensor:
-        given = {name: value for name, value in inputs.items() if value is not None}
-        return layer(decoder_of(lm)(**given).last_hidden_state)
+        present = {name: value for name, value in inputs.items() if value is not None}
+        return layer(decoder_of(lm)(**present).last_hidden_state)
 
-    modules = {lm: forward, layer: lambda hidden: read(hidden, head_of(lm))}
-    with READING.setdefault(lm, RLock()):
-        before = {module: vars(module).get("forward") for module in modules}
+    replacements = {lm: forward, layer: lambda hidden: read(hidden, head_of(lm))}
+    with FORWARD_LOCKS.setdefault(lm, RLock()):
+        originals = {module: vars(module).get("forward") for module in replacements}
         try:
-            for module, function in modules.items():
+            for module, function in replacements.items():
                 module.forward = function
             yield
         finally:
-            for module, function in before.items():
+            for module, function in originals.items():
                 if function is None:
                     del module.forward
                 else:
@@ -145,23 +148,22 @@ def head_reads(model: nn.Module, read: Callable[[Tensor, Head], Tensor]) -> Iter
 
 @torch.no_grad()
 def check_head(model: nn.Module, head: Head) -> None:
-    """Compare the head as described with the model's own logits, on 16 tokens; the model may be
-    wrapped.
+    """Compare the head's logits with the model's own on 16 tokens; the model may be wrapped.
 
-    Raises: TypeError where they differ: the loss would be of another distribution than the model's.
+    Raises: TypeError if they differ: the loss would be that of another distribution.
     """
-    words = causal_lm(model).config.get_text_config().vocab_size
-    ids = torch.arange(16, device=head.weight.device)[None] % words
+    vocab_size = causal_lm(model).config.get_text_config().vocab_size
+    ids = torch.arange(16, device=head.weight.device)[None] % vocab_size
 
-    def read(hidden: Tensor, own: Head) -> Tensor:
-        return nn.functional.linear(hidden, own.weight, own.bias)
+    def read(hidden: Tensor, current: Head) -> Tensor:
+        return nn.functional.linear(hidden, current.weight, current.bias)
 
     expected = model(input_ids=ids, use_cache=False).logits.float()
     with head_reads(model, read):
         y = model(input_ids=ids, use_cache=False)
     row = RowTransform(None, y.new_ones(y.shape[1]).float(), head.logit_scale, head.softcap)
     worst = (transform(y[0].float(), row) - expected[0]).abs().max().item()
-    # 16-bit logits are rounded to 2^-8 of their size
+    # The model may round its logits to bf16, 2^-8 of their size.
     tolerance = 0.02 if y.dtype.itemsize == 2 else 0.001
     if not worst <= tolerance * max(1.0, expected.abs().max().item()):
         raise TypeError(
@@ -171,12 +173,12 @@ def check_head(model: nn.Module, head: Head) -> None:
 
 
 def scored_positions(batch: Mapping[str, Tensor]) -> Tensor:
-    """(B, T) bool: which hidden states score a token that counts in :func:`entropy_loss`."""
+    """Return (B, T) bool: the hidden states that score a token counted by :func:`entropy_loss`."""
     unknown = sorted(set(batch) - {*INPUTS, "labels"})
     if unknown or "input_ids" not in batch:
         raise ValueError(
-            f"batch: has {', '.join(unknown) or 'no input_ids'}; expected input_ids, and of "
-            "attention_mask, position_ids and labels what there is; leave out the rest"
+            f"batch: has {', '.join(unknown) or 'no input_ids'}; expected input_ids, "
+            "and if present attention_mask, position_ids and labels; leave out the rest"
         )
     ids = batch["input_ids"]
     for name, x in batch.items():
@@ -196,9 +198,9 @@ def entropy_loss(
     chunk_bytes: int | None = None,
     num_items_in_batch: int | Tensor | None = None,
 ) -> Tensor:
-    """Mean entropy of the next-token distributions over a batch, without its logits in memory.
+    """Average the entropy of the next-token distributions over a batch.
 
-    Equals::
+    Equivalent to this, without the logits ever being in memory::
 
         logits = model(**inputs).logits[:, :-1].float()
         entropy = torch.distributions.Categorical(logits=logits / temperature).entropy()
@@ -209,19 +211,19 @@ def entropy_loss(
         model: a transformers causal language model, also as PEFT, DistributedDataParallel,
             fully_shard or DeepSpeed wrap it; its own forward is not called. Under accelerate's
             mixed precision call this within ``accelerator.autocast()``.
-        batch: as a collator gives it: input_ids (B, T), and what there is of attention_mask,
-            position_ids and labels. A token counts where its label is not -100 and the mask has it
-            and the one before it.
+        batch: from a collator: input_ids (B, T), and if present attention_mask, position_ids and
+            labels. A token counts if its label is not -100 and the attention mask covers it and the
+            token before it.
         temperature, grad_tolerance, chunk_bytes: as in :func:`em_kernels.fused_entropy_loss`.
-        num_items_in_batch: what the sum is divided by in place of the tokens that count here: those
-            of all batches that one update accumulates.
+        num_items_in_batch: the number of tokens that count in all batches that one update
+            accumulates: the sum is divided by it, and not by this batch's number.
 
     Returns:
         The loss in nats, () fp32 (fp64 for fp64).
 
     Gradient, precision, memory: as in :func:`em_kernels.fused_entropy_loss`.
     Raises: ValueError, TypeError naming the argument. A model whose logits are not its head applied
-        to its hidden states is not noticed here: ask :func:`check_head` once.
+        to its hidden states goes unnoticed here: call :func:`check_head` once.
     """
     mask = scored_positions(batch)
 

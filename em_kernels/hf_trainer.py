@@ -1,5 +1,6 @@
-"""transformers' Trainer with the entropy for its loss. Apart from hf: importing Trainer takes
-seconds.
+"""transformers' Trainer with the entropy as its loss.
+
+It stands apart from hf because importing Trainer takes seconds.
 """
 
 from collections.abc import Sequence
@@ -13,13 +14,16 @@ from .hf import causal_lm, check_head, entropy_loss, head_of, scored_positions
 
 
 class EntropyTrainer(Trainer):
-    """transformers.Trainer that minimises :func:`em_kernels.hf.entropy_loss`, in training and in
-    evaluation; no logits are computed.
+    """transformers.Trainer that minimises :func:`em_kernels.hf.entropy_loss`.
 
-    Args: those of Trainer, and temperature, grad_tolerance, chunk_bytes as in entropy_loss.
+    That is its loss in training and in evaluation; no logits are computed. Batches need no labels.
+    An update's loss is the mean over all its tokens that count, however many batches it accumulates
+    and, with average_tokens_across_devices, whichever process has them.
 
-    Batches need no labels. An update's loss is the mean over all its tokens that count, however
-    many batches it accumulates and, with average_tokens_across_devices, whichever process has them.
+    Args:
+        args, kwargs: as in Trainer.
+        temperature, grad_tolerance, chunk_bytes: as in entropy_loss.
+
     Raises: ValueError, TypeError naming the argument; TypeError in the first step for a model whose
         logits are not its head applied to its hidden states.
     """
@@ -33,12 +37,12 @@ class EntropyTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        for name, given in (
+        for name, value in (
             ("compute_loss_func", self.compute_loss_func),
             ("label_smoothing_factor", self.label_smoother),
             ("compute_metrics", self.compute_metrics),
         ):
-            if given is not None:
+            if value is not None:
                 raise ValueError(
                     f"{name}: the loss is the entropy and there are no logits; leave it out"
                 )
@@ -55,10 +59,11 @@ class EntropyTrainer(Trainer):
         self.head_checked = False
 
     def _get_num_items_in_batch(self, batch_samples: Sequence[Any], device: torch.device) -> Any:
-        """Count the tokens that are scored, whether they come from labels or not."""
-        ignored = [torch.where(scored_positions(batch), 0, -100) for batch in batch_samples]
-        labels = [{"labels": x, "shift_labels": x} for x in ignored]
-        return super()._get_num_items_in_batch(labels, device)
+        """Count the scored tokens, with labels or without."""
+        # Trainer counts labels other than -100; so it gets 0 for each token that is scored.
+        labels = [torch.where(scored_positions(batch), 0, -100) for batch in batch_samples]
+        batches = [{"labels": x, "shift_labels": x} for x in labels]
+        return super()._get_num_items_in_batch(batches, device)
 
     def compute_loss(
         self,
@@ -67,6 +72,7 @@ class EntropyTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
+        """Compute the mean entropy; the first call also checks the model's head."""
         if not self.head_checked:
             training = model.training
             model.eval()  # dropout would make two forwards differ
@@ -80,7 +86,7 @@ class EntropyTrainer(Trainer):
             with self.accelerator.autocast():
                 return {"loss": entropy_loss(model, batch, **settings)}
 
-        # Trainer's own passes num_items_in_batch on, and scales the loss by the processes
+        # Trainer passes num_items_in_batch on, and multiplies the loss by the number of processes.
         return super().compute_loss(outputs, inputs, return_outputs, num_items_in_batch)  # type: ignore[arg-type]
 
     def prediction_step(
@@ -90,6 +96,7 @@ class EntropyTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, None, None]:
+        """Compute the loss of an evaluation batch; there are no logits and no labels to return."""
         with torch.no_grad():
             loss = self.compute_loss(model, self._prepare_inputs(inputs))
         return loss, None, None

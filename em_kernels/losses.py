@@ -1,11 +1,10 @@
-"""Rewards and losses of reinforcement learning without a reward model, as functions of each token's
-own statistics.
+"""Rewards and losses of reinforcement learning without a reward model.
 
-A reward takes TokenStats of completions, fields (..., T), and a mask (..., T), bool or weights, 0
-outside them, where a statistic may be NaN. It is (...) in nats, 0 where the mask is 0 throughout,
-and differentiable if the statistics are: take those under ``torch.no_grad()`` and at the
-temperature of sampling, by which the logits of the equal code are divided. ValueError and TypeError
-name the argument.
+A reward takes the TokenStats of completions, fields (..., T), and a mask (..., T) of bool or
+weights, 0 outside the completions, where a statistic may be NaN. It returns (...) in nats, 0 where
+the mask is 0 throughout, and is differentiable if the statistics are: compute those under
+``torch.no_grad()``, at the temperature of sampling. The logits in the equivalent code are already
+divided by it. ValueError and TypeError name the argument.
 """
 
 import math
@@ -24,21 +23,22 @@ ADVANTAGE_EPS = 1e-4  # TRL 1.16
 
 
 def self_certainty(stats: TokenStats, vocab_size: int) -> Tensor:
-    """Self-certainty of each token: KL(uniform || p) = logsumexp - mean_logit - log V.
+    """Compute each token's self-certainty: KL(uniform || p) = logsumexp - mean_logit - log V.
 
-    Equals::
+    Equivalent to::
 
         result = -(logits.log_softmax(-1) + math.log(vocab_size)).mean(-1)
 
     Args:
         stats: with logsumexp and mean_logit, (...).
-        vocab_size: V, of the whole vocabulary where that is split.
+        vocab_size: V, of the whole vocabulary if that is split over ranks.
 
     Returns:
-        (...) in nats; >= 0 but for rounding, relative to the logits; inf where -inf masks a word.
+        (...) in nats: >= 0 but for rounding errors relative to the logits; inf where a logit is
+            -inf.
 
     Source: Intuitor, arXiv 2505.19590, section 3.2. Public copies of its code leave log V out,
-        which no advantage within a group sees.
+        which does not change an advantage within a group.
     """
     if not isinstance(vocab_size, int) or vocab_size < 1:
         raise ValueError(f"vocab_size: {vocab_size!r} is not an int > 0; give len(lm_head.weight)")
@@ -46,22 +46,22 @@ def self_certainty(stats: TokenStats, vocab_size: int) -> Tensor:
 
 
 def intuitor_reward(stats: TokenStats, mask: Tensor, vocab_size: int) -> Tensor:
-    """Mean of :func:`self_certainty` over each completion's tokens.
+    """Average :func:`self_certainty` over each completion's tokens.
 
-    Equals::
+    Equivalent to::
 
         token = -(logits.log_softmax(-1) + math.log(vocab_size)).mean(-1)
         result = (mask * token).sum(-1) / mask.sum(-1)
 
     Source: Intuitor, arXiv 2505.19590, section 3.2.
     """
-    return _mean(self_certainty(stats, vocab_size), mask)
+    return _masked_mean(self_certainty(stats, vocab_size), mask)
 
 
 def em_rl_sequence_reward(stats: TokenStats, mask: Tensor) -> Tensor:
-    """Log-probability of each completion, from logprob.
+    """Sum logprob over each completion's tokens: the log-probability of the completion.
 
-    Equals::
+    Equivalent to::
 
         token = logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
         result = (mask * token).sum(-1)
@@ -69,51 +69,51 @@ def em_rl_sequence_reward(stats: TokenStats, mask: Tensor) -> Tensor:
     Source: EM-RL-sequence of The Unreasonable Effectiveness of Entropy Minimization in LLM
         Reasoning, arXiv 2505.15134, equation (3). A public copy of its code takes the mean.
     """
-    return _sum(_field(stats, "logprob"), mask)
+    return _masked_sum(_field(stats, "logprob"), mask)
 
 
 def em_rl_token_reward(stats: TokenStats, mask: Tensor) -> Tensor:
-    """Negative sum of the entropies of each completion's tokens.
+    """Sum the negative entropies of each completion's tokens.
 
-    Equals::
+    Equivalent to::
 
         logp = logits.log_softmax(-1)
         result = (mask * (logp.exp() * logp).sum(-1)).sum(-1)
 
     Source: EM-RL-token, arXiv 2505.15134, equation (4). A public copy of its code takes the mean,
-        :func:`rent_reward`.
+        as :func:`rent_reward` does.
     """
-    return -_sum(_field(stats, "entropy"), mask)
+    return -_masked_sum(_field(stats, "entropy"), mask)
 
 
 def rent_reward(stats: TokenStats, mask: Tensor) -> Tensor:
-    """Negative mean of the entropies of each completion's tokens.
+    """Average the negative entropies of each completion's tokens.
 
-    Equals::
+    Equivalent to::
 
         logp = logits.log_softmax(-1)
         result = (mask * (logp.exp() * logp).sum(-1)).sum(-1) / mask.sum(-1)
 
-    The mask selects tokens, such as each completion's last 2:
+    The mask may select tokens, such as each completion's last 2:
 
     >>> mask = torch.tensor([[0, 1, 1, 1, 1, 0]])
     >>> mask * (mask.flip(-1).cumsum(-1).flip(-1) <= 2)
     tensor([[0, 0, 0, 1, 1, 0]])
 
-    Source: RENT, arXiv 2505.22660: the mean over all tokens; it finds that those near the end tell
-        most. How many to select is the caller's.
+    Source: RENT, arXiv 2505.22660, which takes all tokens and finds that those near the end tell
+        most.
     """
-    return -_mean(_field(stats, "entropy"), mask)
+    return -_masked_mean(_field(stats, "entropy"), mask)
 
 
 def group_advantages(rewards: Tensor, group_size: int) -> Tensor:
-    """(reward - mean) / (deviation + 1e-4) of each group.
+    """Compute (reward - mean) / (deviation + 1e-4) within each group.
 
     Args:
-        rewards: (B,), the completions of one prompt beside each other.
-        group_size: completions of a prompt, >= 2.
+        rewards: (B,), with the completions of one prompt adjacent.
+        group_size: completions per prompt, >= 2.
 
-    Source: GRPO, arXiv 2402.03300; 1e-4 and the deviation's n - 1 as in TRL 1.16.
+    Source: GRPO, arXiv 2402.03300; 1e-4 and n - 1 in the deviation as in TRL 1.16.
     """
     if not isinstance(group_size, int) or group_size < 2:
         raise ValueError(f"group_size: {group_size!r} is not an int >= 2; sample more of a prompt")
@@ -142,15 +142,15 @@ def grpo_loss(
     max_completion_length: float | None = None,
     **head: Any,
 ) -> Tensor:
-    """GRPO's clipped policy gradient, with KL to a reference and a bonus on entropy.
+    """Compute GRPO's clipped policy loss, with KL to a reference and a bonus on entropy.
 
-    Equals, for completions (B, T) of log-probability `logprob` and entropy `entropy`::
+    Equivalent to this, for completions (B, T) of log-probability `logprob` and entropy `entropy`::
 
         ratio = torch.exp(logprob - old_logprobs)
         clipped = ratio.clamp(1 - epsilon, 1 + epsilon_high)
         gain = torch.minimum(ratio * advantages[:, None], clipped * advantages[:, None])
-        away = ref_logprobs - logprob
-        losses = mask * (beta * (away.exp() - away - 1) - gain)
+        log_ratio = ref_logprobs - logprob
+        losses = mask * (beta * (log_ratio.exp() - log_ratio - 1) - gain)
         loss = {
             "grpo": (losses.sum(-1) / mask.sum(-1).clamp(min=1)).mean(),
             "bnpo": losses.sum() / mask.sum(),
@@ -159,22 +159,23 @@ def grpo_loss(
         }[loss_type] - entropy_coef * (mask * entropy).sum() / mask.sum()
 
     Args:
-        hidden: (..., T, D), each the state that its token of `targets` was sampled from.
+        hidden: (..., T, D), the states that the tokens of `targets` were sampled from.
         weight: (V, D) of the output head.
         targets: (..., T) int64 tokens.
-        mask: (..., T), 0 outside the completions: nothing is read there, and all may be NaN;
-            targets are tokens, or -100.
-        advantages: (...) of completions, or (..., T) of tokens.
-        old_logprobs: (..., T) of the policy that sampled; None: this one's, so that the ratio is 1.
-        ref_logprobs: (..., T) of the reference, where beta is not 0.
-        epsilon, epsilon_high: the clip's lower and upper (None: the same) distance from 1.
+        mask: (..., T), 0 outside the completions, where every input may be NaN, and targets are any
+            token or -100.
+        advantages: (...) one per completion, or (..., T) one per token.
+        old_logprobs: (..., T) of the policy that sampled; None: of this one, so the ratio is 1.
+        ref_logprobs: (..., T) of the reference model; needed unless beta is 0.
+        epsilon, epsilon_high: distances below and above 1 at which the ratio is clipped;
+            epsilon_high defaults to epsilon.
         beta: weight of the KL.
-        entropy_coef: > 0 rewards entropy, < 0 minimises it; always of its mean over this call's
-            tokens.
-        loss_type: "grpo" means of completions, averaged; "bnpo" mean of this call's tokens; "dapo"
-            and "dr_grpo" sums over given numbers.
-        num_items_in_batch: for "dapo", tokens of all calls whose gradients are summed (a process's
-            share, where processes average).
+        entropy_coef: > 0 rewards entropy, < 0 minimises it; it always applies to the mean over this
+            call's tokens.
+        loss_type: "grpo" averages the completions' means, "bnpo" this call's tokens; "dapo" and
+            "dr_grpo" divide the sum by a given number.
+        num_items_in_batch: for "dapo": the tokens of all calls whose gradients are summed (of one
+            process, where gradients are averaged over processes).
         max_completion_length: for "dr_grpo".
         head: bias, temperature, softcap, grad_tolerance, process_group and others, as in
             :func:`fused_token_loss`.
@@ -182,10 +183,10 @@ def grpo_loss(
     Returns:
         () fp32 (fp64 for fp64); 0 where the mask is 0 throughout.
 
-    Gradient, precision, memory: as :func:`fused_token_loss`, which this is one call of.
+    Gradient, precision, memory: as in :func:`fused_token_loss`, which is called once.
     Raises: ValueError, TypeError naming the argument; RuntimeError on double backward.
     Source: GRPO, arXiv 2402.03300; names, averages and entropy as in TRL 1.16's GRPOTrainer (DAPO,
-        arXiv 2503.14476; Dr. GRPO, arXiv 2503.20783) at the token level of importance sampling.
+        arXiv 2503.14476; Dr. GRPO, arXiv 2503.20783) with importance sampling per token.
     """
     check_float("hidden", hidden)
     if hidden.dim() < 2:
@@ -205,21 +206,21 @@ def grpo_loss(
     for name, x in given.items():
         check_per_token(name, x, hidden)
     weights = mask.to(torch.promote_types(hidden.dtype, torch.float32))
-    tokens, completions = _or_one(weights.sum()), hidden.shape[:-2].numel()
+    tokens, completions = _zeros_to_one(weights.sum()), hidden.shape[:-2].numel()
     if loss_type == "grpo":
-        divisor = completions * _or_one(weights.sum(-1, keepdim=True))
+        divisor = completions * _zeros_to_one(weights.sum(-1, keepdim=True))
     elif loss_type == "bnpo":
         divisor = tokens
     elif loss_type == "dapo":
-        divisor = tokens.new_tensor(_given("num_items_in_batch", num_items_in_batch))
+        divisor = tokens.new_tensor(_check_positive("num_items_in_batch", num_items_in_batch))
     elif loss_type == "dr_grpo":
-        length = _given("max_completion_length", max_completion_length)
+        length = _check_positive("max_completion_length", max_completion_length)
         divisor = tokens.new_tensor(completions * length)
     else:
         known = ", ".join(LOSS_TYPES)
         raise ValueError(f"loss_type: {loss_type!r} is unknown; use one of {known}")
     flat = {name: x.reshape(-1) for name, x in given.items()}
-    # divided by the divisor with the rest, but a mean over the tokens
+    # The mask below divides all by the divisor, but the entropy is a mean over the tokens.
     entropy_weights = (entropy_coef * divisor / tokens).expand(mask.shape).reshape(-1)
 
     def loss_fn(stats: TokenStats, index: Tensor) -> Tensor:
@@ -228,8 +229,8 @@ def grpo_loss(
         ratio, advantage = torch.exp(stats.logprob - old), flat["advantages"][index]
         losses = -torch.minimum(ratio * advantage, ratio.clamp(1 - epsilon, 1 + high) * advantage)
         if beta != 0:
-            away = flat["ref_logprobs"][index] - stats.logprob
-            losses = losses + beta * (torch.expm1(away) - away)
+            log_ratio = flat["ref_logprobs"][index] - stats.logprob
+            losses = losses + beta * (torch.expm1(log_ratio) - log_ratio)
         return losses - entropy_weights[index] * stats.entropy
 
     return fused_token_loss(hidden, weight, targets, loss_fn, mask=weights / divisor, **head)
@@ -243,28 +244,31 @@ def linear_cross_entropy(
     reduction: str = "none",
     group: ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of labels, and entropies: arguments and returns as of verl's function.
+    """Compute log-probabilities of labels, and entropies, with the signature of verl's function.
 
-    Equals::
+    Equivalent to::
 
         logp = (F.linear(hidden, weight) / temperature).log_softmax(-1).flatten(0, -2)
         logprobs = logp.gather(-1, labels.reshape(-1, 1))[:, 0]
         entropy = -(logp.exp() * logp).sum(-1)
 
     Args:
-        hidden: (..., D), N tokens. weight: (V, D). temperature: > 0.
+        hidden: (..., D), N tokens.
+        weight: (V, D).
+        temperature: > 0.
         labels: N of any shape, int64; the log-probability of -100 is 0.
-        reduction: of the log-probabilities: "none" (N,), "sum" () or "mean" (), over N.
+        reduction: of the log-probabilities: "none" (N,), "sum" () or "mean" (), divided by N.
         group: ranks that hold consecutive rows of the weight each.
 
     Returns:
         (log-probabilities, entropies (N,)) in nats, fp32 (fp64 for fp64), flat as verl's.
 
-    Gradient, precision, memory: as :func:`fused_token_stats`. With a group every rank gets the
-        whole dhidden; verl's backward has no collective, so what sums its parts must not sum ours.
-    Raises: as :func:`fused_token_stats`, whose targets are the labels, and process_group the group.
-    Source: verl 0.9.1, verl/utils/kernel/linear_cross_entropy.py. Ours alone: any device and D,
-        shards of different sizes, labels of -100.
+    Gradient, precision, memory: as in :func:`fused_token_stats`. With a group every rank gets the
+        whole dhidden, whereas verl's backward returns each rank's part: code that sums the parts
+        over ranks must not do so here.
+    Raises: as :func:`fused_token_stats`, with labels for targets and group for process_group.
+    Source: verl 0.9.1, verl/utils/kernel/linear_cross_entropy.py. Beyond it, this function runs on
+        any device and D, with shards of different sizes, and takes labels of -100.
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: {reduction!r} is unknown; use one of {', '.join(REDUCTIONS)}")
@@ -287,20 +291,20 @@ def _field(stats: TokenStats, name: str) -> Tensor:
     return value
 
 
-def _sum(values: Tensor, mask: Tensor) -> Tensor:
+def _masked_sum(values: Tensor, mask: Tensor) -> Tensor:
     check_per_token("mask", mask, values[..., None])
     return (mask.to(values.dtype) * values.masked_fill(mask == 0, 0)).sum(-1)
 
 
-def _mean(values: Tensor, mask: Tensor) -> Tensor:
-    return _sum(values, mask) / _or_one(mask.to(values.dtype).sum(-1))
+def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    return _masked_sum(values, mask) / _zeros_to_one(mask.to(values.dtype).sum(-1))
 
 
-def _or_one(count: Tensor) -> Tensor:
+def _zeros_to_one(count: Tensor) -> Tensor:
     return torch.where(count == 0, 1, count)
 
 
-def _given(name: str, value: float | None) -> float:
+def _check_positive(name: str, value: float | None) -> float:
     if value is None or not check_number(name, value) > 0:
         raise ValueError(f"{name}: is {value}; this loss_type needs a number > 0")
     return float(value)

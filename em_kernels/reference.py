@@ -1,6 +1,6 @@
 """Equations (1)-(9) in plain, differentiable PyTorch, which every kernel is tested against.
 
-Symbols: N tokens, D hidden size, V vocabulary. Of one token, from its raw logits y (V,):
+Symbols: N tokens, D hidden size, V vocabulary size. For one token with raw logits y (V,):
 
     u = logit_scale * y;  c = softcap * tanh(u / softcap), or u;  z = c / temperature
     (1) m = max_j z_j;  s' = sum over j != argmax of e^(z_j - m);  s = 1 + s';
@@ -20,7 +20,7 @@ Symbols: N tokens, D hidden size, V vocabulary. Of one token, from its raw logit
     (9) dhidden = dy W;  dW = dy^T hidden;  dbias = sum over tokens of dy
 
 The 1 of the argmax is kept out of s' (and q'), because 1 + s' in fp32 forgets s' when a model is
-sure. A raw logit of -inf masks its word: p = 0, p log p = 0, no gradient.
+sure. A raw logit of -inf masks its vocabulary entry: p = 0, p log p = 0, no gradient.
 """
 
 from typing import NamedTuple
@@ -34,7 +34,7 @@ IGNORE_INDEX = -100
 class TokenStats(NamedTuple):
     """Statistics of each token's next-token distribution, in nats; those not asked for are None.
 
-    Of a row without a distribution (NaN, or no finite logit) all are NaN, and argmax is 0.
+    Where there is no distribution (a NaN, or no finite logit) all are NaN, and argmax is 0.
     """
 
     entropy: Tensor | None = None
@@ -46,7 +46,7 @@ class TokenStats(NamedTuple):
 
 
 class RowTransform(NamedTuple):
-    """How raw logits (rows, V) become z, and the words that count as targets."""
+    """How raw logits (rows, V) become z, and the rows' targets."""
 
     bias: Tensor | None  # (V,)
     inv_temperature: Tensor  # (rows,)
@@ -58,7 +58,7 @@ class RowTransform(NamedTuple):
 class RowParts(NamedTuple):
     """Results of one pass over (a part of) each row of logits; every field is (rows,).
 
-    q1, total and argmax may be None where nobody asked for them.
+    q1, total and argmax may be None where they were not asked for.
     """
 
     m: Tensor  # maximum
@@ -71,8 +71,10 @@ class RowParts(NamedTuple):
 
 
 class Coefficients(NamedTuple):
-    """The factors of (8), each (rows,). The target's own gamma (1 - p) is at_target, as -gamma
-    expm1(log p): it keeps its digits where the model is sure. All other words get gamma's -p_j.
+    """Factors of (8), each (rows,).
+
+    at_target is the target's gamma (1 - p), computed as -gamma expm1(log p), which keeps its digits
+    where the model is sure. All other vocabulary entries get -gamma p_j.
     """
 
     alpha: Tensor
@@ -84,31 +86,31 @@ class Coefficients(NamedTuple):
 
 
 def transform(y: Tensor, row: RowTransform) -> Tensor:
-    """z of raw logits y (rows, V)."""
+    """Return z for raw logits y (rows, V)."""
     if row.bias is not None:
         y = y + row.bias.to(y.dtype)
-    masked = y == -torch.inf  # before the softcap, which would turn -inf into -softcap
+    masked = y == -torch.inf  # found before the softcap turns -inf into -softcap
     u = y.masked_fill(masked, 0) * row.logit_scale
     c = u if row.softcap is None else row.softcap * torch.tanh(u / row.softcap)
     return (c * row.inv_temperature[:, None]).masked_fill(masked, -torch.inf)
 
 
 def row_parts(z: Tensor, targets: Tensor | None = None) -> RowParts:
-    """Equation (1), and the sums of (5) and (6), of z (rows, V)."""
-    if z.shape[1] == 0:  # a shard without words
-        lowest, nought = z.new_full(z.shape[:1], -torch.inf), z.new_zeros(z.shape[:1])
-        return RowParts(lowest, nought, nought, lowest, nought, nought, nought.long())
+    """Compute equation (1) and the sums of (5) and (6) for z (rows, V)."""
+    if z.shape[1] == 0:  # an empty shard of the vocabulary
+        lowest, zero = z.new_full(z.shape[:1], -torch.inf), z.new_zeros(z.shape[:1])
+        return RowParts(lowest, zero, zero, lowest, zero, zero, zero.long())
     argmax = z.argmax(dim=1, keepdim=True)
     m = z.gather(1, argmax)
     masked = z == -torch.inf
-    d = (z - m).masked_fill(masked, 0)  # 0 * inf would be NaN, in the gradient too
+    d = (z - m).masked_fill(masked, 0)  # 0 * inf would be NaN, also in the gradient
     others = torch.exp(d).masked_fill(masked, 0).scatter(1, argmax, 0)
     if targets is None:
         target_logit = torch.full_like(m[:, 0], -torch.inf)
     else:
-        here = (targets >= 0) & (targets < z.shape[1])
+        is_in_part = (targets >= 0) & (targets < z.shape[1])
         index = targets.clamp(0, z.shape[1] - 1)[:, None]
-        target_logit = z.gather(1, index)[:, 0].masked_fill(~here, -torch.inf)
+        target_logit = z.gather(1, index)[:, 0].masked_fill(~is_in_part, -torch.inf)
     return RowParts(
         m[:, 0],
         others.sum(1),
@@ -121,8 +123,9 @@ def row_parts(z: Tensor, targets: Tensor | None = None) -> RowParts:
 
 
 def merge(parts: list[RowParts]) -> RowParts:
-    """Equation (7); argmax must already count from the start of the whole vocabulary, parts in its
-    order.
+    """Merge parts of the same rows by equation (7).
+
+    Parts are in the vocabulary's order, and argmax counts from its start.
     """
     m_i, s1, t, target_logit = map(torch.stack, zip(*(part[:4] for part in parts), strict=True))
     q1, total, argmax = (
@@ -130,24 +133,25 @@ def merge(parts: list[RowParts]) -> RowParts:
         for field in zip(*(part[4:] for part in parts), strict=True)
     )
     m = m_i.amax(0)
-    winner = (m_i == m).int().argmax(0, keepdim=True)  # the first part that reaches m: lowest index
+    winner = (m_i == m).int().argmax(0, keepdim=True)  # the first to reach m: the lowest index wins
     empty = m_i == -torch.inf
     shift = (m_i - m).masked_fill(empty, 0)
     r = torch.exp(shift).masked_fill(empty, 0)
-    own = torch.ones_like(r).scatter(0, winner, 0)  # each part's own maximum, but for the winner's
+    # Each part leaves its own maximum out of s1 and q1; only the winner's stays out.
+    maximum = torch.ones_like(r).scatter(0, winner, 0)
     return RowParts(
         m,
-        (r * (own + s1)).sum(0),
+        (r * (maximum + s1)).sum(0),
         (r * (t + (1 + s1) * shift)).sum(0),
         target_logit.amax(0),
-        None if q1 is None else (r * r * (own + q1)).sum(0),
+        None if q1 is None else (r * r * (maximum + q1)).sum(0),
         None if total is None else total.sum(0),
         None if argmax is None else argmax.gather(0, winner)[0],
     )
 
 
 def statistics(parts: RowParts, vocab_size: int, targets: Tensor | None = None) -> TokenStats:
-    """Equations (2)-(6) of whole rows; NaN where a row has no finite logit, or a NaN."""
+    """Compute equations (2)-(6) for whole rows; NaN where a row has a NaN or no finite logit."""
     nan_unless_finite = parts.m - parts.m
     log_s = torch.log1p(parts.s1) + nan_unless_finite
     logprob = mean_logit = log_collision = argmax = None
@@ -167,14 +171,14 @@ def statistics(parts: RowParts, vocab_size: int, targets: Tensor | None = None) 
 
 
 def coefficients(stats: TokenStats, upstream: TokenStats, vocab_size: int) -> Coefficients:
-    """The factors of (8) from the upstream gradients of the statistics (None: no gradient)."""
+    """Compute the factors of (8) from the statistics' upstream gradients (None: no gradient)."""
     assert stats.entropy is not None
     zero = torch.zeros_like(stats.entropy)
     g_h, g_l, g_lse, g_a, g_r = (zero if g is None else g for g in upstream[:5])
     rho = at_target = zero
     if upstream.log_collision is not None:
         assert stats.log_collision is not None
-        # finite, though log_collision is -inf nowhere, when nothing flows
+        # Without a gradient rho is 0, even where log_collision is -inf and 0 * inf would be NaN.
         rho = torch.where(g_r == 0, zero, 2 * g_r * torch.exp(-stats.log_collision))
     if upstream.logprob is not None:
         assert stats.logprob is not None
@@ -192,17 +196,17 @@ def coefficients(stats: TokenStats, upstream: TokenStats, vocab_size: int) -> Co
 def row_gradient(
     y: Tensor, row: RowTransform, m: Tensor, log_s: Tensor, factors: Coefficients
 ) -> Tensor:
-    """Equation (8): dy (rows, V) from raw logits y (rows, V); m and log_s are (rows,)."""
+    """Compute dy (8), (rows, V), from raw logits y (rows, V); m and log_s are (rows,)."""
     z = transform(y, row)
     masked = z == -torch.inf
     alpha, beta, gamma, delta, rho, at_target = (factor[:, None] for factor in factors)
     log_p = ((z - m[:, None]) - log_s[:, None]).masked_fill(masked, 0)
     p = torch.exp(log_p)
-    own = -gamma * p
+    target_terms = -gamma * p
     if row.targets is not None:
         is_target = torch.arange(y.shape[1], device=y.device) == row.targets[:, None]
-        own = torch.where(is_target, at_target, own)
-    dz = p * (alpha + beta * log_p + rho * p) + own + delta
+        target_terms = torch.where(is_target, at_target, target_terms)
+    dz = p * (alpha + beta * log_p + rho * p) + target_terms + delta
     dy = dz * row.inv_temperature[:, None] * row.logit_scale
     if row.softcap is not None:
         u = y if row.bias is None else y + row.bias.to(y.dtype)
@@ -222,13 +226,14 @@ def token_stats(
     logit_scale: float = 1.0,
     softcap: float | None = None,
 ) -> TokenStats:
-    """Plain-torch twin of ``fused_token_stats``, every statistic, at least fp32, with full logits
-    in memory.
+    """Compute every statistic of ``fused_token_stats`` in plain torch, with all logits in memory.
+
+    They are computed in fp32, or in fp64 for fp64.
     """
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     rows = hidden.reshape(-1, hidden.shape[-1]).to(wide)
     skip = None if mask is None else (mask == 0).reshape(-1)
-    if skip is not None:  # such a token may hold NaN
+    if skip is not None:  # a token of weight 0 may hold NaN
         rows = rows.masked_fill(skip[:, None], 0)
     y = torch.nn.functional.linear(rows, weight.to(wide), None if bias is None else bias.to(wide))
     tau = torch.as_tensor(temperature, dtype=wide, device=y.device).reshape(-1).expand(len(y))
@@ -247,7 +252,7 @@ def entropy_loss(
     reduction: str = "mean",
     **transform_arguments,
 ) -> Tensor:
-    """Plain-torch twin of ``fused_entropy_loss``; transform_arguments as in :func:`token_stats`."""
+    """Compute ``fused_entropy_loss`` in plain torch; other arguments as in :func:`token_stats`."""
     entropy = token_stats(hidden, weight, mask=mask, **transform_arguments).entropy
     assert entropy is not None
     weights = torch.ones_like(entropy) if mask is None else mask.to(entropy.dtype)

@@ -18,11 +18,11 @@ except ImportError as error:
 
 
 class FusedGRPOTrainer(GRPOTrainer):
-    """trl.GRPOTrainer whose log-probabilities and entropies, and their gradients, come straight
-    from the hidden states.
+    """trl.GRPOTrainer that needs no logits.
 
-    Equals ``trl.GRPOTrainer(...)``, whose arguments, loss and logs it keeps. Per token, of the
-    policy and of the reference model::
+    Log-probabilities, entropies and their gradients come straight from the hidden states.
+    Equivalent to ``trl.GRPOTrainer(...)``, with its arguments, loss and logs. Per token, for the
+    policy and for the reference model::
 
         logp = (logits.float() / args.temperature).log_softmax(-1)
         log_prob = logp.gather(-1, token)
@@ -35,18 +35,18 @@ class FusedGRPOTrainer(GRPOTrainer):
 
     Args:
         args: a GRPOConfig. ``entropy_coef`` times the mean entropy of the tokens is subtracted from
-            the loss: > 0 is a bonus for entropy, < 0 minimises it (EM-RL); with rewards all equal
-            nothing else moves the weights.
-        others: as trl.GRPOTrainer's. Among several parents this class comes before TRL's.
+            the loss: > 0 is a bonus for entropy, < 0 minimises it (EM-RL). Nothing else moves the
+            weights where all rewards are equal.
+        others: as in trl.GRPOTrainer. A class with several parents names this one before TRL's.
 
     Gradient: of log-probabilities and entropies, equation (8) of ``em_kernels.reference``.
-    Precision: logits and statistics are fp32 whatever the model's dtype, where TRL rounds logits to
-        it; under autocast the hidden states and the head's weight are in autocast's.
-    Memory: as :func:`em_kernels.fused_token_stats`, for the completions' tokens only.
+    Precision: logits and statistics are fp32 whatever the model's dtype, to which TRL rounds its
+        logits; under autocast the hidden states and the head's weight are in autocast's dtype.
+    Memory: as in :func:`em_kernels.fused_token_stats`, for the completions' tokens only.
     Raises: TypeError, ValueError for what is not supported: FSDP and DeepSpeed; images; the
-        load-balancing loss of a mixture of experts; ``cast_lm_head_to_fp32``, which the precision
-        above makes needless; an adapter on the head; an architecture whose logits are not its head
-        applied to its hidden states.
+        load-balancing loss of a mixture of experts; ``cast_lm_head_to_fp32``, needless as logits
+        are fp32; an adapter on the head; an architecture whose logits are not its head applied to
+        its hidden states.
     Source: GRPO, arXiv 2402.03300; entropy minimisation as a reward, arXiv 2505.15134.
     """
 
@@ -80,9 +80,10 @@ class FusedGRPOTrainer(GRPOTrainer):
         batch_size: int | None = None,
         **others: Any,
     ) -> tuple[Tensor, Tensor, None]:
-        """Log-probabilities and entropies (B, logits_to_keep) of the last tokens; no router loss.
+        """Return log-probabilities and entropies (B, logits_to_keep) of the last tokens.
 
-        The wrapped model is called, as DDP must see its forward.
+        The third value, a router loss, is None. The wrapped model is called, as DDP must see its
+        forward.
         """
         rows = batch_size or len(input_ids)
         parts = []
@@ -94,7 +95,7 @@ class FusedGRPOTrainer(GRPOTrainer):
         return logprob, entropy, None
 
     def _read(self, tokens: Tensor, mask: Tensor, hidden: Tensor, head: Head) -> Tensor:
-        """Logprob and entropy (2, B, tokens): position t scores token t + 1."""
+        """Return logprob and entropy (2, B, tokens); hidden state t scores token t + 1."""
         stats = fused_token_stats(
             hidden[:, -tokens.shape[1] - 1 : -1],
             head.weight,

@@ -12,12 +12,12 @@ import em_kernels.kernels.triton as compiled
 import em_kernels.kernels.triton_kernels as kernels
 from em_kernels.kernels.configs import DEFAULT
 
-# of few lanes, as the interpreter merges them one by one, and few columns, so that rows have blocks
+# Few lanes, as the interpreter merges them one by one; few columns, so that rows have blocks.
 SMALL = DEFAULT._replace(statistics_warps=1, BLOCK_N=2, BLOCK_V=256)
 
 
 def _in_interpreter(function):
-    """tl.sum and its like, which the compiler's import has made, as functions to be interpreted."""
+    """Wrap a launch so that tl.sum and the like, already compiled at import, are interpreted."""
 
     @functools.wraps(function)
     def run(*arguments, **named):
@@ -25,7 +25,7 @@ def _in_interpreter(function):
             for name, value in list(vars(tl).items()):
                 if isinstance(value, JITFunction):
                     patch.setattr(tl, name, InterpretedFunction(value.fn))
-            # the launch changes the language once for all calls; without this each would, slowly
+            # The launch patches the language once; without this each call would, slowly.
             patch.setattr(InterpretedFunction, "__call__", lambda f, *a, **k: f.rewrite()(*a, **k))
             return function(*arguments, **named)
 
@@ -42,9 +42,9 @@ def _copy(module):
 
 
 def load():
-    """The copy, at the settings SMALL; it counts one multiprocessor."""
+    """Return the copy, with the launch settings SMALL; it counts one multiprocessor."""
     copy, copied_kernels = _copy(compiled), _copy(kernels)
-    copied_kernels.core = tl.core  # what a kernel's module names is changed for the interpreter
+    copied_kernels.core = tl.core  # the interpreter patches what the kernels' module names
     for name in ("row_statistics", "row_gradient", "column_mass"):
         setattr(copy, name, _in_interpreter(getattr(copy, name)))
         setattr(copy, f"{name}_kernel", getattr(copied_kernels, f"{name}_kernel"))

@@ -1,4 +1,4 @@
-"""The row kernels that a test is run on: parameters of pytest, each with what it needs."""
+"""Row kernels as pytest parameters, each with the marks that it needs."""
 
 import functools
 
@@ -16,7 +16,7 @@ ROWS = [
 
 
 class OlderCpu:
-    """The extension's kernels as a CPU runs them that has no higher instruction set."""
+    """The extension's kernels on a CPU whose highest instruction set is `isa`."""
 
     def __init__(self, isa):
         self.isa = isa
@@ -33,7 +33,7 @@ class OlderCpu:
         return run
 
 
-# ROWS run what this CPU would choose; these are the instruction sets that it has beside.
+# ROWS run the instruction set that this CPU chooses; these are its others.
 OLDER = [
     pytest.param(OlderCpu(isa), id=f"cpu-{cpu.ISAS[isa]}", marks=needs_extension)
     for isa in range(cpu.isa() if cpu.is_built() else 0)
@@ -42,7 +42,7 @@ interpreted_triton = interpreted.load()
 TRITON = pytest.param(
     interpreted_triton,
     id="triton",
-    # of NaN and infinities, which are wanted
+    # numpy warns of NaN and infinities, which the tests want.
     marks=pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning"),
 )
 CUDA = pytest.param(

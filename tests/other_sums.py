@@ -1,6 +1,4 @@
-"""Matrix products on the CPU whose terms are added up in another order: as valid, and rounded as
-another processor might.
-"""
+"""CPU matrix products that sum in another order, and so round as another processor might."""
 
 import contextlib
 import warnings
@@ -9,7 +7,7 @@ import torch
 
 from em_kernels.kernels import cpu
 
-PRODUCTS = {  # where the operands of each product stand in its arguments
+PRODUCTS = {  # position of each product's first operand in its arguments
     "aten::mm": 0,
     "aten::mm.out": 0,
     "aten::bmm": 0,
@@ -26,7 +24,7 @@ PRODUCTS = {  # where the operands of each product stand in its arguments
 
 @contextlib.contextmanager
 def other_sums(seed):
-    """Within it every product sums over a permutation, that of the seed, of its inner dimension."""
+    """Let every product sum over its inner dimension in an order drawn from the seed."""
     libraries = {name: torch.library.Library(name, "IMPL") for name in ("aten", "em_kernels")}
     try:
         with warnings.catch_warnings():
@@ -47,7 +45,9 @@ def other_sums(seed):
 def permuted(plain, first, seed):
     def product(keys, *arguments, **named):
         a, b = arguments[first : first + 2]
-        if a.shape[-1] > 1 and all(1 in x.stride() for x in (a, b)):  # else our own op refuses
+        if a.shape[-1] > 1 and all(
+            1 in x.stride() for x in (a, b)
+        ):  # our own op refuses other strides
             order = torch.randperm(a.shape[-1], generator=torch.Generator().manual_seed(seed))
             operands = a.index_select(-1, order), b.index_select(-2, order)
             arguments = *arguments[:first], *operands, *arguments[first + 2 :]
@@ -56,12 +56,14 @@ def permuted(plain, first, seed):
     return product
 
 
-FAR = 10  # times what another order of sums does; a mistake does a thousand times as much
+FAR = 10  # how many times the error of another order of sums is allowed; mistakes make 1000
 
 
 def assert_as_near(found, expected, others):
-    """Tensors or numbers no further from the expected ones than FAR times what those are that were
-    computed as the expected ones, with sums in other orders.
+    """Check that found is at most FAR times as far from expected as the others are.
+
+    Each is a list of tensors or numbers; others were computed as expected was, with sums in other
+    orders.
     """
     found = list(found)
     for i, (mine, same) in enumerate(zip(found, expected, strict=True)):

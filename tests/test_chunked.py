@@ -1,4 +1,4 @@
-"""The loops' parts: the budget of a chunk, and the work that it all costs."""
+"""The budget of a chunk, and the GEMM work of the loops."""
 
 import pytest
 import torch
@@ -7,8 +7,9 @@ from truth import draw
 
 import em_kernels.ops.flops  # noqa: F401  # FlopCounterMode counts the extension's GEMM
 from em_kernels import kernels
-from em_kernels.ops import chunked, inputs, vocab_slabs
-from em_kernels.ops.inputs import Needs, Problem, chunk_length
+from em_kernels.ops import chunked, inputs, memory, vocab_slabs
+from em_kernels.ops.inputs import GradMask, HeadInputs, SavedStats
+from em_kernels.ops.memory import chunk_length
 
 DTYPES = [torch.float32, torch.bfloat16]
 CPU = torch.device("cpu")
@@ -32,21 +33,21 @@ def test_chunks_on_a_gpu_are_whole_tiles_where_they_can_be(total, fitting):
     assert 1 <= length <= fitting
     if fitting >= total:
         assert length == total
-    elif fitting >= inputs.TILE:
-        assert length % inputs.TILE == 0
+    elif fitting >= memory.TILE:
+        assert length % memory.TILE == 0
         pieces = -(-total // length)
-        assert pieces * (length - inputs.TILE) < total  # no smaller chunks would do
+        assert pieces * (length - memory.TILE) < total  # no smaller chunks would give as few
 
 
 def test_default_budget_is_an_eighth_of_the_free_memory(monkeypatch):
-    monkeypatch.setattr(inputs, "free_bytes", lambda device: 8 * 40 * 7)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 8 * 40 * 7)
     assert chunk_length(12, 40, None, CPU) == 6  # 256 B, the power of two below 280 B
-    monkeypatch.setattr(inputs, "free_bytes", lambda device: 1 << 50)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1 << 50)
     assert chunk_length(1 << 40, 1, None, CPU) == 1 << 30
 
 
 def work(function):
-    """Floating-point operations: a GEMM over the vocabulary is 2 N D V."""
+    """Count floating-point operations: a GEMM over the vocabulary is 2 N D V."""
     with FlopCounterMode(display=False) as counter:
         function()
     return counter.get_total_flops()
@@ -58,7 +59,7 @@ FP32_AND_BF16 = pytest.mark.parametrize("dtype", DTYPES)
 
 @pytest.fixture(params=[None, "half"])
 def head(request):
-    """A problem with small chunks, and the tokens that should cost something."""
+    """Inputs with small chunks, and the N D V of the tokens that should cost something."""
 
     def make(dtype):
         n, d, v = 64, 16, 200
@@ -66,7 +67,7 @@ def head(request):
         mask = None if request.param is None else torch.arange(n) % 2
         settings = dict(targets=targets, mask=mask, chunk_bytes=9 * v * 4)
         unit = (n if mask is None else n // 2) * d * v
-        return Problem(hidden.detach(), weight.detach(), **settings), unit
+        return HeadInputs(hidden.detach(), weight.detach(), **settings), unit
 
     return make
 
@@ -74,11 +75,11 @@ def head(request):
 @FP32_AND_BF16
 @pytest.mark.parametrize("needed", NEEDED)
 def test_work_of_losses_known_per_token(needed, dtype, head):
-    problem, unit = head(dtype)
-    needs = Needs(**dict.fromkeys(needed, True))
+    head_inputs, unit = head(dtype)
+    needs = GradMask(**dict.fromkeys(needed, True))
     for loss in (
-        lambda: chunked.entropy_loss(problem, True, needs),
-        lambda: chunked.token_loss(problem, lambda stats, index: -stats.logprob, needs),
+        lambda: chunked.sum_entropy(head_inputs, True, needs),
+        lambda: chunked.sum_custom_loss(head_inputs, lambda stats, index: -stats.logprob, needs),
     ):
         assert work(loss) == pytest.approx(NEEDED[needed] * unit, rel=0.01)
 
@@ -86,15 +87,15 @@ def test_work_of_losses_known_per_token(needed, dtype, head):
 @FP32_AND_BF16
 @pytest.mark.parametrize("needed", NEEDED)
 def test_work_of_statistics(needed, dtype, head):
-    problem, unit = head(dtype)
-    needs = Needs(**dict.fromkeys(needed, True))
+    head_inputs, unit = head(dtype)
+    needs = GradMask(**dict.fromkeys(needed, True))
 
     def both_ways():
-        found, _, m, log_s = vocab_slabs.token_stats(problem, everything=True)
+        found = vocab_slabs.token_stats(head_inputs, with_collision_and_argmax=True)
         if needed:
-            vocab_slabs.token_stats_backward(
-                problem, torch.ones_like(found), found, m, log_s, needs
-            )
+            saved = SavedStats(found.statistics, found.m, found.log_s)
+            upstream = torch.ones_like(found.statistics)
+            vocab_slabs.token_stats_backward(head_inputs, upstream, saved, needs)
 
     recomputed = 2 if needed else 0
     assert work(both_ways) == pytest.approx((NEEDED[needed] + recomputed) * unit, rel=0.01)
@@ -102,8 +103,8 @@ def test_work_of_statistics(needed, dtype, head):
 
 @FP32_AND_BF16
 def test_work_of_one_statistic_under_a_frozen_head(dtype, head):
-    problem, unit = head(dtype)
-    found = work(lambda: chunked.token_stats_and_unit_gradient(problem, "entropy", False))
+    head_inputs, unit = head(dtype)
+    found = work(lambda: chunked.token_stats_with_gradient(head_inputs, "entropy", False))
     assert found == pytest.approx(4 * unit, rel=0.01)
 
 
@@ -111,7 +112,7 @@ def test_no_row_gradient_where_none_is_needed(monkeypatch):
     monkeypatch.setattr(kernels, "row_gradient", None)
     hidden, weight, _, _ = draw(5, 4, 9)
     with torch.no_grad():
-        chunked.entropy_loss(Problem(hidden, weight), True, Needs())
+        chunked.sum_entropy(HeadInputs(hidden, weight), True, GradMask())
 
 
 @pytest.mark.parametrize(
@@ -124,9 +125,9 @@ def test_fp16_upstreams_of_any_size_keep_their_digits(sizes, monkeypatch):
 
     @torch.no_grad()
     def gradients(*head):
-        chunks = Problem(*head, chunk_bytes=4 * 200 * 8)
-        _, found = chunked.token_loss(
-            chunks, lambda s, i: factors[i] * s.entropy, Needs(*3 * [True])
+        chunks = HeadInputs(*head, chunk_bytes=4 * 200 * 8)
+        _, found = chunked.sum_custom_loss(
+            chunks, lambda s, i: factors[i] * s.entropy, GradMask(*3 * [True])
         )
         return found[:3]
 

@@ -1,4 +1,4 @@
-"""The Triton rows compile for every GPU generation, within its limits, exactly as launched."""
+"""The Triton kernels compile for every GPU generation, within its limits, exactly as launched."""
 
 from itertools import product
 
@@ -45,8 +45,9 @@ def test_others_within_the_limits(variant, arch):
 
 
 def test_loop_costs_no_more_than_memory():
-    """The entropy loss: an H200 could issue 26 instructions while it reads the 4 bytes of a logit
-    (132 SMs of 128 lanes at 1.8 GHz, 4.8 TB/s).
+    """An H200 can issue 26 instructions while it reads the 4 bytes of a logit.
+
+    It has 132 SMs of 128 lanes at 1.8 GHz, and 4.8 TB/s.
     """
     plain = next(variants())
     assert (plain.bias, plain.softcap, plain.everything) == (None, False, False)
@@ -55,7 +56,7 @@ def test_loop_costs_no_more_than_memory():
 
 
 def test_column_masses_cost_no_more_than_memory():
-    """26 on an H200, as above; on a B200 it is 18 (148 SMs at 1.9 GHz, 8 TB/s)."""
+    """An H200 can issue 26 instructions per logit, a B200 18 (148 SMs at 1.9 GHz, 8 TB/s)."""
     plain = next(variant for variant in variants() if variant.kernel == "mass")
     assert (plain.bias, plain.softcap, plain.targets) == (None, False, False)
     found, on_b200 = cost(plain, 90), cost(plain, 100)
@@ -65,7 +66,7 @@ def test_column_masses_cost_no_more_than_memory():
 
 @pytest.mark.parametrize("kernel", ["statistics", "gradient", "mass"])
 def test_arguments_of_1_are_constants(kernel):
-    """One row of one logit: Triton makes constants of such integers."""
+    """For one row of one logit, Triton compiles its integer arguments of 1 in."""
     signature, constants, options = next(
         v for v in variants() if v.kernel == kernel and v.bias
     ).source(90)  # fmt: skip
@@ -80,7 +81,7 @@ def test_arguments_of_1_are_constants(kernel):
 
 @pytest.mark.parametrize("kind", ["bf16", "f16"])
 def test_16_bits_are_rounded_to_nearest(kind):
-    """As torch does; the interpreter truncates to bf16."""
+    """The compiled kernel rounds as torch does, though the interpreter truncates to bf16."""
     narrow = {"bf16": torch.bfloat16, "f16": torch.float16}[kind]
     found = compiled(Variant("gradient", torch.float32, None, narrow), 90).asm["ptx"]
     assert f"cvt.rn.{kind}" in found and f"cvt.rz.{kind}" not in found
@@ -128,7 +129,7 @@ def test_variants_are_what_is_launched(monkeypatch):
         (torch.float32, *narrow), (False, True), (None, 30), (False, True)
     ):
         launch(torch.float32, weight if has_bias else None, weight, softcap, everything)
-    for dtype, columns in product((torch.float32, *narrow), (32, 33)):  # logits that exist
+    for dtype, columns in product((torch.float32, *narrow), (32, 33)):  # entropy_from_logits
         launch(dtype, None, dtype, None, False, columns)
     assert launched == set(enumerated)
 

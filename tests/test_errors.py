@@ -111,7 +111,7 @@ OF_STATS = [
 def refused(function, name, value, error, text):
     hidden, weight, bias, _ = draw(N, D, V)
     arguments = {"hidden": hidden, "weight": weight, "bias": bias, name: value}
-    # a wrong hidden may show as a weight that does not match it
+    # A wrong hidden may show as a weight that does not match it.
     pattern = f"^({name}|weight): .*{re.escape(text)}" if name == "hidden" else f"^{name}: .*"
     with pytest.raises(error, match=pattern) as raised:
         function(**arguments)

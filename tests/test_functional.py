@@ -9,7 +9,7 @@ from truth import FLOAT_STATS, compare, draw, entropy_of, floors, leaves, logits
 
 from em_kernels import TokenStats, entropy_from_logits, fused_entropy_loss, fused_token_stats
 from em_kernels.kernels import row_stride
-from em_kernels.ops.inputs import Problem
+from em_kernels.ops.inputs import HeadInputs
 
 N, D, V = 7, 6, 29
 TAU = torch.tensor([0.5, 1.0, 2.0, 0.8, 1.1, 0.3, 1.7])
@@ -40,7 +40,7 @@ GRADIENTS = ("dhidden", "dweight", "dbias")
 
 
 def assert_all_close(ours, truth, tolerance=3e-6):
-    """In norms: fp32 elements that nearly cancel are not right to their last digits."""
+    """Compare norms, as fp32 elements that nearly cancel lack their last digits."""
     for mine, true in zip(ours, truth, strict=True):
         assert mine.shape == true.shape
         error, size = (mine.double() - true).norm(), true.double().norm()
@@ -258,7 +258,7 @@ def test_chunks_change_nothing(tokens_in_a_chunk, dtype):
         total = loss + sum((upstream * x).sum() for x in stats[:5])
         return loss, *stats[:5], *torch.autograd.grad(total, (h, w, b))
 
-    row_bytes = row_stride(V, inputs[0].device) * Problem(*inputs[:2]).logit_bytes
+    row_bytes = row_stride(V, inputs[0].device) * HeadInputs(*inputs[:2]).logit_bytes
     chunked, whole = run(tokens_in_a_chunk * row_bytes), run(None)
     assert_all_close(chunked[:6], whole[:6])
     assert_all_close(chunked[6:], whole[6:], 3e-6 if dtype == torch.float32 else 2**-8)
@@ -295,7 +295,7 @@ def test_inputs_are_left_alone():
 @pytest.mark.usefixtures("rows")
 @pytest.mark.parametrize("names", [["entropy"], ["entropy", "logprob"]])
 def test_outputs_may_be_written_into(names):
-    """And a head that one statistic found frozen may be, before the backward."""
+    """So may a frozen head be, before a single statistic's backward."""
     hidden, weight, _, targets = draw(N, D, V)
     weight = weight.detach()
     (expected,) = torch.autograd.grad(fused_token_stats(hidden, weight).entropy.sum(), hidden)

@@ -1,4 +1,4 @@
-"""The GEMM of 16-bit operands and fp32 result, in both of its instruction sets and upcast."""
+"""The GEMM of 16-bit operands and fp32 result: both instruction sets, and upcast."""
 
 import itertools
 
@@ -17,7 +17,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 @pytest.fixture(params=[0, 1, 2], ids=BF16_ISAS)
 def isa(request, monkeypatch):
-    """Each way that this CPU has to multiply bf16."""
+    """Every way in which this CPU multiplies bf16."""
     if request.param > bf16_isa():
         pytest.skip(f"this CPU has no {BF16_ISAS[request.param]}")
     monkeypatch.setattr(em_kernels.ops.gemm, "bf16_isa", lambda: request.param)
@@ -26,14 +26,14 @@ def isa(request, monkeypatch):
 
 @pytest.fixture(params=[1, 2], ids=BF16_ISAS[1:])
 def native_isa(request):
-    """Each instruction set that this CPU has for the op itself."""
+    """Every instruction set that this CPU has for the op itself."""
     if request.param > bf16_isa():
         pytest.skip(f"this CPU has no {BF16_ISAS[request.param]}")
     return request.param
 
 
 def framed(x, layout="rows", frame=float("nan")):
-    """x, its rows or its columns contiguous, within a larger matrix of `frame`."""
+    """Return x inside a larger matrix of `frame`, with its rows or its columns contiguous."""
     if layout == "columns":
         return framed(x.t(), frame=frame).t()
     rows, columns = x.shape
@@ -43,7 +43,7 @@ def framed(x, layout="rows", frame=float("nan")):
 
 
 def check(out, before, a, b):
-    """fp32 accumulation: each sum has an error of a few roundings of its terms' sizes."""
+    """Check fp32 accumulation: a sum's error is a few roundings of its terms' sizes."""
     a, b = a.double(), b.double()
     size = a.abs() @ b.abs() + before.abs()
     bound = 2**-23 * (4 + a.shape[1] ** 0.5) * size + 1e-30
@@ -59,7 +59,7 @@ def problem(m, k, n, layouts=("rows", "rows")):
 @pytest.mark.parametrize("shape", [(4, 33, 7), (4, 7, 33), (1, 1, 1), (0, 5, 6)])
 @pytest.mark.parametrize("dtypes", list(itertools.product(DTYPES, repeat=2)), ids=str)
 def test_any_dtypes(dtypes, shape, accumulate, isa, monkeypatch):
-    """Accumulated in fp32, where upcast by blocks of 16-bit operands."""
+    """Sums are fp32, also where blocks of 16-bit operands are upcast."""
     monkeypatch.setattr(em_kernels.ops.gemm, "UPCAST_BYTES", 4 * 7 * 5)
     rows, inner, columns = shape
     a = torch.randn(rows, inner).to(dtypes[0])
@@ -79,9 +79,9 @@ SHAPES = [
     *((40, k, 50) for k in EDGES),
     *((50, 40, n) for n in EDGES),
     (0, 0, 0),
-    (70, 1024, 40),  # a block of K, and a little more
+    (70, 1024, 40),  # K is a little more than a block
     (70, 1025, 40),
-    (20, 2100, 800),  # blocks of b's columns
+    (20, 2100, 800),  # several blocks of b's columns
     (3, 30, 25000),
 ]
 
@@ -89,7 +89,7 @@ SHAPES = [
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("layouts", LAYOUT_PAIRS, ids="-".join)
 def test_every_remainder(layouts, accumulate, native_isa):
-    """NaN stands all around the operands in memory, and what is around out stays as it was."""
+    """Memory around the operands holds NaN, and memory around out stays as it was."""
     for m, k, n in SHAPES:
         a, b = problem(m, k, n, layouts)
         before = torch.randn(m, n) if accumulate else torch.full((m, n), torch.nan)

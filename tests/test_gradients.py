@@ -1,6 +1,4 @@
-"""Gradients of the words that matter, added up chunk by chunk: next to the exact ones, their work
-and memory.
-"""
+"""Gradients with a tolerance, chunk by chunk, against the exact ones; their work and memory."""
 
 import itertools
 
@@ -14,8 +12,8 @@ from truth import relative_error
 
 import em_kernels.ops.flops  # noqa: F401  # FlopCounterMode counts the extension's GEMM
 from em_kernels import fused_entropy_loss, fused_token_loss, gradient_report
-from em_kernels.ops import chunked, gradients, inputs, sparse
-from em_kernels.ops.inputs import Needs, Problem
+from em_kernels.ops import chunked, gradients, inputs, sparse, weight_gradient
+from em_kernels.ops.inputs import GradMask, HeadInputs
 
 
 def gradients_of(hidden, weight, tolerance, *, bias=None, **arguments):
@@ -44,7 +42,7 @@ def test_gradients_are_near_the_exact_ones(chunk, trained, dtype):
     assert report.active_share < 0.3 and 0 < report.dropped_share <= 2**-9
     for mine, true in zip(found, exact, strict=True):
         assert mine.dtype == dtype and mine.shape == true.shape
-        # two roundings to 16 bits may differ
+        # Two roundings to 16 bits may differ.
         rounding = 0 if dtype.itemsize > 2 else 2 * torch.finfo(dtype).eps
         assert 0 < relative_error(mine, true.double()) < 3 * 2**-9 + rounding
 
@@ -54,8 +52,9 @@ def test_gradients_are_near_the_exact_ones(chunk, trained, dtype):
 @pytest.mark.parametrize("chunk", [32, 256])
 @on_cpu_only
 def test_flat_distributions_get_the_dense_gradient(chunk, flat_from):
-    """From the first chunk on bit by bit; later, what was sparse before is kept. Of 256 tokens 64
-    are looked at first.
+    """Flat from the first chunk on, the same bits; later on, sparse chunks stay as they were.
+
+    Chunks of 256 tokens are probed on 64 of them first.
     """
     hidden, weight = peaked(4 * chunk, 1000)
     hidden.data[flat_from * chunk :] *= 0.01
@@ -68,14 +67,14 @@ def test_flat_distributions_get_the_dense_gradient(chunk, flat_from):
         assert torch.equal(mine, true) if flat_from == 0 else relative_error(mine, true) < 0.01
 
 
-@pytest.mark.parametrize("own, is_whole", [(3, False), (8, True)])
-def test_union_of_many_chunks_words(own, is_whole):
-    """Eight chunks near 80 words each, of 640: dweight is of few words, or whole in the end."""
+@pytest.mark.parametrize("groups, is_whole", [(3, False), (8, True)])
+def test_union_of_many_chunks_words(groups, is_whole):
+    """Eight chunks near 80 of 640 entries each: dweight has few rows, or is whole in the end."""
     weight = torch.randn(640, 64)
-    words = torch.arange(640) % (80 * own)
-    inputs = (0.75 * weight[words]).requires_grad_(), weight.requires_grad_()
+    nearest = torch.arange(640) % (80 * groups)
+    inputs = (0.75 * weight[nearest]).requires_grad_(), weight.requires_grad_()
     arguments = {"chunk_bytes": 80 * 640 * 4, "reduction": "sum"}
-    loss = fused_entropy_loss(*inputs, grad_tolerance=0.01, **arguments)  # held for 2.11
+    loss = fused_entropy_loss(*inputs, grad_tolerance=0.01, **arguments)  # torch 2.11 needs it held
     values = loss.grad_fn.saved_tensors[1]
     assert len(values) == 640 if is_whole else 160 <= len(values) <= 320
     assert values.untyped_storage().nbytes() <= (1.0 if is_whole else 0.5) * 640 * 64 * 4
@@ -101,9 +100,9 @@ def test_one_flat_chunk_costs_the_others_little(flat):
 @pytest.mark.parametrize("flat_from", [0, 3, 10])
 @pytest.mark.parametrize("operand", [torch.float32, torch.float16])
 def test_two_chunks_at_a_time_as_on_a_gpu(operand, flat_from, monkeypatch):
-    """And by slabs of few words; an fp16 dy is scaled."""
-    monkeypatch.setattr(gradients, "SLAB_WORDS", 40)
-    monkeypatch.setattr(gradients, "SLAB_BYTES", 0)
+    """By slabs of few entries, too; an fp16 dy is scaled."""
+    monkeypatch.setattr(weight_gradient, "MIN_SLAB_ENTRIES", 40)
+    monkeypatch.setattr(weight_gradient, "SLAB_BYTES", 0)
     monkeypatch.setattr(inputs, "operand_dtype", lambda weight: operand)
     hidden, weight = (x.detach().to(operand).requires_grad_() for x in peaked(1000, 1000))
     hidden.data[100 * flat_from :] *= 0.01
@@ -117,16 +116,16 @@ def test_two_chunks_at_a_time_as_on_a_gpu(operand, flat_from, monkeypatch):
     _, one = gradients_of(hidden, weight, 2**-9, **arguments | {"chunk_bytes": 100 * 1000 * 4})
     begun = []
 
-    class Overlapping(gradients.Sums):
+    class Overlapping(gradients.GradAccumulator):
         def __init__(self, *arguments):
             super().__init__(*arguments)
-            self.buffers = 2
+            self.selector.buffers = 2
 
         def begin(self, *arguments):
-            begun.append(self.buffers)
+            begun.append(self.selector.buffers)
             return super().begin(*arguments)
 
-    monkeypatch.setattr(chunked, "Sums", Overlapping)
+    monkeypatch.setattr(chunked, "GradAccumulator", Overlapping)
     _, two = gradients_of(hidden, weight, 2**-9, **arguments)
     assert 2 in begun and (1 in begun) == (flat_from < 10)
     rounding = 2 * torch.finfo(operand).eps
@@ -136,17 +135,17 @@ def test_two_chunks_at_a_time_as_on_a_gpu(operand, flat_from, monkeypatch):
 
 @pytest.mark.parametrize("n", [100, 101, 199, 200, 201, 299])
 def test_no_buffer_is_taken_from_a_chunk_that_waits(n, monkeypatch):
-    """One to three chunks of any length, two at a time."""
+    """One to three chunks of any length, two of them in flight."""
     hidden, weight = peaked(n, 1000)
     arguments = {"temperature": 0.5, "chunk_bytes": 100 * 1000 * 8, "reduction": "sum"}
     _, exact = gradients_of(hidden, weight, 0.0, **arguments)
 
-    class Overlapping(gradients.Sums):
+    class Overlapping(gradients.GradAccumulator):
         def __init__(self, *arguments):
             super().__init__(*arguments)
-            self.buffers = 2
+            self.selector.buffers = 2
 
-    monkeypatch.setattr(chunked, "Sums", Overlapping)
+    monkeypatch.setattr(chunked, "GradAccumulator", Overlapping)
     _, found = gradients_of(hidden, weight, 2**-9, **arguments)
     for mine, true in zip(found, exact, strict=True):
         assert relative_error(mine, true) < 3 * 2**-9
@@ -155,7 +154,7 @@ def test_no_buffer_is_taken_from_a_chunk_that_waits(n, monkeypatch):
 @pytest.mark.usefixtures("rows")
 @pytest.mark.parametrize("silent", [slice(0, 0), slice(0, 40), slice(40, 90), slice(0, 90)])
 def test_token_loss_whose_chunks_have_no_mass(silent):
-    """Advantages of 0, as in a group of equal rewards; all targets stay."""
+    """Advantages are 0 in a group of equal rewards."""
     hidden, weight = peaked(90, 2000)
     advantage = torch.ones(90)
     advantage[silent] = 0
@@ -208,7 +207,7 @@ def test_token_loss():
 
 
 def test_statistics_with_a_gradient_in_every_word_are_dense():
-    """mean_logit has one of 1 / V each."""
+    """mean_logit has a gradient of 1 / V at each entry."""
     hidden, weight = peaked()
     loss = fused_token_loss(
         hidden, weight, None, lambda s, i: s.logsumexp - s.mean_logit, grad_tolerance=0.001
@@ -240,7 +239,9 @@ def test_same_bits_twice_with_any_number_of_threads():
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(found[0], found[1], strict=True))
-    for a, b in zip(found[0], found[2], strict=True):  # the GEMMs split otherwise, the choice not
+    for a, b in zip(
+        found[0], found[2], strict=True
+    ):  # threads split the GEMMs otherwise, but do not change the choice
         assert torch.equal(a == 0, b == 0)
 
 
@@ -274,15 +275,15 @@ def test_work(dtype, trained, units):
     n, v, d = 512, 4096, 64
     inputs = peaked(n, v, d, dtype)
     inputs = [x.detach().requires_grad_(i in trained) for i, x in enumerate(inputs)]
-    head = Problem(*(x.detach() for x in inputs), temperature=0.5, grad_tolerance=2**-9)
-    needs = Needs(*(x.requires_grad for x in inputs))
+    head = HeadInputs(*(x.detach() for x in inputs), temperature=0.5, grad_tolerance=2**-9)
+    needs = GradMask(*(x.requires_grad for x in inputs))
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        _, found = chunked.entropy_loss(head, True, needs)
+        _, found = chunked.sum_entropy(head, True, needs)
     share = found.report[0].item()
     assert 0 < share < 0.3
-    mean_word = 2 * sparse.SAMPLE * d
+    mean_weight = 2 * sparse.SAMPLE * d
     assert counter.get_total_flops() == pytest.approx(
-        (2 + units * share) * n * v * d + mean_word, rel=0.01
+        (2 + units * share) * n * v * d + mean_weight, rel=0.01
     )
 
 
@@ -309,30 +310,30 @@ def test_memory_is_a_chunk_and_the_words_that_are_kept(dtype, trained):
 @pytest.mark.parametrize("mask", [None, torch.arange(500) % 3 > 0])
 @pytest.mark.parametrize("trained", [(0, 1, 2), (1,), (0,)])
 def test_dy_of_several_chunks_is_multiplied_at_once_as_on_a_gpu(trained, mask, monkeypatch):
-    """There dy of 16 bits is apart from the logits: that of some chunks fits into the budget."""
+    """A 16-bit dy then has its own buffer, and the budget holds that of several chunks."""
     leaves = [x.detach() for x in peaked(500, 1000, dtype=torch.bfloat16)]
     leaves.append(torch.zeros(1000, dtype=torch.bfloat16))
     hidden, weight, bias = (x.requires_grad_(i in trained) for i, x in enumerate(leaves))
     arguments = {"bias": bias, "mask": mask, "temperature": 0.5, "chunk_bytes": 60 * 1000 * 12}
     monkeypatch.setattr(inputs, "operand_dtype", lambda weight: torch.bfloat16)
     _, expected = gradients_of(hidden, weight, 0.0, **arguments | {"chunk_bytes": None})
-    rows, products, add_all = [], [], gradients.WordSum.add_all
+    rows, products, add_all = [], [], weight_gradient.SparseWeightGrad.add_all
 
     def counted(total, dy, *arguments):
         products.append(len(dy))
         add_all(total, dy, *arguments)
 
-    class Counting(gradients.Sums):
+    class Counting(gradients.GradAccumulator):
         def begin(self, tokens, hidden, *arguments):
             rows.append(len(hidden))
             return super().begin(tokens, hidden, *arguments)
 
-    monkeypatch.setattr(inputs.Problem, "dy_is_apart", True)
+    monkeypatch.setattr(inputs.HeadInputs, "dy_has_own_buffer", True)
     monkeypatch.setattr(chunked, "TILE", 50)
-    monkeypatch.setattr(gradients.WordSum, "add_all", counted)
-    monkeypatch.setattr(chunked, "Sums", Counting)
+    monkeypatch.setattr(weight_gradient.SparseWeightGrad, "add_all", counted)
+    monkeypatch.setattr(chunked, "GradAccumulator", Counting)
     _, found = gradients_of(hidden, weight, 0.0, **arguments)
-    if trained == (0,):  # the weight is read as often for larger chunks
+    if trained == (0,):  # frozen weight: larger chunks instead of batches
         assert max(rows) > 60 and not products
     elif mask is None:
         assert rows == [56] * 8 + [52] and products == [224, 224, 52]
@@ -340,7 +341,7 @@ def test_dy_of_several_chunks_is_multiplied_at_once_as_on_a_gpu(trained, mask, m
         assert rows == [56] * 5 + [53] and products == [224, 109]
     for mine, same in zip(found, expected, strict=True):
         assert relative_error(mine, same.double()) < 2 * torch.finfo(torch.bfloat16).eps
-    monkeypatch.setattr(chunked, "TILE", 60)  # too few rows would be left
+    monkeypatch.setattr(chunked, "TILE", 60)  # batches would leave chunks too few rows
     rows.clear()
     gradients_of(hidden, weight, 0.0, **arguments)
     assert max(rows) > 60

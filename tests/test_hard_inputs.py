@@ -1,4 +1,4 @@
-"""The inputs that broke other libraries, or that fp32 forgets."""
+"""Inputs that broke other libraries, or whose digits fp32 loses."""
 
 import math
 
@@ -17,19 +17,19 @@ from truth import (
     stats_of,
 )
 
-from em_kernels import entropy_from_logits, fused_entropy_loss, fused_token_stats
+from em_kernels import entropy_from_logits, fused_entropy_loss, fused_token_stats, ops
 
 pytestmark = pytest.mark.usefixtures("rows")
 on_triton_too = pytest.mark.parametrize("rows", [*ROWS, *OLDER, TRITON, CUDA], indirect=True)
 
 
 def heads(logits):
-    """hidden, weight whose product is exactly these logits (N, V)."""
+    """Return hidden and weight whose product is exactly these logits (N, V)."""
     return torch.eye(len(logits)), logits.t().contiguous()
 
 
 def entropy_and_gradient(logits, **transform):
-    """Entropy (N,) and dlogits (N, V) by each of the three ways to them."""
+    """Yield entropy (N,) and dlogits (N, V) from each of the three functions."""
     hidden, weight = (x.requires_grad_() for x in heads(logits))
     summed = fused_entropy_loss(hidden, weight, reduction="sum", **transform)
     each = fused_entropy_loss(hidden, weight, reduction="none", **transform)
@@ -77,7 +77,7 @@ def test_equal_logits(v, value):
 @pytest.mark.parametrize("v", [50, 5000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_words_masked_by_the_least_number(dtype, v):
-    """Not by -inf; fp32 cannot hold the sum of two."""
+    """A mask of the least number, not -inf; fp32 cannot hold the sum of two."""
     logits = torch.randn(4, v).masked_fill(torch.rand(4, v) < 0.5, torch.finfo(dtype).min)
     true_entropy, true_gradient = truth_of(logits)
     for entropy, gradient in entropy_and_gradient(logits):
@@ -97,7 +97,7 @@ def test_one_hot_rows(gap):
 @on_triton_too
 @pytest.mark.parametrize("gap", [10.0, 14.0, 17.0, 20.0])
 def test_entropy_of_a_sure_model(gap):
-    """H of 2e-2 to 2e-6: log(1 + s') in fp32 would have lost three digits and more."""
+    """For H of 2e-2 to 2e-6, log(1 + s') in fp32 would lose three digits and more."""
     logits = torch.randn(4, 50)
     logits[:, 11] += gap
     true_entropy, true_gradient = truth_of(logits)
@@ -107,8 +107,8 @@ def test_entropy_of_a_sure_model(gap):
 
 
 @pytest.mark.usefixtures("rows")
-@pytest.mark.parametrize("words", [300, 5000])
-def test_gradient_of_sure_tokens_by_recomputation(words):
+@pytest.mark.parametrize("slab", [300, 5000])
+def test_gradient_of_sure_tokens_by_recomputation(slab):
     """Logits rounded otherwise than in the forward would cost p its digits: 1e-2 off, not 1e-5."""
     n, d, v = 64, 512, 5000
     weight = torch.randn(v, d) / d**0.5
@@ -117,7 +117,7 @@ def test_gradient_of_sure_tokens_by_recomputation(words):
     gradients = []
     for dtype in (torch.float64, torch.float32):
         h = hidden.to(dtype, copy=True).requires_grad_()
-        arguments = {"reduction": "none", "chunk_bytes": words * d * dtype.itemsize}
+        arguments = {"reduction": "none", "chunk_bytes": slab * d * dtype.itemsize}
         entropy = fused_entropy_loss(h, weight.to(dtype), **arguments)
         (upstream * entropy).sum().backward()
         gradients.append(h.grad.double())
@@ -153,7 +153,7 @@ def test_logits_of_ten_thousand():
 @on_triton_too
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_words_masked_by_the_bias(softcap):
-    """They are as good as absent, with a softcap too (which would turn -inf into -softcap)."""
+    """Masked entries count as absent, with a softcap too (which would turn -inf into -softcap)."""
     hidden, weight, bias, targets = draw(5, 8, 30)
     keep = torch.arange(30) % 3 > 0
     fewer = leaves(hidden, weight[keep], bias[keep])
@@ -193,7 +193,7 @@ def test_target_that_is_masked():
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_broken_rows_stay_alone(poison, reduction):
-    """NaN in the token itself, visibly; the other tokens' loss and dhidden as without it."""
+    """The token itself gets NaN; the other tokens' loss and dhidden are as without it."""
     hidden, weight, _, targets = draw(6, 4, 30)
     hidden.data[:, 0], weight.data[:, 0] = 0, 1  # -inf: no logit is finite
     (clean,) = leaves(hidden)
@@ -212,7 +212,7 @@ def test_broken_rows_stay_alone(poison, reduction):
 
 @pytest.mark.parametrize("v", [640, 2049, 4095])
 def test_no_phantom_words(v):
-    """verl #2656, #2899 took words beyond V as logit 0, which only very negative logits show."""
+    """verl #2656, #2899 read logits of 0 beyond V, which only very negative logits show."""
     logits = torch.randn(2, v) - 300
     true_entropy, true_gradient = truth_of(logits)
     for entropy, gradient in entropy_and_gradient(logits):
@@ -221,7 +221,7 @@ def test_no_phantom_words(v):
 
 
 def test_vocabulary_of_qwen():
-    """V = 151936: 640 phantom words in blocks of 1024."""
+    """V = 151936 would have 640 phantom entries in blocks of 1024."""
     hidden, weight, _, targets = draw(3, 8, 151936)
     hidden.data[:, 0] = 1
     weight.data[:, 0] -= 50
@@ -258,7 +258,9 @@ def test_logits_of_16_bit_inputs_are_fp32(dtype):
         expected = torch.autograd.grad(truth.sum(), wide)
         for mine, true in zip(gradients, expected, strict=True):
             assert mine.dtype == dtype
-            assert relative_error(mine, true) <= torch.finfo(dtype).eps  # of the result alone
+            assert (
+                relative_error(mine, true) <= torch.finfo(dtype).eps
+            )  # the result's rounding alone
 
 
 def test_fp16_mean_over_many_tokens():
@@ -271,7 +273,7 @@ def test_fp16_mean_over_many_tokens():
     )
     for mine, true in zip(averaged, summed, strict=True):
         assert relative_error(mine, true.double()) < 1e-5
-    tiny = torch.full((n,), 1e-6)  # as with such a mask
+    tiny = torch.full((n,), 1e-6)  # a mask as small as 1 / N, or smaller
     masked = torch.autograd.grad(
         1e6 * fused_entropy_loss(*inputs, mask=tiny, reduction="sum"), inputs
     )
@@ -281,7 +283,7 @@ def test_fp16_mean_over_many_tokens():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_mean_of_statistics_over_many_tokens(dtype, monkeypatch):
-    """1/N comes after the rounding of dy here, too; seen only where the GEMMs take 16 bits."""
+    """1/N comes after the rounding of dy here too, which only 16-bit GEMMs show."""
     n = 4096
     *inputs, _ = draw(n, 8, 8000, dtype=dtype, scale=0.3)
     exact = [x.detach().double().requires_grad_() for x in inputs]
@@ -291,20 +293,20 @@ def test_mean_of_statistics_over_many_tokens(dtype, monkeypatch):
         return torch.autograd.grad(entropy.mean(), (hidden, weight, bias))
 
     true = gradients(*exact)
-    monkeypatch.setattr(inputs, "operand_dtype", lambda weight: weight.dtype)  # as on a GPU
+    monkeypatch.setattr(ops.inputs, "operand_dtype", lambda weight: weight.dtype)  # as on a GPU
     for mine, reference in zip(gradients(*inputs), true, strict=True):
         assert relative_error(mine, reference) < 1e-2  # else 0.125 in fp16
 
 
 @pytest.mark.usefixtures("rows")
 def test_argmax_of_a_broken_row_is_a_word():
-    """-1 would read the last word where another kernel's 0 reads the first."""
+    """It is 0 in all kernels: -1 would index the last entry."""
     hidden = torch.full((2, 4), torch.nan)
     assert fused_token_stats(hidden, torch.ones(5, 4), stats=["argmax"]).argmax.tolist() == [0, 0]
 
 
 def test_entropy_bonus_has_a_gradient():
-    """TRL #6625, #5595: per-token entropy whose gradient was silently zero."""
+    """TRL #6625, #5595 had a per-token entropy whose gradient was silently zero."""
     hidden, weight, _, targets = draw(4, 8, 30)
     for stats in (None, ("entropy",)):
         entropy = fused_token_stats(hidden, weight, targets, stats=stats).entropy

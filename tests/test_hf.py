@@ -1,4 +1,4 @@
-"""The head of a transformers model: found, or refused rather than wrong."""
+"""The head of a transformers model is found, or refused rather than wrong."""
 
 import pytest
 import torch
@@ -62,7 +62,7 @@ def test_tied_head_is_the_embedding():
 
 
 class LoraLinear(nn.Linear):
-    """As peft's layers: the frozen layer inside, and a product of two thin ones."""
+    """A layer like peft's: the frozen layer inside, plus a product of two thin ones."""
 
     def __init__(self, base_layer):
         super().__init__(base_layer.in_features, base_layer.out_features, bias=False)
@@ -93,7 +93,7 @@ def test_head_that_is_not_linear_is_refused():
 
 
 class Scaled(LlamaForCausalLM):
-    """Logits of which no setting that we know tells."""
+    """A head whose transform no setting that we know describes."""
 
     def forward(self, *args, **kwargs):
         output = super().forward(*args, **kwargs)
@@ -134,7 +134,7 @@ def test_scale_that_the_head_lacks_is_refused(kind, dtype):
 
 
 def test_setting_that_another_architecture_means_otherwise_is_refused():
-    """HyperCLOVA X multiplies by what Granite divides by."""
+    """HyperCLOVA X multiplies by the setting that Granite divides by."""
     model = make_model("hyperclovax", logits_scaling=4.0)
     with pytest.raises(TypeError, match="HyperCLOVAXForCausalLM's logits are not its head"):
         check_head(model, head_of(model))

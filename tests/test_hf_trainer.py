@@ -22,7 +22,7 @@ from em_kernels.hf import check_head, entropy_loss, head_of, head_reads
 from em_kernels.hf_trainer import EntropyTrainer
 
 TAU = 0.5
-LENGTHS = (3, 9, 5, 7, 9, 2, 8, 4, 6, 9, 3, 5)  # of examples; an update has 4 of them
+LENGTHS = (3, 9, 5, 7, 9, 2, 8, 4, 6, 9, 3, 5)  # one per example; an update has 4 examples
 ARCHITECTURES = {
     "llama": {},
     "phi": {"tied": False},  # a head with a bias
@@ -40,7 +40,7 @@ def examples():
 
 
 def collate(rows, side="right", labels=True):
-    """As transformers' collators: padded, and the prompt's and padding's labels -100."""
+    """Collate as transformers does: padded, with labels of -100 at prompt and padding."""
     batch = {"input_ids": [], "attention_mask": [], "labels": []}
     for row in rows:
         empty = 9 - len(row["input_ids"])
@@ -82,7 +82,7 @@ def arguments(folder, **changes):
 
 
 def train(kind, folder, model=None, data_collator=collate, changes=None, **settings):
-    """Losses of the updates, and the weights after them."""
+    """Return the losses of the updates, and the weights after them."""
     trainer = kind(
         make_model() if model is None else model,
         arguments(folder, **(changes or {})),
@@ -129,7 +129,9 @@ def test_packed_rows_count_by_their_labels():
     batch["position_ids"] = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2]])
     batch["labels"][0, 5] = -100
     inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
-    logits = model(**inputs, use_cache=False).logits  # with a cache the rows' parts see each other
+    logits = model(
+        **inputs, use_cache=False
+    ).logits  # a cache would let the parts of a row see each other
     entropy = torch.distributions.Categorical(logits=logits[0]).entropy()
     assert_close(entropy_loss(model, batch), entropy[[0, 1, 2, 3, 5, 6]].mean())
 
@@ -182,11 +184,11 @@ def test_accumulated_updates_are_those_of_the_logits(labels, tmp_path):
     assert_as_near(*(map(torch.tensor, ([losses], [expected]))), [torch.tensor([near])])
     assert_as_near(ours.values(), weights.values(), [[*others.values()]])
     start = make_model().model.embed_tokens.weight
-    assert (ours["model.embed_tokens.weight"] - start).abs().max() > 0.01  # SGD has moved them
+    assert (ours["model.embed_tokens.weight"] - start).abs().max() > 0.01  # the weights did move
 
 
 def test_mixed_precision_and_recomputation(tmp_path):
-    """Trainer's autocast, which is around the forward that is replaced, is kept."""
+    """The loss keeps Trainer's autocast, although the forward that it wraps is replaced."""
     model, seen = make_model(), []
     model.model.layers[0].mlp.register_forward_hook(lambda m, i, output: seen.append(output.dtype))
     changes = {"bf16": True, "gradient_checkpointing": True}
@@ -219,7 +221,7 @@ def test_compiled_model():
 
 def test_forwards_are_put_back():
     model = make_model()
-    model.forward = forward = model.forward  # as accelerate's mixed precision leaves it
+    model.forward = forward = model.forward  # accelerate's mixed precision sets it on the instance
     with pytest.raises(RuntimeError, match="stopped"), head_reads(model, lambda *_: stop()):
         model(input_ids=torch.ones(1, 2, dtype=torch.int64))
     assert model.forward is forward
@@ -247,7 +249,7 @@ def stop():
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """What two processes computed: each a half of the batches."""
+    """Results of two processes, each with half of the batches."""
     folder = tmp_path_factory.mktemp("ranks")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

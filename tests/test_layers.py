@@ -48,9 +48,10 @@ functional losses
 ops.torch_library
 ops.chunked ops.vocab_slabs ops.from_logits ops.saved_gradients
 ops.gradients
+ops.weight_gradient
 ops.sparse
 ops.inputs
-ops.gemm ops.vocab_parallel ops.checks ops.flops
+ops.gemm ops.vocab_parallel ops.checks ops.flops ops.memory
 kernels ops.free_memory
 reference
 """

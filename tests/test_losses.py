@@ -1,4 +1,4 @@
-"""em_kernels.losses against plain logits: the formulas of its docstrings, and TRL's written out."""
+"""em_kernels.losses against its docstrings' formulas on plain logits, and against TRL's."""
 
 import doctest
 import inspect
@@ -32,7 +32,7 @@ REWARDS = {
 
 
 def inputs(kind="plain"):
-    """hidden (B, T, D), weight (V, D), targets (B, T) of completions, in fp64."""
+    """Return hidden (B, T, D), weight (V, D), targets (B, T) of completions, in fp64."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(B, T, D, generator=generator, dtype=torch.float64)
     weight = torch.randn(V, D, generator=generator, dtype=torch.float64)
@@ -43,12 +43,12 @@ def inputs(kind="plain"):
 
 
 def with_nan(hidden):
-    """NaN at the tokens outside the completions."""
+    """Return hidden with NaN at the tokens outside the completions."""
     return hidden.detach().masked_fill(~BOOL[..., None], torch.nan).requires_grad_()
 
 
 def by_docstring(function, name, **names):
-    """What the plain-torch code in a docstring calls `name`."""
+    """Run the plain-torch code of a docstring; return its variable `name`."""
     code = inspect.getdoc(function).split("::\n\n", 1)[1].split("\n\n", 1)[0]
     exec(textwrap.dedent(code), {"torch": torch, "math": math, "F": F}, names)
     return names[name]
@@ -76,7 +76,7 @@ def test_rewards_equal_their_formulas(function, kind, temperature, mask):
     )
     reward = REWARDS[function](stats, mask)
     logits = logits_of(hidden, weight, temperature=temperature)
-    if function is losses.self_certainty:  # of each token
+    if function is losses.self_certainty:  # it is per token
         truth = by_docstring(function, "result", logits=logits, vocab_size=V)[BOOL]
         uniform = torch.full_like(logits, 1 / V)
         kl = F.kl_div(logits.log_softmax(-1), uniform, reduction="none").sum(-1)
@@ -134,7 +134,7 @@ def test_group_advantages():
 
 
 def grpo_arguments(hidden, weight, targets, temperature):
-    """Ratios beyond both clips for advantages of both signs; NaN where nothing is to be read."""
+    """Return ratios beyond both clips for advantages of both signs; NaN where nothing is read."""
     logprob = stats_of(logits_of(hidden, weight, temperature=temperature), targets)["logprob"]
     log_ratio = torch.tensor([-0.5, 0.5, 0.1, -0.1, 0.3], dtype=torch.float64)
     old, ref = ((logprob.detach() + x).masked_fill(~BOOL, torch.nan) for x in (-log_ratio, 0.4))
@@ -154,7 +154,7 @@ def grpo_arguments(hidden, weight, targets, temperature):
 
 
 def trl_loss(stats, loss_type, a):
-    """TRL 1.16's loss, a token at a time (grpo_trainer.py, _compute_loss)."""
+    """Compute TRL 1.16's loss token by token (grpo_trainer.py, _compute_loss)."""
     completions, entropies = [], []
     for i in range(B):
         tokens = []
@@ -206,7 +206,7 @@ def test_grpo_of_the_policy_that_sampled():
         hidden, weight, targets, advantages=per_token, old_logprobs=logprob, **arguments
     )
     assert_same_gradients(loss, (hidden, weight), given, (hidden, weight))
-    # the policy gradient: of -advantage * logprob
+    # The policy gradient is that of -advantage * logprob.
     stats = stats_of(logits_of(hidden, weight), targets)
     truth = -(per_token * stats["logprob"] + 0.1 * stats["entropy"])[BOOL].mean()
     truth = truth + (loss - truth).detach()
@@ -264,7 +264,7 @@ SPLIT = (20, V - 20)
 
 
 def of_a_shard(weight, group):
-    """Outputs and gradients of both functions, given this rank's rows of the weight."""
+    """Return outputs and gradients of both functions, given this rank's rows of the weight."""
     hidden, _, targets = inputs()
     found = []
     for temperature in (1.0, 0.6):

@@ -1,4 +1,4 @@
-"""No tensor near the size of the logits, forward or backward; and the user's budget."""
+"""No tensor comes near the size of the logits, and the user's budget holds."""
 
 import itertools
 
@@ -18,7 +18,7 @@ MASK = torch.arange(N) % 5 > 0
 
 
 def changes(function):
-    """Bytes that come (> 0) and go (< 0) while the function runs, inside operators too."""
+    """Return bytes allocated (> 0) and freed (< 0) by the function, also inside operators."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
     events = profiler.profiler.kineto_results.events()
@@ -30,13 +30,13 @@ def allocations(function):
     return [size for size in changes(function) if size > 0]
 
 
-def of_stats(h, w, b, **arguments):
+def sum_stats(h, w, b, **arguments):
     targets = torch.arange(N)
     stats = fused_token_stats(h, w, targets, bias=b, **arguments)
     return (UPSTREAM * (stats.entropy + stats.logprob)).sum()
 
 
-def of_none(h, w, b, **arguments):
+def sum_none(h, w, b, **arguments):
     loss = fused_entropy_loss(h, w, bias=b, reduction="none", **arguments)
     return (UPSTREAM * loss).sum()
 
@@ -45,10 +45,10 @@ LOSSES = {
     "mean": lambda h, w, b, **k: fused_entropy_loss(h, w, bias=b, **k),
     "sum": lambda h, w, b, **k: fused_entropy_loss(h, w, bias=b, reduction="sum", **k),
     "masked": lambda h, w, b, **k: fused_entropy_loss(h, w, bias=b, mask=MASK, **k),
-    "none": of_none,
-    "token_stats": of_stats,
-    "masked token_stats": lambda h, w, b, **k: of_stats(h, w, b, mask=MASK, **k),
-    "softcap": lambda h, w, b, **k: of_none(h, w, b, softcap=9.0, temperature=0.5, **k),
+    "none": sum_none,
+    "token_stats": sum_stats,
+    "masked token_stats": lambda h, w, b, **k: sum_stats(h, w, b, mask=MASK, **k),
+    "softcap": lambda h, w, b, **k: sum_none(h, w, b, softcap=9.0, temperature=0.5, **k),
 }
 
 
@@ -74,14 +74,14 @@ def test_no_tensor_of_the_size_of_the_logits(loss, dtype):
     found = allocations(lambda: LOSSES[loss](*inputs, chunk_bytes=CHUNK_BYTES).backward())
     gradient = V * D * 4
     assert CHUNK_BYTES / 2 < max(found) < N * V * 4 / 2
-    # the budget bounds all but the fp32 dweight
+    # The budget bounds all but the fp32 dweight.
     assert max(size for size in found if size != gradient) <= CHUNK_BYTES
 
 
 @needs_extension
 @pytest.mark.parametrize("loss", LOSSES)
 def test_peak_is_one_chunk_and_the_gradients(loss):
-    """The portable rows have temporaries beside; the extension has none."""
+    """Only for the extension, as the portable kernels have temporaries."""
     inputs = draw(N, D, V)[:3]
     sizes = changes(lambda: LOSSES[loss](*inputs, chunk_bytes=CHUNK_BYTES).backward())
     gradients = sum(x.grad.nbytes for x in inputs)
@@ -104,13 +104,13 @@ def test_frozen_weight_has_no_gradient_in_memory(loss):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("retain_graph", [False, True])
 def test_backward_holds_no_second_fp32_dweight(dtype, retain_graph):
-    """The saved one becomes the gradient, or is rounded into it; unless somebody may come back."""
+    """The saved dweight becomes the gradient, or is rounded into it, unless the graph is kept."""
     inputs = draw(N, 4096, V, dtype=dtype)[:2]
     loss = fused_entropy_loss(*inputs, reduction="sum")
     found = allocations(lambda: loss.backward(retain_graph=retain_graph))
-    of_dweight = [size for size in found if size >= V * 4096 * 2]
+    large = [size for size in found if size >= V * 4096 * 2]
     fresh = dtype == torch.bfloat16 or retain_graph
-    assert of_dweight == ([V * 4096 * dtype.itemsize] if fresh else [])
+    assert large == ([V * 4096 * dtype.itemsize] if fresh else [])
 
 
 @torch.no_grad()
@@ -124,7 +124,7 @@ def test_no_grad_makes_no_gradient():
 @pytest.mark.usefixtures("rows")
 @on_cpu_only
 def test_budget_bounds_the_slabs_of_dweight(monkeypatch):
-    """Few tokens of a wide model: a slab's fp32 dweight is larger than its logits."""
+    """With few tokens of a wide model a slab's fp32 dweight is larger than its logits."""
     n, d, budget = 16, 256, 16 * V * 4
     monkeypatch.setattr(gemm, "UPCAST_BYTES", budget)
     hidden, weight, _, _ = draw(n, d, V, dtype=torch.bfloat16)

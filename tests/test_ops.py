@@ -15,7 +15,7 @@ TRANSFORM = [0.7, 5.0, 1.0]
 
 
 def arguments(needs, dtype, optional):
-    """hidden, weight, bias, targets, mask, temperatures; matrices column-major."""
+    """Return hidden, weight, bias, targets, mask, temperatures; matrices are column-major."""
     *inputs, targets = draw(N, D, V, dtype=dtype)
     hidden, weight, bias = (
         x.detach().t().contiguous().t().requires_grad_(need)
@@ -36,23 +36,23 @@ DTYPES = [torch.float32, torch.bfloat16]
 def test_opcheck(optional, needs, dtype):
     needs = [*needs[:2], needs[2] and optional]
     h, w, b, targets, mask, tau = arguments(needs, dtype, optional)
-    settings = (mask, tau, TRANSFORM, None, None)
+    settings = (targets, mask, tau, TRANSFORM, None, None)
     for tolerance in (0.0, 0.1):
         torch.library.opcheck(
-            torch_library.entropy_loss, (h, w, b, *settings, tolerance, True, needs)
+            torch_library.entropy_loss_op, (h, w, b, *settings, tolerance, True, needs)
         )
-    everything = optional
-    for unit in (-1, 0) if needs == [True, False, False] else (-1,):
+    for single_stat_index in (-1, 0) if needs == [True, False, False] else (-1,):
         torch.library.opcheck(
-            torch_library.token_stats, (h, w, b, targets, *settings, needs, everything, unit)
+            torch_library.token_stats_op,
+            (h, w, b, *settings, needs, optional, single_stat_index),
         )
     h, w, b = (None if x is None else x.detach() for x in (h, w, b))
-    statistics, _, m, log_s, _ = torch_library.token_stats(
-        h, w, b, targets, *settings, needs, everything, -1
+    statistics, _, m, log_s, _ = torch_library.token_stats_op(
+        h, w, b, *settings, needs, optional, -1
     )
     torch.library.opcheck(
-        torch_library.token_stats_backward,
-        (torch.randn_like(statistics), statistics, m, log_s, h, w, b, targets, *settings, needs),
+        torch_library.token_stats_backward_op,
+        (torch.randn_like(statistics), statistics, m, log_s, h, w, b, *settings, needs),
     )
 
 
@@ -60,11 +60,11 @@ def test_opcheck(optional, needs, dtype):
 @pytest.mark.parametrize("tau", [None, TAU])
 def test_opcheck_of_logits(tau, dtype):
     logits = torch.randn(N, V, dtype=dtype, requires_grad=True)
-    torch.library.opcheck(torch_library.entropy_from_logits, (logits, tau, 0.7))
+    torch.library.opcheck(torch_library.entropy_from_logits_op, (logits, tau, 0.7))
     logits = logits.detach()
-    found = torch_library.entropy_from_logits(logits, tau, 0.7)
+    found = torch_library.entropy_from_logits_op(logits, tau, 0.7)
     torch.library.opcheck(
-        torch_library.entropy_from_logits_backward, (torch.randn(N), *found, logits, tau, 0.7)
+        torch_library.entropy_from_logits_backward_op, (torch.randn(N), *found, logits, tau, 0.7)
     )
 
 
@@ -92,7 +92,11 @@ def test_compiled_equals_eager(per_token, backend):
     torch._dynamo.reset()
     model = TinyModel()
     compiled = torch.compile(model, fullgraph=True, backend=backend)
-    for length, temperature in ((5, 0.5), (5, 0.7), (9, 0.9)):  # from the second on dynamic
+    for length, temperature in (
+        (5, 0.5),
+        (5, 0.7),
+        (9, 0.9),
+    ):  # shapes are dynamic from the second call on
         tokens = torch.randint(50, (2, length))
         mask = torch.rand(2, length) > 0.3
         if per_token:
@@ -109,7 +113,7 @@ def test_compiled_equals_eager(per_token, backend):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("hidden_dtype", DTYPES)
 def test_autocast_is_that_of_linear(hidden_dtype, dtype):
-    """Inputs are rounded to its dtype, and nothing else: not the temperature, nor statistics."""
+    """Autocast rounds the inputs to its dtype, but neither the temperature nor the statistics."""
     *inputs, targets = draw(N, D, V)
     rounded = leaves(*inputs, dtype=torch.bfloat16)
     hidden, weight, bias = inputs[0].detach().to(hidden_dtype), *leaves(*inputs[1:], dtype=dtype)

@@ -1,4 +1,4 @@
-"""A vocabulary split over real processes (gloo) gives the results of the whole one."""
+"""A vocabulary split over real processes (gloo) gives the results of a whole one."""
 
 import pytest
 import torch
@@ -14,10 +14,11 @@ from em_kernels import (
     fused_token_stats,
     gradient_report,
 )
-from em_kernels.ops import inputs
+from em_kernels.ops import memory
 
 N, D, V = 9, 8, 61
-SPLITS = {"three": ([0, 1, 2], (20, 2, 39)), "two": ([1, 2], (60, 1))}  # ranks, their words
+# Ranks, and how many vocabulary entries each holds.
+SPLITS = {"three": ([0, 1, 2], (20, 2, 39)), "two": ([1, 2], (60, 1))}
 MASK = torch.tensor([1.0, 0.0, 2.0, 1.0, 0.5, 0.0, 1.0, 1.0, 3.0])
 TAU = torch.linspace(0.4, 1.6, N)
 UPSTREAM = torch.linspace(-1.0, 1.0, 5 * N).reshape(5, N)
@@ -34,7 +35,7 @@ CALLS = [
 
 
 def call(name, hidden, weight, bias, targets, group):
-    """Outputs, and gradients of hidden, weight, bias, of one way to use the library."""
+    """Return outputs, and gradients of hidden, weight and bias, for one way to use the library."""
     head = {"bias": bias, "process_group": group, "temperature": TAU, "softcap": 20.0}
     if name == "small chunks":
         head["chunk_bytes"] = 2 * V * 4
@@ -61,7 +62,7 @@ def call(name, hidden, weight, bias, targets, group):
 
 
 def sparse(hidden, weight, bias, group, tolerance=0.03):
-    """Gradients of few words, chunk by chunk, and what share of this rank's words they are."""
+    """Return gradients with a tolerance, and the share of this rank's vocabulary that was kept."""
     inputs = [(4 * hidden).detach(), weight.detach(), bias.detach()]
     h, w, b = (x.requires_grad_() for x in inputs)
     loss = fused_token_loss(
@@ -81,7 +82,7 @@ def inputs_of(name):
     hidden, weight, bias, targets = draw(N, D, V)
     targets[4] = -100
     if name == "masked words":
-        bias.data[:25] = -torch.inf  # a whole shard of three
+        bias.data[:25] = -torch.inf  # all of the first shard, where there are three
         targets.clamp_(min=25)
     if name != "token_stats":
         return hidden, weight, bias, targets
@@ -95,28 +96,28 @@ def worker(rank, folder):
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=3
     )
-    free_bytes = inputs.free_bytes
+    free_bytes = memory.free_bytes
     for split, (members, sizes) in SPLITS.items():
         group = dist.new_group(members)
         if rank not in members:
             continue
         place = members.index(rank)
         start = sum(sizes[:place])
-        words = slice(start, start + sizes[place])
+        vocab_slice = slice(start, start + sizes[place])
         results = {}
         for name in CALLS:
             hidden, weight, bias, targets = inputs_of(name)
-            shard = (x.detach()[words].clone().requires_grad_() for x in (weight, bias))
-            memory = (lambda device: 8 * V * 4 * (rank + 1)) if name == "unequal memory" else None
-            inputs.free_bytes = memory or free_bytes
+            shard = (x.detach()[vocab_slice].clone().requires_grad_() for x in (weight, bias))
+            unequal = name == "unequal memory"
+            memory.free_bytes = (lambda _: 8 * V * 4 * (rank + 1)) if unequal else free_bytes
             results[name] = call(name, hidden, *shard, targets, group)
-        inputs.free_bytes = free_bytes
+        memory.free_bytes = free_bytes
         hidden, *head, _ = inputs_of("mean")
-        results["sparse"] = sparse(hidden, *(x.detach()[words].clone() for x in head), group)
+        results["sparse"] = sparse(hidden, *(x.detach()[vocab_slice].clone() for x in head), group)
         hidden, weight, *_ = inputs_of("mean")
-        shard = weight[words].detach().clone()
+        shard = weight[vocab_slice].detach().clone()
         for x in (hidden, shard):
-            x.requires_grad_(place > 0)  # the ranks would wait for each other
+            x.requires_grad_(place > 0)  # ranks that differ would wait for each other
             try:
                 fused_entropy_loss(hidden, shard, process_group=group)
             except ValueError as error:
@@ -128,7 +129,7 @@ def worker(rank, folder):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The results of every rank; what hangs is ended."""
+    """Results of every rank, in files."""
     path = tmp_path_factory.mktemp("ranks")
     spawn(worker, str(path), nprocs=3)
     return path

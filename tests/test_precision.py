@@ -1,4 +1,4 @@
-"""|ours - fp64| <= 2 |eager in the same dtype - fp64| + floor, for whatever hypothesis draws."""
+"""|ours - fp64| <= 2 |eager in the same dtype - fp64| + floor, on inputs that hypothesis draws."""
 
 import pytest
 import torch
@@ -18,14 +18,14 @@ from truth import (
 
 from em_kernels import fused_entropy_loss, fused_token_stats
 from em_kernels.kernels import row_stride
-from em_kernels.ops.inputs import Problem
+from em_kernels.ops.inputs import HeadInputs
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 @st.composite
 def problems(choose):
-    """Tensors, targets, mask, transform and chunk_bytes."""
+    """Draw tensors, targets, mask, transform and chunk_bytes."""
     n, d = choose(st.integers(1, 40)), choose(st.integers(1, 24))
     v = choose(st.sampled_from([1, 2, 3, 31, 100, 257, 2049]))
     dtype = choose(st.sampled_from(DTYPES))
@@ -47,7 +47,7 @@ def problems(choose):
     mask = masks[choose(st.sampled_from(list(masks)))]
     tokens = choose(st.sampled_from([None, 1, 2, 7]))
     longest = max(n + d, row_stride(v, inputs[0].device))
-    chunk_bytes = tokens and tokens * longest * Problem(*inputs[:2]).logit_bytes
+    chunk_bytes = tokens and tokens * longest * HeadInputs(*inputs[:2]).logit_bytes
     return inputs, targets, mask, transform, chunk_bytes
 
 
@@ -113,14 +113,15 @@ def test_token_stats(problem, seed):
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_language_models_head(dtype, temperature):
-    """Peaked rows over SmolLM2's vocabulary: in fp32, entropy and gradients no further from fp64
-    than twice eager's; of bf16 inputs the entropy as exact as of the same numbers in fp32.
+    """Peaked rows over SmolLM2's vocabulary are at most twice as far from fp64 as eager's are.
+
+    The entropy of bf16 inputs is as exact as that of the same numbers in fp32.
     """
     generator = torch.Generator().manual_seed(0)
     n, d, v = 24, 96, 49152
     weight = torch.randn(v, d, generator=generator) / d**0.5
-    words = torch.randint(v, (n,), generator=generator)
-    hidden = 10 * weight[words] + 2 * torch.randn(n, d, generator=generator)
+    nearest = torch.randint(v, (n,), generator=generator)
+    hidden = 10 * weight[nearest] + 2 * torch.randn(n, d, generator=generator)
     inputs = [x.to(dtype).requires_grad_() for x in (hidden, weight)]
     wide = leaves(*inputs, dtype=torch.float64)
     truth = entropy_of(*wide, temperature=temperature)

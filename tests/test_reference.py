@@ -70,7 +70,7 @@ def test_row_gradient_is_autograd_of_the_statistics(transform, targets):
     assert_close(found, expected.masked_fill(masked, 0), rtol=1e-11, atol=1e-12)
 
 
-# few values, so ties; -inf, so words, parts and rows without a finite logit
+# Few values make ties; -inf makes entries, parts and rows without a finite logit.
 LOGITS = st.sampled_from([-torch.inf, -900.0, -2.0, 0.5, 3.0, 900.0])
 
 

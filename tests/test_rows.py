@@ -13,13 +13,13 @@ from em_kernels.reference import Coefficients, RowTransform
 ROW_COUNT = 5
 TRANSFORMS = [(1.0, None), (0.25, None), (1.0, 5.0), (-2.0, 30.0)]
 ALL_ROWS = [*ROWS, *OLDER, TRITON]
-# 1024 is the extension's block, 512 and 256 are Triton's here; remainders; 1, less than a vector
+# Around the blocks: 1024 in the extension, 512 and 256 in Triton here. 1 is less than a vector.
 SIZES = [(rows, v) for rows in (*ROWS, *OLDER) for v in (1, 2, 13, 2047, 2048, 2049, 5003)]
 SIZES += [(TRITON, v) for v in (1, 13, 512, 1537)]
 
 
 def problem(v, *, bias=False, logit_scale=1.0, softcap=None, seed=0):
-    """Raw logits, their transform, and the factors of a gradient, all in fp32."""
+    """Return raw logits, their transform, and the factors of a gradient, all in fp32."""
     generator = torch.Generator().manual_seed(seed)
     y = torch.randn(ROW_COUNT, v, generator=generator) * 4
     row = RowTransform(
@@ -27,7 +27,7 @@ def problem(v, *, bias=False, logit_scale=1.0, softcap=None, seed=0):
         torch.tensor([2.0, 1.0, 0.7, 1.3, 0.1]),
         logit_scale,
         softcap,
-        torch.tensor([0, v - 1, -100, v, v // 2]),  # v and -100 are elsewhere
+        torch.tensor([0, v - 1, -100, v, v // 2]),  # v and -100 are no columns
     )
     return y, row, Coefficients(*torch.randn(6, ROW_COUNT, generator=generator))
 
@@ -54,8 +54,9 @@ def assert_parts_close(parts, truth, v):
 
 
 def gradient_of(kernels, y, row, parts, factors, dtype=torch.float32):
-    """Into y's own memory, as the loops do; but for Triton no narrower type, as blocks run in any
-    order.
+    """Compute dy in y's own memory, as the loops do.
+
+    Triton gets separate memory for a narrower dtype, as its blocks run in any order.
     """
     if y.dtype == dtype:
         out = y
@@ -87,13 +88,13 @@ def test_statistics_and_gradient(kernels, v, with_bias, logit_scale, softcap):
     expected = reference.row_gradient(
         y.double(), in_fp64(row), truth.m, truth.s1.log1p(), in_fp64(factors)
     )
-    # Triton's interpreter truncates to bf16
+    # Triton's interpreter truncates to bf16 instead of rounding.
     sixteen = torch.float16 if kernels is interpreted_triton else torch.bfloat16
     for dtype, tolerance in ((sixteen, 2**-8), (torch.float32, 2e-5)):
         dy = gradient_of(kernels, y.clone(), row, parts, factors, dtype)
         error = (dy.double() - expected).norm(dim=1)
         assert (error <= tolerance * expected.norm(dim=1) + 1e-9).all()
-    # dy is now fp32's, of the very values that 16 bits are rounded from, ties to even
+    # The last dy is fp32, the very values that the 16 bits are rounded from, ties to even.
     narrow = gradient_of(kernels, y.clone(), row, parts, factors, sixteen)
     assert torch.equal(narrow, dy.to(sixteen))
 
@@ -108,13 +109,13 @@ def test_column_mass(kernels, v, with_bias, logit_scale, softcap):
     parts, truth = kernels.row_statistics(y, row), truth_of(y, row)
     before = y.clone()
     mass, row_sums = kernels.column_mass(y, row, parts.m, parts.s1.log1p(), factors)
-    assert torch.equal(y, before)  # what is kept is computed from them
+    assert torch.equal(y, before)  # row_gradient needs them again
     dy = reference.row_gradient(
         y.double(), in_fp64(row), truth.m, truth.s1.log1p(), in_fp64(factors)
     )
     assert_close(mass.double(), dy.abs().sum(0), rtol=5e-5, atol=1e-7)
     assert mass[v // 3] == 0
-    error = (row_sums.double() - dy.sum(1)).abs()  # of a sum that nearly cancels
+    error = (row_sums.double() - dy.sum(1)).abs()  # relative to |dy|, as the sum nearly cancels
     assert (error <= 2e-5 * dy.abs().sum(1) + 1e-7).all()
 
 
@@ -199,7 +200,7 @@ def test_choice_of_kernels():
 
 @pytest.mark.parametrize("kernels", [ROWS[1], *OLDER])
 def test_x87_works_afterwards(kernels):
-    """MMX registers, if a compiler uses them, are the x87 stack's: numpy would then compute NaN."""
+    """MMX registers share the x87 stack: left in use, they would make numpy compute NaN."""
     for softcap in (None, 5.0):
         y, row, factors = problem(2049, bias=True, softcap=softcap)
         for values in (y, y.clone().fill_(-torch.inf)):

@@ -1,4 +1,4 @@
-"""The weight's gradient handed to a sink: next to fused_entropy_loss's, its work and memory."""
+"""The weight's gradient streamed to a callback: against fused_entropy_loss, its work and memory."""
 
 import itertools
 
@@ -14,48 +14,48 @@ from truth import assert_no_worse_than_eager, entropy_of, leaves, relative_error
 import em_kernels.ops.flops  # noqa: F401  # FlopCounterMode counts the extension's GEMM
 from em_kernels import fused_entropy_loss, gradient_report
 from em_kernels.functional import entropy_loss_into
-from em_kernels.ops import chunked, gradients, inputs, sparse
+from em_kernels.ops import chunked, gradients, inputs, sparse, weight_gradient
 
 N, V, D, CHUNK = 300, 1000, 24, 100
 TOLERANCE = 2**-9
-FLAT_FROM = {"peaked": 3, "flat": 0, "mixed": 1}  # of the three chunks
+FLAT_FROM = {"peaked": 3, "flat": 0, "mixed": 1}  # index of the first flat chunk, of three
 
 
 class Total:
-    """A sink that adds up what it gets, and leaves nothing but NaN of that."""
+    """A callback that adds up the values it gets, and overwrites them with NaN."""
 
     def __init__(self, weight):
         self.sum = torch.zeros_like(weight, dtype=inputs.accumulation_dtype(weight.dtype))
-        self.words = []
+        self.entries = []
 
-    def __call__(self, words, values):
-        assert isinstance(words, slice) or words.dtype == torch.int64
-        some = torch.arange(len(self.sum))[words]
-        assert values.dtype == self.sum.dtype and values.shape == (len(some), self.sum.shape[1])
-        assert len(some.unique()) == len(some)
-        self.sum[words] += values
-        self.words.append(words)
+    def __call__(self, entries, values):
+        assert isinstance(entries, slice) or entries.dtype == torch.int64
+        indices = torch.arange(len(self.sum))[entries]
+        assert values.dtype == self.sum.dtype and values.shape == (len(indices), self.sum.shape[1])
+        assert len(indices.unique()) == len(indices)
+        self.sum[entries] += values
+        self.entries.append(entries)
         values.fill_(torch.nan)
 
 
 @pytest.fixture
 def slabs_of(monkeypatch):
-    def set_words(count):
-        monkeypatch.setattr(gradients, "SLAB_WORDS", count)
-        monkeypatch.setattr(gradients, "SLAB_BYTES", 0)
+    def set_length(count):
+        monkeypatch.setattr(weight_gradient, "MIN_SLAB_ENTRIES", count)
+        monkeypatch.setattr(weight_gradient, "SLAB_BYTES", 0)
 
-    return set_words
+    return set_length
 
 
 def inputs_of(kind, dtype=torch.float32):
-    """hidden, weight, bias; the later chunks of hidden have flat distributions."""
+    """Return hidden, weight, bias; the later chunks of hidden have flat distributions."""
     hidden, weight = peaked(N, V, D, dtype)
     hidden.data[CHUNK * FLAT_FROM[kind] :] *= 0.01
     return hidden, weight, (0.1 * torch.randn(V)).to(dtype).requires_grad_()
 
 
 def both(hidden, weight, bias=None, **arguments):
-    """Loss, gradients and report of fused_entropy_loss, then with a sink, rounded alike."""
+    """Return loss, gradients and report by the callback, the same by autograd, and the callback."""
     inputs = [x for x in (hidden, weight, bias) if x is not None]
     loss = fused_entropy_loss(hidden, weight, bias=bias, **arguments)
     expected = (loss.detach(), *torch.autograd.grad(loss, inputs), *gradient_report(loss))
@@ -94,9 +94,9 @@ def test_gradients_of_one_chunk_bit_by_bit(reduction, dtype, tolerance, kind, ma
     for mine, same in zip(found, expected, strict=True):
         assert torch.equal(mine, same)
     if mask == "zero":
-        assert not total.words and not any(x.any() for x in found)
+        assert not total.entries and not any(x.any() for x in found)
     elif tolerance == 0:
-        assert sorted(words.start for words in total.words) == list(range(0, V, 80))
+        assert sorted(entries.start for entries in total.entries) == list(range(0, V, 80))
 
 
 @pytest.mark.usefixtures("rows")
@@ -141,7 +141,7 @@ def test_gradients_of_many_chunks(dtype, tolerance, kind, transform, slabs_of):
         share = 1e-9 if dtype == torch.float64 else 2 * torch.finfo(mine.dtype).eps
         floor = (3 * tolerance + share) * exact.norm().item()
         assert_no_worse_than_eager(mine, theirs, exact, floor)
-    kinds = {isinstance(words, slice) for words in total.words}
+    kinds = {isinstance(entries, slice) for entries in total.entries}
     if tolerance == 0 or kind == "flat":
         assert kinds == {True}
     else:
@@ -154,18 +154,18 @@ def wide(x):
 
 @pytest.mark.parametrize("operand", [torch.float32, torch.float16])
 def test_two_chunks_at_a_time_as_on_a_gpu(operand, slabs_of, monkeypatch):
-    """A dy in fp16 is scaled: what is 1e-7 of a token would be 0."""
+    """An fp16 dy is scaled: a token's weight of 1e-7 would make it 0."""
     slabs_of(80)
     monkeypatch.setattr(inputs, "operand_dtype", lambda weight: operand)
     begun = []
 
-    class Overlapping(gradients.Sums):
+    class Overlapping(gradients.GradAccumulator):
         def __init__(self, *arguments):
             super().__init__(*arguments)
-            self.buffers = 2
+            self.selector.buffers = 2
             begun.append(self)
 
-    monkeypatch.setattr(chunked, "Sums", Overlapping)
+    monkeypatch.setattr(chunked, "GradAccumulator", Overlapping)
     hidden, weight, _ = inputs_of("mixed", operand)
     total = Total(weight)
     arguments = {"temperature": 0.5, "chunk_bytes": CHUNK * V * 8, "grad_tolerance": TOLERANCE}
@@ -178,7 +178,7 @@ def test_two_chunks_at_a_time_as_on_a_gpu(operand, slabs_of, monkeypatch):
 
 
 def test_autograd_goes_on_below_hidden():
-    """Also under autocast, from leading dimensions that are no view of rows."""
+    """Under autocast too, with leading dimensions that no view flattens."""
     _, weight = peaked(1, V, D)
     x, layer = torch.randn(6, 5, 50, 32), torch.nn.Linear(32, D)
     mask = torch.rand(5, 6, 50)
@@ -208,7 +208,7 @@ def test_frozen_weight_and_bias():
 def test_no_token(tolerance):
     hidden, weight, bias = inputs_of("peaked")
     found, _, total = both(hidden[:0], weight, bias, grad_tolerance=tolerance)
-    assert not total.words and not any(x.any() for x in found[:4])
+    assert not total.entries and not any(x.any() for x in found[:4])
 
 
 @pytest.mark.parametrize("trained, units", [(True, 4), (False, 2)])
@@ -220,7 +220,7 @@ def test_work(dtype, tolerance, trained, units, slabs_of):
     hidden, weight = peaked(n, v, d, dtype)
     with FlopCounterMode(display=False) as counter:
         *_, report = entropy_loss_into(
-            (lambda words, values: None) if trained else None,
+            (lambda entries, values: None) if trained else None,
             hidden,
             weight,
             temperature=0.5,
@@ -228,8 +228,8 @@ def test_work(dtype, tolerance, trained, units, slabs_of):
         )
     share = report.active_share.item()
     assert share == 1 if tolerance == 0 else 0 < share < 0.3
-    mean_word = 2 * sparse.SAMPLE * d if tolerance else 0
-    expected = (2 + units * share) * n * v * d + mean_word
+    mean_weight = 2 * sparse.SAMPLE * d if tolerance else 0
+    expected = (2 + units * share) * n * v * d + mean_weight
     assert counter.get_total_flops() == pytest.approx(expected, rel=0.01)
 
 
@@ -237,13 +237,15 @@ def test_work(dtype, tolerance, trained, units, slabs_of):
 @pytest.mark.parametrize("tolerance", [0.0, 0.01])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_memory_holds_neither_dweight_nor_its_active_words(dtype, tolerance, monkeypatch):
-    """Each of eight chunks keeps some 1 / 50 of the words, all together eight times that."""
+    """Each of eight chunks keeps some 1 / 50 of the vocabulary, all together eight times that."""
     v, d, n, budget, slab = 4096, 512, 128, 16 * 4096 * 4, 64 * 512 * 4
-    monkeypatch.setattr(gradients, "SLAB_WORDS", 16)
-    monkeypatch.setattr(gradients, "SLAB_BYTES", slab)
+    monkeypatch.setattr(weight_gradient, "MIN_SLAB_ENTRIES", 16)
+    monkeypatch.setattr(weight_gradient, "SLAB_BYTES", slab)
     monkeypatch.setattr(sparse, "SAMPLE", 16)
     weight = torch.randn(v, d)
-    hidden = 0.06 * weight.view(n, v // n, d)[:, :8].sum(1)  # near 8 words of its own
+    hidden = 0.06 * weight.view(n, v // n, d)[:, :8].sum(
+        1
+    )  # each token near 8 entries that no other token is near
     hidden = hidden.to(dtype).requires_grad_()
     weight = weight.to(dtype).requires_grad_()
     arguments = {"grad_tolerance": tolerance, "chunk_bytes": budget}
@@ -254,13 +256,13 @@ def test_memory_holds_neither_dweight_nor_its_active_words(dtype, tolerance, mon
 
     got = set()
 
-    def sink(words, values):
-        got.update(torch.arange(v)[words].tolist())
+    def record(entries, values):
+        got.update(torch.arange(v)[entries].tolist())
 
-    def into(sink=lambda words, values: None):
-        return entropy_loss_into(sink, hidden, weight, **arguments)
+    def into(on_weight_grad=lambda entries, values: None):
+        return entropy_loss_into(on_weight_grad, hidden, weight, **arguments)
 
-    share = into(sink)[-1].active_share
+    share = into(record)[-1].active_share
     union = len(got) * d * 4
     assert union == v * d * 4 if tolerance == 0 else share < 0.1 and slab < union < 0.5 * v * d * 4
     largest, most = peak(into)
@@ -268,5 +270,5 @@ def test_memory_holds_neither_dweight_nor_its_active_words(dtype, tolerance, mon
     assert largest <= max(budget, dh)
     bound = budget + 2 * slab + dh + per_token
     assert most <= bound
-    # what the bound would miss
+    # Without the callback the bound is broken.
     assert peak(lambda: fused_entropy_loss(hidden, weight, **arguments))[1] > bound

@@ -1,4 +1,4 @@
-"""The certified sparse gradient: its bound on hostile inputs, and that all else stays as it was."""
+"""The certified sparse gradient: its bound on hostile inputs, its report, its refusals."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from truth import entropy_of, leaves
 
 from em_kernels import fused_entropy_loss, fused_token_loss, gradient_report, reference
 from em_kernels.kernels import RowTerms, portable
-from em_kernels.ops import gradients, inputs, sparse
+from em_kernels.ops import inputs, sparse
 
 N, V = 60, 400
 TOLERANCES = [2**-9, 0.05, 0.5, 0.999]
@@ -15,7 +15,7 @@ TOKENS = torch.arange(N)
 
 
 def peaked(n=N, v=V, d=24, dtype=torch.float32):
-    """hidden (n, d), weight (v, d): each token near one of the first v / 8 words."""
+    """Return hidden (n, d), weight (v, d): each token is near one of the first v / 8 entries."""
     weight = torch.randn(v, d)
     hidden = 1.2 * weight[torch.randint(v // 8, (n,))] + 0.1 * torch.randn(n, d)
     return [x.to(dtype).requires_grad_() for x in (hidden, weight)]
@@ -33,7 +33,7 @@ INPUTS = {  # raw logits (N, V), and arguments of the loss
     "bimodal": lambda: (random_logits() / 8 + 9.0 * (torch.arange(V) % 2), {}),
     "masses of 1 to 1e-36": lambda: (random_logits() / 40 - 0.2 * torch.arange(V), {}),
     "one row dominates": lambda: (random_logits(), {"mask": torch.where(TOKENS == 7, 1e4, 0.01)}),
-    "masked words": lambda: (
+    "masked entries": lambda: (
         random_logits(),
         {"bias": torch.where(torch.arange(V) % 3 > 0, 0, -torch.inf)},
     ),
@@ -46,7 +46,7 @@ INPUTS = {  # raw logits (N, V), and arguments of the loss
 
 
 def dy_of(y, arguments):
-    """d loss / d logits in fp64."""
+    """Return d loss / d logits in fp64."""
     wide = {k: x.double() if torch.is_tensor(x) else x for k, x in arguments.items()}
     weights = wide.pop("mask", 1)
     y = y.double().requires_grad_()
@@ -59,8 +59,8 @@ def dy_of(y, arguments):
 @pytest.mark.parametrize("kind", INPUTS)
 @pytest.mark.parametrize("chunk, sample", [(N, 2048), (17, 64)])
 def test_certificate(chunk, sample, kind, tolerance, monkeypatch):
-    """Of the dy that the results imply, read off where the other operand is the identity."""
-    monkeypatch.setattr(gradients, "MOST_COLUMNS", 1.0)  # where it does not pay, too
+    """The bound holds for the dy that the results imply; an identity operand shows that dy."""
+    monkeypatch.setattr(sparse, "MAX_COLUMN_SHARE", 1.0)  # also where it does not pay
     monkeypatch.setattr(sparse, "SAMPLE", sample)
     y, arguments = INPUTS[kind]()
     settings = {"grad_tolerance": tolerance, "chunk_bytes": chunk * V * 4, "reduction": "sum"}
@@ -77,12 +77,12 @@ def test_certificate(chunk, sample, kind, tolerance, monkeypatch):
     loss = fused_entropy_loss(hidden, torch.eye(V), **settings, **arguments)
     (dh,) = torch.autograd.grad(loss, hidden)
     assert (dh - dy).abs().sum() <= 2 * tolerance * mass + noise
-    # every row's sum is put back
+    # Every row's sum is put back.
     assert (dh.double().sum(1) - dy.sum(1)).abs().sum() <= noise
 
     report = gradient_report(loss)
     assert 0 <= report.active_share <= 1 and 0 <= report.dropped_share <= tolerance
-    if kind in ("masses of 1 to 1e-36", "masked words"):
+    if kind in ("masses of 1 to 1e-36", "masked entries"):
         assert report.active_share < 0.75
     if kind in ("masses of 1 to 1e-36", "temperatures") and tolerance > 0.01:
         assert report.dropped_share > tolerance / 4 and report.active_share < 0.8
@@ -92,9 +92,9 @@ def test_certificate(chunk, sample, kind, tolerance, monkeypatch):
 @pytest.mark.parametrize("kind", ["bimodal", "masses of 1 to 1e-36", "softcap", "temperatures"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_certificate_in_16_bits(dtype, kind, tolerance, monkeypatch):
-    """Beside the tolerance one rounding of dy, as a GPU's GEMM wants it, and one of the result."""
+    """16 bits add one rounding of dy, as a GPU's GEMM wants it, and one of the result."""
     monkeypatch.setattr(inputs, "operand_dtype", lambda weight: weight.dtype)
-    monkeypatch.setattr(gradients, "MOST_COLUMNS", 1.0)
+    monkeypatch.setattr(sparse, "MAX_COLUMN_SHARE", 1.0)
     y, arguments = INPUTS[kind]()
     y = y.to(dtype)
     arguments = {k: x.to(dtype) if k == "bias" else x for k, x in arguments.items()}
@@ -116,7 +116,7 @@ def test_certificate_in_16_bits(dtype, kind, tolerance, monkeypatch):
 
 
 def terms_of(y, arguments):
-    """What the loops hand to the choice of columns."""
+    """Return the terms that the loops pass to the choice of columns."""
     row = reference.RowTransform(
         arguments.get("bias"),
         1 / torch.as_tensor(arguments.get("temperature", 1.0)).expand(N),
@@ -133,7 +133,7 @@ def terms_of(y, arguments):
 @pytest.mark.parametrize("kind", [kind for kind in INPUTS if kind not in ("equal", "one-hot")])
 def test_few_more_columns_than_sorting_would_keep(kind, tolerance):
     y, arguments = INPUTS[kind]()
-    found = sparse.choose(terms_of(y, arguments), tolerance)
+    found = sparse.choose_columns(terms_of(y, arguments), tolerance)
     mass = found.mass.double().sort().values
     needed = V - int((mass.cumsum(0) <= tolerance * mass.sum()).sum())
     if kind == "columns of one mass":  # all or none of each kind
@@ -149,7 +149,7 @@ def test_mass_that_is_not_finite_keeps_every_column():
     for bad in (torch.nan, torch.inf):
         factors = terms_of(y, arguments).factors
         factors = factors._replace(alpha=factors.alpha.clone().index_fill_(0, TOKENS[3:4], bad))
-        found = sparse.choose(terms_of(y, arguments)._replace(factors=factors), 0.5)
+        found = sparse.choose_columns(terms_of(y, arguments)._replace(factors=factors), 0.5)
         assert found.kept.all()
 
 
@@ -159,7 +159,7 @@ def test_compiled():
     def loss(hidden, weight):
         return 2 * fused_entropy_loss(hidden, weight, temperature=0.5, grad_tolerance=0.01)
 
-    # what inductor makes of the same ops is test_ops.py's
+    # test_ops.py compiles the same ops with inductor.
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     for n in (40, 33):
         few = inputs[0][:n].detach().requires_grad_(), inputs[1]

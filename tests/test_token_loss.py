@@ -1,4 +1,4 @@
-"""fused_token_loss: any loss of each token's own statistics, against the same on full logits."""
+"""fused_token_loss against the same losses on full logits."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ TAU = torch.linspace(0.5, 1.5, N)
 
 
 def grpo(stats, index):
-    """Clipped policy gradient with an entropy bonus, as DAPO and GRPO write it."""
+    """Return a clipped policy loss with an entropy bonus, as DAPO and GRPO have it."""
     generator = torch.Generator().manual_seed(3)
     old = torch.randn(N, generator=generator) * 0.5 - 6
     advantage = torch.randn(N, generator=generator)
@@ -245,7 +245,7 @@ def test_16_bit_losses_are_summed_in_fp32():
 
 @pytest.mark.parametrize("rows_in_a_chunk", [4, 100])
 def test_chunks_with_nothing_to_score(rows_in_a_chunk):
-    """What counts is the whole, not how it was cut."""
+    """A loss may ignore some chunks' statistics, if not those of all."""
     hidden, weight, _, targets = draw(N, D, V)
     advantage = (torch.arange(N) < 5).float()
 

@@ -1,4 +1,4 @@
-"""What is the Triton rows' own: splits of a row, 16-bit logits, padding, blocks, the whole way."""
+"""Triton only: splits of a row, 16-bit logits, padding, blocks, and the public functions on it."""
 
 import math
 
@@ -18,8 +18,8 @@ kernels = interpreted_triton
 
 
 def entropy_and_gradient(kernels, y, row):
-    """Entropy (rows,) and its gradient, in a buffer of its own, as for logits that exist."""
-    parts = kernels.row_statistics(y, row, everything=False)
+    """Return entropy (rows,) and its gradient in a new buffer, as entropy_from_logits does."""
+    parts = kernels.row_statistics(y, row, with_collision_and_argmax=False)
     stats = reference.statistics(parts, y.shape[1])
     upstream = TokenStats(entropy=torch.ones_like(parts.m))
     factors = reference.coefficients(stats, upstream, y.shape[1])
@@ -52,7 +52,7 @@ def test_splits_of_few_rows_keep_four_blocks_each():
 
 
 def mass_and_truth(y, row, factors):
-    """Both results, and in fp64 the sums that they stand for and the row sums' own scale."""
+    """Return mass and row sums, both also in fp64, and the scale of the row sums."""
     parts, truth = kernels.row_statistics(y, row), truth_of(y, row)
     found = kernels.column_mass(y, row, parts.m, parts.s1.log1p(), factors)
     dy = reference.row_gradient(
@@ -61,7 +61,7 @@ def mass_and_truth(y, row, factors):
     return *found, dy.abs().sum(0), dy.sum(1), dy.abs().sum(1)
 
 
-@pytest.mark.parametrize("splits", [1, 2, 4])  # of 7 rows; three of 4 would leave one empty
+@pytest.mark.parametrize("splits", [1, 2, 4])  # of 7 rows
 @pytest.mark.parametrize("v", [3, 512, 2 * 512 + 133])  # whole blocks and narrow ones
 def test_blocks_of_column_masses(splits, v, monkeypatch):
     monkeypatch.setattr(kernels, "_splits", lambda blocks, most, programs: splits)
@@ -79,7 +79,7 @@ def test_blocks_of_column_masses(splits, v, monkeypatch):
 def test_masked_words_and_broken_rows_of_column_masses():
     y, row, factors = problem(700, bias=True)
     y[:, 3], row.bias[600] = -torch.inf, -torch.inf
-    y[:, 4] = torch.finfo(torch.float32).min  # times logit_scale / tau: infinite
+    y[:, 4] = torch.finfo(torch.float32).min  # times logit_scale / temperature it is infinite
     for softcap in (None, 5.0):
         part = row._replace(logit_scale=-1.5 if softcap else 1.5, softcap=softcap)
         mass, row_sums, true_mass, *_ = mass_and_truth(y, part, factors)
@@ -102,7 +102,7 @@ def test_column_masses_of_nothing(shape):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("v", [512, 531])  # rows begin at multiples of 16, and anywhere
+@pytest.mark.parametrize("v", [512, 531])  # 512 is a multiple of 16, 531 is not
 def test_logits_that_exist(dtype, v):
     y = (torch.randn(3, v) * 4).to(dtype)
     row = plain(3)._replace(inv_temperature=torch.tensor([1.0, 0.5, 2.0]))
@@ -111,7 +111,7 @@ def test_logits_that_exist(dtype, v):
     true_entropy = stats_of(wide * row.inv_temperature[:, None])["entropy"]
     (true_gradient,) = torch.autograd.grad(true_entropy.sum(), wide)
     assert_close(entropy.double(), true_entropy, rtol=2e-6, atol=0)
-    # the interpreter truncates to bf16
+    # The interpreter truncates to bf16 instead of rounding.
     tolerance = {torch.float32: 5e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}[dtype]
     assert gradient.dtype == dtype and relative_error(gradient, true_gradient) < tolerance
     factors = Coefficients(*torch.randn(6, 3))
@@ -123,7 +123,7 @@ def test_logits_that_exist(dtype, v):
 
 @pytest.mark.parametrize("start, v", [(0, 500), (0, 512), (80, 517), (115, 525)])
 def test_nothing_beside_the_columns_is_read_or_written(start, v):
-    """Up to the last element of the storage."""
+    """Nor beyond the last element of the storage."""
     buffer = torch.full((3, 640), torch.nan)
     view = buffer[:, start : start + v]
     y, row, factors = problem(v)
@@ -136,7 +136,7 @@ def test_nothing_beside_the_columns_is_read_or_written(start, v):
         kernels.column_mass(logits, row, parts.m, parts.s1.log1p(), factors)
         for logits in (view, y[:3])
     )
-    assert_close(of_view, of_copy, rtol=1e-5, atol=1e-6)  # of other blocks, where not aligned
+    assert_close(of_view, of_copy, rtol=1e-5, atol=1e-6)  # unaligned rows take other blocks
     assert not gradient_of(kernels, view, row, parts, factors).isnan().any()
     assert buffer.isnan().sum() == 3 * (640 - v)
 
@@ -173,7 +173,7 @@ def test_vocabulary_of_qwen_in_the_real_blocks(monkeypatch):
     assert truth[0] < 1e-4 and truth[1] > 0.99 * math.log(151_936)
     (true_gradient,) = torch.autograd.grad(truth.sum(), wide)
     error = (gradient.double() - true_gradient).norm(dim=1)
-    # a flat row's gradient is the small difference of H and -log p
+    # A flat row's gradient is the small difference of H and -log p.
     assert (error <= torch.tensor([1e-5, 1e-4]) * true_gradient.norm(dim=1)).all()
 
 
@@ -189,7 +189,7 @@ def test_column_masses_of_qwen_in_the_real_blocks(monkeypatch):
     m, log_s, *factors = (field.float() for field in per_row)
     mass, row_sums = kernels.column_mass(y, plain(1), m, log_s, Coefficients(*factors))
     assert relative_error(mass, dy.abs().sum(0)) < 1e-5
-    assert row_sums.abs() <= 1e-5 * dy.abs().sum()  # it is 0
+    assert row_sums.abs() <= 1e-5 * dy.abs().sum()  # the exact sum is 0
 
 
 def test_the_same_bits_again():

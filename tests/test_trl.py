@@ -1,4 +1,4 @@
-"""TRL's GRPOTrainer trains the same with our statistics as with its own, and as autograd has it."""
+"""TRL's GRPOTrainer trains with our statistics as it does with its own, and as with autograd."""
 
 import gc
 import importlib
@@ -23,7 +23,12 @@ from trl import GRPOConfig, GRPOTrainer, __version__
 from em_kernels.trl import FusedGRPOTrainer
 
 TESTED = "1.16"
-PROMPTS = ["What is 2 + 3?", "abc", "the the", "a"]  # of several lengths: padded on the left
+PROMPTS = [
+    "What is 2 + 3?",
+    "abc",
+    "the the",
+    "a",
+]  # lengths differ, so they are padded on the left
 LORA = LoraConfig(target_modules=["q_proj", "up_proj"], init_lora_weights=False)
 CASES = {
     "policy gradient": {},
@@ -45,7 +50,7 @@ def test_version_is_the_tested_one():
 
 
 class Plain(GRPOTrainer):
-    """TRL's loss on all logits, differentiated by autograd."""
+    """GRPOTrainer whose statistics come from all logits, differentiated by autograd."""
 
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, **others
@@ -57,7 +62,7 @@ class Plain(GRPOTrainer):
 
 
 class Recorder:
-    """Keeps what the loss is made of; comes before a trainer."""
+    """Mixin before a trainer that keeps the statistics and masks of its loss."""
 
     def _get_per_token_logps_and_entropies(self, model, ids, mask, length, **others):
         found = super()._get_per_token_logps_and_entropies(model, ids, mask, length, **others)
@@ -77,7 +82,7 @@ def equal(completions, **others):
 
 
 def make_trainer(kind, model, output, reward=varied, steps=3, peft_config=None, **changes):
-    model.generation_config.eos_token_id = list(range(60))  # some end early
+    model.generation_config.eos_token_id = list(range(60))  # some completions end early
     settings = {"per_device_train_batch_size": 4, "num_generations": 2, "max_steps": steps}
     settings |= {
         "max_completion_length": 12,
@@ -102,7 +107,7 @@ def weights_of(trainer):
 
 
 def train(*arguments, **settings):
-    """The trainer, and how far each weight moved."""
+    """Train; return the trainer and how far each weight moved."""
     trainer = make_trainer(*arguments, **settings)
     before = weights_of(trainer)
     trainer.train()
@@ -143,8 +148,10 @@ def slow(*values):
     ],
 )
 def test_training_is_the_same(case, dtype, tmp_path):
-    """As TRL's own statistics in fp32, which they are in, too; as autograd's in fp64."""
-    folder = save_tiny(tmp_path / "model", dtype=dtype)  # a reference model is loaded from there
+    """In fp32 it trains as with TRL's own statistics, in fp64 as with autograd's."""
+    folder = save_tiny(
+        tmp_path / "model", dtype=dtype
+    )  # the reference model is loaded from the folder
     other, rounding = (GRPOTrainer, 1e-5) if dtype == torch.float32 else (Plain, 1e-9)
     ours, other = (
         train(kind, LlamaForCausalLM.from_pretrained(folder, dtype=dtype), tmp_path, **CASES[case])
@@ -195,7 +202,7 @@ def test_entropy_alone_moves_the_weights(coefficient, tmp_path):
         assert change == 0 and not any(x.any() for x in moved.values())
         return
     assert all(x.any() for x in moved.values())
-    # the mean entropy is what the loss holds: a step along its gradient, of length 1e-3 / 2
+    # The loss is the mean entropy alone: a step of length 1e-3 / 2 along its gradient.
     slope = sum(x.double().square().sum().item() for x in moved.values()) / (1e-3 * coefficient)
     assert change == pytest.approx(slope, rel=0.05)
 
@@ -224,9 +231,12 @@ def worker(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}  # asked for, not used
+    os.environ |= {
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "0",
+    }  # accelerate asks for them, and does not use them
     train_both(rank, folder)
-    gc.collect()  # or DDP is last to hold the group and frees it under the GIL that gloo waits for
+    gc.collect()  # else DDP frees the group last, holding the GIL that gloo waits for
     dist.destroy_process_group()
 
 
@@ -242,7 +252,7 @@ def train_both(rank, folder):
 
 @pytest.mark.slow
 def test_ranks_of_ddp_train_one_model(tmp_path):
-    """As TRL's own statistics do, on other prompts each."""
+    """Two ranks with different prompts train as with TRL's own statistics."""
     spawn(worker, str(tmp_path), nprocs=2, timeout_s=300)
     (moved, ids), (others, other_ids) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert not torch.equal(ids, other_ids)

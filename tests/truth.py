@@ -1,4 +1,4 @@
-"""Textbook formulas of the statistics, sharing no code with em_kernels; the tolerance rule."""
+"""Textbook formulas of the statistics, which share no code with em_kernels; tolerances."""
 
 import math
 
@@ -9,7 +9,7 @@ FLOAT_STATS = ("entropy", "logprob", "logsumexp", "mean_logit", "log_collision")
 
 
 def draw(n, d, v, *, dtype=torch.float32, scale=3.0, seed=0):
-    """hidden (n, d), weight (v, d), bias (v,), targets (n,); logits have deviation `scale`."""
+    """Return hidden (n, d), weight (v, d), bias (v,), targets (n,); logits deviate by `scale`."""
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(n, d, generator=generator)
     weight = torch.randn(v, d, generator=generator) * (scale / d**0.5)
@@ -20,12 +20,12 @@ def draw(n, d, v, *, dtype=torch.float32, scale=3.0, seed=0):
 
 
 def leaves(*tensors, dtype=None):
-    """Fresh leaves that require grad, with the same values and strides."""
+    """Return new leaves that require grad, with the same values and strides."""
     return [x.detach().to(dtype or x.dtype, copy=True).requires_grad_() for x in tensors]
 
 
 def logits_of(hidden, weight, bias=None, temperature=1.0, logit_scale=1.0, softcap=None):
-    """Eager: a product in the inputs' dtype, then fp32 (fp64 for fp64)."""
+    """Compute logits as eager PyTorch does: a product in the inputs' dtype, then fp32 (or fp64)."""
     y = F.linear(hidden, weight, bias)
     u = y.to(torch.promote_types(y.dtype, torch.float32)) * logit_scale
     c = u if softcap is None else softcap * torch.tanh(u / softcap)
@@ -36,7 +36,7 @@ def logits_of(hidden, weight, bias=None, temperature=1.0, logit_scale=1.0, softc
 
 
 def stats_of(logits, targets=None):
-    """Every statistic by name, differentiable; -inf logits allowed."""
+    """Return every statistic by name, differentiable; logits may be -inf."""
     masked = logits == -torch.inf
     logp = logits.log_softmax(-1)
     finite_logp = logp.masked_fill(masked, 0)

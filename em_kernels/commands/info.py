@@ -9,7 +9,7 @@ import torch
 
 from .. import __version__
 from ..kernels import cpu, kernels_for
-from ..ops.gemm import bf16_isa
+from ..ops.gemm import BF16_ISAS, bf16_isa
 
 
 def run(arguments: list[str]) -> int:
@@ -43,7 +43,7 @@ def run(arguments: list[str]) -> int:
             kernels, "Triton"
         )
         rows.append((f"row kernels, {device}", text))
-    isa = {0: "none: slabs of the weight are upcast", 1: "AVX512-BF16", 2: "AMX"}[bf16_isa()]
+    isa = BF16_ISAS[bf16_isa()] if bf16_isa() else "none: slabs of the weight are upcast"
     rows.append(("bf16 GEMM, cpu", isa))
     for package in ("accelerate", "flash-attn", "vllm", "deepspeed", "bitsandbytes"):
         rows.append((f"optional: {package}", installed(package)))

@@ -1,12 +1,15 @@
-"""Row kernels: a chunk of raw logits in, statistics or their gradient out. One file a device, one
-interface:
+"""Row kernels: a chunk of raw logits in, statistics or their gradient out.
 
-row_statistics(y, row, everything) -> RowParts; q1, total and argmax may be None unless everything.
+One file per device, each with the same interface:
+
+row_statistics(y, row, with_collision_and_argmax) -> RowParts; without collision and argmax its q1,
+    total and argmax may be None.
 row_gradient(*RowTerms, out) writes dy into out.
-column_mass(*RowTerms) -> sums of |dy| by column (V,), of dy by row (rows,).
+column_mass(*RowTerms) -> sums of |dy| over the rows (V,), sums of dy over the columns (rows,).
 
-y (rows, V) raw logits in fp32 or fp64 (Triton: in 16 bits too), its columns contiguous; m, log_s
-and the factors (rows,) in the accumulation dtype; out (rows, V) separate, or a gradient_buffer.
+y (rows, V) holds raw logits in fp32 or fp64 (for Triton also in 16 bits), each row contiguous; m,
+log_s and the factors (rows,) are in the accumulation dtype; out (rows, V) is separate memory or a
+gradient_buffer.
 """
 
 from importlib.util import find_spec
@@ -21,7 +24,7 @@ from . import cpu, portable
 
 
 class RowTerms(NamedTuple):
-    """All that (8) is made of."""
+    """The terms of equation (8)."""
 
     y: Tensor  # (rows, V) raw logits
     row: RowTransform
@@ -31,40 +34,43 @@ class RowTerms(NamedTuple):
 
 
 def kernels_for(y: Tensor) -> ModuleType:
-    """The fastest row kernels that this machine has for y."""
+    """Return the fastest row kernels that this machine has for y."""
     if y.is_cuda and y.dtype != torch.float64 and find_spec("triton"):
-        from . import triton  # slow to import
+        from . import triton  # imported only here, as it is slow to import
 
         return triton
     return cpu if cpu.supports(y) else portable
 
 
-def row_statistics(y: Tensor, row: RowTransform, everything: bool) -> RowParts:
-    """Equation (1), and with everything argmax and the sums of (5) and (6)."""
-    return kernels_for(y).row_statistics(y, row, everything)
+def row_statistics(y: Tensor, row: RowTransform, with_collision_and_argmax: bool) -> RowParts:
+    """Compute (1); with_collision_and_argmax adds argmax and the sums of (5) and (6)."""
+    return kernels_for(y).row_statistics(y, row, with_collision_and_argmax)
 
 
 def row_gradient(terms: RowTerms, out: Tensor) -> Tensor:
-    """Equation (8) in out's dtype, (rows, V)."""
+    """Write dy (8), (rows, V), into out, in its dtype; return out."""
     kernels_for(terms.y).row_gradient(*terms, out)
     return out
 
 
 def column_mass(terms: RowTerms) -> tuple[Tensor, Tensor]:
-    """Sums of |dy| over the rows (V,) and of dy over the columns (rows,), for equation (8)'s dy,
-    which is not stored.
+    """Return the sums of |dy| over the rows (V,) and of dy over the columns (rows,).
+
+    dy is equation (8)'s, and is not stored.
     """
     return kernels_for(terms.y).column_mass(*terms)
 
 
 def row_stride(columns: int, device: torch.device) -> int:
-    """Elements from one row of logits to the next: on a GPU rows begin where vector loads can."""
+    """Return the elements from one row of logits to the next; a GPU's rows allow vector loads."""
     return columns if device.type == "cpu" else -(-columns // 16) * 16
 
 
 def gradient_buffer(y: Tensor, dtype: torch.dtype) -> Tensor:
-    """Memory for the gradient of y, (rows, V): y's own, each row's first bytes where the dtype is
-    narrower; but not on a GPU, whose blocks of a row run in any order.
+    """Return memory for the gradient of y, (rows, V).
+
+    It is y's own; a narrower dtype takes each row's first bytes, except on a GPU, whose blocks of a
+    row run in any order.
     """
     if y.dtype == dtype:
         return y

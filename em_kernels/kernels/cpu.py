@@ -1,4 +1,4 @@
-"""Row kernels in C++ for the CPU (csrc/entropy_rows.cpp), fp32."""
+"""Row kernels in C++ for fp32 logits on the CPU (csrc/entropy_rows.cpp)."""
 
 import functools
 
@@ -11,7 +11,7 @@ try:
     from .. import _C  # type: ignore[attr-defined]
 
     WHY_NOT = ""
-except ImportError as error:  # kernels/__init__.py takes the portable rows
+except ImportError as error:  # the portable kernels serve instead
     _C, WHY_NOT = None, str(error)
 
 
@@ -19,17 +19,18 @@ ISAS = ("baseline", "avx2", "avx512")  # as csrc/entropy_rows.cpp numbers them
 
 
 def is_built() -> bool:
-    """True if the C++ extension is loaded."""
+    """Return True if the C++ extension is loaded."""
     return _C is not None
 
 
 @functools.cache
 def isa() -> int:
-    """Which of ISAS the kernels use: the highest that this CPU has."""
+    """Return the index in ISAS that the kernels use: the highest that this CPU has."""
     return torch.ops.em_kernels.row_isa()
 
 
 def supports(y: Tensor) -> bool:
+    """Return True if these kernels run on y."""
     return is_built() and y.device.type == "cpu" and y.dtype == torch.float32
 
 
@@ -37,18 +38,20 @@ def _contiguous(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if x is None else x.to(dtype).contiguous()
 
 
-def row_statistics(y: Tensor, row: RowTransform, everything: bool = True) -> RowParts:
-    """Equation (1) and the sums of (5), (6)."""
-    found = y.new_empty(6, y.shape[0])
+def row_statistics(
+    y: Tensor, row: RowTransform, with_collision_and_argmax: bool = True
+) -> RowParts:
+    """Compute (1), argmax and the sums of (5) and (6)."""
+    parts = y.new_empty(6, y.shape[0])
     argmax = y.new_empty(y.shape[0], dtype=torch.int64)
-    torch.ops.em_kernels.row_statistics(y, *_arguments(row), found, argmax, isa())
-    return RowParts._make([*found, argmax])
+    torch.ops.em_kernels.row_statistics(y, *_arguments(row), parts, argmax, isa())
+    return RowParts._make([*parts, argmax])
 
 
 def row_gradient(
     y: Tensor, row: RowTransform, m: Tensor, log_s: Tensor, factors: Coefficients, out: Tensor
 ) -> None:
-    """Equation (8)."""
+    """Write dy (8) into out."""
     if out.dtype == torch.float16:
         wide = torch.empty_like(y)
         row_gradient(y, row, m, log_s, factors, wide)
@@ -61,7 +64,7 @@ def row_gradient(
 def column_mass(
     y: Tensor, row: RowTransform, m: Tensor, log_s: Tensor, factors: Coefficients
 ) -> tuple[Tensor, Tensor]:
-    """Sums of (8): of |dy| by column, of dy by row; the same bits for any number of threads."""
+    """Sum |dy| over the rows and dy over the columns, to the same bits for any thread count."""
     mass, row_sums = y.new_empty(y.shape[1]), torch.empty_like(m)
     torch.ops.em_kernels.column_mass(
         y, *_arguments(row), m, log_s, torch.stack(factors), mass, row_sums, isa()

@@ -1,5 +1,6 @@
-"""Row kernels in plain torch: any device, any floating dtype. A few rows at a time, so that
-temporaries stay small.
+"""Row kernels in plain torch for any device and floating dtype.
+
+They take a few rows at a time, so that temporaries stay small.
 """
 
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from torch import Tensor
 from .. import reference
 from ..reference import Coefficients, RowParts, RowTransform
 
-BLOCK_ELEMENTS = 1 << 21  # of logits; the formulas hold about eight temporaries of this size
+BLOCK_ELEMENTS = 1 << 21  # logits at a time; the formulas hold about eight temporaries of this size
 
 
 def _blocks(y: Tensor) -> Iterator[slice]:
@@ -18,22 +19,24 @@ def _blocks(y: Tensor) -> Iterator[slice]:
     return (slice(start, start + rows) for start in range(0, y.shape[0], rows))
 
 
-def row_statistics(y: Tensor, row: RowTransform, everything: bool = True) -> RowParts:
-    """Equation (1) and the sums of (5), (6)."""
-    found = [
-        reference.row_parts(reference.transform(y[rows], part), part.targets)
+def row_statistics(
+    y: Tensor, row: RowTransform, with_collision_and_argmax: bool = True
+) -> RowParts:
+    """Compute (1), argmax and the sums of (5) and (6)."""
+    parts = [
+        reference.row_parts(reference.transform(y[rows], block), block.targets)
         for rows in _blocks(y)
-        for part in [_part(row, rows)]
+        for block in [_take_rows(row, rows)]
     ]
-    if not found:
+    if not parts:
         return RowParts._make([*y.new_empty(6, 0), y.new_empty(0, dtype=torch.int64)])
-    return RowParts(*(torch.cat(field) for field in zip(*found, strict=True)))
+    return RowParts(*(torch.cat(field) for field in zip(*parts, strict=True)))
 
 
 def row_gradient(
     y: Tensor, row: RowTransform, m: Tensor, log_s: Tensor, factors: Coefficients, out: Tensor
 ) -> None:
-    """Equation (8)."""
+    """Write dy (8) into out."""
     for rows in _blocks(y):
         out[rows] = _gradient(y, row, m, log_s, factors, rows)
 
@@ -41,7 +44,7 @@ def row_gradient(
 def column_mass(
     y: Tensor, row: RowTransform, m: Tensor, log_s: Tensor, factors: Coefficients
 ) -> tuple[Tensor, Tensor]:
-    """Sums of (8): of |dy| by column, of dy by row."""
+    """Sum |dy| over the rows and dy over the columns."""
     mass, row_sums = y.new_zeros(y.shape[1]), torch.empty_like(m)
     for rows in _blocks(y):
         dy = _gradient(y, row, m, log_s, factors, rows)
@@ -53,11 +56,11 @@ def column_mass(
 def _gradient(
     y: Tensor, row: RowTransform, m: Tensor, log_s: Tensor, factors: Coefficients, rows: slice
 ) -> Tensor:
-    part = Coefficients(*(factor[rows] for factor in factors))
-    return reference.row_gradient(y[rows], _part(row, rows), m[rows], log_s[rows], part)
+    factors = Coefficients(*(factor[rows] for factor in factors))
+    return reference.row_gradient(y[rows], _take_rows(row, rows), m[rows], log_s[rows], factors)
 
 
-def _part(row: RowTransform, rows: slice) -> RowTransform:
+def _take_rows(row: RowTransform, rows: slice) -> RowTransform:
     return row._replace(
         inv_temperature=row.inv_temperature[rows],
         targets=None if row.targets is None else row.targets[rows],

@@ -1,5 +1,6 @@
-"""Row kernels in Triton for GPUs: what launches triton_kernels.py. Logits of 16 bits are taken too
-(entropy of logits that exist).
+"""Row kernels for GPUs: launches of triton_kernels.py.
+
+They take logits of 16 bits too, as entropy_from_logits has them.
 """
 
 import torch
@@ -11,13 +12,15 @@ from ..reference import Coefficients, RowParts, RowTransform
 from .configs import RowConfig, config_for
 from .triton_kernels import column_mass_kernel, row_gradient_kernel, row_statistics_kernel
 
-MIN_SPLIT_BLOCKS = 4  # of a row: the merge of (7) is then little work
-MIN_SPLIT_ROWS = 32  # of a column: partial masses are then 1/32 of the logits at most
+MIN_SPLIT_BLOCKS = 4  # per part of a row: the merge (7) is then little work
+MIN_SPLIT_ROWS = 32  # per part of a column: partial masses are then at most 1/32 of the logits
 OPTIONS = {"enable_fp_fusion": False, "num_stages": 1}
 
 
-def row_statistics(y: Tensor, row: RowTransform, everything: bool = True) -> RowParts:
-    """Equation (1), and with everything argmax and the sums of (5) and (6)."""
+def row_statistics(
+    y: Tensor, row: RowTransform, with_collision_and_argmax: bool = True
+) -> RowParts:
+    """Compute (1); with_collision_and_argmax adds argmax and the sums of (5) and (6)."""
     rows, columns = y.shape
     if columns == 0 or rows == 0:
         return reference.row_parts(y, row.targets)
@@ -29,7 +32,8 @@ def row_statistics(y: Tensor, row: RowTransform, everything: bool = True) -> Row
     split_length = -(-columns // (splits * block_v)) * block_v
     splits = -(-columns // split_length)
     parts = torch.empty(splits, 6, rows, dtype=torch.float32, device=y.device)
-    argmax = torch.empty(splits, rows if everything else 0, dtype=torch.int64, device=y.device)
+    argmax_rows = rows if with_collision_and_argmax else 0
+    argmax = torch.empty(splits, argmax_rows, dtype=torch.int64, device=y.device)
     with torch.cuda.device_of(y):
         row_statistics_kernel[(rows, splits)](
             y,
@@ -41,21 +45,23 @@ def row_statistics(y: Tensor, row: RowTransform, everything: bool = True) -> Row
             columns,
             split_length,
             *_scalars(row),
-            EVERYTHING=everything,
+            WITH_COLLISION_AND_ARGMAX=with_collision_and_argmax,
             **_flags(row),
             **settings,
         )
-    found = [
-        RowParts._make([*part, index] if everything else [*part[:4], None, None, None])
-        for part, index in zip(parts, argmax, strict=True)
-    ]
-    return found[0] if splits == 1 else reference.merge(found)
+    if with_collision_and_argmax:
+        by_split = [
+            RowParts._make([*part, index]) for part, index in zip(parts, argmax, strict=True)
+        ]
+    else:
+        by_split = [RowParts(*part[:4]) for part in parts]
+    return by_split[0] if splits == 1 else reference.merge(by_split)
 
 
 def row_gradient(
     y: Tensor, row: RowTransform, m: Tensor, log_s: Tensor, factors: Coefficients, out: Tensor
 ) -> None:
-    """Equation (8)."""
+    """Write dy (8) into out."""
     rows, columns = y.shape
     if columns == 0 or rows == 0:
         return
@@ -80,7 +86,7 @@ def row_gradient(
 def column_mass(
     y: Tensor, row: RowTransform, m: Tensor, log_s: Tensor, factors: Coefficients
 ) -> tuple[Tensor, Tensor]:
-    """Sums of (8): of |dy| by column, of dy by row."""
+    """Sum |dy| over the rows and dy over the columns."""
     rows, columns = y.shape
     if columns == 0 or rows == 0:
         return m.new_zeros(columns), m.new_zeros(rows)
@@ -114,17 +120,17 @@ def column_mass(
 
 
 def statistics_settings(config: RowConfig, dtype: torch.dtype, aligned: bool) -> dict:
-    """Constants and compiler options of a statistics launch; the compile report has them too."""
+    """Return the constants and compiler options of a statistics launch."""
     return _lane_settings(config.statistics_warps, config.THREAD_V, dtype, aligned)
 
 
 def mass_settings(config: RowConfig, dtype: torch.dtype, aligned: bool) -> dict:
-    """Launch settings of the column-mass kernel: one warp, whose row sum needs no barrier."""
+    """Return those of a column-mass launch: in one warp, a row's sum needs no barrier."""
     return _lane_settings(1, config.THREAD_V, dtype, aligned)
 
 
 def _lane_settings(warps: int, thread_v: int, dtype: torch.dtype, aligned: bool) -> dict:
-    vector = 16 // dtype.itemsize if aligned else 1  # one load of 16 bytes
+    vector = 16 // dtype.itemsize if aligned else 1  # a thread loads 16 bytes at once
     return {
         "LANES": 32 * warps,
         "VECTOR": vector,
@@ -135,7 +141,7 @@ def _lane_settings(warps: int, thread_v: int, dtype: torch.dtype, aligned: bool)
 
 
 def gradient_settings(config: RowConfig) -> dict:
-    """Launch settings of the gradient kernel."""
+    """Return those of a gradient launch."""
     return {
         "BLOCK_N": config.BLOCK_N,
         "BLOCK_V": config.BLOCK_V,
@@ -145,12 +151,14 @@ def gradient_settings(config: RowConfig) -> dict:
 
 
 def _is_aligned(y: Tensor) -> bool:
-    """True if every row starts at an address that allows vector loads."""
+    """Return True if every row starts at an address that allows vector loads."""
     return y.data_ptr() % 16 == 0 and y.stride(0) % 16 == 0
 
 
 def _vectors(row: RowTransform, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Bias, 1 / temperature, targets; a bias that is not there is never read, such targets match
+    """Return bias, 1 / temperature and targets.
+
+    Where there is no bias, y stands in and is never read; where there are no targets, -1 matches
     nothing.
     """
     targets = row.targets
@@ -168,9 +176,9 @@ def _flags(row: RowTransform) -> dict[str, bool]:
     return {"HAS_BIAS": row.bias is not None, "HAS_SOFTCAP": row.softcap is not None}
 
 
-def _splits(blocks: int, most: int, programs: int) -> int:
-    """Parts of every block of work, so that few blocks keep the whole GPU busy; `most` of them."""
-    return max(1, min(triton.cdiv(programs, blocks), most))
+def _splits(blocks: int, limit: int, programs: int) -> int:
+    """Return into how many parts to split each block so that few blocks keep the GPU busy."""
+    return max(1, min(triton.cdiv(programs, blocks), limit))
 
 
 def _capability(y: Tensor) -> tuple[int, int]:

@@ -1,25 +1,25 @@
-"""The Triton kernels of the rows: equations (1)-(8) of reference.py, one read of the logits each.
+"""Triton kernels: equations (1)-(8) of reference.py, each with one read of the logits.
 
-The statistics keep a running (1) in every thread, over the columns that this thread loads, and meet
-by (7) only at the row's end: no thread waits for another inside the loop. Floating-point fusion is
-off: z - m must be that of the rounded z, of which m is one, or a sure token's entropy is noise; and
-alpha + beta log p must be 0 where the row is flat. What is fused is so by name.
+Statistics: every thread keeps a running (1) over the columns that it loads, and threads merge by
+(7) only at the row's end, so none waits for another inside the loop. Floating-point fusion is off:
+z - m must use the rounded z, as m is one of them, or a sure token's entropy is noise; and
+alpha + beta log p must be 0 where the row is flat. Fused operations are written as tl.fma.
 
-A column mass program is one warp, which owns columns and walks down rows: masses stay in registers,
-a row's sum is five shuffles, and nothing waits for another warp.
+Column masses: a program is one warp, which owns columns and walks down rows. Masses stay in
+registers, a row's sum is five shuffles, and nothing waits for another warp.
 """
 
 import triton
 import triton.language as tl
 
-# e^-150 is 0 in fp32, and no infinity comes near a product
+# e^-150 is 0 in fp32; the clamp keeps infinities out of products.
 MIN_EXPONENT = tl.constexpr(-150.0)
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
 def _exp(x):
-    """e^x; results below 1e-38 are 0, which saves tl.exp's three instructions for them."""
+    """e^x; results below 1e-38 are 0, which saves three instructions of tl.exp."""
     return tl.exp2(x * LOG2_E)
 
 
@@ -28,7 +28,7 @@ def _tanh_and_slope(x):
     """tanh x and 1 - tanh^2 x, both to a few ulp."""
     size = tl.abs(x)
     square = x * x
-    # minimax (Remez) of tanh on |x| <= 0.7, relative error 1.5e-8
+    # Minimax (Remez) approximation of tanh on |x| <= 0.7, relative error 1.5e-8
     head = (-5.13866215e-3 * square + 2.00919700e-2) * square - 5.35588612e-2
     tail = (head * square + 1.33291107e-1) * square - 3.33331899e-1
     small = size * square * tail + size
@@ -51,7 +51,7 @@ def _logits(y_ptrs, mask, bias_ptrs, mask_bias, HAS_BIAS: tl.constexpr):
 
 @triton.jit
 def _cap(v, inv_temperature, logit_scale, softcap, HAS_SOFTCAP: tl.constexpr):
-    """z, where v is not -inf, and the slope dc/du; the scalars meet before the logits."""
+    """z, where v is not -inf, and the slope dc/du; scalars are multiplied before the logits are."""
     if HAS_SOFTCAP:
         value, slope = _tanh_and_slope(v * (logit_scale / softcap))
         z = value * (softcap * inv_temperature)
@@ -63,14 +63,14 @@ def _cap(v, inv_temperature, logit_scale, softcap, HAS_SOFTCAP: tl.constexpr):
 
 @triton.jit
 def _transform(v, inv_temperature, logit_scale, softcap, HAS_SOFTCAP: tl.constexpr):
-    """z of logits with their bias."""
+    """z of logits that include their bias."""
     z, _ = _cap(v, inv_temperature, logit_scale, softcap, HAS_SOFTCAP)
     return tl.where(v == -float("inf"), -float("inf"), z)
 
 
 @triton.jit
 def _merge(m_a, s_a, t_a, q_a, i_a, m_b, s_b, t_b, q_b, i_b):
-    """Equation (7); s and q without the argmax's own 1, ties to the lowest index."""
+    """Equation (7); s and q lack the argmax's own 1; the lowest index wins ties."""
     a_wins = (m_a > m_b) | ((m_a == m_b) & (i_a < i_b))
     shift = tl.where(m_a == m_b, 0.0, tl.maximum(-tl.abs(m_a - m_b), MIN_EXPONENT))
     r = _exp(shift)
@@ -99,9 +99,9 @@ def _add_block(
     IS_WHOLE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    EVERYTHING: tl.constexpr,
+    WITH_COLLISION_AND_ARGMAX: tl.constexpr,
 ):
-    """Every lane's running (1) with these columns added."""
+    """Add these columns to every lane's running (1)."""
     m, s, t, q, total, argmax = state
     mask_v = (cols < columns) | IS_WHOLE
     v = _logits(y_row + cols, mask_v, bias_ptr + cols, mask_v, HAS_BIAS)
@@ -113,16 +113,17 @@ def _add_block(
     is_max = z == origin[None, :, None]
     is_max_1 = is_max.to(tl.float32)
     d = tl.maximum(z - origin[None, :, None], MIN_EXPONENT)
-    e = _exp(d) - is_max_1  # without the maxima, which are counted: e^0 is exactly 1
+    e = _exp(d) - is_max_1  # e^0 is exactly 1: the maxima drop out here and are counted as ties
     ties = tl.sum(tl.sum(is_max_1, axis=2), axis=0)
     is_higher = new_m > m
-    own = tl.where(is_higher, 1.0, 0.0)  # the old maximum joins the sums, a new one leaves them
+    # The old maximum joins the sums, and the new one leaves them.
+    changed = tl.where(is_higher, 1.0, 0.0)
     shift = tl.where(is_higher, tl.maximum(m - origin, MIN_EXPONENT), 0.0)
     r = _exp(shift)
     t = r * (t + (1.0 + s) * shift) + tl.sum(tl.sum(e * d, axis=2), axis=0)
-    s = r * (s + own) + tl.sum(tl.sum(e, axis=2), axis=0) + (ties - own)
-    if EVERYTHING:
-        q = r * r * (q + own) + tl.sum(tl.sum(e * e, axis=2), axis=0) + (ties - own)
+    s = r * (s + changed) + tl.sum(tl.sum(e, axis=2), axis=0) + (ties - changed)
+    if WITH_COLLISION_AND_ARGMAX:
+        q = r * r * (q + changed) + tl.sum(tl.sum(e * e, axis=2), axis=0) + (ties - changed)
         first = tl.min(tl.min(tl.where(is_max, cols, columns), axis=2), axis=0)
         argmax = tl.where(is_higher, first, argmax)
     return new_m, s, t, q, total, argmax
@@ -144,7 +145,7 @@ def row_statistics_kernel(
     softcap,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    EVERYTHING: tl.constexpr,
+    WITH_COLLISION_AND_ARGMAX: tl.constexpr,
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -156,7 +157,7 @@ def row_statistics_kernel(
     inv_temperature = tl.load(inv_temperature_ptr + row)
     target = tl.load(targets_ptr + row)
 
-    # (UNROLL, LANES, VECTOR): a lane is a thread, which loads VECTOR neighbours in one instruction
+    # (UNROLL, LANES, VECTOR): a lane is a thread, which loads VECTOR adjacent columns at once.
     offs_v = (
         tl.arange(0, UNROLL)[:, None, None] * (LANES * VECTOR)
         + tl.arange(0, LANES)[None, :, None] * VECTOR
@@ -171,12 +172,12 @@ def row_statistics_kernel(
     for start in range(begin, whole_end, BLOCK_V):
         state = _add_block(
             state, y_row, bias_ptr, start + offs_v, columns, inv_temperature, logit_scale, softcap,
-            True, HAS_BIAS, HAS_SOFTCAP, EVERYTHING,
+            True, HAS_BIAS, HAS_SOFTCAP, WITH_COLLISION_AND_ARGMAX,
         )  # fmt: skip
     if whole_end < end:
         state = _add_block(
             state, y_row, bias_ptr, whole_end + offs_v, columns, inv_temperature, logit_scale,
-            softcap, False, HAS_BIAS, HAS_SOFTCAP, EVERYTHING,
+            softcap, False, HAS_BIAS, HAS_SOFTCAP, WITH_COLLISION_AND_ARGMAX,
         )  # fmt: skip
 
     m, s, t, q, total, argmax = state
@@ -192,7 +193,7 @@ def row_statistics_kernel(
     tl.store(parts + rows, s)
     tl.store(parts + 2 * rows, t)
     tl.store(parts + 3 * rows, target_logit)
-    if EVERYTHING:
+    if WITH_COLLISION_AND_ARGMAX:
         tl.store(parts + 4 * rows, q)
         tl.store(parts + 5 * rows, total)
         tl.store(argmax_ptr + split * rows + row, argmax.to(tl.int64))
@@ -225,8 +226,9 @@ def _gradient(
     HAS_SOFTCAP: tl.constexpr,
     HAS_TARGETS: tl.constexpr,
 ):
-    """(8) but for the row's factor logit_scale / tau, of the logits v, with their bias, of columns
-    origin + offs_v.
+    """Equation (8) without the row's factor logit_scale / temperature.
+
+    v are the logits, with their bias, of columns origin + offs_v.
     """
     inv_temperature, target, m, log_s, alpha, beta, gamma, delta, rho, at_target = scalars
     nan_unless_finite = (m - m) + (log_s - log_s)
@@ -234,17 +236,17 @@ def _gradient(
     z, slope = _cap(v, inv_temperature, logit_scale, softcap, HAS_SOFTCAP)
     log_p = (z - m) - log_s
     p = _exp(log_p)
-    factor, own = alpha - gamma, delta
+    factor, constant = alpha - gamma, delta
     if HAS_TARGETS:
         is_target = offs_v == target - origin
         factor = tl.where(is_target, alpha, factor)
-        own = tl.where(is_target, at_target + delta, delta)
-    du = tl.fma(p, tl.fma(rho, p, factor + beta * log_p), own)
+        constant = tl.where(is_target, at_target + delta, delta)
+    du = tl.fma(p, tl.fma(rho, p, factor + beta * log_p), constant)
     if HAS_SOFTCAP:
         du *= slope
-        is_masked = tl.abs(v) == float("inf")  # at +inf the slope is 0 too
+        is_masked = tl.abs(v) == float("inf")  # at +inf the slope is 0 as well
     else:
-        is_masked = tl.abs(z) == float("inf")  # +inf by a negative scale, or in a row of NaN
+        is_masked = tl.abs(z) == float("inf")  # +inf: the scale is negative, or the row is NaN
     return tl.where(is_masked, nan_unless_finite, du)
 
 
@@ -291,7 +293,7 @@ def row_gradient_kernel(
 
 
 @triton.jit
-def _mass_of_rows(
+def _add_masses(
     y_ptr,
     stride_yn,
     bias_ptr,
@@ -315,8 +317,9 @@ def _mass_of_rows(
     VECTOR: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """Sums over rows begin to end, in the UNROLL * LANES * VECTOR columns from first_v on."""
-    # (UNROLL, LANES, VECTOR), in two parts: a lane's own and what lanes share, an immediate operand
+    """Sum rows begin to end of the UNROLL * LANES * VECTOR columns from first_v on."""
+    # (UNROLL, LANES, VECTOR) in two parts: the lane's, and one that all lanes share, which becomes
+    # an immediate operand.
     lane_v = first_v + tl.arange(0, LANES)[None, :, None] * VECTOR
     offs_v = (
         tl.arange(0, UNROLL)[:, None, None] * (LANES * VECTOR) + tl.arange(0, VECTOR)[None, None, :]
@@ -348,12 +351,12 @@ def column_mass_kernel(
     bias_ptr,  # (columns,)
     inv_temperature_ptr,  # (rows,)
     targets_ptr,  # (rows,)
-    per_row_ptr,  # (8, rows), as the gradient's
+    per_row_ptr,  # (8, rows), as in row_gradient_kernel
     mass_ptr,  # (splits, columns)
     row_sums_ptr,  # (column blocks, rows)
     rows,
     columns,
-    split_rows,  # of a program
+    split_rows,  # per program
     logit_scale,
     softcap,
     HAS_BIAS: tl.constexpr,
@@ -369,16 +372,16 @@ def column_mass_kernel(
     end = tl.minimum(begin + split_rows, rows)
     mass = mass_ptr + split.to(tl.int64) * columns
     row_sums = row_sums_ptr + block.to(tl.int64) * rows
-    # the columns left over by whole blocks are cut into narrow ones, whose masks take few registers
+    # Columns beyond the last whole block go into narrow blocks, whose masks take few registers.
     whole = columns // (UNROLL * LANES * VECTOR)
     if block < whole:
-        _mass_of_rows(
+        _add_masses(
             y_ptr, stride_yn, bias_ptr, inv_temperature_ptr, targets_ptr, per_row_ptr, mass,
             row_sums, begin, end, block * (UNROLL * LANES * VECTOR), rows, columns, logit_scale,
             softcap, True, HAS_BIAS, HAS_SOFTCAP, HAS_TARGETS, LANES, VECTOR, UNROLL,
         )  # fmt: skip
     else:
-        _mass_of_rows(
+        _add_masses(
             y_ptr, stride_yn, bias_ptr, inv_temperature_ptr, targets_ptr, per_row_ptr, mass,
             row_sums, begin, end, (whole * (UNROLL - 1) + block) * (LANES * VECTOR), rows, columns,
             logit_scale, softcap, False, HAS_BIAS, HAS_SOFTCAP, HAS_TARGETS, LANES, VECTOR, 1,

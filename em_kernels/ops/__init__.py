@@ -1,1 +1,1 @@
-"""Private: everything between the public functions and the kernels."""
+"""Private: the layer between the public functions and the kernels."""

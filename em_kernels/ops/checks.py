@@ -1,6 +1,7 @@
 """Checks of arguments, each error naming the argument and the remedy."""
 
 from numbers import Integral, Real
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch.distributed import ProcessGroup
 
 from .. import reference
 
-LEAST, MOST = 1e-37, 1e37  # of a scale and its inverse in fp32
+LEAST, MOST = 1e-37, 1e37  # the scales whose inverse fp32 holds, too
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MASK_DTYPES = (*DTYPES, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -21,44 +22,46 @@ def check_values(
     vocab_size: int,
     negative_mask_allowed: bool,
 ) -> Tensor | None:
-    """Raise ValueError for values out of range; return the indices of the tokens of weight != 0
-    (None: all).
+    """Check the values; return the indices of the tokens of weight != 0, None for all.
 
-    Everything that needs the device's answer is asked in one transfer.
+    One transfer brings every count from the device.
+
+    Raises: ValueError for values out of range.
     """
-    questions: dict[str, Tensor] = {}
+    counts: dict[str, Tensor] = {}
     if mask is not None:
-        questions["count"] = mask.count_nonzero()
+        counts["active"] = mask.count_nonzero()
         if mask.is_floating_point():
             low = -torch.inf if negative_mask_allowed else 0
-            questions["mask"] = (~((mask >= low) & mask.isfinite())).sum()
+            counts["mask"] = (~((mask >= low) & mask.isfinite())).sum()
         elif mask.dtype != torch.bool and not negative_mask_allowed:
-            questions["mask"] = (mask < 0).sum()
+            counts["mask"] = (mask < 0).sum()
     if isinstance(temperature, Tensor):
-        least = torch.promote_types(temperature.dtype, torch.float32)  # fp16 rounds LEAST to 0
-        wide = temperature.to(least)
-        questions["temperature"] = (~((wide >= LEAST) & (wide <= MOST))).sum()
+        # fp16 would round LEAST to 0.
+        wide = temperature.to(torch.promote_types(temperature.dtype, torch.float32))
+        counts["temperature"] = (~((wide >= LEAST) & (wide <= MOST))).sum()
     if targets is not None:
         in_range = (targets >= 0) & (targets < vocab_size)
-        questions["targets"] = (~(in_range | (targets == reference.IGNORE_INDEX))).sum()
-    if not questions:
+        counts["targets"] = (~(in_range | (targets == reference.IGNORE_INDEX))).sum()
+    if not counts:
         return None
-    answers = dict(zip(questions, torch.stack(list(questions.values())).tolist(), strict=True))
-    remedy = {
+    found = dict(zip(counts, torch.stack(list(counts.values())).tolist(), strict=True))
+    expected = {
         "mask": "must be finite"
         + ("" if negative_mask_allowed else ", and for a mean not negative"),
         "temperature": f"must be > 0 and finite, between {LEAST:g} and {MOST:g}",
         "targets": f"must be in [0, {vocab_size}), or {reference.IGNORE_INDEX} to be ignored",
     }
-    for name, text in remedy.items():
-        if answers.get(name):
-            raise ValueError(f"{name}: {answers[name]} values out of range; they {text}")
-    if mask is None or answers["count"] == mask.numel():
+    for name, text in expected.items():
+        if found.get(name):
+            raise ValueError(f"{name}: {found[name]} values out of range; they {text}")
+    if mask is None or found["active"] == mask.numel():
         return None
-    return torch.nonzero_static(mask, size=answers["count"])[:, 0]
+    return torch.nonzero_static(mask, size=found["active"])[:, 0]
 
 
 def check_float(name: str, x: Tensor) -> None:
+    """Check that x is a plain tensor of a supported dtype, without a forward-mode tangent."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
     if hasattr(x, "full_tensor"):
@@ -80,7 +83,7 @@ def check_tangent(name: str, x: Tensor) -> None:
 def check_head(
     hidden: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Hidden, weight and bias in one dtype: autocast's where it is on."""
+    """Check hidden, weight and bias; return them in one dtype, autocast's where it is on."""
     check_float("hidden", hidden)
     check_float("weight", weight)
     if hidden.dim() < 1:
@@ -117,7 +120,7 @@ def check_head(
 
 
 def check_per_token(name: str, x: Tensor, rows: Tensor) -> None:
-    """x holds one value for each of the rows (..., any), on their device, without grad."""
+    """Check that x holds one value per row of `rows` (..., any), on their device, without grad."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
     if x.shape != rows.shape[:-1]:
@@ -145,7 +148,7 @@ def check_tolerance(grad_tolerance: float) -> float:
 def check_transform(
     temperature: float | Tensor, logit_scale: float, softcap: float | None, rows: Tensor
 ) -> tuple[Tensor | None, list[float]]:
-    """Temperatures per row or None, and (logit_scale, softcap or 0, temperature)."""
+    """Check a transform; return HeadArguments' temperatures and transform."""
     scale = check_number("logit_scale", logit_scale)
     if not LEAST <= abs(scale) <= MOST:
         raise ValueError(f"logit_scale: {logit_scale} is not a finite number other than 0 in fp32")
@@ -205,6 +208,20 @@ def check_group(process_group: ProcessGroup | None) -> str | None:
     return process_group.group_name
 
 
+class HeadArguments(NamedTuple):
+    """A call's arguments, checked, as the ops take them."""
+
+    hidden: Tensor  # (N, D)
+    weight: Tensor  # (V, D)
+    bias: Tensor | None  # (V,)
+    targets: Tensor | None  # (N,)
+    mask: Tensor | None  # (N,)
+    temperatures: Tensor | None  # (N,), where there is one per token
+    transform: list[float]  # logit_scale, softcap (0: none), temperature (1 beside temperatures)
+    chunk_bytes: int | None
+    group: str | None  # the process group's name
+
+
 def check_arguments(
     hidden: Tensor,
     weight: Tensor,
@@ -214,13 +231,18 @@ def check_arguments(
     transform: tuple[float | Tensor, float, float | None],
     chunk_bytes: int | None,
     process_group: ProcessGroup | None,
-) -> list:
-    """All of them checked, and as the ops take them."""
+) -> HeadArguments:
+    """Check the arguments that all functions of a head share.
+
+    Args:
+        transform: (temperature, logit_scale, softcap).
+        others: as in fused_token_stats.
+    """
     hidden, weight, bias = check_head(hidden, weight, bias)
     temperatures, scalars = check_transform(*transform, hidden)
     check_mask(mask, hidden)
     check_targets(targets, hidden)
-    return [
+    return HeadArguments(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         bias,
@@ -230,4 +252,4 @@ def check_arguments(
         scalars,
         check_chunk(chunk_bytes),
         check_group(process_group),
-    ]
+    )

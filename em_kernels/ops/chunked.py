@@ -1,4 +1,4 @@
-"""Token-major loops: GEMM -> row statistics -> row gradient -> GEMMs, some tokens at a time.
+"""Token-major loops: GEMM -> row statistics -> row gradient -> GEMMs, for some tokens at a time.
 
 Losses that are known token by token get their gradients in the same pass. Work is counted in units
 of N*D*V; one GEMM over the whole vocabulary costs 2.
@@ -16,16 +16,19 @@ from .. import kernels, reference
 from ..kernels import RowTerms, row_stride
 from ..reference import RowTransform, TokenStats
 from .gemm import gemm
-from .gradients import Gradients, Pending, Sink, Sums
-from .inputs import TILE, Needs, Problem, chunk_length, in_range_of, large_empty
+from .gradients import GradAccumulator, Gradients, PendingChunk
+from .inputs import GradMask, HeadInputs, StatsOutput, scale_upstream
+from .memory import TILE, chunk_length, large_empty
+from .weight_gradient import WeightGradCallback
 
+# (statistics of some tokens, their positions) -> losses (n,), and as TokenStats their derivatives.
 PerToken = Callable[[TokenStats, slice | Tensor], tuple[Tensor, TokenStats]]
 
 
 class Chunk(NamedTuple):
-    """Some tokens, their raw logits, and what one pass over those found."""
+    """Some tokens, their raw logits and the statistics of these."""
 
-    tokens: slice | Tensor  # where they stand among the N
+    tokens: slice | Tensor  # positions among the N
     hidden: Tensor  # (n, D)
     y: Tensor  # (n, V) raw logits, free to overwrite until the buffer's next turn
     row: RowTransform
@@ -35,113 +38,123 @@ class Chunk(NamedTuple):
 
 
 def _chunks(
-    problem: Problem, active: Tensor | None, everything: bool, sums: Sums
+    inputs: HeadInputs,
+    active: Tensor | None,
+    with_collision_and_argmax: bool,
+    accumulator: GradAccumulator,
 ) -> Iterator[Chunk]:
-    """In as many buffers in turn as sums wants, or later in fewer, larger ones of that memory."""
-    hidden, weight, shard = problem.hidden, problem.weight, problem.shard
+    """Yield the active tokens' chunks, their logits in one buffer or in two that take turns.
+
+    When the accumulator stops wanting two, the same memory becomes one larger buffer.
+    """
+    hidden, weight, shard = inputs.hidden, inputs.weight, inputs.shard
     count = len(hidden) if active is None else len(active)
-    widest = row_stride(max(problem.sizes), hidden.device)
+    widest = row_stride(max(inputs.shard_sizes), hidden.device)
     stride = row_stride(len(weight), hidden.device)
+    selector, batch = accumulator.selector, accumulator.batch
     memory = hidden.new_empty(0)
 
-    def fitting(left: int, row_bytes: int) -> int:
-        length = chunk_length(left, row_bytes, problem.chunk_bytes, hidden.device)
-        # free memory differs, chunks are collective calls
+    def fit_rows(remaining: int, row_bytes: int) -> int:
+        length = chunk_length(remaining, row_bytes, inputs.chunk_bytes, hidden.device)
+        # Ranks differ in free memory, but need the same chunks: each is a collective call.
         return length if shard is None else shard.smallest(length)
 
-    start = held = 0
+    start = buffers = 0
     while start < count:
-        if held != sums.buffers:
-            held, left = sums.buffers, count - start
-            row_bytes = widest * (problem.logit_bytes + (held - 1) * problem.dtype.itemsize)
-            length = fitting(left, row_bytes)
-            if 1 < sums.together < length < left:
-                row_bytes += widest * (sums.together - 1) * problem.operand.itemsize
-                fewer = fitting(left, row_bytes)
-                if fewer >= TILE:
-                    length, sums.room = fewer, min(sums.together * fewer, left)
+        if buffers != selector.buffers:
+            buffers, remaining = selector.buffers, count - start
+            row_bytes = widest * (inputs.logit_bytes + (buffers - 1) * inputs.dtype.itemsize)
+            length = fit_rows(remaining, row_bytes)
+            if 1 < batch.chunks < length < remaining:
+                batched_dy = widest * (batch.chunks - 1) * inputs.operand.itemsize
+                shorter = fit_rows(remaining, row_bytes + batched_dy)
+                if shorter >= TILE:
+                    length, batch.capacity = shorter, min(batch.chunks * shorter, remaining)
             if start == 0:
-                rows_held = min(held, -(-left // length)) * length  # whole buffers
-                memory = large_empty((rows_held * stride,), problem.dtype, hidden)
-            length = min(length, rows_held)
-            number = rows_held // length
-            turns = cycle(memory[: number * length * stride].view(number, length, stride))
+                memory_rows = min(buffers, -(-remaining // length)) * length
+                memory = large_empty((memory_rows * stride,), inputs.dtype, hidden)
+            length = min(length, memory_rows)
+            buffer_count = memory_rows // length
+            used = memory[: buffer_count * length * stride]
+            turns = cycle(used.view(buffer_count, length, stride))
         buffer = next(turns)
         end = min(count, start + length)
         tokens = slice(start, end) if active is None else active[start:end]
         start = end
         h = hidden[tokens]
         y = gemm(buffer[: len(h), : len(weight)], h, weight.t())
-        row = problem.row_transform(tokens)
-        parts = kernels.row_statistics(y, row, everything)
+        row = inputs.row_transform(tokens)
+        parts = kernels.row_statistics(y, row, with_collision_and_argmax)
         if shard is not None:
             parts = shard.merge(parts)
-        goals = None if problem.targets is None else problem.targets[tokens]
-        stats = reference.statistics(parts, problem.vocab_size, goals)
+        targets = None if inputs.targets is None else inputs.targets[tokens]
+        stats = reference.statistics(parts, inputs.vocab_size, targets)
         yield Chunk(tokens, h, y, row, parts.m, torch.log1p(parts.s1), stats)
 
 
-def gradients_in_forward(
-    problem: Problem,
+def sum_losses(
+    inputs: HeadInputs,
     per_token: PerToken,
-    needs: Needs,
+    needs: GradMask,
     active: Tensor | None = None,
-    everything: bool = False,
-    sink: Sink | None = None,
+    with_collision_and_argmax: bool = False,
+    on_weight_grad: WeightGradCallback | None = None,
 ) -> tuple[Tensor, Gradients]:
-    """Sum of per-token losses (), and its gradients, in one pass over the tokens.
+    """Sum per-token losses (), with their gradients, in one pass over the tokens.
 
-    per_token(statistics of some tokens, which) -> their losses (n,), and the losses' derivatives as
-    TokenStats; everything: q, sums of z and argmax are computed too; sink: takes the weight's
-    gradient.
     Work: 2 without gradients, +2 for hidden, +2 for weight; with a tolerance, +2 times the share of
     the columns that are multiplied. Memory: one chunk and what is returned; where the mask leaves
-    tokens out, copies of the others that are multiplied together.
+    tokens out, a copy of each chunk's hidden.
     """
-    loss = problem.hidden.new_zeros((), dtype=problem.dtype)
-    sums = Sums(problem, needs, sink)
-    waiting: deque[Pending] = deque()
-    for chunk in _chunks(problem, active, everything, sums):
+    loss = inputs.hidden.new_zeros((), dtype=inputs.dtype)
+    accumulator = GradAccumulator(inputs, needs, on_weight_grad)
+    pending: deque[PendingChunk] = deque()
+    for chunk in _chunks(inputs, active, with_collision_and_argmax, accumulator):
         losses, upstream = per_token(chunk.stats, chunk.tokens)
-        loss += losses.sum(dtype=problem.dtype)
+        loss += losses.sum(dtype=inputs.dtype)
         if not any(needs):
             continue
-        upstream, scale = in_range_of(problem.operand, upstream)
-        factors = reference.coefficients(chunk.stats, upstream, problem.vocab_size)
+        upstream, scale = scale_upstream(upstream, inputs.operand)
+        factors = reference.coefficients(chunk.stats, upstream, inputs.vocab_size)
         terms = RowTerms(chunk.y, chunk.row, chunk.m, chunk.log_s, factors)
-        waiting.append(sums.begin(chunk.tokens, chunk.hidden, terms, scale))
-        while len(waiting) >= sums.buffers:
-            sums.finish(waiting.popleft())
-    for pending in waiting:
-        sums.finish(pending)
-    return loss, sums.result()
+        pending.append(accumulator.begin(chunk.tokens, chunk.hidden, terms, scale))
+        # The next chunk's logits overwrite the oldest buffer.
+        while len(pending) >= accumulator.selector.buffers:
+            accumulator.finish(pending.popleft())
+    for waiting in pending:
+        accumulator.finish(waiting)
+    return loss, accumulator.result()
 
 
-def entropy_loss(
-    problem: Problem, mean: bool, needs: Needs, sink: Sink | None = None
+def sum_entropy(
+    inputs: HeadInputs,
+    mean: bool,
+    needs: GradMask,
+    on_weight_grad: WeightGradCallback | None = None,
 ) -> tuple[Tensor, Gradients]:
-    """gradients_in_forward of entropy (3), weighted by the mask; summed, or over the mask's sum."""
-    active = problem.active(negative_mask_allowed=not mean)
-    weights = problem.token_weights(mean)
+    """Sum or average entropy (3), weighted by the mask, with its gradients."""
+    active = inputs.check_and_find_active(negative_mask_allowed=not mean)
+    weights = inputs.token_weights(mean)
 
     def per_token(stats: TokenStats, tokens: slice | Tensor) -> tuple[Tensor, TokenStats]:
         assert stats.entropy is not None
         return weights[tokens] * stats.entropy, TokenStats(entropy=weights[tokens])
 
-    return gradients_in_forward(problem, per_token, needs, active, sink=sink)
+    return sum_losses(inputs, per_token, needs, active, on_weight_grad=on_weight_grad)
 
 
-def token_loss(
-    problem: Problem,
+def sum_custom_loss(
+    inputs: HeadInputs,
     loss_fn: Callable[[TokenStats, Tensor], Tensor],
-    needs: Needs,
+    needs: GradMask,
     grad_enabled: bool = True,
 ) -> tuple[Tensor, Gradients]:
-    """gradients_in_forward of loss_fn's losses, weighted by the mask: autograd gives their
-    derivatives inside the chunk; grad_enabled: where the caller is.
+    """Sum loss_fn's losses, weighted by the mask, with their gradients.
+
+    Autograd differentiates loss_fn inside the chunk. grad_enabled: torch's state at the caller's.
     """
-    active = problem.active(negative_mask_allowed=True)
-    everywhere = torch.arange(len(problem.hidden), device=problem.hidden.device)
+    active = inputs.check_and_find_active(negative_mask_allowed=True)
+    positions = torch.arange(len(inputs.hidden), device=inputs.hidden.device)
     depends: list[bool] = []
 
     def per_token(stats: TokenStats, tokens: slice | Tensor) -> tuple[Tensor, TokenStats]:
@@ -150,30 +163,30 @@ def token_loss(
         with torch.set_grad_enabled(grad_enabled):
             for x in floats:
                 x.requires_grad_(any(needs))
-            losses = loss_fn(leaves, everywhere[tokens].clone())
+            losses = loss_fn(leaves, positions[tokens].clone())
             _check_losses(losses, len(floats[0]), floats)
-            losses = losses.to(problem.dtype)
-            if problem.mask is not None:
-                losses = losses * problem.mask[tokens].to(problem.dtype)
+            losses = losses.to(inputs.dtype)
+            if inputs.mask is not None:
+                losses = losses * inputs.mask[tokens].to(inputs.dtype)
             gradients: tuple[Tensor | None, ...] = (None,) * len(floats)
             if losses.requires_grad:
                 gradients = torch.autograd.grad(losses.sum(), floats, allow_unused=True)
         depends.append(any(x is not None for x in gradients))
-        found = iter(gradients)
-        upstream = TokenStats(*(None if x is None else next(found) for x in leaves[:5]))
-        if upstream.logprob is not None and problem.targets is not None:
-            ignored = problem.targets[tokens] == reference.IGNORE_INDEX
+        remaining = iter(gradients)
+        upstream = TokenStats(*(None if x is None else next(remaining) for x in leaves[:5]))
+        if upstream.logprob is not None and inputs.targets is not None:
+            ignored = inputs.targets[tokens] == reference.IGNORE_INDEX
             upstream = upstream._replace(logprob=upstream.logprob.masked_fill(ignored, 0))
         return losses.detach(), upstream
 
-    results = gradients_in_forward(problem, per_token, needs, active, everything=True)
+    results = sum_losses(inputs, per_token, needs, active, with_collision_and_argmax=True)
     if any(needs) and depends and not any(depends):
         raise ValueError("loss_fn: its losses do not depend on the statistics it was given")
     return results
 
 
 def _check_losses(losses: Tensor, count: int, leaves: list[Tensor]) -> None:
-    """One loss a token, and no gradient that would be lost."""
+    """Check that there is one loss per token, and that no gradient would be lost."""
     if not isinstance(losses, Tensor):
         raise TypeError(f"loss_fn: expected to return a tensor, got {type(losses).__name__}")
     if losses.shape != (count,):
@@ -182,9 +195,9 @@ def _check_losses(losses: Tensor, count: int, leaves: list[Tensor]) -> None:
         )
     if losses.is_complex():
         raise TypeError(f"loss_fn: expected real losses, got {losses.dtype}")
-    seen, ahead = set(), [losses.grad_fn]
-    while ahead:
-        node = ahead.pop()
+    seen, to_visit = set(), [losses.grad_fn]
+    while to_visit:
+        node = to_visit.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
@@ -195,31 +208,30 @@ def _check_losses(losses: Tensor, count: int, leaves: list[Tensor]) -> None:
                     f"loss_fn: uses a tensor {tuple(variable.shape)} that requires grad and would "
                     "get none; detach it, or take fused_token_stats"
                 )
-        ahead += [parent for parent, _ in node.next_functions]
+        to_visit += [parent for parent, _ in node.next_functions]
 
 
-def token_stats_and_unit_gradient(
-    problem: Problem, name: str, everything: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Statistics and argmax as slabs.token_stats gives them, and the gradient (N, D) of one
-    statistic for hidden, upstream 1. Work: 4.
-    """
-    active = problem.active(negative_mask_allowed=True)
-    statistics, argmax = problem.blank_statistics(everything)
+def token_stats_with_gradient(
+    inputs: HeadInputs, name: str, with_collision_and_argmax: bool
+) -> StatsOutput:
+    """Compute all tokens' statistics, and the gradient of one of them for hidden. Work: 4."""
+    active = inputs.check_and_find_active(negative_mask_allowed=True)
+    statistics, argmax = inputs.zero_statistics(with_collision_and_argmax)
 
     def per_token(stats: TokenStats, tokens: slice | Tensor) -> tuple[Tensor, TokenStats]:
-        for row, found in zip(statistics, stats, strict=False):
-            if found is not None:
-                row[tokens] = found
-        if everything and stats.argmax is not None:
+        for row, value in zip(statistics, stats, strict=False):
+            if value is not None:
+                row[tokens] = value
+        if with_collision_and_argmax and stats.argmax is not None:
             argmax[tokens] = stats.argmax
-        value = getattr(stats, name)
-        one = torch.ones_like(value)
+        losses = getattr(stats, name)
+        upstream = torch.ones_like(losses)
         if name == "logprob":
-            assert problem.targets is not None
-            one[problem.targets[tokens] == reference.IGNORE_INDEX] = 0
-        return value, TokenStats(**{name: one})
+            assert inputs.targets is not None
+            upstream[inputs.targets[tokens] == reference.IGNORE_INDEX] = 0
+        return losses, TokenStats(**{name: upstream})
 
-    needs = Needs(hidden=True)
-    _, gradients = gradients_in_forward(problem, per_token, needs, active, everything)
-    return statistics, argmax, gradients.hidden
+    needs = GradMask(hidden=True)
+    _, gradients = sum_losses(inputs, per_token, needs, active, with_collision_and_argmax)
+    m, log_s = statistics.new_empty(0), statistics.new_empty(0)
+    return StatsOutput(statistics, argmax, m, log_s, gradients.hidden)

@@ -1,6 +1,6 @@
-"""Imported, lets torch.utils.flop_counter.FlopCounterMode count the op of csrc/gemm_bf16.cpp.
+"""FLOP formula of csrc/gemm_bf16.cpp: import this for torch.utils.flop_counter to count the op.
 
-Apart from ops.py, as flop_counter imports Triton.
+It stands apart from torch_library.py because flop_counter imports Triton.
 """
 
 import torch

@@ -1,11 +1,11 @@
-"""Host memory that can be had now, a container's limit heeded."""
+"""Free host memory, within a container's limit."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 
 def free_host_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes that the kernel calls available, or that the tightest cgroup above this process leaves.
+    """Return the bytes that Linux calls available, or fewer if a cgroup of this process has fewer.
 
     Raises: OSError where the machine does not tell (not Linux, and no psutil).
     """
@@ -18,16 +18,16 @@ def free_host_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cg
         except ModuleNotFoundError:
             raise OSError("free memory is unknown; pip install psutil") from None
         free = psutil.virtual_memory().available
-    return min([free, *_left(proc, cgroups)])
+    return min([free, *_free_in_cgroups(proc, cgroups)])
 
 
-def _left(proc: Path, cgroups: Path) -> Iterator[int]:
-    """For each cgroup with a limit: the limit less what is used and cannot be dropped."""
+def _free_in_cgroups(proc: Path, cgroups: Path) -> Iterator[int]:
+    """Yield each limited cgroup's free bytes: its limit less use, page cache not counted as use."""
     try:
         lines = (proc / "self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
         return
-    for line in lines:  # 4:memory:/a/b in version 1, 0::/a/b in version 2
+    for line in lines:  # cgroup version 1: "4:memory:/a/b", version 2: "0::/a/b"
         _, kinds, path = line.split(":", 2)
         if kinds and "memory" not in kinds.split(","):
             continue
@@ -35,13 +35,13 @@ def _left(proc: Path, cgroups: Path) -> Iterator[int]:
         names = ("limit_in_bytes", "usage_in_bytes") if kinds else ("max", "current")
         cache = "total_inactive_file" if kinds else "inactive_file"
         group = root / path.strip("/")
-        for folder in (group, *group.parents):  # inside a container the path may be the host's
+        for folder in (group, *group.parents):  # in a container the path may be one of the host's
             try:
                 limit, used = ((folder / f"memory.{name}").read_text().strip() for name in names)
                 stat = dict(s.split() for s in (folder / "memory.stat").read_text().splitlines())
                 if limit != "max":
                     yield max(0, int(limit) - int(used) + int(stat.get(cache, 0)))
             except (OSError, ValueError):
-                pass  # has no limit of its own
+                pass  # this cgroup has no limit of its own
             if folder == root:
                 break

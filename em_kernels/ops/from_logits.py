@@ -1,6 +1,7 @@
-"""Entropy of logits that exist, and its gradient: some rows at a time in the accumulation dtype."""
+"""Entropy of logits that already exist, and its gradient, for some rows at a time."""
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,41 +13,48 @@ from .checks import check_values
 from .gemm import accumulation_dtype
 from .inputs import inv_temperature
 
-BLOCK_BYTES = 16 << 20  # of rows in the accumulation dtype
+BLOCK_BYTES = 16 << 20  # for a block of rows in the accumulation dtype
 
 
-def entropy(logits: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Entropy (N,), and for the backward m and log s (N,), of logits (N, V)."""
+class LogitsEntropy(NamedTuple):
+    """Entropy of each row, and what the backward needs beside it; every field is (N,)."""
+
+    entropy: Tensor
+    m: Tensor
+    log_s: Tensor
+
+
+def entropy(logits: Tensor, temperature: float | Tensor) -> LogitsEntropy:
+    """Compute the entropy of logits (N, V)."""
     check_values(None, temperature, None, 0, True)
-    found, m, log_s = logits.new_empty(3, len(logits), dtype=accumulation_dtype(logits.dtype))
+    dtype = accumulation_dtype(logits.dtype)
+    result = LogitsEntropy(*(logits.new_empty(len(logits), dtype=dtype) for _ in range(3)))
     for block, y, row in _blocks(logits, temperature):
-        parts = kernels.row_statistics(y, row, everything=False)
-        found[block] = reference.statistics(parts, logits.shape[1]).entropy
-        m[block], log_s[block] = parts.m, torch.log1p(parts.s1)
-    return found.clone(), m.clone(), log_s.clone()
+        parts = kernels.row_statistics(y, row, with_collision_and_argmax=False)
+        stats = reference.statistics(parts, logits.shape[1])
+        assert stats.entropy is not None
+        result.entropy[block] = stats.entropy
+        result.m[block], result.log_s[block] = parts.m, torch.log1p(parts.s1)
+    return result
 
 
 def entropy_backward(
-    upstream: Tensor,
-    entropy: Tensor,
-    m: Tensor,
-    log_s: Tensor,
-    logits: Tensor,
-    temperature: float | Tensor,
+    upstream: Tensor, forward: LogitsEntropy, logits: Tensor, temperature: float | Tensor
 ) -> Tensor:
-    """dlogits (N, V), in the logits' dtype."""
+    """Return dlogits (N, V) in the logits' dtype."""
     gradient = logits.new_empty(logits.shape)
     for block, y, row in _blocks(logits, temperature):
-        stats, up = TokenStats(entropy[block]), TokenStats(upstream[block].to(entropy.dtype))
-        factors = reference.coefficients(stats, up, logits.shape[1])
-        kernels.row_gradient(RowTerms(y, row, m[block], log_s[block], factors), gradient[block])
+        entropy, m, log_s = (field[block] for field in forward)
+        upstream_of_block = TokenStats(upstream[block].to(entropy.dtype))
+        factors = reference.coefficients(TokenStats(entropy), upstream_of_block, logits.shape[1])
+        kernels.row_gradient(RowTerms(y, row, m, log_s, factors), gradient[block])
     return gradient
 
 
 def _blocks(
     logits: Tensor, temperature: float | Tensor
 ) -> Iterator[tuple[slice, Tensor, RowTransform]]:
-    """Rows as the kernels take them: on a GPU all at once, as they are."""
+    """Yield blocks of rows as the kernels take them; a GPU takes all at once, as they are."""
     wide = accumulation_dtype(logits.dtype)
     whole = logits.is_cuda and logits.stride(1) == 1
     row_bytes = wide.itemsize * max(1, logits.shape[1])

@@ -7,24 +7,24 @@ from torch import Tensor
 
 from ..kernels.cpu import is_built
 
-# of a weight slab, where a GEMM cannot take 16 bits and return fp32
+# A GEMM that cannot take 16 bits and return fp32 upcasts its operand in slabs of this size.
 UPCAST_BYTES = 16 << 20
-BF16_ISAS = ("none", "avx512_bf16", "amx")  # as csrc/gemm_bf16.cpp numbers them
+BF16_ISAS = ("none", "AVX512-BF16", "AMX")  # as csrc/gemm_bf16.cpp numbers them
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of logits, statistics and sums."""
+    """Return the dtype of logits, statistics and sums."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @functools.cache
 def bf16_isa() -> int:
-    """Which of BF16_ISAS csrc/gemm_bf16.cpp uses on this CPU; 0 where it cannot run."""
+    """Return which of BF16_ISAS csrc/gemm_bf16.cpp uses on this CPU, 0 where it cannot run."""
     return torch.ops.em_kernels.gemm_bf16_isa() if is_built() else 0
 
 
 def operand_dtype(weight: Tensor) -> torch.dtype:
-    """Dtype to which the logit gradient is rounded for the GEMMs with weight."""
+    """Return the dtype to which the logit gradient is rounded for the GEMMs with weight."""
     takes_16_bits = weight.is_cuda or (weight.dtype == torch.bfloat16 and bf16_isa() > 0)
     return weight.dtype if takes_16_bits else accumulation_dtype(weight.dtype)
 
@@ -34,7 +34,7 @@ def _has_unit_stride(x: Tensor) -> bool:
 
 
 def gemm(out: Tensor, a: Tensor, b: Tensor, accumulate: bool = False, alpha: float = 1.0) -> Tensor:
-    """out (+)= alpha a @ b, computed and returned in out's dtype whatever the operands' dtype."""
+    """Compute out (+)= alpha a @ b in out's dtype, whatever the operands' dtype; return out."""
     beta = 1 if accumulate else 0
     if a.dtype == b.dtype == out.dtype:
         return torch.addmm(out, a, b, beta=beta, alpha=alpha, out=out)

@@ -1,13 +1,14 @@
-"""Gradients that the forward has made: kept until the backward, and there times its upstream."""
+"""Gradients that the forward has computed: kept until the backward, then multiplied by upstream."""
 
 import torch
 from torch import Tensor
 
 from ..kernels.cpu import supports
-from .inputs import large_empty
+from .memory import large_empty
 
 
 def refuse_double_backward() -> None:
+    """Raise RuntimeError within create_graph=True, whose second derivative would be 0."""
     if torch.is_grad_enabled():
         raise RuntimeError(
             "em_kernels has no second derivatives: call backward without create_graph, "
@@ -16,6 +17,7 @@ def refuse_double_backward() -> None:
 
 
 def save_gradients(ctx, tensors, needs, grad_tolerance, gradients) -> None:
+    """Save gradients.Gradients of (hidden, weight, bias) for saved_gradients()."""
     ctx.set_materialize_grads(False)
     *saved, ctx.report = gradients
     ctx.save_for_backward(*saved)
@@ -24,41 +26,42 @@ def save_gradients(ctx, tensors, needs, grad_tolerance, gradients) -> None:
 
 
 def saved_gradients(ctx, upstream):
-    """Gradients of hidden, weight and bias times upstream, each in its tensor's dtype."""
+    """Return the gradients of hidden, weight and bias times upstream, in their tensors' dtypes."""
     refuse_double_backward()
     if upstream is None:
         return [None] * 3
-    *saved, words = ctx.saved_tensors
-    found = []
+    *saved, vocab_indices = ctx.saved_tensors
+    gradients = []
     for x, need, dtype in zip(saved, ctx.needs, ctx.dtypes, strict=True):
         if not need:
-            found.append(None)
+            gradients.append(None)
         elif x is saved[1] and ctx.is_sparse and (_is_traced(x) or len(x) < ctx.vocab_size):
-            found.append(
-                torch.ops.em_kernels.scaled_rows(x, words, upstream, ctx.vocab_size, dtype)
+            gradients.append(
+                torch.ops.em_kernels.scaled_rows(x, vocab_indices, upstream, ctx.vocab_size, dtype)
             )
         else:
-            found.append(_scaled(x, upstream, dtype))
-    return found
+            gradients.append(_scale(x, upstream, dtype))
+    return gradients
 
 
 def _is_traced(x) -> bool:
     return type(x) is not Tensor
 
 
-def _scaled(saved, upstream, dtype):
-    """saved * upstream, rounded once, without an fp32 product of its size."""
+def _scale(saved, upstream, dtype):
+    """Return saved * upstream, rounded once, without an fp32 product of its size."""
     if _is_traced(saved):
         return torch.mul(saved, upstream, out=torch.empty_like(saved, dtype=dtype))
-    keep = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
-    is_last = saved.dtype == dtype and not keep()  # nobody can come back to `saved`
-    if is_last and saved.is_cpu and upstream.item() == 1:
+    keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+    may_overwrite = saved.dtype == dtype and not keeps_graph()  # no later backward reads `saved`
+    if may_overwrite and saved.is_cpu and upstream.item() == 1:
         return saved
-    return _product(saved, upstream, saved if is_last else large_empty(saved.shape, dtype, saved))
+    out = saved if may_overwrite else large_empty(saved.shape, dtype, saved)
+    return _multiply(saved, upstream, out)
 
 
-def _product(x: Tensor, upstream: Tensor, out: Tensor) -> Tensor:
-    # a CPU would make the product in fp32 first, all of what it is given
+def _multiply(x: Tensor, upstream: Tensor, out: Tensor) -> Tensor:
+    # A CPU would first make the product of all that it is given in fp32, hence the parts.
     length = max(1, x.numel()) if x.is_cuda or x.dtype == out.dtype else 1 << 20
     for part, to in zip(x.view(-1).split(length), out.view(-1).split(length), strict=True):
         torch.mul(part, upstream, out=to)
@@ -66,14 +69,14 @@ def _product(x: Tensor, upstream: Tensor, out: Tensor) -> Tensor:
 
 
 def scaled_rows(
-    values: Tensor, words: Tensor, upstream: Tensor, vocab_size: int, dtype: torch.dtype
+    values: Tensor, vocab_indices: Tensor, upstream: Tensor, vocab_size: int, dtype: torch.dtype
 ) -> Tensor:
-    """(V, D) in dtype: values (K, D) times upstream at the rows `words`, or all (K = V); else 0."""
+    """Return (V, D) in dtype: values (K, D) times upstream at the indices (or K = V), else 0."""
     whole = large_empty((vocab_size, values.shape[1]), dtype, values)
     if len(values) == vocab_size:
-        return _product(values, upstream, whole)
+        return _multiply(values, upstream, whole)
     if supports(values) and dtype != torch.float16:
-        torch.ops.em_kernels.spread_rows(values, words, upstream.item(), whole)
+        torch.ops.em_kernels.spread_rows(values, vocab_indices, upstream.item(), whole)
         return whole
-    product = _product(values, upstream, torch.empty_like(values, dtype=dtype))
-    return whole.zero_().index_copy_(0, words, product)
+    product = _multiply(values, upstream, torch.empty_like(values, dtype=dtype))
+    return whole.zero_().index_copy_(0, vocab_indices, product)

@@ -1,109 +1,50 @@
 """torch.library: schemas, fakes and autograd of the loops. Opaque to torch.compile.
 
-At this boundary a transform is (logit_scale, softcap or 0, temperature) and, where it is per token,
-a tensor of temperatures; needs are (hidden, weight, bias); a process group travels by its name.
+Every op of the head begins with the fields of checks.HeadArguments, in their order; `needs` says
+whether the gradients of hidden, weight and bias are wanted.
 """
-
-from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.distributed import distributed_c10d
 
 from ..kernels.cpu import is_built
 from ..reference import IGNORE_INDEX, TokenStats
-from . import chunked, saved_gradients, vocab_slabs
-from . import from_logits as logits_entropy
+from . import chunked, from_logits, saved_gradients, vocab_slabs
+from .checks import HeadArguments
+from .from_logits import LogitsEntropy
 from .gemm import accumulation_dtype
-from .gradients import Gradients, Sink
-from .inputs import Needs, Problem
-from .vocab_parallel import VocabularyShard
+from .inputs import GradMask, SavedStats, StatsOutput, build_inputs
+
+HEAD_SCHEMA = (
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor? targets, Tensor? mask, "
+    "Tensor? temperatures, float[] transform, SymInt? chunk_bytes, str? group"
+)
+HEAD_SIZE = len(HeadArguments._fields)
+NO_GRADIENT = (None,) * (HEAD_SIZE - 3)  # for all of the head but hidden, weight and bias
 
 
-def _problem(
-    path: int,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor | None,
-    mask: Tensor | None,
-    temperatures: Tensor | None,
-    transform: Sequence[float],
-    chunk_bytes: int | None,
-    group: str | None,
-    grad_tolerance: float = 0.0,
-) -> Problem:
-    logit_scale, softcap, temperature = transform
-    shard = None
-    if group is not None:
-        resolved = distributed_c10d._resolve_process_group(group)  # type: ignore[arg-type]
-        shard = VocabularyShard(resolved, len(weight), weight.device, path)
-    return Problem(
-        hidden,
-        weight,
-        bias,
-        temperature if temperatures is None else temperatures,
-        logit_scale,
-        softcap or None,
-        targets,
-        mask,
-        chunk_bytes,
-        grad_tolerance,
-        shard,
-    )
-
-
-@torch.library.custom_op("em_kernels::entropy_loss", mutates_args=())
-def entropy_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    temperatures: Tensor | None,
-    transform: Sequence[float],
-    chunk_bytes: int | None,
-    group: str | None,
-    grad_tolerance: float,
-    mean: bool,
-    needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss (), and gradients.Gradients: dhidden, dweight, dbias, words, report."""
-    problem = _problem(
-        needs[0] + 2 * needs[1],
-        hidden,
-        weight,
-        bias,
-        None,
-        mask,
-        temperatures,
-        transform,
-        chunk_bytes,
-        group,
-        grad_tolerance,
-    )
-    loss, gradients = chunked.entropy_loss(problem, mean, Needs(*needs))
+@torch.library.custom_op(
+    "em_kernels::entropy_loss",
+    mutates_args=(),
+    schema=f"({HEAD_SCHEMA}, float grad_tolerance, bool mean, bool[] needs)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def entropy_loss_op(*arguments):
+    """Return the loss (), and the fields of gradients.Gradients."""
+    *head, grad_tolerance, mean, needs = arguments
+    inputs = build_inputs(HeadArguments(*head), needs[0] + 2 * needs[1], grad_tolerance)
+    loss, gradients = chunked.sum_entropy(inputs, mean, GradMask(*needs))
     return loss, *gradients
 
 
-@entropy_loss.register_fake
-def _(
-    hidden,
-    weight,
-    bias,
-    mask,
-    temperatures,
-    transform,
-    chunk_bytes,
-    group,
-    grad_tolerance,
-    mean,
-    needs,
-):
+@entropy_loss_op.register_fake
+def _(hidden, weight, *others):
+    *_, grad_tolerance, _, needs = others
     wide = accumulation_dtype(hidden.dtype)
-    rows, words = weight.shape[0], 0
+    rows, indices = weight.shape[0], 0
     if grad_tolerance > 0 and needs[1]:
         context = torch.library.get_ctx()
-        rows, words = context.new_dynamic_size(), context.new_dynamic_size()
+        rows, indices = context.new_dynamic_size(), context.new_dynamic_size()
     shapes = (hidden.shape, (rows, weight.shape[1]), weight.shape[:1])
     return (
         hidden.new_empty((), dtype=wide),
@@ -111,188 +52,103 @@ def _(
             hidden.new_empty(shape if need else (0,), dtype=wide)
             for shape, need in zip(shapes, needs, strict=True)
         ),
-        hidden.new_empty(words, dtype=torch.int64),
+        hidden.new_empty(indices, dtype=torch.int64),
         hidden.new_empty(2, dtype=wide),
     )
 
 
 def _entropy_loss_setup(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(*output[1:])
-    tolerance, _, needs = inputs[8:]
-    saved_gradients.save_gradients(ctx, inputs[:3], needs, tolerance, output[1:])
+    *_, grad_tolerance, _, needs = inputs
+    saved_gradients.save_gradients(ctx, inputs[:3], needs, grad_tolerance, output[1:])
+
+
+def _entropy_loss_backward(ctx, upstream, *_):
+    return *saved_gradients.saved_gradients(ctx, upstream), *NO_GRADIENT, None, None, None
+
+
+entropy_loss_op.register_autograd(_entropy_loss_backward, setup_context=_entropy_loss_setup)
 
 
 @torch.library.custom_op("em_kernels::scaled_rows", mutates_args=())
 def scaled_rows(
-    values: Tensor, words: Tensor, upstream: Tensor, vocab_size: int, dtype: torch.dtype
+    values: Tensor, vocab_indices: Tensor, upstream: Tensor, vocab_size: int, dtype: torch.dtype
 ) -> Tensor:
-    """saved.scaled_rows, of which the compiler knows no K."""
-    return saved_gradients.scaled_rows(values, words, upstream, vocab_size, dtype)
+    """Call saved_gradients.scaled_rows: an op, as the compiler knows no K."""
+    return saved_gradients.scaled_rows(values, vocab_indices, upstream, vocab_size, dtype)
 
 
 @scaled_rows.register_fake
-def _(values, words, upstream, vocab_size, dtype):
+def _(values, vocab_indices, upstream, vocab_size, dtype):
     return values.new_empty((vocab_size, values.shape[1]), dtype=dtype)
 
 
-def _entropy_loss_backward(ctx, upstream, *_):
-    return *saved_gradients.saved_gradients(ctx, upstream), *(None,) * 8
-
-
-entropy_loss.register_autograd(_entropy_loss_backward, setup_context=_entropy_loss_setup)
-
-
-def entropy_loss_into(
-    sink: Sink | None, mean: bool, needs: Sequence[bool], *arguments
-) -> tuple[Tensor, Gradients]:
-    """chunked.entropy_loss as it is; no op of torch.library can take a sink."""
-    problem = _problem(int(needs[0]), *arguments)
-    return chunked.entropy_loss(problem, mean, Needs(*needs), sink)
-
-
 class TokenLoss(torch.autograd.Function):
-    """chunked.token_loss; no op of torch.library can take a function."""
+    """Sum of a caller's loss; no op of torch.library could take its function."""
 
     @staticmethod
-    def forward(
-        ctx,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        loss_fn: Callable[[TokenStats, Tensor], Tensor],
-        grad_enabled: bool,
-        needs: Sequence[bool],
-        *settings,
-    ) -> Tensor:
-        problem = _problem(needs[0] + 2 * needs[1], hidden, weight, bias, *settings)
-        loss, gradients = chunked.token_loss(problem, loss_fn, Needs(*needs), grad_enabled)
-        saved_gradients.save_gradients(
-            ctx, (hidden, weight, bias), needs, problem.grad_tolerance, gradients
-        )
+    def forward(ctx, *arguments) -> Tensor:
+        *head, grad_tolerance, needs, loss_fn, grad_enabled = arguments
+        inputs = build_inputs(HeadArguments(*head), needs[0] + 2 * needs[1], grad_tolerance)
+        loss, gradients = chunked.sum_custom_loss(inputs, loss_fn, GradMask(*needs), grad_enabled)
+        saved_gradients.save_gradients(ctx, head[:3], needs, grad_tolerance, gradients)
         return loss
 
     @staticmethod
     def backward(ctx, upstream):
-        return *saved_gradients.saved_gradients(ctx, upstream), *(None,) * 10
+        return *saved_gradients.saved_gradients(ctx, upstream), *NO_GRADIENT, *(None,) * 4
 
 
-@torch.library.custom_op("em_kernels::token_stats", mutates_args=())
-def token_stats(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor | None,
-    mask: Tensor | None,
-    temperatures: Tensor | None,
-    transform: Sequence[float],
-    chunk_bytes: int | None,
-    group: str | None,
-    needs: Sequence[bool],
-    everything: bool,
-    unit: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Statistics (5, N) in TokenStats' order and argmax (N,), without everything (3, N) and (0,);
-    and for the backward m and log s (N,), or with unit >= 0 the gradient (N, D) of that statistic
-    alone for hidden.
+@torch.library.custom_op(
+    "em_kernels::token_stats",
+    mutates_args=(),
+    schema=f"({HEAD_SCHEMA}, bool[] needs, bool with_collision_and_argmax, int single_stat_index)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def token_stats_op(*arguments):
+    """Return the fields of inputs.StatsOutput.
+
+    single_stat_index >= 0 asks for dhidden of that statistic, < 0 for m and log s.
     """
-    problem = _problem(
-        2 * (unit + 1) + needs[0],
-        hidden,
-        weight,
-        bias,
-        targets,
-        mask,
-        temperatures,
-        transform,
-        chunk_bytes,
-        group,
-    )
-    if unit < 0:
-        return *vocab_slabs.token_stats(problem, everything), hidden.new_empty(
-            0, dtype=problem.dtype
-        )
-    statistics, argmax, dh = chunked.token_stats_and_unit_gradient(
-        problem, TokenStats._fields[unit], everything
-    )
-    return statistics, argmax, statistics.new_empty(0), statistics.new_empty(0), dh
+    *head, needs, with_collision_and_argmax, single_stat_index = arguments
+    inputs = build_inputs(HeadArguments(*head), 2 * (single_stat_index + 1) + needs[0])
+    if single_stat_index < 0:
+        return vocab_slabs.token_stats(inputs, with_collision_and_argmax)
+    name = TokenStats._fields[single_stat_index]
+    return chunked.token_stats_with_gradient(inputs, name, with_collision_and_argmax)
 
 
-@token_stats.register_fake
-def _(
-    hidden,
-    weight,
-    bias,
-    targets,
-    mask,
-    temperatures,
-    transform,
-    chunk_bytes,
-    group,
-    needs,
-    everything,
-    unit,
-):
-    wide = accumulation_dtype(hidden.dtype)
-    count = hidden.shape[0]
+@token_stats_op.register_fake
+def _(hidden, *others):
+    *_, with_collision_and_argmax, single_stat_index = others
+    wide, count = accumulation_dtype(hidden.dtype), hidden.shape[0]
+    saved = count if single_stat_index < 0 else 0
     return (
-        hidden.new_empty(5 if everything else 3, count, dtype=wide),
-        hidden.new_empty(count if everything else 0, dtype=torch.int64),
-        hidden.new_empty(count if unit < 0 else 0, dtype=wide),
-        hidden.new_empty(count if unit < 0 else 0, dtype=wide),
-        hidden.new_empty(0 if unit < 0 else hidden.shape, dtype=wide),
+        hidden.new_empty(5 if with_collision_and_argmax else 3, count, dtype=wide),
+        hidden.new_empty(count if with_collision_and_argmax else 0, dtype=torch.int64),
+        hidden.new_empty(saved, dtype=wide),
+        hidden.new_empty(saved, dtype=wide),
+        hidden.new_empty(0 if single_stat_index < 0 else hidden.shape, dtype=wide),
     )
 
 
-@torch.library.custom_op("em_kernels::token_stats_backward", mutates_args=())
-def token_stats_backward(
-    upstream: Tensor,
-    statistics: Tensor,
-    m: Tensor,
-    log_s: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor | None,
-    mask: Tensor | None,
-    temperatures: Tensor | None,
-    transform: Sequence[float],
-    chunk_bytes: int | None,
-    group: str | None,
-    needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dhidden, dweight, dbias in the inputs' dtypes."""
-    problem = _problem(
-        int(needs[0]),
-        hidden,
-        weight,
-        bias,
-        targets,
-        mask,
-        temperatures,
-        transform,
-        chunk_bytes,
-        group,
-    )
-    return vocab_slabs.token_stats_backward(problem, upstream, statistics, m, log_s, Needs(*needs))
+@torch.library.custom_op(
+    "em_kernels::token_stats_backward",
+    mutates_args=(),
+    schema=f"(Tensor upstream, Tensor statistics, Tensor m, Tensor log_s, {HEAD_SCHEMA},"
+    " bool[] needs) -> (Tensor, Tensor, Tensor)",
+)
+def token_stats_backward_op(upstream, statistics, m, log_s, *arguments):
+    """Return dhidden, dweight, dbias in the inputs' dtypes."""
+    *head, needs = arguments
+    inputs = build_inputs(HeadArguments(*head), int(needs[0]))
+    saved = SavedStats(statistics, m, log_s)
+    return vocab_slabs.token_stats_backward(inputs, upstream, saved, GradMask(*needs))
 
 
-@token_stats_backward.register_fake
-def _(
-    upstream,
-    statistics,
-    m,
-    log_s,
-    hidden,
-    weight,
-    bias,
-    targets,
-    mask,
-    temperatures,
-    transform,
-    chunk_bytes,
-    group,
-    needs,
-):
+@token_stats_backward_op.register_fake
+def _(upstream, statistics, m, log_s, hidden, weight, *others):
+    *_, needs = others
     shapes = (hidden.shape, weight.shape, weight.shape[:1])
     return tuple(
         like.new_empty(shape if need else (0,))
@@ -301,57 +157,56 @@ def _(
 
 
 def _token_stats_setup(ctx, inputs, output) -> None:
-    hidden, weight, bias, targets, mask, temperatures, *ctx.settings = inputs
-    statistics, *others = output
-    ctx.mark_non_differentiable(*others)
+    head, (ctx.needs, _, ctx.single_stat_index) = HeadArguments(*inputs[:HEAD_SIZE]), inputs[-3:]
+    found = StatsOutput(*output)
+    ctx.mark_non_differentiable(*found[1:])
     ctx.set_materialize_grads(False)
-    _, m, log_s, dh = others
-    ctx.dtype = hidden.dtype
-    if ctx.settings[-1] >= 0:  # the gradient is made: nothing holds hidden and weight
-        ctx.save_for_backward(dh, targets, mask)
+    ctx.dtype = head.hidden.dtype
+    if ctx.single_stat_index >= 0:  # the gradient is there: hidden and weight need not be kept
+        ctx.save_for_backward(found.dhidden, head.targets, head.mask)
         return
-    tensors = (hidden, weight, bias, targets, mask, temperatures)
-    ctx.save_for_backward(statistics, m, log_s, *tensors)
+    *tensors, ctx.transform, ctx.chunk_bytes, ctx.group = head
+    ctx.save_for_backward(found.statistics, found.m, found.log_s, *tensors)
 
 
 def _token_stats_backward(ctx, upstream, *_):
     saved_gradients.refuse_double_backward()
-    nothing = (None,) * 12
+    others = (*NO_GRADIENT, None, None, None)
     if upstream is None:
-        return nothing
-    *settings, needs, _, unit = ctx.settings
-    if unit >= 0:
+        return None, None, None, *others
+    if ctx.single_stat_index >= 0:
         dh, targets, mask = ctx.saved_tensors
-        factors = upstream[unit]
+        factors = upstream[ctx.single_stat_index]
         if mask is not None:  # not even NaN reaches a token that was left out
             factors = factors.masked_fill(mask == 0, 0)
-        if targets is not None and TokenStats._fields[unit] == "logprob":
+        if targets is not None and TokenStats._fields[ctx.single_stat_index] == "logprob":
             factors = factors.masked_fill(targets == IGNORE_INDEX, 0)
         scaled = torch.mul(dh, factors[:, None], out=torch.empty_like(dh, dtype=ctx.dtype))
-        return scaled, *nothing[1:]
-    gradients = token_stats_backward(upstream, *ctx.saved_tensors, *settings, needs)
-    return *(g if need else None for g, need in zip(gradients, needs, strict=True)), *nothing[3:]
+        return scaled, None, None, *others
+    settings = (ctx.transform, ctx.chunk_bytes, ctx.group)
+    gradients = token_stats_backward_op(upstream, *ctx.saved_tensors, *settings, ctx.needs)
+    return *(g if need else None for g, need in zip(gradients, ctx.needs, strict=True)), *others
 
 
-token_stats.register_autograd(_token_stats_backward, setup_context=_token_stats_setup)
+token_stats_op.register_autograd(_token_stats_backward, setup_context=_token_stats_setup)
 
 
 @torch.library.custom_op("em_kernels::entropy_from_logits", mutates_args=())
-def entropy_from_logits(
+def entropy_from_logits_op(
     logits: Tensor, temperatures: Tensor | None, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Entropy, m and log s of logits (N, V), each (N,)."""
-    return logits_entropy.entropy(logits, temperature if temperatures is None else temperatures)
+    """Return entropy, m and log s of logits (N, V), each (N,)."""
+    return from_logits.entropy(logits, temperature if temperatures is None else temperatures)
 
 
-@entropy_from_logits.register_fake
+@entropy_from_logits_op.register_fake
 def _(logits, temperatures, temperature):
     wide = accumulation_dtype(logits.dtype)
     return tuple(logits.new_empty(logits.shape[:1], dtype=wide) for _ in range(3))
 
 
 @torch.library.custom_op("em_kernels::entropy_from_logits_backward", mutates_args=())
-def entropy_from_logits_backward(
+def entropy_from_logits_backward_op(
     upstream: Tensor,
     entropy: Tensor,
     m: Tensor,
@@ -360,12 +215,12 @@ def entropy_from_logits_backward(
     temperatures: Tensor | None,
     temperature: float,
 ) -> Tensor:
-    """dlogits (N, V) in the logits' dtype."""
+    """Return dlogits (N, V) in the logits' dtype."""
     tau = temperature if temperatures is None else temperatures
-    return logits_entropy.entropy_backward(upstream, entropy, m, log_s, logits, tau)
+    return from_logits.entropy_backward(upstream, LogitsEntropy(entropy, m, log_s), logits, tau)
 
 
-@entropy_from_logits_backward.register_fake
+@entropy_from_logits_backward_op.register_fake
 def _(upstream, entropy, m, log_s, logits, temperatures, temperature):
     return torch.empty_like(logits)
 
@@ -382,10 +237,11 @@ def _entropy_from_logits_backward(ctx, upstream, *_):
     saved_gradients.refuse_double_backward()
     if upstream is None:
         return None, None, None
-    return entropy_from_logits_backward(upstream, *ctx.saved_tensors, ctx.temperature), None, None
+    dlogits = entropy_from_logits_backward_op(upstream, *ctx.saved_tensors, ctx.temperature)
+    return dlogits, None, None
 
 
-entropy_from_logits.register_autograd(
+entropy_from_logits_op.register_autograd(
     _entropy_from_logits_backward, setup_context=_entropy_from_logits_setup
 )
 

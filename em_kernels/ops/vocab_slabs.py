@@ -1,9 +1,9 @@
-"""Vocabulary-major loops: some words at a time, all tokens; each slab of dweight is one GEMM.
+"""Vocabulary-major loops: some vocabulary entries at a time, for all tokens.
 
-For losses that are known only when every token's statistics are: with m and log s saved, the
-gradient needs no whole row. The statistics come from the same slabs, as the very same logits must
-be computed again: rounded in another order they would cost a sure token's small probabilities their
-digits. Work is counted as in chunked.py.
+Each slab of dweight is one GEMM. For losses that are known only when every token's statistics are:
+with m and log s saved, the gradient needs no whole row. The statistics come from the same slabs, as
+the backward must compute the very same logits again: rounded in another order they would cost a
+sure token's small probabilities their digits. Work is counted as in chunked.py.
 """
 
 from collections.abc import Iterator
@@ -16,115 +16,113 @@ from .. import kernels, reference
 from ..kernels import RowTerms, row_stride
 from ..reference import RowTransform, TokenStats
 from .gemm import gemm
-from .inputs import Needs, Problem, chunk_length, in_range_of, large_empty
+from .inputs import GradMask, HeadInputs, SavedStats, StatsOutput, scale_upstream
+from .memory import chunk_length, large_empty
 
-MIN_SLAB_BYTES = 64 << 20  # measured on a CPU; GEMMs of fewer words are slow
+MIN_SLAB_BYTES = 64 << 20  # measured on a CPU: GEMMs over fewer vocabulary entries are slow
 
 
 class Slab(NamedTuple):
-    """Some words, and all tokens' raw logits of them."""
+    """Some vocabulary entries, and all tokens' raw logits of them."""
 
-    words: slice  # where they stand in the weight
+    vocab_slice: slice
     weight: Tensor  # (v, D)
     y: Tensor  # (N, v) raw logits, free to overwrite
     row: RowTransform
 
 
-def _slabs(problem: Problem, hidden: Tensor, tokens: slice | Tensor) -> Iterator[Slab]:
-    """In one reused buffer; hidden holds the rows of `tokens`."""
-    weight, count, device = problem.weight, len(hidden), hidden.device
-    # in the backward also the slab's fp32 dweight
-    word_bytes = count * problem.logit_bytes + hidden.shape[1] * problem.dtype.itemsize
-    # dhidden is read and written once a slab
-    enough = max(MIN_SLAB_BYTES, 16 * hidden.numel() * problem.dtype.itemsize)
-    length = chunk_length(len(weight), word_bytes, problem.chunk_bytes, device, enough)
+def _slabs(inputs: HeadInputs, hidden: Tensor, tokens: slice | Tensor) -> Iterator[Slab]:
+    """Yield all slabs, their logits in one reused buffer; `hidden` holds the rows of `tokens`."""
+    weight, count, device = inputs.weight, len(hidden), hidden.device
+    # The backward also holds the slab's fp32 dweight; both passes need the same slabs.
+    entry_bytes = count * inputs.logit_bytes + hidden.shape[1] * inputs.dtype.itemsize
+    # dhidden is read and written once per slab, so a slab is large beside it.
+    default_bytes = max(MIN_SLAB_BYTES, 16 * hidden.numel() * inputs.dtype.itemsize)
+    length = chunk_length(len(weight), entry_bytes, inputs.chunk_bytes, device, default_bytes)
     longest = row_stride(min(length, len(weight)), device)
-    buffer = large_empty((count * longest,), problem.dtype, hidden)
+    buffer = large_empty((count * longest,), inputs.dtype, hidden)
     for start in range(0, len(weight), length):
-        words = slice(start, min(start + length, len(weight)))
-        w = weight[words]
+        vocab_slice = slice(start, min(start + length, len(weight)))
+        w = weight[vocab_slice]
         stride = row_stride(len(w), device)
         y = gemm(buffer[: count * stride].view(count, stride)[:, : len(w)], hidden, w.t())
-        yield Slab(words, w, y, problem.row_transform(tokens, words))
+        yield Slab(vocab_slice, w, y, inputs.row_transform(tokens, vocab_slice))
 
 
-def token_stats(problem: Problem, everything: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Statistics (5, N) in TokenStats' order and argmax (N,), without everything (3, N) and (0,);
-    and for the backward m, log s (N,).
+def token_stats(inputs: HeadInputs, with_collision_and_argmax: bool) -> StatsOutput:
+    """Compute all tokens' statistics, and m and log s for the backward.
 
-    Work: 2. Memory: one slab, and a copy of the tokens left where the mask leaves some out.
+    Work: 2. Memory: one slab, and a copy of the active tokens' hidden where the mask leaves some
+    out.
     """
-    active = problem.active(negative_mask_allowed=True)
+    active = inputs.check_and_find_active(negative_mask_allowed=True)
     tokens: slice | Tensor = slice(None) if active is None else active
     parts = None
-    for slab in _slabs(problem, problem.hidden[tokens], tokens):
-        found = kernels.row_statistics(slab.y, slab.row, everything)
-        if found.argmax is not None:
-            found = found._replace(argmax=found.argmax + slab.words.start)
-        parts = found if parts is None else reference.merge([parts, found])
-    assert parts is not None  # functional.py refuses an empty vocabulary
-    if problem.shard is not None:
-        parts = problem.shard.merge(parts)
-    targets = None if problem.targets is None else problem.targets[tokens]
-    stats = reference.statistics(parts, problem.vocab_size, targets)
-    statistics, argmax = problem.blank_statistics(everything)
-    m, log_s = statistics.new_zeros(2, len(problem.hidden))
+    for slab in _slabs(inputs, inputs.hidden[tokens], tokens):
+        part = kernels.row_statistics(slab.y, slab.row, with_collision_and_argmax)
+        if part.argmax is not None:
+            part = part._replace(argmax=part.argmax + slab.vocab_slice.start)
+        parts = part if parts is None else reference.merge([parts, part])
+    assert parts is not None  # check_head refuses an empty vocabulary
+    if inputs.shard is not None:
+        parts = inputs.shard.merge(parts)
+    targets = None if inputs.targets is None else inputs.targets[tokens]
+    stats = reference.statistics(parts, inputs.vocab_size, targets)
+    statistics, argmax = inputs.zero_statistics(with_collision_and_argmax)
+    m, log_s = statistics.new_zeros(2, len(inputs.hidden))
     for row, value in zip(statistics, stats, strict=False):
         if value is not None:
             row[tokens] = value
-    if everything and stats.argmax is not None:
+    if with_collision_and_argmax and stats.argmax is not None:
         argmax[tokens] = stats.argmax
     m[tokens], log_s[tokens] = parts.m, torch.log1p(parts.s1)
-    return statistics, argmax, m.clone(), log_s.clone()
+    # An op's outputs may not share memory, hence the clones.
+    return StatsOutput(statistics, argmax, m.clone(), log_s.clone(), statistics.new_empty(0))
 
 
 def token_stats_backward(
-    problem: Problem,
-    upstream: Tensor,
-    statistics: Tensor,
-    m: Tensor,
-    log_s: Tensor,
-    needs: Needs,
+    inputs: HeadInputs, upstream: Tensor, saved: SavedStats, needs: GradMask
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients for any upstream, shaped as the statistics, from logits computed again.
+    """Return dhidden, dweight and dbias in the inputs' dtypes, from logits computed again.
 
-    Returns dhidden, dweight, dbias in the inputs' dtypes.
-    Work: 2, +2 for hidden, +2 for weight: with the forward's 2, 8 in all. Memory: one slab, fp32
-    dhidden, and where the mask leaves tokens out a copy of the others.
+    The upstream is any, shaped as the statistics. Work: 2, +2 for hidden, +2 for weight: with the
+    forward's 2, 8 in all. Memory: one slab, fp32 dhidden, and where the mask leaves tokens out a
+    copy of the others' hidden.
     """
-    hidden, weight, wide = problem.hidden, problem.weight, problem.dtype
-    active = None if problem.mask is None else problem.mask.nonzero()[:, 0]
+    hidden, weight, wide = inputs.hidden, inputs.weight, inputs.dtype
+    active = None if inputs.mask is None else inputs.mask.nonzero()[:, 0]
     if active is not None and len(active) == len(hidden):
         active = None
     tokens: slice | Tensor = slice(None) if active is None else active
     h = hidden[tokens]
-    stats = TokenStats(*statistics[:, tokens])
+    stats = TokenStats(*saved.statistics[:, tokens])
     up = TokenStats(*upstream[:, tokens].to(wide))
-    if problem.targets is None or up.logprob is None:
+    if inputs.targets is None or up.logprob is None:
         up = up._replace(logprob=None)
     else:
-        ignored = problem.targets[tokens] == reference.IGNORE_INDEX
+        ignored = inputs.targets[tokens] == reference.IGNORE_INDEX
         up = up._replace(logprob=up.logprob.masked_fill(ignored, 0))
-    up, scale = in_range_of(problem.operand, up)
-    factors = reference.coefficients(stats, up, problem.vocab_size)
+    up, scale = scale_upstream(up, inputs.operand)
+    factors = reference.coefficients(stats, up, inputs.vocab_size)
     dh = h.new_zeros(h.shape if needs.hidden else (0,), dtype=wide)
     dw = large_empty(weight.shape if needs.weight else (0,), weight.dtype, weight)
     dw_slab = dh.new_empty(0)
     db = weight.new_empty(len(weight) if needs.bias else 0)
-    for words, w, y, row in _slabs(problem, h, tokens):
-        out = kernels.gradient_buffer(y, problem.operand)
-        dy = kernels.row_gradient(RowTerms(y, row, m[tokens], log_s[tokens], factors), out)
+    for vocab_slice, w, y, row in _slabs(inputs, h, tokens):
+        out = kernels.gradient_buffer(y, inputs.operand)
+        terms = RowTerms(y, row, saved.m[tokens], saved.log_s[tokens], factors)
+        dy = kernels.row_gradient(terms, out)
         if needs.hidden:
             gemm(dh, dy, w, accumulate=True, alpha=scale)
         if needs.weight:
-            if dw_slab.numel() == 0:  # the first is the longest
+            if dw_slab.numel() == 0:  # the first slab is the longest
                 dw_slab = large_empty(w.shape, wide, w)
-            dw[words] = gemm(dw_slab[: len(w)], dy.t(), h, alpha=scale)
+            dw[vocab_slice] = gemm(dw_slab[: len(w)], dy.t(), h, alpha=scale)
         if needs.bias:
-            db[words] = (dy.sum(0, dtype=wide) * scale).to(db.dtype)
-        del out, dy  # on a GPU their memory is the next slab's
-    if needs.hidden and problem.shard is not None:
-        problem.shard.sum(dh)
+            db[vocab_slice] = (dy.sum(0, dtype=wide) * scale).to(db.dtype)
+        del terms, out, dy  # a GPU reuses their memory for the next slab
+    if needs.hidden and inputs.shard is not None:
+        inputs.shard.sum(dh)
     dh = dh.to(hidden.dtype)
     if needs.hidden and active is not None:
         dh = hidden.new_zeros(hidden.shape).index_copy_(0, active, dh)

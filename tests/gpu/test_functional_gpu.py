@@ -1,5 +1,6 @@
-"""On a GPU, of the functional layer's tests those that choose no rows: others have a case of their
-own there (conftest.CUDA).
+"""Tests of the public functions that need nothing changed to run on a GPU.
+
+Those with the fixture `rows` have a CUDA case of their own (conftest.CUDA).
 """
 
 import pytest

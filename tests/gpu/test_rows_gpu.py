@@ -38,7 +38,7 @@ def on_gpu(fields):
 
 
 def in_padded_rows(y):
-    """As the loops hold them: rows begin at multiples of 16, with NaN between."""
+    """Lay out logits as the loops do: rows begin at multiples of 16, with NaN between."""
     shape = len(y), row_stride(y.shape[1], y.device)
     buffer = torch.full(shape, torch.nan, dtype=y.dtype, device=y.device)
     view = buffer[:, : y.shape[1]]
@@ -65,7 +65,7 @@ def test_statistics_and_gradient(v, logit_scale, softcap, bias, layout):
     truth = truth_of(y, row)
     y = layout(y)
     before = y.clone()
-    plainer = kernels.row_statistics(y, row, everything=False)
+    plainer = kernels.row_statistics(y, row, with_collision_and_argmax=False)
     parts = kernels.row_statistics(y, row)
     assert torch.equal(y, before)
     assert plainer.argmax is None
@@ -87,7 +87,7 @@ def test_statistics_and_gradient(v, logit_scale, softcap, bias, layout):
 @pytest.mark.parametrize("layout", [in_padded_rows, torch.clone])
 @pytest.mark.parametrize("bias", [None, torch.float32, *NARROW])
 @pytest.mark.parametrize("logit_scale, softcap", TRANSFORMS)
-@pytest.mark.parametrize("n", [5, 300])  # in one part and in several
+@pytest.mark.parametrize("n", [5, 300])  # 300 rows are split, 5 are not
 @pytest.mark.parametrize("v", [1, 13, 512, 4099, 50_257])
 def test_column_mass(v, n, logit_scale, softcap, bias, layout):
     given = problem(v, bias=bias is not None, logit_scale=logit_scale, softcap=softcap)
@@ -185,7 +185,7 @@ def test_ties_take_the_lowest_index():
     assert parts.s1[2] == 151_935
 
 
-@pytest.mark.parametrize("n", [2, 500])  # in parts and whole
+@pytest.mark.parametrize("n", [2, 500])  # few rows are split, many are not
 def test_the_same_bits_again(n):
     y = torch.randn(n, 33_333, device="cuda")
     found = [entropy_and_gradient(kernels, y, plain(n, device="cuda")) for _ in range(3)]
@@ -194,7 +194,7 @@ def test_the_same_bits_again(n):
 
 
 def test_rows_beyond_the_range_of_int32():
-    """Of logits: offsets are 64 bits wide."""
+    """Offsets of logits are 64 bits wide."""
     n, v = 14_200, 151_936
     if torch.cuda.mem_get_info()[0] < 2.2 * n * v * 2:
         pytest.skip("needs 10 GB of free memory")
@@ -281,7 +281,7 @@ def test_chunk_bytes_bounds_the_peak(reduction, dtype):
     def run():
         fused_entropy_loss(*inputs, reduction=reduction, chunk_bytes=chunk_bytes).sum().backward()
 
-    run()  # each thread's cuBLAS takes a workspace, 32 MiB on Hopper, and keeps it
+    run()  # cuBLAS takes a workspace per thread, 32 MiB on Hopper, and keeps it
     for x in inputs:
         x.grad = None
     torch.cuda.reset_peak_memory_stats()

@@ -14,7 +14,7 @@ from em_kernels.commands.plan import open_config
 from em_kernels.functional import entropy_loss_into
 from em_kernels.ops import chunked, inputs
 from em_kernels.ops.gemm import bf16_isa
-from em_kernels.ops.gradients import WordSink
+from em_kernels.ops.weight_gradient import StreamedWeightGrad
 from em_kernels.training import trainer
 from em_kernels.training.config import Sampling, TrainConfig, UserError
 from em_kernels.training.engines.step import SharedPrefix, recomputation, scored_states
@@ -340,16 +340,16 @@ def test_head_on_a_gpu_where_dy_of_chunks_waits(states, monkeypatch):
     asked = config(mode="full", **changes)
     planner = Planner(asked, model_config, 1, CUDA)
     planned = planner._head(asked, Sketch(model_config, torch.bfloat16), states, chunk)
-    monkeypatch.setattr(inputs.Problem, "dy_is_apart", True)
+    monkeypatch.setattr(inputs.HeadInputs, "dy_has_own_buffer", True)
     monkeypatch.setattr(chunked, "TILE", 8)
     hidden, weight = (torch.randn(n, width, dtype=torch.bfloat16) for n in (states, words))
-    counts, add_all = [], WordSink.add_all
+    counts, add_all = [], StreamedWeightGrad.add_all
 
     def counted(sink, dy, *arguments):
         counts.append(len(dy))
         add_all(sink, dy, *arguments)
 
-    monkeypatch.setattr(WordSink, "add_all", counted)
+    monkeypatch.setattr(StreamedWeightGrad, "add_all", counted)
     _, live = recorded(
         lambda: entropy_loss_into(lambda words, values: None, hidden, weight, chunk_bytes=chunk)
     )

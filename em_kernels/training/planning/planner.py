@@ -12,10 +12,10 @@ import torch
 from transformers import PreTrainedConfig
 
 from ...ops.free_memory import free_host_bytes
-from ...ops.gradients import SLAB_BYTES as SLAB
-from ...ops.gradients import SLAB_WORDS
-from ...ops.inputs import chunk_length, free_bytes
+from ...ops.memory import chunk_length, free_bytes
 from ...ops.sparse import SAMPLE
+from ...ops.weight_gradient import MIN_SLAB_ENTRIES
+from ...ops.weight_gradient import SLAB_BYTES as SLAB
 from ..config import FULL_LR, LORA_LR, TrainConfig, UserError
 from ..distributed import LaunchSpec
 from ..engines.optimizer import SLAB as STEP_SLAB
@@ -372,7 +372,7 @@ class Planner:
             total += min(SLAB, words * width * 4)
         if config.grad_tolerance:
             word = rows * 8 + width * itemsize
-            some = min(words // 2, max(SLAB_WORDS, min(SLAB, chunk) // word))
+            some = min(words // 2, max(MIN_SLAB_ENTRIES, min(SLAB, chunk) // word))
             total += max(some * word, min(SAMPLE, words) * width * itemsize) + CHOICE * words
         return total
 

@@ -1,0 +1,154 @@
+"""Gradient of the weight, added up chunk by chunk: held for the entries that need it, or streamed.
+
+Both classes take products dy^T hidden, over all vocabulary entries or over some.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .gemm import gemm
+from .memory import large_empty
+
+# Above this share of the vocabulary dweight is held whole: an index then saves little memory.
+MAX_SPARSE_SHARE = 0.5
+GROWTH = 1.5
+SLAB_BYTES = 64 << 20  # for a slab of vocabulary entries: its logits, dy, weight and dweight
+MIN_SLAB_ENTRIES = 512
+
+# Called with (entries, values): rows (K, D) of a part of dweight in the accumulation dtype, to be
+# added to those of earlier calls; entries are a slice or distinct indices (K,). The values may be
+# overwritten, and are when the next ones come.
+WeightGradCallback = Callable[[slice | Tensor, Tensor], object]
+
+
+def slab_length(entry_bytes: int, budget: int | None = None) -> int:
+    """Return how many vocabulary entries one slab holds."""
+    limit = SLAB_BYTES if budget is None else min(SLAB_BYTES, budget)
+    return max(MIN_SLAB_ENTRIES, limit // entry_bytes)
+
+
+class SparseWeightGrad:
+    """Sum (V, D) of products, held for the vocabulary entries that any product has.
+
+    Once these are many it is held whole.
+    """
+
+    def __init__(self, shape: torch.Size, dtype: torch.dtype, like: Tensor) -> None:
+        self.shape, self.dtype, self.like = shape, dtype, like
+        self.whole: Tensor | None = None
+        self.vocab_indices = like.new_empty(0, dtype=torch.int64)  # (K,), in order of arrival
+        self.values = self._empty(0)  # (K or more, D)
+        self.row_of = self.vocab_indices  # (V,) row of an entry in values
+
+    def _empty(self, count: int) -> Tensor:
+        return large_empty((count, self.shape[1]), self.dtype, self.like)
+
+    def _make_whole(self) -> Tensor:
+        if self.whole is None:
+            self.whole = self._empty(self.shape[0]).zero_()
+            self.whole.index_copy_(0, self.vocab_indices, self.values[: len(self.vocab_indices)])
+            self.values, self.vocab_indices = self._empty(0), self.vocab_indices.new_empty(0)
+        return self.whole
+
+    def add_all(self, dy: Tensor, hidden: Tensor, alpha: float) -> None:
+        """Add alpha dy^T hidden, over all vocabulary entries."""
+        is_first = self.whole is None and len(self.vocab_indices) == 0
+        if is_first:
+            self.whole = self._empty(self.shape[0])
+        gemm(self._make_whole(), dy.t(), hidden, accumulate=not is_first, alpha=alpha)
+
+    def make_room(self, new_entries: Tensor) -> bool:
+        """Make room for vocabulary entries that come for the first time.
+
+        Returns True if they are the very first: their rows are then not yet written, and
+        `add_some` has to be told where each slab of them stands.
+        """
+        old_count = len(self.vocab_indices)
+        count = old_count + len(new_entries)
+        if self.whole is None and count > MAX_SPARSE_SHARE * self.shape[0]:
+            self._make_whole()
+        if self.whole is not None:
+            return False
+        if old_count == 0:
+            self.vocab_indices, self.values = new_entries, self._empty(count)
+            self.row_of = new_entries.new_empty(self.shape[0])
+        elif count > len(self.values):
+            size = max(count, int(min(GROWTH * count, MAX_SPARSE_SHARE * self.shape[0])))
+            values = self._empty(size)
+            values[:old_count] = self.values[:old_count]
+            self.values = values
+        if old_count > 0:
+            self.vocab_indices = torch.cat([self.vocab_indices, new_entries])
+            self.values[old_count:count] = 0
+        self.row_of[new_entries] = torch.arange(old_count, count, device=new_entries.device)
+        return old_count == 0
+
+    def add_some(
+        self,
+        dy: Tensor,
+        hidden: Tensor,
+        alpha: float,
+        vocab_indices: Tensor,
+        unwritten: slice | None = None,
+    ) -> None:
+        """Add alpha dy^T hidden over entries that make_room() has seen.
+
+        `unwritten` are their rows where nothing was written before.
+        """
+        if unwritten is not None:
+            gemm(self.values[unwritten], dy.t(), hidden, alpha=alpha)
+            return
+        product = gemm(self._empty(len(vocab_indices)), dy.t(), hidden, alpha=alpha)
+        if self.whole is not None:
+            self.whole.index_add_(0, vocab_indices, product)
+        else:
+            self.values.index_add_(0, self.row_of[vocab_indices], product)
+
+    def result(self, whole: bool) -> tuple[Tensor, Tensor]:
+        """Return all rows (V, D) and no indices, or the rows (K, D) that are not 0 and theirs (K,).
+
+        The latter unless `whole`, and unless the sum is held whole anyway.
+        """
+        if whole or self.whole is not None:
+            return self._make_whole(), self.vocab_indices
+        return self.values[: len(self.vocab_indices)], self.vocab_indices
+
+
+class StreamedWeightGrad:
+    """SparseWeightGrad's stand-in that holds no sum: a callback gets each product, by slabs."""
+
+    def __init__(
+        self,
+        on_weight_grad: WeightGradCallback,
+        shape: torch.Size,
+        dtype: torch.dtype,
+        like: Tensor,
+    ) -> None:
+        length = slab_length(shape[1] * dtype.itemsize)
+        length = length // 16 * 16  # a GPU reads dy^T fast from such columns
+        self.on_weight_grad = on_weight_grad
+        self.values = large_empty((min(length, shape[0]), shape[1]), dtype, like)
+
+    def add_all(self, dy: Tensor, hidden: Tensor, alpha: float) -> None:
+        for start in range(0, dy.shape[1], len(self.values)):
+            vocab_slice = slice(start, min(start + len(self.values), dy.shape[1]))
+            self.add_some(dy[:, vocab_slice], hidden, alpha, vocab_slice)
+
+    def make_room(self, new_entries: Tensor) -> bool:
+        return False
+
+    def add_some(
+        self,
+        dy: Tensor,
+        hidden: Tensor,
+        alpha: float,
+        entries: slice | Tensor,
+        unwritten: slice | None = None,
+    ) -> None:
+        values = self.values[: dy.shape[1]]
+        self.on_weight_grad(entries, gemm(values, dy.t(), hidden, alpha=alpha))
+
+    def result(self, whole: bool) -> tuple[Tensor, Tensor]:
+        return self.values.new_empty(0), self.values.new_empty(0, dtype=torch.int64)
