@@ -15,7 +15,8 @@ from training.tiny import PLAIN, make_model, make_tokenizer, read, save_tiny
 from em_kernels.cli import main
 from em_kernels.training.config import UserError
 from em_kernels.training.data.problems import Problem
-from em_kernels.training.evaluation.completions import TaskSettings, mean_entropies, token_ids
+from em_kernels.training.evaluation.task import TaskSettings, token_ids
+from em_kernels.training.evaluation.teacher_forcing import mean_entropies
 from em_kernels.training.rollouts.sampling import generate
 
 FLAGS = ["--device", "cpu", "--dtype", "float32", "--max-new-tokens", "12"]
@@ -112,9 +113,9 @@ REFUSED = [
     (["--data", ""], "data: missing"),
     (["--data", "missing.jsonl"], "data: cannot read missing.jsonl"),
     (["--data", "unanswered.jsonl"], "data: not every problem of unanswered.jsonl has an answer"),
-    (["--skip", "20"], "data: rows.jsonl has 20 problems; .* leave none"),
+    (["--skip", "20"], "data: rows.jsonl has 20 problems; .* leave none; lower skip or shots"),
     (["--count", "21"], "count: rows.jsonl has 20 problems"),
-    (["--samples", "2"], "samples: are all the same at sampling.temperature 0"),
+    (["--samples", "2"], "samples: 2 are all the same at sampling.temperature 0; raise it"),
     (["--seed", str(2**32)], "seed: 4294967296: input should be less than 4294967296"),
     (["--model", ""], "model: missing"),
     (["--model", "/no/folder"], "model: there is no folder /no/folder"),

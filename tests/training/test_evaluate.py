@@ -21,15 +21,9 @@ from em_kernels.training.config import UserError
 from em_kernels.training.data import grading
 from em_kernels.training.data.grading import Grader, final_answer
 from em_kernels.training.data.problems import few_shot, read_problems
-from em_kernels.training.evaluation.evaluate import (
-    EvalConfig,
-    known_answers,
-    of_problems,
-    paired_change,
-    pass_at,
-    score,
-    wilson,
-)
+from em_kernels.training.evaluation.evaluate import EvalConfig
+from em_kernels.training.evaluation.statistics import mean_interval, paired_change, pass_at, wilson
+from em_kernels.training.evaluation.teacher_forcing import known_answers, score_answers
 from em_kernels.training.rollouts.sampling import generate
 
 QUIET = Console(file=StringIO())
@@ -118,7 +112,7 @@ def test_interval_over_problems_covers():
     hits = 0
     for _ in range(400):
         rates = rng.beta(0.5, 1, 60)  # of mean 1/3
-        low, high = of_problems(rng.binomial(8, rates) / 8)
+        low, high = mean_interval(rng.binomial(8, rates) / 8)
         hits += low <= 1 / 3 <= high
     assert 0.90 < hits / 400 < 0.98
 
@@ -127,9 +121,9 @@ def test_interval_where_resampling_sees_no_spread():
     """As wide as if 1.25 of 5 right were 1 on the low side, 2 on the high; one problem in between
     tells nothing.
     """
-    assert of_problems(np.full(5, 0.25)) == (wilson(outcomes(1, 5))[0], wilson(outcomes(2, 5))[1])
-    assert of_problems(np.full(5, 1.0)) == wilson(outcomes(5, 5))
-    low, high = of_problems(np.array([0.5]))
+    assert mean_interval(np.full(5, 0.25)) == (wilson(outcomes(1, 5))[0], wilson(outcomes(2, 5))[1])
+    assert mean_interval(np.full(5, 1.0)) == wilson(outcomes(5, 5))
+    low, high = mean_interval(np.array([0.5]))
     assert (low, high) == (wilson(outcomes(0, 1))[0], wilson(outcomes(1, 1))[1]) == (0, 1)
 
 
@@ -274,8 +268,11 @@ def test_refused_comparisons(folder, tmp_path, capfd):
     assert main(["eval", *base, *data, "--output", one]) == 0
     assert main(["eval", *base, *data, *sampled, "--output", many]) == 0
     for arguments, said in (
-        ([*base, *other, "--output", two], f"{one} is not of the same problems"),
-        ([*base, *data, *sampled, "--output", two], "McNemar's test compares .* one sample a prob"),
+        ([*base, *other, "--output", two], f"{one} is of other problems; give both the same data"),
+        (
+            [*base, *data, *sampled, "--output", two],
+            "McNemar's test needs .* one sample per problem",
+        ),
     ):
         assert re.search(f"against: {said}", refused([*arguments, "--against", one], capfd))
         assert not (tmp_path / "two").exists()
@@ -283,7 +280,7 @@ def test_refused_comparisons(folder, tmp_path, capfd):
     assert main(["eval", "--regrade", many, "--against", one]) == 2  # it is shown first
     assert "against: McNemar's test" in capfd.readouterr().err
     assert main(["eval", *base, *data, "--seed", "1", "--output", two, "--against", one]) == 0
-    assert "But they were not asked alike: seed 0, not 1." in capfd.readouterr().out
+    assert "But their settings differ: seed 0, not 1." in capfd.readouterr().out
     nothing = str(tmp_path / "nothing")
     line = refused([*base, *data, "--output", nothing, "--against", nothing], capfd)
     assert f"against: {nothing} is not the folder of a finished evaluation" in line
@@ -335,7 +332,7 @@ def test_score_is_plain_torch(kind, tokenizer):
             assert tokenizer.decode(rollout.prompt_ids) == text
         with torch.no_grad():  # those of the last ones are what greedy sampling gives
             said = generate(model, tokenizer, [r.prompt_ids for r in known[:3]], [(0,)] * 3, GREEDY)
-        scores = score(model, [*known, *said], (1.0, 0.5, 0.25), QUIET)
+        scores = score_answers(model, [*known, *said], (1.0, 0.5, 0.25), QUIET)
         for row, temperature in enumerate((1.0, 0.5, 0.25)):
             expected, greedy = alone(model, [*known, *said], temperature)
             assert scores.logprob[row] == pytest.approx(expected, rel=1e-6)
@@ -347,7 +344,9 @@ def test_a_tokenizer_that_joins_prompt_and_answer(tokenizer):
     known = known_answers(tokenizer, ["it is ", "it is 3 or"], ["3\n", " 4\n"])
     # and as in examples, where it has a token for two ends of lines
     assert [tokenizer.decode(r.response_ids) for r in known] == ["3\n\n", " 4\n\n"]
-    with pytest.raises(UserError, match=r"^teacher_forced: .* joins .* with 'he 3\\n'$"):
+    with pytest.raises(
+        UserError, match=r"^teacher_forced: .* joins .* with 'he 3\\n'; sample instead$"
+    ):
         known_answers(tokenizer, ["it is t"], ["he 3\n"])
 
 
@@ -358,7 +357,7 @@ def test_teacher_forced_greedy_is_greedy_sampling(demo):
     problems, shots = config.problems()
     prompts = [config.prompt(problem, shots) for problem in problems]
     known = known_answers(tokenizer, prompts, [problem.completion for problem in problems])
-    forced = score(model, known, (1.0,), QUIET).greedy
+    forced = score_answers(model, known, (1.0,), QUIET).greedy
     sampling = config.sampled().model_copy(update={"max_new_tokens": 24})
     ids = [rollout.prompt_ids for rollout in known]
     sampled = generate(model, tokenizer, ids, [(0,)] * 30, sampling)
@@ -389,4 +388,4 @@ def test_teacher_forced_eval(folder, tokenizer, tmp_path, capfd):
     assert "temperatures.0: 1e-40: input should be greater than or equal to 0.01" in line
     for name, wrong in (("chat", []), ("few-shot", ["--server", "http://127.0.0.1:1"])):
         line = refused([*arguments[1:], "--template", name, *wrong], capfd)
-        assert "teacher_forced: goes with template few-shot and a model of this machine" in line
+        assert "teacher_forced: needs template few-shot, and no server" in line

@@ -168,7 +168,7 @@ def test_variance_needs_answers(folder, tmp_path, capfd):
     data = write_rows(tmp_path / "rows.jsonl", ["1"] * 6)
     assert main(selection(folder, data, tmp_path / "no", "--score", "variance")) == 2
     stdout, stderr = capfd.readouterr()
-    said = "score: variance needs answers, which 2 problems lack"
+    said = "score: variance needs answers, which 2 problems lack; use auto"
     assert (stdout, stderr) == ("", f"em-kernels select: error: {said}\n")
     assert not (tmp_path / "no").exists()
 

@@ -20,17 +20,16 @@ from transformers import AutoModelForCausalLM
 from em_kernels.cli import main
 from em_kernels.training.config import UserError
 from em_kernels.training.data.problems import Problem, few_shot, read_problems
-from em_kernels.training.evaluation import study_analysis as effects_module
-from em_kernels.training.evaluation.evaluate import known_answers
+from em_kernels.training.evaluation import statistics
 from em_kernels.training.evaluation.select import Candidate
 from em_kernels.training.evaluation.study import StudyConfig, arms_of, only_form
 from em_kernels.training.evaluation.study_analysis import (
     ARMS,
     analyse,
-    mean_and_interval,
     reading,
     table_of,
 )
+from em_kernels.training.evaluation.teacher_forcing import known_answers
 
 POOL, HELD_OUT, SHOTS, EXAMPLES = 24, 20, 2, 8
 FLAGS = ["--pool", "24", "--samples", "4", "--prompts", "4", "--held-out", "20", "--rollouts", "4"]
@@ -231,12 +230,12 @@ def test_only_form():
 )
 def test_interval_covers(prompts, of_prompt, of_problem, least, most, monkeypatch):
     """Effects of prompts, of problems and of their pairs: 300 draws, good to 1.3 to 2 points."""
-    monkeypatch.setattr(effects_module, "RESAMPLES", 400)
+    monkeypatch.setattr(statistics, "RESAMPLES_OF_PROMPTS", 400)
     rng, hits = np.random.default_rng(0), 0
     for _ in range(300):
         change = 0.05 + 0.3 * rng.normal(size=(prompts, 60))
         change += of_prompt * rng.normal(size=(prompts, 1)) + of_problem * rng.normal(size=60)
-        mean, low, high = mean_and_interval(change, rng)
+        mean, low, high = statistics.mean_over_prompts(change, rng)
         assert mean == pytest.approx(change.mean())
         hits += low <= 0.05 <= high
     assert least < hits / 300 <= most
