@@ -39,7 +39,7 @@ Completer: TypeAlias = Callable[[Sequence[Key], OnDone], None]
 
 
 class LocalModel(NamedTuple):
-    """A transformers model and the tokenized prompts of a task."""
+    """A transformers model, its tokenizer, and a task's prompts as token ids."""
 
     task: TaskSettings
     model: PreTrainedModel
@@ -51,18 +51,10 @@ class LocalModel(NamedTuple):
     def complete(self, keys: Sequence[Key], on_done: OnDone) -> None:
         """Sample in batches of similar length, longest prompts first."""
         keys = sorted(keys, key=lambda key: -len(self.prompts[key[0]]))
-        size, sampling = self.task.batch_size, self.task.sampled()
+        size = self.task.batch_size
         while keys:
-            batch = keys[:size]
-            prompts = [self.prompts[problem] for problem, _ in batch]
-            seeds = [(self.task.seed, *key, self.stream) for key in batch]
-            entropies: Sequence[float | None] = [None] * len(batch)
             try:
-                rollouts = generate(
-                    self.model, self.tokenizer, prompts, seeds, sampling, batch_size=size
-                )
-                if self.with_entropy:
-                    entropies = mean_entropies(self.model, rollouts, sampling.temperature or 1.0)
+                on_done(self._sample(keys[:size]))
             except torch.OutOfMemoryError:
                 if size == 1:
                     raise UserError(
@@ -71,13 +63,24 @@ class LocalModel(NamedTuple):
                     ) from None
                 torch.cuda.empty_cache()
                 size //= 2
-                continue
-            texts = self.tokenizer.batch_decode(
-                [rollout.response_ids for rollout in rollouts], skip_special_tokens=True
-            )
-            rows = zip(batch, texts, rollouts, entropies, strict=True)
-            on_done([Completion(*key, t, len(r.response_ids), r.ended, h) for key, t, r, h in rows])
-            keys = keys[size:]
+            else:
+                keys = keys[size:]
+
+    def _sample(self, keys: Sequence[Key]) -> list[Completion]:
+        sampling = self.task.sampled()
+        prompts = [self.prompts[problem] for problem, _ in keys]
+        seeds = [(self.task.seed, *key, self.stream) for key in keys]
+        rollouts = generate(
+            self.model, self.tokenizer, prompts, seeds, sampling, batch_size=len(keys)
+        )
+        entropies: Sequence[float | None] = [None] * len(keys)
+        if self.with_entropy:
+            entropies = mean_entropies(self.model, rollouts, sampling.temperature or 1.0)
+        texts = self.tokenizer.batch_decode(
+            [rollout.response_ids for rollout in rollouts], skip_special_tokens=True
+        )
+        rows = zip(keys, texts, rollouts, entropies, strict=True)
+        return [Completion(*key, t, len(r.response_ids), r.ended, h) for key, t, r, h in rows]
 
 
 def collect(

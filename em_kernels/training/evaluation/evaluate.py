@@ -1,7 +1,7 @@
 """`em-kernels eval`: accuracy on problems with known answers, with intervals and a paired test."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +16,7 @@ from ..data.problems import Conversation, Problem, as_problem, few_shot, read_ro
 from ..interrupts import progress_on
 from ..models.loading import fingerprint
 from ..run_folder import CONFIG
-from ..runs.records import FREE, differing, read_lines, resumable, write_whole
+from ..runs.records import FREE, differing, resumable, write_whole
 from .completions import (
     COMPLETIONS,
     EVAL_STREAM,
@@ -103,10 +103,8 @@ def evaluate(config: EvalConfig, console: Console, against: Path | None = None) 
         if config.teacher_forced:
             scores = score_answers(model, known, config.temperatures, console)
             rates = zip(config.temperatures, np.exp(scores.logprob).tolist(), strict=True)
-            return _finish(config, name, scores.greedy[:, None], {"probability": dict(rates)})
-        keys = [(i, k) for i in range(len(problems)) for k in range(config.samples)]
-        kept = collect(complete, keys, config.output / COMPLETIONS, console, "completing")
-        return _graded(config, name, problems, kept, console)
+            return _finish(config, name, scores.greedy[:, None], probability=dict(rates))
+        return _sampled(config, name, problems, complete, console)
 
 
 def regrade(folder: Path, console: Console) -> dict[str, Any]:
@@ -121,11 +119,12 @@ def regrade(folder: Path, console: Console) -> dict[str, Any]:
     if config.teacher_forced:
         return read_results(folder, "regrade")
     problems = [as_problem(row, folder) for row in read_rows(folder / PROBLEMS, "regrade")]
-    rows = [Completion(**row) for row in read_lines(folder / COMPLETIONS, "problem")]
-    if len(rows) < len(problems) * config.samples:
+
+    def refuse(missing: Sequence[Key], on_done: OnDone) -> None:
         raise UserError(f"regrade: {folder} is not finished; run its command again")
+
     name = read_results(folder, "regrade")["model"]
-    return _graded(config, name, problems, {row[:2]: row for row in rows}, console)
+    return _sampled(config, name, problems, refuse, console)
 
 
 def read_results(folder: Path, setting: str = "against") -> dict[str, Any]:
@@ -195,30 +194,28 @@ def _on_server(
     return name, sample
 
 
-def _graded(
+def _sampled(
     config: EvalConfig,
     name: str,
     problems: Sequence[Problem],
-    kept: Mapping[Key, Completion],
+    complete: Completer,
     console: Console,
 ) -> dict[str, Any]:
+    """Collect the completions, grade them and write results.json."""
     keys = [(i, k) for i in range(len(problems)) for k in range(config.samples)]
-    pairs = [(kept[key].text, problems[key[0]].answer) for key in keys]
+    kept = collect(complete, keys, config.output / COMPLETIONS, console, "completing").values()
+    pairs = [(c.text, problems[c.problem].answer) for c in kept]
     with progress_on(console) as progress, Grader() as grader:
         bar = progress.add_task("grading", total=len(pairs))
         verdicts = grader.grade(pairs, lambda count: progress.advance(bar, count))
-    tokens = [c.tokens for c in kept.values() if c.tokens is not None]
-    facts = {
-        "mean_tokens": float(np.mean(tokens)) if tokens else None,
-        "ended": float(np.mean([completion.ended for completion in kept.values()])),
-    }
+    tokens = [c.tokens for c in kept if c.tokens is not None]
+    mean_tokens = float(np.mean(tokens)) if tokens else None
+    ended = float(np.mean([c.ended for c in kept]))
     right = np.array(verdicts).reshape(len(problems), config.samples)
-    return _finish(config, name, right, facts)
+    return _finish(config, name, right, mean_tokens=mean_tokens, ended=ended)
 
 
-def _finish(
-    config: EvalConfig, name: str, right: np.ndarray, facts: Mapping[str, Any]
-) -> dict[str, Any]:
+def _finish(config: EvalConfig, name: str, right: np.ndarray, **facts: Any) -> dict[str, Any]:
     """Write results.json. The interval is over problems, as samples of one are not independent."""
     n, k = right.shape
     results = {

@@ -147,22 +147,22 @@ class _Study(NamedTuple):
         """
         path = self.config.output / "untrained.json"
         if not path.exists():
-            title, temperatures = "untrained, {} examples {}", self.config.temperatures
-            found = self.score(
-                model, tokenizer, self.shots, temperatures, title.format(len(self.shots), "")
-            )
-            base = {"greedy": found.greedy.tolist(), "probability": np.exp(found.logprob).tolist()}
+            title = f"untrained, {len(self.shots)} examples"
+            temperatures = self.config.temperatures
+            greedy, logprob = self.score(model, tokenizer, self.shots, temperatures, title)
+            base = {"greedy": greedy.tolist(), "probability": np.exp(logprob).tolist()}
             for name, examples in (("more", more), ("form", only_form(more))):
-                told = title.format(len(examples), name)
-                base[name] = self.score(model, tokenizer, examples, (1.0,), told).greedy.tolist()
+                title = f"untrained, {len(examples)} examples {name}"
+                base[name] = self.score(model, tokenizer, examples, (1.0,), title).greedy.tolist()
             write_whole(path, json.dumps(base) + "\n")
         return json.loads(path.read_text())
 
     def train(self, problem: Problem, candidate: Candidate, path: Path) -> None:
         """Train on one prompt and score its checkpoints, which are then deleted."""
         config, run = self.config, self.config.output / "runs" / path.stem
+        same = {"model", "rollouts", "lr", "dtype", "device", "attention"}
         settings = TrainConfig(
-            model=config.model,
+            **config.model_dump(include=same),
             prompt=texts_of(candidate.prompt)[0],  # A few-shot prompt is one text.
             answer=problem.answer,
             chat_template=False,
@@ -170,13 +170,8 @@ class _Study(NamedTuple):
             steps=max(config.updates),
             save_at=config.updates,
             save_optimizer=False,
-            rollouts=config.rollouts,
             sampling=config.sampled(),
-            lr=config.lr,
             seed=config.seed + candidate.index,
-            dtype=config.dtype,
-            device=config.device,
-            attention=config.attention,
         )
         with self.console.status(f"{path.stem}: training"):
             result = train(settings, console=Console(quiet=True), resume=(run / CONFIG).exists())
