@@ -85,11 +85,11 @@ def test_parts_are_kept_and_cut_short(tmp_path):
     code, told = dry(tmp_path, *names, change=endless)
     assert code == 1, told
     assert "environment: is in" in told and "tune-chunks: skipped: stopped after 0.1 s" in told
-    assert "takes up what is left: tune-chunks" in told
+    assert "runs what is left: tune-chunks" in told
     assert store.load(path)["proof"]["environment"] == kept
 
     code, told = dry(tmp_path, *names, "--minutes", "0")
-    assert code == 1 and "tune-chunks: not begun, 0 minutes are over" in told
+    assert code == 1 and "tune-chunks: not begun, as 0 minutes are over" in told
 
     code, told = dry(tmp_path, *names)
     assert code == 0, told
