@@ -1,4 +1,4 @@
-"""How a model is asked, what is refused, and evaluations that are stopped and go on."""
+"""Prompts, refusals, and evaluations that are stopped and resumed."""
 
 import json
 import os
@@ -24,12 +24,12 @@ FLAGS = ["--device", "cpu", "--dtype", "float32", "--max-new-tokens", "12"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model with room for worked examples."""
+    """Save a model with room for worked examples."""
     return save_tiny(tmp_path_factory.mktemp("model"), max_position_embeddings=512)
 
 
 def asked(tokenizer, model, **settings):
-    """What the model reads of the first problem."""
+    """Return the prompt that the model reads of the first problem."""
     config = TaskSettings(data="addition", count=1, **settings)
     (problem,), shots = config.problems()
     (ids,) = token_ids(config, tokenizer, model, [config.prompt(problem, shots)])
@@ -46,7 +46,7 @@ def test_templates(demo):
     chat = tokenizer.apply_chat_template([user], add_generation_prompt=True, tokenize=False)
     assert asked(tokenizer, model, template="chat") == chat
     said = "Please reason step by step, and put your final answer within \\boxed{}."
-    messages = [{"role": "system", "content": said}, user]  # its template is Qwen's
+    messages = [{"role": "system", "content": said}, user]  # The demo model has Qwen's template.
     cot = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     assert asked(tokenizer, model, template="qwen25-math-cot") == cot
 
@@ -149,7 +149,7 @@ def results(folder):
 
 @pytest.fixture(scope="module")
 def long(place):
-    """The arguments of an evaluation, and its results where nothing stops it."""
+    """Return the arguments of an evaluation, and its results when nothing stops it."""
     base = ["eval", "--model", str(place / "model"), "--data", str(place / "rows.jsonl"), *FLAGS]
     base += ["--samples", "2", "--temperature", "1", "--template", "raw"]
     assert main([*base, "--output", str(place / "whole")]) == 0
@@ -158,7 +158,7 @@ def long(place):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_stopped_and_gone_on(number, long, tmp_path, capfd):
-    """As one that was not stopped; nobody else writes there meanwhile."""
+    """Results equal those of one that was never stopped; others cannot write there meanwhile."""
     output, kept = tmp_path / "eval", tmp_path / "eval" / "completions.jsonl"
     base, whole = [*long[0], "--output", str(output)], long[1]
     log = tmp_path / "log"
