@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from rich.console import Console
@@ -26,6 +26,8 @@ from .study_analysis import ARMS, EXAMPLES, analyse
 from .study_config import StudyConfig
 from .task import TaskSettings, digest, open_model
 from .teacher_forcing import AnswerScores, known_answers, score_answers
+
+Opened: TypeAlias = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
 def arms_of(ranked: Sequence[Candidate], size: int, seed: int) -> dict[str, list[Candidate]]:
@@ -78,12 +80,12 @@ def run_study(config: StudyConfig, console: Console) -> dict[str, Any]:
     examples, problems = problems[:EXAMPLES], problems[EXAMPLES:]
     pool, held_out = problems[: config.pool], problems[config.pool :]
     study = _Study(config, shots, held_out, console)
-    model, tokenizer = open_model(config, console)
+    opened = open_model(config, console)
     facts = {"data": digest(problems, [few_shot(shots, problem) for problem in problems])}
     with resumable(config.output, config, model=fingerprint(config.model), **facts):
-        ranked = select(study.selection(), pool, shots, model, tokenizer, console)
-        base = study.untrained(model, tokenizer, examples)
-        del model, tokenizer  # Training needs their memory.
+        ranked = select(study.selection(), pool, shots, *opened, console)
+        base = study.untrained(opened, examples)
+        del opened  # Training needs its memory.
         arms = arms_of(ranked, config.prompts, config.seed)
         trials = [(arm, candidate) for arm in ARMS for candidate in arms[arm]]
         scores, began, fresh = dict[str, list[Any]](), time.perf_counter(), 0
@@ -127,21 +129,19 @@ class _Study(NamedTuple):
 
     def score(
         self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
+        opened: Opened,
         examples: Sequence[Problem],
         temperatures: Sequence[float],
         title: str,
     ) -> AnswerScores:
         """Score the held-out answers after worked examples."""
+        model, tokenizer = opened
         prompts = [few_shot(examples, problem) for problem in self.held_out]
         answers = [problem.completion for problem in self.held_out]
         known = known_answers(tokenizer, prompts, answers)
         return score_answers(model, known, temperatures, self.console, title)
 
-    def untrained(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, more: Sequence[Problem]
-    ) -> dict[str, Any]:
+    def untrained(self, opened: Opened, more: Sequence[Problem]) -> dict[str, Any]:
         """Score the untrained model: with the usual examples, with more, and with examples of the
         answer's form only.
         """
@@ -149,11 +149,11 @@ class _Study(NamedTuple):
         if not path.exists():
             title = f"untrained, {len(self.shots)} examples"
             temperatures = self.config.temperatures
-            greedy, logprob = self.score(model, tokenizer, self.shots, temperatures, title)
+            greedy, logprob = self.score(opened, self.shots, temperatures, title)
             base = {"greedy": greedy.tolist(), "probability": np.exp(logprob).tolist()}
             for name, examples in (("more", more), ("form", only_form(more))):
                 title = f"untrained, {len(examples)} examples {name}"
-                base[name] = self.score(model, tokenizer, examples, (1.0,), title).greedy.tolist()
+                base[name] = self.score(opened, examples, (1.0,), title).greedy.tolist()
             write_whole(path, json.dumps(base) + "\n")
         return json.loads(path.read_text())
 
@@ -180,7 +180,7 @@ class _Study(NamedTuple):
             checkpoint = str(checkpoint_folder(run, update))
             opened = open_model(config.model_copy(update={"model": checkpoint}), self.console)
             title = f"{path.stem}, update {update}"
-            greedy, logprob = self.score(*opened, self.shots, (1.0,), title)
+            greedy, logprob = self.score(opened, self.shots, (1.0,), title)
             probability = np.exp(logprob[0]).tolist()
             rows.append({"update": update, "greedy": greedy.tolist(), "probability": probability})
         facts = {

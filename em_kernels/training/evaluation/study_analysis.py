@@ -54,7 +54,10 @@ def analyse(
     contrasts = []
     for update, a, b in pairs:
         test = permutation_test(
-            (means[a, update], means[b, update]), _difference, n_resamples=20000, rng=rng
+            (means[a, update], means[b, update]),
+            lambda x, y, axis: x.mean(axis) - y.mean(axis),
+            n_resamples=20000,
+            rng=rng,
         )
         adjusted = min(1.0, test.pvalue * len(pairs))  # Bonferroni
         contrasts.append(
@@ -81,10 +84,6 @@ def analyse(
     }
     report["reading"] = reading(report, config.updates[-1])
     return report
-
-
-def _difference(a: np.ndarray, b: np.ndarray, axis: int = -1) -> np.ndarray:
-    return a.mean(axis) - b.mean(axis)
 
 
 def points(estimate: Sequence[float]) -> str:

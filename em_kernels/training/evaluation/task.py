@@ -44,7 +44,7 @@ class TaskSettings(Settings):
     template_kwargs: str = "{}"
     """JSON object of variables for the chat template, such as {"enable_thinking": false}."""
     shots: Annotated[int, Field(ge=0)] = 2
-    """Worked examples for template few-shot: the first problems of the data, then not asked."""
+    """Worked examples for template few-shot: the data's first problems, which are not asked."""
     sampling: Sampling = Sampling()
     """How completions are sampled."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0

@@ -106,13 +106,9 @@ def score_answers(
             targets = torch.tensor(sum(tokens, []), device=states.device)
             lengths = list(map(len, tokens))
             for row, temperature in enumerate(temperatures):
+                given = {"temperature": temperature, **head.arguments()}
                 stats = fused_token_stats(
-                    states,
-                    head.weight,
-                    targets,
-                    stats=("logprob", "argmax"),
-                    temperature=temperature,
-                    **head.arguments(),
+                    states, head.weight, targets, stats=("logprob", "argmax"), **given
                 )
                 assert stats.argmax is not None and stats.logprob is not None
                 right = (stats.argmax == targets).cpu().split(lengths)
