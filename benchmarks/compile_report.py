@@ -53,7 +53,7 @@ ARCHS = {
 
 
 class Source(NamedTuple):
-    """What Triton compiles a kernel from, beside its code."""
+    """Inputs of Triton's compiler, beside a kernel's code."""
 
     signature: dict[str, str]
     constants: dict

@@ -1,4 +1,4 @@
-"""What other tools say of the kernels: compute-sanitizer, PyTorch's profiler, Nsight Compute."""
+"""Reports of other tools on the kernels: compute-sanitizer, PyTorch's profiler, Nsight Compute."""
 
 import csv
 import os

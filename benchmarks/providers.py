@@ -1,4 +1,4 @@
-"""What is measured, behind one interface: PyTorch, ours, and peers.py's kernels of others."""
+"""Providers of the losses that are measured: PyTorch, ours, and other libraries (peers.py)."""
 
 import math
 from collections.abc import Callable

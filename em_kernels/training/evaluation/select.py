@@ -18,7 +18,7 @@ from ..data.grading import Grader, boxed
 from ..data.problems import Conversation, Problem
 from ..models.loading import fingerprint
 from ..runs.records import resumable, write_whole
-from .completions import COMPLETIONS, SELECT_STREAM, Completion, LocalModel, collect
+from .completions import COMPLETIONS, SELECT_STREAM, LocalModel, collect
 from .task import TaskSettings, digest, token_ids
 
 SELECTION = "selection.jsonl"
@@ -92,12 +92,18 @@ def select(
         def ranked(indices: Sequence[int], samples: int, title: str) -> list[Candidate]:
             keys = [(i, k) for i in indices for k in range(samples)]
             kept = collect(source.complete, keys, config.output / COMPLETIONS, console, title)
-            texts = [[answer_of(kept[i, k]) for k in range(samples)] for i in indices]
+            groups = [[kept[i, k] for k in range(samples)] for i in indices]
+            # A completion cut off before a box has no final answer: its last number is none.
+            texts = [
+                [c.text if c.ended or boxed(c.text) is not None else "" for c in group]
+                for group in groups
+            ]
             with console.status("grading"):
                 agreed = grader.agreement(texts)
-                right = grader.grade([(kept[i, k].text, pool[i].answer) for i, k in keys])
+                right = grader.grade([(c.text, pool[c.problem].answer) for c in kept.values()])
             found = list[Candidate]()
-            for n, (i, (majority, share)) in enumerate(zip(indices, agreed, strict=True)):
+            for n, (i, group) in enumerate(zip(indices, groups, strict=True)):
+                majority, share = agreed[n]
                 verdicts = right[n * samples :][:samples]
                 known, voted = pool[i].answer is not None, texts[n][majority] != ""
                 found.append(
@@ -108,9 +114,9 @@ def select(
                         samples=samples,
                         pass_rate=sum(verdicts) / samples if known else None,
                         disagreement=1 - share,
-                        entropy=float(np.mean([kept[i, k].entropy or 0 for k in range(samples)])),
+                        entropy=float(np.mean([c.entropy or 0.0 for c in group])),
                         majority_right=verdicts[majority] and voted if known else None,
-                        ended=float(np.mean([kept[i, k].ended for k in range(samples)])),
+                        ended=float(np.mean([c.ended for c in group])),
                     )
                 )
             return sorted(found, key=lambda c: (-getattr(c, score), c.index))
@@ -125,10 +131,3 @@ def select(
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_whole(config.output / SELECTION, lines)
     return ranking
-
-
-def answer_of(completion: Completion) -> str:
-    """Return the text to take the final answer from: none if it was cut off before a box, where its
-    last number is no answer.
-    """
-    return completion.text if completion.ended or boxed(completion.text) is not None else ""

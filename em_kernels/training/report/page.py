@@ -32,7 +32,7 @@ SIGNIFICANT = 0.05  # p values below this
 
 
 class Run(NamedTuple):
-    """What a finished, a stopped or a running run has recorded."""
+    """Records of a finished, a stopped or a running run."""
 
     folder: Path
     config: TrainConfig
