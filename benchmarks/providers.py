@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -24,14 +24,16 @@ class HeadProblem(NamedTuple):
     softcap: float | None
 
 
+Loss: TypeAlias = Callable[[HeadProblem], Tensor]
+Statistics: TypeAlias = Callable[[HeadProblem], tuple[Tensor, Tensor]]  # entropy, logprob (N,)
+
+
 class Provider(NamedTuple):
     """A way to compute the loss and the per-token statistics; None if it does not offer one."""
 
     title: str
-    loss: Callable[[HeadProblem], Tensor] | None  # mean over tokens of `quantity`
-    statistics: Callable[[HeadProblem], tuple[Tensor, Tensor]] | None = (
-        None  # entropy, logprob (N,)
-    )
+    loss: Loss | None  # mean over tokens of `quantity`
+    statistics: Statistics | None = None
     quantity: str = "entropy"
     bytes_per_logit: int = 0  # peak memory if it holds all logits; 0 if it works in chunks
     package: str = "torch"
@@ -74,9 +76,7 @@ def linear_cross_entropy_loss(problem: HeadProblem) -> Tensor:
     return F.linear_cross_entropy(hidden, problem.weight, problem.targets, options=options)
 
 
-def ours_loss(
-    tolerance: float = 0.0, chunk_bytes: int | None = None
-) -> Callable[[HeadProblem], Tensor]:
+def ours_loss(tolerance: float = 0.0, chunk_bytes: int | None = None) -> Loss:
     def loss(problem: HeadProblem) -> Tensor:
         return fused_entropy_loss(
             problem.hidden,

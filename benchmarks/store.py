@@ -55,9 +55,8 @@ def merge(path: Path, device: str, section: str, results: dict[str, dict]) -> No
     facts = {"date": time.strftime("%Y-%m-%d"), "python": platform.python_version()}
     kept = content.setdefault(section, {})
     for key, row in results.items():
-        if "skipped" not in row or "skipped" in kept.get(
-            key, row
-        ):  # A skip never replaces a result.
+        # A skip never replaces a result.
+        if "skipped" not in row or "skipped" in kept.get(key, row):
             kept[key] = row | facts
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = path.with_suffix(".part")

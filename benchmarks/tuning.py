@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks import inputs
 from benchmarks.measure import clear_gradients, in_turns, peak_bytes, timed_ms
-from benchmarks.providers import TOLERANCE, HeadProblem, ours_loss, products
+from benchmarks.providers import TOLERANCE, HeadProblem, Loss, ours_loss, products
 from benchmarks.store import device_name
 from em_kernels import fused_token_stats, reference
 from em_kernels.kernels import RowTerms, gradient_buffer, portable, row_stride
@@ -235,7 +235,7 @@ def table_row(found: dict, device: str) -> str:
     )
 
 
-def statistics_loss(chunk: int | None) -> Callable[[HeadProblem], Tensor]:
+def statistics_loss(chunk: int | None) -> Loss:
     """Make a loss of fused_token_stats, whose backward recomputes the logits slab by slab."""
 
     def loss(problem: HeadProblem) -> Tensor:
@@ -259,7 +259,7 @@ def head_problem(sizes: Sizes) -> HeadProblem:
     return HeadProblem(*leaves, given.targets, 0.5, None)
 
 
-def step(problem: HeadProblem, loss: Callable[[HeadProblem], Tensor]) -> Callable[[], None]:
+def step(problem: HeadProblem, loss: Loss) -> Callable[[], None]:
     """Return a function that runs one training step."""
 
     def run() -> None:
