@@ -1,1 +1,1 @@
-"""The benchmark suite; ``python -m benchmarks --help``."""
+"""The benchmark suite: see ``python -m benchmarks --help``."""

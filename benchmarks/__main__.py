@@ -1,4 +1,4 @@
-"""`python -m benchmarks`, in a checkout."""
+"""Entry point of `python -m benchmarks`, which needs a checkout."""
 
 import sys
 

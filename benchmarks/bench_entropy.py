@@ -1,6 +1,6 @@
-"""Cost of the library over the matrix products it cannot avoid: make bench.
+"""Time of the library over that of the matrix products it cannot avoid: make bench.
 
-Work and time: GEMM floor = the same products by torch alone, logits whole, in the inputs' dtype.
+The floor is these products alone, by torch, on all logits at once and in the inputs' dtype.
 """
 
 from functools import partial
@@ -16,21 +16,21 @@ from em_kernels.ops.memory import free_bytes
 from em_kernels.reference import RowTransform, TokenStats
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Qwen2.5-1.5B's head, and on a GPU one of 8B models' width
+# On a CPU the head of Qwen2.5-1.5B, on a GPU one as wide as an 8B model's.
 TOKENS, HIDDEN, VOCAB = (8192, 4096, 151936) if DEVICE == "cuda" else (512, 1536, 151936)
 SHAPE = f"N={TOKENS} D={HIDDEN} V={VOCAB}"
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def head(request):
-    """LM-like, as python -m benchmarks's."""
+    """LM-like inputs that require gradients, as python -m benchmarks makes them."""
     given = inputs.lm_like(TOKENS, HIDDEN, VOCAB, getattr(torch, request.param), DEVICE)
     return [x.requires_grad_() for x in (given.hidden, given.weight)]
 
 
 @torch.no_grad()
 def products(hidden, weight, count):
-    """The matrix products alone: 1 of a forward, 3 with gradients."""
+    """Run the matrix products alone: 1 for a forward, 3 with gradients."""
     logits = torch.mm(hidden, weight.t())
     if count == 3:
         _ = torch.mm(logits, weight), torch.mm(logits.t(), hidden)
@@ -50,13 +50,13 @@ def sparse(hidden, weight, temperature=0.5):
 
 
 def stable_eager(hidden, weight):
-    """Logits in the inputs' dtype, whole; a stable formula on their fp32 copy."""
+    """Mean entropy from all logits at once, by a stable formula on their fp32 copy."""
     logp = ((hidden @ weight.t()).float() / 0.5).log_softmax(-1)
     return -(logp.exp() * logp).sum(-1).mean()
 
 
 def skip_without(provider):
-    """The memory that it needs for all logits."""
+    """Skip the test unless all the provider's logits fit into free memory."""
     needed = TOKENS * VOCAB * PROVIDERS[provider].bytes_per_logit
     if free_bytes(torch.device(DEVICE)) < needed:
         pytest.skip(f"{provider} needs {needed / 2**30:.1f} GiB of free memory")
@@ -67,7 +67,7 @@ def dtype_of(head):
 
 
 BF16 = pytest.mark.parametrize("head", ["bfloat16"], indirect=True)
-LIMITS = {  # of the ratio: must, aim
+LIMITS = {  # by kind and dtype: what the ratio must be, what is aimed at
     ("loss", "float32"): ("1.20", "1.08"),
     ("loss", "bfloat16"): ("1.8", "1.25"),
     ("forward", "float32"): ("1.15", "1.05"),
@@ -78,7 +78,7 @@ LIMITS = {  # of the ratio: must, aim
     ("switch", "bfloat16"): ("1.03", ""),
     ("rows", "float32"): ("4", "2.5"),
 }
-if DEVICE == "cuda":  # planned: no GPU has run these
+if DEVICE == "cuda":  # These are planned: no GPU has run them.
     LIMITS = {
         ("loss", "bfloat16"): ("", "1.20"),
         ("sparse", "bfloat16"): ("", "0.50"),
@@ -159,10 +159,10 @@ def test_whole_logits_over_sparse(ratio, head, kind):
 @BF16
 @pytest.mark.parametrize("temperature", [0.8, 1.0, 1.05, 1.1, 1.2, 1.5, 10.0])
 def test_sparse_over_dense(ratio, head, temperature):
-    """Where it pays, and what it costs where it does not."""
+    """Time the sparse gradient against the exact one, where it pays and where it does not."""
     loss = sparse(*head, temperature)
     share = float(gradient_report(loss).active_share)
-    what = f"sparse, temperature {temperature}: {share:.0%} of the words"
+    what = f"sparse, temperature {temperature}: {share:.0%} of the vocabulary"
     ratio(
         lambda: backward(partial(sparse, temperature=temperature), *head),
         lambda: backward(partial(entropy, temperature=temperature), *head),

@@ -1,7 +1,8 @@
-"""EntropyTrainer beside a Trainer with all logits in memory, each in a process of its own.
-python -m benchmarks.bench_hf_trainer adds to results/hf_trainer.json
+"""Time and memory of EntropyTrainer and of a Trainer with all logits in memory, each measured in a
+process of its own, into results/hf_trainer.json.
 """
 
+import argparse
 import json
 import resource
 import statistics
@@ -19,9 +20,9 @@ from benchmarks.timed import timed
 from em_kernels.hf_trainer import EntropyTrainer
 
 ROUNDS, STEPS, ROWS, LENGTH, TAU = 3, 2, 4, 512, 0.5
-# of Qwen2-0.5B, but 2 layers
-SHAPE = {"vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864}
-SHAPE |= {"num_hidden_layers": 2, "num_attention_heads": 14, "num_key_value_heads": 2}
+# Qwen2-0.5B with 2 layers instead of 24.
+MODEL = {"vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864}
+MODEL |= {"num_hidden_layers": 2, "num_attention_heads": 14, "num_key_value_heads": 2}
 
 
 class LogitsTrainer(Trainer):
@@ -35,13 +36,12 @@ class LogitsTrainer(Trainer):
 TRAINERS = {"logits": (LogitsTrainer, {}), "EntropyTrainer": (EntropyTrainer, {"temperature": TAU})}
 
 
-def measure(kind: str) -> dict:
-    """Measure one process; its first step warms up."""
+def train_and_measure(kind: str) -> dict:
+    """Train for a few steps; return time and memory. The first step warms up."""
     base, settings = TRAINERS[kind]
-
     torch.manual_seed(0)
-    model = Qwen2ForCausalLM(Qwen2Config(**SHAPE, tie_word_embeddings=True))
-    ids = torch.randint(SHAPE["vocab_size"], (ROWS * (STEPS + 1), LENGTH))
+    model = Qwen2ForCausalLM(Qwen2Config(**MODEL, tie_word_embeddings=True))
+    ids = torch.randint(MODEL["vocab_size"], (ROWS * (STEPS + 1), LENGTH))
     data = [{"input_ids": row, "labels": row} for row in ids]
     with tempfile.TemporaryDirectory() as output:
         options = {"per_device_train_batch_size": ROWS, "max_steps": STEPS + 1, "use_cpu": True}
@@ -61,11 +61,11 @@ def measure(kind: str) -> dict:
 def main() -> None:
     rounds: dict[str, list[dict]] = {kind: [] for kind in TRAINERS}
     for kind in [*TRAINERS] * ROUNDS:
-        run = [sys.executable, "-m", "benchmarks.bench_hf_trainer", kind]
+        run = [sys.executable, "-m", "benchmarks.bench_hf_trainer", "--trainer", kind]
         rounds[kind].append(json.loads(subprocess.check_output(run, text=True).splitlines()[-1]))
     facts = {
         "command": "OMP_NUM_THREADS=1 python -m benchmarks.bench_hf_trainer",
-        "model": f"random Qwen2, fp32, {SHAPE}; {ROWS} x {LENGTH} tokens, AdamW",
+        "model": f"random Qwen2, fp32, {MODEL}; {ROWS} x {LENGTH} tokens, AdamW",
         "versions": {m.__name__: m.__version__ for m in (em_kernels, torch, transformers)},
     }
     results = {}
@@ -77,4 +77,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(sys.argv[1]))) if len(sys.argv) > 1 else main()
+    program = "python -m benchmarks.bench_hf_trainer"
+    parser = argparse.ArgumentParser(program, description=__doc__, allow_abbrev=False)
+    parser.add_argument("--trainer", choices=TRAINERS, help=argparse.SUPPRESS)
+    kind = parser.parse_args().trainer
+    print(json.dumps(train_and_measure(kind))) if kind else main()

@@ -1,8 +1,8 @@
-"""A whole update of One-shot EM beside the same in plain transformers and in the official
-train.py's way: make bench-train.
+"""Time and memory of a whole update of One-shot EM: ours, plain transformers, and the way of the
+official train.py. make bench-train runs it.
 
-Each in a process of its own, in turns. All sample for themselves, but those in fp32 train on the
-completions of ours: the same tokens, so their losses must agree.
+The programs run in processes of their own and take turns. Each samples for itself, but those in
+fp32 then train on our completions: on the same tokens their losses must agree.
 """
 
 import argparse
@@ -31,11 +31,11 @@ PROGRAMS = {
     OFFICIAL: "the official train.py's way, fp32",
 }
 LIMITS = {"plain": (">= 2", ">= 4"), OFFICIAL: (">= 5", ">= 10")}  # of the ratio: must, aim
-SAME = 0.01  # losses of the same tokens and updates may differ by this share; ours drop 2^-9
+LOSS_RTOL = 0.01  # between losses on the same tokens; ours drops 2^-9 of its gradient
 
 
 def run_program(program: str, options: argparse.Namespace, folder: Path) -> None:
-    """Updates without end, each when a line comes; its row goes out as a line of JSON."""
+    """Make an update for each line on stdin, and print its metrics as a line of JSON."""
     out, sys.stdout = sys.stdout, sys.stderr
 
     def wait() -> None:
@@ -65,23 +65,15 @@ def run_program(program: str, options: argparse.Namespace, folder: Path) -> None
 
 
 class Program:
-    """A process that makes an update when asked."""
+    """A process that makes an update on request."""
 
     def __init__(self, program: str, options: argparse.Namespace, folder: Path) -> None:
         self.name, self.errors = program, folder / f"{program}.err"
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks.bench_train",
-            "--program",
-            program,
-            "--folder",
-            str(folder),
-        ]
-        command += ["--model", options.model, "--rollouts", str(options.rollouts)]
+        command = [sys.executable, "-m", "benchmarks.bench_train", "--program", program]
+        command += ["--folder", str(folder), "--model", options.model, "--device", options.device]
         with open(self.errors, "w") as errors:
             self.process = subprocess.Popen(
-                [*command, "--device", options.device],
+                [*command, "--rollouts", str(options.rollouts)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -93,13 +85,14 @@ class Program:
         self.process.stdin.write("\n")
         self.process.stdin.flush()
         if not (line := self.process.stdout.readline()):
-            said = [line for line in self.errors.read_text().splitlines() if line.strip()]
-            raise BenchError(f"{self.name}: {said[-1] if said else 'died without a word'}")
+            said = self.errors.read_text().split("\n")
+            last = next((line for line in reversed(said) if line.strip()), "died without a word")
+            raise BenchError(f"{self.name}: {last}")
         return json.loads(line)
 
 
 def take_turns(options: argparse.Namespace) -> dict[str, list[dict]]:
-    """Rows of all programs; the first of each includes what is done once."""
+    """Return each program's updates; the first of each includes one-time work."""
     updates = dict.fromkeys(PROGRAMS, 1 + options.updates) | {OFFICIAL: options.official_updates}
     running: dict[str, Program] = {}
     rows: dict[str, list[dict]] = {name: [] for name in PROGRAMS if updates[name]}
@@ -119,13 +112,15 @@ def take_turns(options: argparse.Namespace) -> dict[str, list[dict]]:
                     flush=True,
                 )
                 expected = rows[OURS][-1]["entropy"]
-                if name != "ours-bf16" and abs(row["entropy"] - expected) > SAME * expected:
-                    raise BenchError(f"{name}: its loss is not that of ours, {expected:.4f}")
+                if name != "ours-bf16" and abs(row["entropy"] - expected) > LOSS_RTOL * expected:
+                    raise BenchError(
+                        f"{name}: its loss {row['entropy']:.4f} is not ours, {expected:.4f}"
+                    )
     return rows
 
 
 def summary(rows: dict[str, list[dict]], options: argparse.Namespace) -> dict[str, dict]:
-    """Medians over updates after the first, where there are any."""
+    """Return each program's medians over the updates after its first, if there are any."""
     found: dict[str, dict] = {}
     for name, measured in rows.items():
         measured = measured[1:] or measured
@@ -154,14 +149,31 @@ def summary(rows: dict[str, list[dict]], options: argparse.Namespace) -> dict[st
 
 
 def main(arguments: list[str]) -> int:
-    """0 done, 2 the user can mend it."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--updates", type=int, default=3, help="measured, after a first one")
-    parser.add_argument("--official-updates", type=int, default=1, help="of its way, all of them")
-    parser.add_argument("--model", default="demo", help='hub id, folder, or "demo"')
-    parser.add_argument("--rollouts", type=int, default=32, help="of an update")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--results", type=Path, help="file, instead of the device's")
+    """Run the programs; return 0 when done, 2 for an error that the user can mend."""
+    program = "python -m benchmarks.bench_train"
+    parser = argparse.ArgumentParser(program, description=__doc__, allow_abbrev=False)
+    parser.add_argument(
+        "--updates",
+        type=int,
+        default=3,
+        help="updates to measure, after a first that warms up (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--official-updates",
+        type=int,
+        default=1,
+        help="updates in the official way, its first one included (default: %(default)s)",
+    )
+    parser.add_argument("--model", default="demo", help='hub id, local folder, or "demo" (default)')
+    parser.add_argument(
+        "--rollouts", type=int, default=32, help="completions per update (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda"
+    )
+    parser.add_argument(
+        "--results", type=Path, help="file to add to (default: results/<device>.json)"
+    )
     parser.add_argument("--program", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

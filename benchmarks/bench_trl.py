@@ -1,7 +1,8 @@
-"""Forward and backward of GRPO over TRL's statistics, ours, and all logits in memory, on the CPU:
-python -m benchmarks.bench_trl wide|demo fp32|bf16   (bf16: autocast over fp32 weights, TRL's way)
+"""Time and memory of a GRPO step on the CPU, with TRL's statistics, with ours, and with all logits
+in memory.
 """
 
+import argparse
 import json
 import resource
 import statistics
@@ -37,7 +38,8 @@ class LogitsTrainer(GRPOTrainer):
 TRAINERS = {"trl": GRPOTrainer, "em_kernels": FusedGRPOTrainer, "all logits": LogitsTrainer}
 
 
-def measure(kind: type[GRPOTrainer], model: str, dtype: str) -> dict:
+def train_and_measure(kind: type[GRPOTrainer], model: str, dtype: str) -> dict:
+    """Train for a few steps; return time and memory. The first step warms up."""
     set_seed(0)
     create, what = AutoModelForCausalLM.from_config, Qwen2Config(**WIDE, tie_word_embeddings=True)
     if model == "demo":
@@ -61,11 +63,22 @@ def measure(kind: type[GRPOTrainer], model: str, dtype: str) -> dict:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 4:
-        sys.exit(print(json.dumps(measure(TRAINERS[sys.argv[1]], *sys.argv[2:]))))
+    program = "python -m benchmarks.bench_trl"
+    parser = argparse.ArgumentParser(program, description=__doc__, allow_abbrev=False)
+    parser.add_argument(
+        "model",
+        choices=("wide", "demo"),
+        help="wide: 2 random layers, 151936 vocabulary entries; demo: the 135M model",
+    )
+    parser.add_argument("dtype", choices=("fp32", "bf16"), help="bf16: autocast over fp32 weights")
+    parser.add_argument("--trainer", choices=TRAINERS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.trainer:
+        row = train_and_measure(TRAINERS[options.trainer], options.model, options.dtype)
+        sys.exit(print(json.dumps(row)))
     found: dict[str, list[dict]] = {name: [] for name in TRAINERS}
     for name in [*TRAINERS] * ROUNDS:
-        command = [sys.executable, "-m", "benchmarks.bench_trl", name, *sys.argv[1:]]
+        command = [sys.executable, "-m", "benchmarks.bench_trl", *sys.argv[1:], "--trainer", name]
         run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         found[name].append(json.loads(run.stdout.splitlines()[-1]))
     for name, runs in found.items():

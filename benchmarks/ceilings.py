@@ -1,4 +1,4 @@
-"""Identity and speed limits of this device: the ceilings that kernels are measured by."""
+"""Identity and measured speed limits of this device: the ceilings for the kernels."""
 
 import platform
 import shutil
@@ -17,7 +17,7 @@ PACKAGES += ("cut-cross-entropy", "quack-kernels")
 
 
 def environment(sizes: Sizes) -> dict:
-    """Device, versions, and the ceilings: a copy, a square bf16 GEMM, the head's own GEMMs."""
+    """Return device, versions, and rates of a copy, a square bf16 GEMM and the head's own GEMMs."""
     found: dict = {"python": platform.python_version(), "versions": {}}
     for name in PACKAGES:
         with suppress(PackageNotFoundError):
@@ -35,7 +35,7 @@ def environment(sizes: Sizes) -> dict:
             ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
             found["driver"] = subprocess.run(ask, capture_output=True, text=True).stdout.strip()
 
-    def normal(*shape: int) -> torch.Tensor:  # zeros are faster than data
+    def normal(*shape: int) -> torch.Tensor:  # GEMMs of zeros are faster than of data.
         return torch.randn(shape, dtype=torch.bfloat16, device=sizes.device)
 
     def tflops(n: int, k: int, m: int, run: Callable[[], object]) -> float:

@@ -21,8 +21,8 @@ from em_kernels.kernels import triton as kernels
 from em_kernels.kernels.configs import config_for
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-REGISTERS_PER_SM = 65536  # of 32 bits, given to a warp in units of 256: all generations here
-BLOCK_OVERHEAD = 1024  # bytes of shared memory that CUDA takes of each block
+REGISTERS_PER_SM = 65536  # 32-bit, on every generation here; a warp gets a multiple of 256
+BLOCK_OVERHEAD = 1024  # bytes of shared memory per block that CUDA itself uses
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 INTEGERS = ("rows", "columns", "split_length", "split_rows", "stride_yn", "stride_on")
 HEADINGS = ["variant", "sm", "registers", "spilled", "shared", "warps", "occupancy", "SASS/logit"]
@@ -35,13 +35,11 @@ FUNCTIONS = {
 
 
 class Arch(NamedTuple):
-    """Limits of an SM: CUDA C++ Programming Guide, "Technical Specifications per Compute
-    Capability".
-    """
+    """Limits of an SM, from "Technical Specifications per Compute Capability" in the CUDA guide."""
 
     warps: int
     blocks: int
-    shared_kib: int  # of an SM; a block may have 1 KiB less
+    shared_kib: int  # per SM; a block may use 1 KiB less
 
 
 ARCHS = {
@@ -54,16 +52,24 @@ ARCHS = {
 }
 
 
+class Source(NamedTuple):
+    """Inputs of Triton's compiler, beside a kernel's code."""
+
+    signature: dict[str, str]
+    constants: dict
+    options: dict
+
+
 class Variant(NamedTuple):
-    """One kernel as it is launched."""
+    """A kernel with the dtypes and flags it is launched with."""
 
     kernel: str
     y: torch.dtype
     bias: torch.dtype | None
-    out: torch.dtype | None  # of the gradient
+    out: torch.dtype | None  # gradient only
     softcap: bool = False
-    everything: bool = False  # of the statistics
-    targets: bool = False  # of the column masses; the others look for them always
+    everything: bool = False  # statistics only
+    targets: bool = False  # column masses only: the other kernels always have targets
     aligned: bool = True
 
     def __str__(self) -> str:
@@ -73,8 +79,8 @@ class Variant(NamedTuple):
         flags += [] if self.aligned else ["unaligned"]
         return " ".join([f"{self.kernel} {TYPES[self.y]}{out}{bias}", *flags])
 
-    def source(self, arch: int) -> tuple[dict[str, str], dict, dict]:
-        """Signature, constants and compiler options, as the launchers of kernels/triton.py give."""
+    def source(self, arch: int) -> Source:
+        """Return the signature, constants and options that kernels/triton.py launches with."""
         config = config_for(divmod(arch, 10))
         constants = {"HAS_BIAS": self.bias is not None, "HAS_SOFTCAP": self.softcap}
         if self.kernel == "statistics":
@@ -99,19 +105,19 @@ class Variant(NamedTuple):
                 signature[name] = "*" + pointers.get(name, "fp32")
             else:
                 signature[name] = "i32" if name in INTEGERS else "fp32"
-        return signature, constants, options
+        return Source(signature, constants, options)
 
     @property
     def function(self) -> triton.JITFunction:
         return getattr(kernels, FUNCTIONS[self.kernel])
 
     def is_divisible(self, name: str) -> bool:
-        """True if Triton may assume that 16 divides an argument: own buffers, aligned logits."""
+        """Return whether Triton may assume that 16 divides an argument: ours, or aligned logits."""
         return name == "split_length" or self.aligned and name.endswith(("_ptr", "_yn", "_on"))
 
 
 def variants() -> Iterator[Variant]:
-    """Every variant that kernels/triton.py launches, integer arguments of value 1 aside."""
+    """Yield every variant that kernels/triton.py launches, but for integer arguments of 1."""
     narrow, flags = (torch.bfloat16, torch.float16), (False, True)
     fp32 = torch.float32
     for bias, softcap, everything in product((None, fp32, *narrow), flags, flags):
@@ -120,7 +126,7 @@ def variants() -> Iterator[Variant]:
         yield Variant("gradient", fp32, out if has_bias else None, out, softcap)
     for bias, softcap, targets in product((None, fp32, *narrow), flags, flags):
         yield Variant("mass", fp32, bias, None, softcap, targets=targets)
-    for dtype in narrow:  # logits that exist
+    for dtype in narrow:  # logits that the caller has
         yield Variant("statistics", dtype, None, None)
         yield Variant("gradient", dtype, None, dtype)
         yield Variant("mass", dtype, None, None)
@@ -136,11 +142,11 @@ class Cost(NamedTuple):
     variant: Variant
     arch: int
     registers: int
-    spilled: int  # bytes a thread
-    shared: int  # bytes a block
-    warps_per_sm: int  # that fit at once
-    per_logit: float | None  # SASS instructions of the loop; the gradient has none
-    vector_load: bool  # 16 bytes
+    spilled: int  # bytes per thread
+    shared: int  # bytes per block
+    warps_per_sm: int  # resident at once
+    per_logit: float | None  # SASS instructions in the loop; None for the gradient, without one
+    vector_load: bool  # loads of 16 bytes
     barrier_in_loop: bool
 
     @property
@@ -169,22 +175,21 @@ class Cost(NamedTuple):
 
 
 def compiled(variant: Variant, arch: int) -> CompiledKernel:
-    """As on the first launch on such a GPU."""
-    signature, constants, options = variant.source(arch)
-    divisible = [i for i, name in enumerate(signature) if variant.is_divisible(name)]
+    """Compile a variant as its first launch on such a GPU would."""
+    given = variant.source(arch)
+    divisible = [i for i, name in enumerate(given.signature) if variant.is_divisible(name)]
     source = ASTSource(
         variant.function,
-        signature=signature,
-        constexprs=constants,
+        signature=given.signature,
+        constexprs=given.constants,
         attrs={(i,): DIVISIBLE for i in divisible},
     )
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=given.options)
 
 
 def cost(variant: Variant, arch: int) -> Cost:
-    """Read from the code."""
-    code = compiled(variant, arch)
-    _, constants, options = variant.source(arch)
+    """Compile a variant and read its cost from the machine code."""
+    code, given = compiled(variant, arch), variant.source(arch)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(code.asm["cubin"])
         file.flush()
@@ -194,14 +199,14 @@ def cost(variant: Variant, arch: int) -> Cost:
     has_loop = variant.kernel != "gradient"
     body = _loop(sass) if has_loop else sass.splitlines()
     instructions = sum(bool(re.match(r"\s+/\*[0-9a-f]+\*/", line)) for line in body)
-    logits = constants.get("UNROLL", 1) * constants.get("VECTOR", 1)
+    logits = given.constants.get("UNROLL", 1) * given.constants.get("VECTOR", 1)
     return Cost(
         variant,
         arch,
         registers,
         int(usage["STACK"]) + int(usage["LOCAL"]),
         shared,
-        warps_per_sm(ARCHS[arch], options["num_warps"], registers, shared),
+        warps_per_sm(ARCHS[arch], given.options["num_warps"], registers, shared),
         instructions / logits if has_loop else None,
         any(re.search(r"LDG\S*\.128", line) for line in body),
         has_loop and any("BAR." in line for line in body),
@@ -209,15 +214,15 @@ def cost(variant: Variant, arch: int) -> Cost:
 
 
 def warps_per_sm(arch: Arch, warps: int, registers: int, shared: int) -> int:
-    """Theoretical occupancy."""
+    """Return how many warps fit on an SM at once: the theoretical occupancy."""
     warp_registers = -(-registers * 32 // 256) * 256
-    by_registers = REGISTERS_PER_SM // 4 // warp_registers * 4 // warps  # an SM has 4 quarters
+    by_registers = REGISTERS_PER_SM // 4 // warp_registers * 4 // warps  # in each quarter
     by_shared = arch.shared_kib * 1024 // (shared + BLOCK_OVERHEAD)
     return warps * min(arch.warps // warps, arch.blocks, by_registers, by_shared)
 
 
 def report(archs: list[int]) -> int:
-    """Print the table, all of it before any complaint; 1 when a limit is violated."""
+    """Print the whole table, then the violations; return 1 if there are any."""
     work = [(variant, arch) for variant in variants() for arch in archs]
     costs: list[Cost] = []
     with get_context("spawn").Pool(min(8, os.cpu_count() or 1)) as pool:
@@ -245,7 +250,7 @@ def _cost(work: tuple[Variant, int]) -> Cost:
 
 
 def _loop(sass: str) -> list[str]:
-    """The longest stretch from a label to a branch back to it."""
+    """Return the longest stretch of lines from a label to a branch back to it."""
     lines = sass.splitlines()
     labels: dict[str, int] = {}
     longest: list[str] = []
@@ -263,17 +268,23 @@ def _run(tool: str, option: str, file) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Print the cost of the GPU kernels, from their compiled code."""
+    """Print the table for --compile-report; return the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks --compile-report",
         description="Compile every Triton kernel for every GPU generation and print its registers, "
         "spills, shared memory, occupancy and instructions per logit. Needs no GPU; takes minutes; "
         "exit 1 when a limit is violated.",
     )
-    parser.add_argument("--compile-report", action="store_true", help="print the table")
-    parser.add_argument("--arch", type=int, nargs="*", help="only these, such as 90")
+    parser.add_argument(
+        "--compile-report", action="store_true", help="print the table, instead of measuring"
+    )
+    parser.add_argument(
+        "--arch", type=int, nargs="*", help="GPU generations, such as 90 (default: all)"
+    )
     known = parser.parse_args(arguments)
     unknown = set(known.arch or ()) - set(ARCHS)
     if unknown:
-        parser.error(f"--arch: {unknown.pop()} is none of {', '.join(map(str, ARCHS))}")
+        parser.error(
+            f"--arch: {unknown.pop()} is unknown; use some of {', '.join(map(str, ARCHS))}"
+        )
     return report(known.arch or list(ARCHS))

@@ -1,4 +1,4 @@
-"""Ratios of two things timed in turns, their table, and results/<device>.json."""
+"""The `ratio` fixture of make bench, its table, and its part of results/<device>.json."""
 
 import statistics
 import time
@@ -20,7 +20,7 @@ if DEVICE == "cpu":
 
 
 def pytest_addoption(parser):
-    parser.addoption("--results", type=Path, help="file, instead of results/<device>.json")
+    parser.addoption("--results", type=Path, help="file to add to (default: results/<device>.json)")
 
 
 def synchronize():
@@ -30,7 +30,7 @@ def synchronize():
 
 @pytest.fixture
 def ratio(benchmark):
-    """ratio(function, baseline): both in turns, so that a neighbour's load meets both alike."""
+    """A function that times another and its baseline in turns, as load from outside meets both."""
 
     def measure(function, baseline, **facts):
         baseline_ms, function_ms = [], []
@@ -42,7 +42,7 @@ def ratio(benchmark):
             synchronize()
             times.append(1e3 * (time.perf_counter() - start))
 
-        timed(function, [])  # first calls compile and allocate
+        timed(function, [])  # The first call compiles and allocates.
         benchmark.pedantic(
             lambda: timed(function, function_ms),
             setup=lambda: timed(baseline, baseline_ms),

@@ -1,8 +1,9 @@
-"""Proof that Qwen2.5-Math-7B and 1.5B train on 24 GB: make gpu-24gb, on a CUDA GPU of any size.
+"""Train models of the shapes of Qwen2.5-Math-7B and 1.5B in 24 GB, on a CUDA GPU of any size; make
+gpu-24gb runs it.
 
-Every part in a process of its own, held to 22 GiB of the device: random bf16 weights of the exact
-shape, updates of 64 completions of 128 + 512 tokens, none of which ends early: the worst case.
-Parts that are in the results file are not run again; one that does not fit is named.
+Each part runs in a process of its own, limited to 22 GiB of the device, with random bf16 weights.
+An update has 64 completions of 128 + 512 tokens, none of which ends early: the worst case. Parts
+that the results file has are not run again; one that does not fit is named.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
@@ -32,13 +34,27 @@ from em_kernels.training.planning.planner import resolve
 from em_kernels.training.trainer import train
 
 GIB = 2**30
-CAP_GIB = 22.0  # the context and a desktop take the rest of 24
-SECONDS = 45.0  # of a part: another update is begun where it will end in time
-SHAPES = {  # Qwen2.5-Math's: hidden, MLP, layers, heads, KV heads, vocabulary, tied
-    "7B": (3584, 18944, 28, 28, 4, 152064, False),
-    "1.5B": (1536, 8960, 28, 12, 2, 151936, True),
+CAP_GIB = 22.0  # The CUDA context and a desktop take the rest of 24.
+PART_SECONDS = 45.0  # A part begins another update only if that will end in this time.
+
+
+class Shape(NamedTuple):
+    """Sizes of a Qwen2 model."""
+
+    hidden: int
+    mlp: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocab: int
+    tied: bool
+
+
+SHAPES = {
+    "7B": Shape(3584, 18944, 28, 28, 4, 152064, False),
+    "1.5B": Shape(1536, 8960, 28, 12, 2, 151936, True),
 }
-SMALL = (64, 128, 2, 4, 2, 512)  # instead of the first of these, in a dry run
+DRY_SHAPE = Shape(64, 128, 2, 4, 2, 512, True)
 PARTS = {
     "7B offload": {"mode": "offload", "moments": "bf16"},
     "7B lora": {"mode": "lora"},
@@ -48,35 +64,38 @@ PARTS = {
 
 
 class Enough(BaseException):
-    """The part's time is over; not an Exception, after which train would save the model."""
+    """Stops a part's training. Not an Exception: after one train would save the model."""
 
 
 def save_task(folder: Path, size: str, dry_run: bool) -> None:
-    """A folder with config and tokenizer, of bytes; no weights. No logit is the end's."""
-    hidden, mlp, layers, heads, kv_heads, vocab = SMALL if dry_run else SHAPES[size][:-1]
+    """Write a config and a byte tokenizer, but no weights.
+
+    The tokenizer's EOS lies beyond the vocabulary, so that no completion ends early.
+    """
+    shape = DRY_SHAPE._replace(tied=SHAPES[size].tied) if dry_run else SHAPES[size]
     AutoConfig.for_model(
         "qwen2",
-        hidden_size=hidden,
-        intermediate_size=mlp,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        vocab_size=vocab,
-        tie_word_embeddings=SHAPES[size][-1],
+        hidden_size=shape.hidden,
+        intermediate_size=shape.mlp,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        vocab_size=shape.vocab,
+        tie_word_embeddings=shape.tied,
         max_position_embeddings=4096,
     ).save_pretrained(folder)
-    words = {word: i for i, word in enumerate(sorted(ByteLevel.alphabet()))}
-    words["<|endoftext|>"] = vocab
-    tokenizer = Tokenizer(models.BPE(words, []))
+    tokens = {token: i for i, token in enumerate(sorted(ByteLevel.alphabet()))}
+    tokens["<|endoftext|>"] = shape.vocab
+    tokenizer = Tokenizer(models.BPE(tokens, []))
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
 
 
 def run_part(name: str, dry_run: bool, folder: Path) -> dict:
-    """The stored result of a part; {"skipped": why} where it does not fit."""
+    """Run a part and return its result, or {"skipped": why} if it does not fit."""
     size, device = name.split()[0], torch.device("cpu" if dry_run else "cuda")
-    rollouts, prompt, new, seconds = (8, 16, 8, 1.0) if dry_run else (64, 128, 512, SECONDS)
+    rollouts, prompt, new, seconds = (8, 16, 8, 1.0) if dry_run else (64, 128, 512, PART_SECONDS)
     began, cap_gib = time.perf_counter(), CAP_GIB
     if not dry_run:
         free, total = torch.cuda.mem_get_info()
@@ -131,14 +150,14 @@ def run_part(name: str, dry_run: bool, folder: Path) -> dict:
     }
     if not dry_run:
         free, total = torch.cuda.mem_get_info()
-        beside = total - free - torch.cuda.memory_reserved()  # context; a desktop, if there is one
+        beside = total - free - torch.cuda.memory_reserved()  # the context, and a desktop
         found["device_reserved_gib"] = torch.cuda.max_memory_reserved() / GIB
         found["device_used_gib"] = found["device_reserved_gib"] + beside / GIB
     return {key: round(x, 2) if isinstance(x, float) else x for key, x in found.items()}
 
 
 def in_own_process(name: str, dry_run: bool) -> dict:
-    """A dry run forks, which is quick; after a fork CUDA may not be there."""
+    """Run a part in a process of its own; a dry run forks, which is quick but not for CUDA."""
     if name.endswith("lora") and importlib.util.find_spec("peft") is None:
         return {"skipped": "peft is not installed"}
     context = multiprocessing.get_context("forkserver" if dry_run else "spawn")
@@ -167,18 +186,25 @@ def line_of(name: str, row: dict) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """0 done, 1 a part failed, 2 the user can mend it."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--again", action="store_true", help="also parts that were measured")
-    parser.add_argument("--dry-run", action="store_true", help="two small layers on the CPU")
-    parser.add_argument("--results", type=Path, help="file, instead of results/24gb-<device>.json")
+    """Run the parts; return 0 when done, 1 if one failed, 2 for an error the user can mend."""
+    program = "python -m benchmarks.gpu_24gb"
+    parser = argparse.ArgumentParser(program, description=__doc__, allow_abbrev=False)
+    parser.add_argument(
+        "--again", action="store_true", help="run parts again that the results have"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="two small layers on the CPU, to test the script"
+    )
+    parser.add_argument(
+        "--results", type=Path, help="file to add to (default: results/24gb-<device>.json)"
+    )
     options = parser.parse_args(arguments)
     if not options.dry_run and not torch.cuda.is_available():
         print("gpu_24gb: error: torch sees no CUDA GPU; --dry-run needs none", file=sys.stderr)
         return 2
     kind, failed = "cpu" if options.dry_run else "cuda", False
-    usual = Path("runs") if options.dry_run else store.RESULTS
-    path = options.results or usual / f"24gb-{store.path_of(kind).name}"
+    folder = Path("runs") if options.dry_run else store.RESULTS
+    path = options.results or folder / f"24gb-{store.path_of(kind).name}"
     try:
         stored = store.load(path)["parts"] if path.exists() else {}
         for name in PARTS:

@@ -1,9 +1,10 @@
-"""Proof of what the library claims for GPUs: make gpu, on a CUDA GPU.
+"""Test, tune and measure the library on a CUDA GPU; make gpu runs it.
 
-Needs torch, triton and transformers, for the tests pytest and hypothesis; nothing of this checkout
-need be installed, and no network. Each part runs in a process of its own with a time limit and
-writes into one results file; what is in it is not run again, so a run cut short goes on where it
-stopped, as it does after nine minutes.
+It needs torch, triton and transformers, and for the tests pytest and
+hypothesis, but no network; the checkout need not be installed. Each part runs in
+a process of its own with a time limit, and adds to one results file. Parts that
+the file has are not run again: after nine minutes the run stops, and the same
+command goes on.
 """
 
 import argparse
@@ -38,9 +39,9 @@ TESTS = {
     "trainer": ("gpu/test_optimizer_gpu.py", "gpu/test_trainer_gpu.py"),
     "ranks": ("gpu/test_ranks_gpu.py",),
 }
-WORKERS = 6  # of pytest-xdist, where it is there: most of the time goes into compiling kernels
-SHAPE = "qwen3-8b"  # N = 8192 of it: others have published times
-SUITE = (  # of python -m benchmarks, what matters most first
+WORKERS = 6  # of pytest-xdist, if installed: compiling kernels takes most of the time
+SHAPE = "qwen3-8b"  # at N = 8192, where others have published times
+SUITE = (  # arguments of python -m benchmarks, what matters most first
     f"--shape {SHAPE}",
     f"--shape {SHAPE} --task stats --provider ours compile trl liger verl",
     "--shape llama3-8b gemma2-2b --provider ours ours-sparse compile cce quack liger trl verl",
@@ -53,32 +54,33 @@ class Run(NamedTuple):
     """Arguments of a part."""
 
     sizes: Sizes
-    path: Path  # of the results
+    path: Path  # results file
     again: bool
 
 
 def run_tests(run: Run, name: str) -> dict:
-    """The GPU tests of some files; in a dry run they are collected and skip themselves. All that
-    they said is kept beside the results.
+    """Run the GPU tests of some files; in a dry run they are collected and skip themselves.
+
+    If some fail, pytest's report is kept beside the results.
     """
     import pytest
 
     os.chdir(ROOT)
-    told = run.path.with_name(f"{run.path.stem}-{name}.xml")
-    flags = ["-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={told}"]
+    report = run.path.with_name(f"{run.path.stem}-{name}.xml")
+    flags = ["-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={report}"]
     if len(TESTS[name]) > 1 and find_spec("xdist"):
         flags += ["-n", str(min(WORKERS, os.cpu_count() or 1))]
     code = pytest.main([*(str(ROOT / "tests" / file) for file in TESTS[name]), *flags])
-    found = count(list(ElementTree.parse(told).getroot().iter("testcase")))
-    if code == pytest.ExitCode.NO_TESTS_COLLECTED:  # whole files can leave themselves out
+    found = count(list(ElementTree.parse(report).getroot().iter("testcase")))
+    if code == pytest.ExitCode.NO_TESTS_COLLECTED:  # A file can skip itself.
         return {"skipped": "; ".join(found["left_out_because"]) or "failed: there is no GPU test"}
     if found["failed"] == 0:
-        told.unlink()
+        report.unlink()
     return found | {"failed": found["failed"] or int(code != 0)}
 
 
 def count(cases: list[ElementTree.Element]) -> dict:
-    """Passed, failed and skipped tests of a JUnit report, and what those said."""
+    """Count passed, failed and skipped tests of a JUnit report, with the messages of the latter."""
     failures, skips = dict[str, str](), dict[str, int]()
     for case in cases:
         for kind in ("failure", "error", "skipped"):
@@ -88,7 +90,7 @@ def count(cases: list[ElementTree.Element]) -> dict:
             if kind != "skipped":
                 failures[f"{case.get('classname')}::{case.get('name')}"] = why
                 continue
-            if why == "collection skipped":  # a whole file's; its reason is in the text
+            if why == "collection skipped":  # A whole file's reason is in the text.
                 found = re.search(r"Skipped: (.*).\)$", told.text or "")
                 why = found[1] if found else why
             skips[why] = skips.get(why, 0) + 1
@@ -99,7 +101,7 @@ def count(cases: list[ElementTree.Element]) -> dict:
 
 
 def tune_rows(run: Run) -> dict:
-    """Every setting of the Triton rows, in a dry run by the interpreter."""
+    """Time every setting of the Triton kernels; a dry run uses Triton's interpreter."""
     if run.sizes == GPU:
         from em_kernels.kernels import triton as kernels
     else:
@@ -115,27 +117,28 @@ def tune_rows(run: Run) -> dict:
 
 
 def tune_chunks(run: Run) -> dict:
+    """Find the smallest chunk_bytes that is as fast as any."""
     ways = tuning.sweep_chunks(run.sizes)
     best = (f"{way} {size}" for way, size in tuning.best_chunks(ways).items())
     return {"ways": ways, "commit": f"chunk_bytes that are enough: {', '.join(best)}"}
 
 
 def bench_suite(run: Run) -> dict:
-    """The cases that are not there yet."""
+    """Measure the suite's cases that the results do not have yet."""
     asked = SUITE if run.sizes == GPU else ("--shape 32x400 --tokens 24 --provider floor ours",)
     device = ["--device", run.sizes.device]
     cases = [c for one in asked for c in suite.cases_of(suite.parse([*one.split(), *device]))]
-    there = store.load(run.path).get("cases", {}) if run.path.exists() and not run.again else {}
-    left = [c for c in cases if "ratio" not in there.get(f"{c.problem} {c.provider}", {})]
+    known = store.load(run.path).get("cases", {}) if run.path.exists() and not run.again else {}
+    left = [c for c in cases if "ratio" not in known.get(f"{c.problem} {c.provider}", {})]
     measured = len(cases) - len(left) + suite.run(left, run.path)
-    there = store.load(run.path)["cases"]
-    ours = [there[f"{c.problem} {c.provider}"] for c in cases if c.provider.startswith("ours")]
+    known = store.load(run.path)["cases"]
+    ours = [known[f"{c.problem} {c.provider}"] for c in cases if c.provider.startswith("ours")]
     failed = sum("wrong" in row or row.get("skipped", "").startswith("failed") for row in ours)
     return {"cases": len(cases), "measured": measured, "failed": failed}
 
 
 def bench_ratios(run: Run) -> dict:
-    """make bench in bf16: ours over what it is to be measured by."""
+    """Run make bench in bf16."""
     import pytest
 
     os.chdir(ROOT)
@@ -146,7 +149,7 @@ def bench_ratios(run: Run) -> dict:
 
 
 class Part(NamedTuple):
-    """Its time limit includes start and compilation."""
+    """A part of the proof; its time limit includes start and compilation."""
 
     seconds: float
     run: Callable[[Run], dict]
@@ -157,59 +160,59 @@ PARTS = {
     "environment": Part(
         45,
         lambda run: ceilings.environment(run.sizes),
-        "device, versions, and its ceilings: a copy, bf16 GEMMs",
+        "device, versions, and speed limits: a copy, bf16 GEMMs",
     ),
     "rows": Part(
         120,
         partial(run_tests, name="rows"),
-        "tests of the Triton rows and of the sparse gradient, against fp64",
+        "tests of the Triton kernels and the sparse gradient, against fp64",
     ),
     "functions": Part(
         120,
         partial(run_tests, name="functions"),
-        "the library's own tests, hard inputs among them, on the GPU",
+        "the library's own tests on the GPU, with hard inputs",
     ),
     "trainer": Part(
         90,
         partial(run_tests, name="trainer"),
-        "tests of optimizer and trainer, which need pip install '.[train]'",
+        "tests of optimizer and trainer; need pip install '.[train]'",
     ),
-    "ranks": Part(90, partial(run_tests, name="ranks"), "tests of several processes, over NCCL"),
+    "ranks": Part(90, partial(run_tests, name="ranks"), "tests of several processes over NCCL"),
     "memcheck": Part(
         60,
         lambda run: gpu_tools.sanitize(run.sizes, "memcheck"),
-        "compute-sanitizer over a small case, where it is there",
+        "compute-sanitizer on a small case, if installed",
     ),
     "tune-rows": Part(
         90,
         tune_rows,
-        "every setting of em_kernels/kernels/configs.py; prints the row to commit",
+        "every setting of kernels/configs.py; prints the row to commit",
     ),
-    "tune-chunks": Part(60, tune_chunks, "chunk_bytes: time and memory"),
+    "tune-chunks": Part(60, tune_chunks, "time and memory by chunk_bytes"),
     "profile": Part(
         45,
         lambda run: gpu_tools.profile(run.sizes),
-        "where the time of a step goes, by kernel",
+        "where a step's time goes, by kernel",
     ),
     "suite": Part(
         210,
         bench_suite,
-        "python -m benchmarks at the shapes others publish, with those that are installed",
+        "python -m benchmarks at published shapes, with installed libraries",
     ),
-    "ratios": Part(90, bench_ratios, "make bench, in bf16"),
+    "ratios": Part(90, bench_ratios, "make bench in bf16"),
     "counters": Part(
         45,
         lambda run: gpu_tools.counters(run.sizes),
-        "Nsight Compute's of each row kernel, where it is there",
+        "Nsight Compute's counters of each row kernel, if installed",
     ),
     "racecheck": Part(
         60,
         lambda run: gpu_tools.sanitize(run.sizes, "racecheck"),
-        "compute-sanitizer again: races in shared memory",
+        "compute-sanitizer again, for races in shared memory",
     ),
 }
-LISTED = "\n".join(f"  {name:<19}{part.text}" for name, part in PARTS.items())
-FAILED = 3  # exit code of a part whose tests, values or cases failed
+LISTED = "\n".join(f"  {name:<13}{part.text}" for name, part in PARTS.items())
+FAILED = 3  # exit code of a part if tests, values or cases failed
 
 
 def line_of(name: str, row: dict) -> str:
@@ -219,14 +222,14 @@ def line_of(name: str, row: dict) -> str:
     return f"{name}: {', '.join(f'{key} {value}' for key, value in plain.items())}"
 
 
-def is_unwell(row: dict) -> bool:
+def has_failed(row: dict) -> bool:
     return bool(row.get("failed")) or row.get("skipped", "").startswith(("failed", "stopped"))
 
 
 def work(name: str, run: Run) -> None:
-    """In a process, and process group, of the part's own: store and print what it found."""
+    """Run a part in this process, in a process group of its own; store and print its result."""
     os.setsid()
-    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # of processes that it starts
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # for processes that it starts
     start = time.perf_counter()
     try:
         row = PARTS[name].run(run)
@@ -238,11 +241,11 @@ def work(name: str, run: Run) -> None:
     row["seconds"] = round(time.perf_counter() - start, 1)
     store.merge(run.path, run.sizes.device, "proof", {name: row})
     print(line_of(name, row), flush=True)
-    sys.exit(FAILED if is_unwell(row) else 0)
+    sys.exit(FAILED if has_failed(row) else 0)
 
 
 def in_own_process(name: str, run: Run, seconds: float) -> bool:
-    """Run a part in a process; true if it succeeded. A dry run forks: quick, but not with CUDA."""
+    """Run a part in a process; return if it succeeded. A dry run forks: quick, not for CUDA."""
     context = multiprocessing.get_context("spawn" if run.sizes == GPU else "forkserver")
     if run.sizes == DRY:
         context.set_forkserver_preload(["benchmarks.gpu_proof", "pytest"])
@@ -253,7 +256,7 @@ def in_own_process(name: str, run: Run, seconds: float) -> bool:
     finally:
         in_time = process.exitcode is not None
         if not in_time:
-            with suppress(ProcessLookupError):  # not yet a group of its own
+            with suppress(ProcessLookupError):  # It has no group of its own yet.
                 os.killpg(process.pid, signal.SIGKILL)
             process.kill()
             process.join()
@@ -266,30 +269,41 @@ def in_own_process(name: str, run: Run, seconds: float) -> bool:
 
 
 def main(arguments: list[str]) -> int:
-    """0 done, 1 a part failed or time was over, 2 the user can mend it."""
+    """Run the parts; return 0 when done, 1 if some are left, 2 for an error the user can mend."""
     parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu_proof",
         description=__doc__,
         epilog=f"parts, in this order:\n{LISTED}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--part", nargs="+", choices=PARTS, metavar="NAME", help="only these")
-    parser.add_argument("--again", action="store_true", help="also what was done before")
-    parser.add_argument("--minutes", type=float, default=9.0, help="when to stop (9)")
-    parser.add_argument("--dry-run", action="store_true", help="every part, small, on the CPU")
-    parser.add_argument("--results", type=Path, help="file, instead of results/<device>.json")
+    parser.add_argument("--part", nargs="+", choices=PARTS, metavar="NAME", help="run only these")
+    parser.add_argument(
+        "--again", action="store_true", help="run parts again that the results have"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=9.0, help="stop after this long (default: %(default)g)"
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="run every part at a small size on the CPU, without a GPU",
+    )
+    parser.add_argument(
+        "--results", type=Path, help="file to add to (default: results/<device>.json)"
+    )
     options = parser.parse_args(arguments)
     if not options.dry_run and not torch.cuda.is_available():
         print("gpu_proof: error: torch sees no CUDA GPU; --dry-run needs none", file=sys.stderr)
         return 2
-    usual = Path("runs/gpu-proof.json") if options.dry_run else store.path_of("cuda")
-    path = (options.results or usual).resolve()
+    default = Path("runs/gpu-proof.json") if options.dry_run else store.path_of("cuda")
+    path = (options.results or default).resolve()
     run = Run(DRY if options.dry_run else GPU, path, options.again)
-    began, unwell = time.perf_counter(), []
+    began, unfinished = time.perf_counter(), []
     try:
         stored = store.load(path).get("proof", {}) if path.exists() else {}
         done = [] if options.again else [n for n, row in stored.items() if store.is_measured(row)]
-        # what failed before comes after what was not tried
+        # Parts that failed before come after those not tried.
         for name in sorted(
             options.part or PARTS, key=lambda n: bool(stored.get(n, {}).get("failed"))
         ):
@@ -298,12 +312,12 @@ def main(arguments: list[str]) -> int:
                 continue
             left = 60 * options.minutes - (time.perf_counter() - began)
             if left <= 0:
-                print(f"{name}: not begun, {options.minutes:g} minutes are over")
-                unwell.append(name)
+                print(f"{name}: not begun, as {options.minutes:g} minutes are over")
+                unfinished.append(name)
                 continue
             print(f"{name} ...", flush=True)
             if not in_own_process(name, run, min(PARTS[name].seconds, left)):
-                unwell.append(name)
+                unfinished.append(name)
         rows = store.load(path)["proof"].values()
     except store.BenchError as error:
         print(f"gpu_proof: error: {error}", file=sys.stderr)
@@ -313,9 +327,9 @@ def main(arguments: list[str]) -> int:
         return 130
     print(*(row["commit"] for row in rows if "commit" in row), sep="\n")
     print(f"written to {path}")
-    if unwell:
-        print(f"the same command takes up what is left: {', '.join(unwell)}")
-    return int(bool(unwell))
+    if unfinished:
+        print(f"the same command runs what is left: {', '.join(unfinished)}")
+    return int(bool(unfinished))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from benchmarks.tuning import DRY, FIELDS, GPU, WAYS, Sizes, head_problem, row_p
 from em_kernels import fused_entropy_loss, fused_token_stats
 from em_kernels.kernels import kernels_for
 
-COUNTERS = {  # of Nsight Compute
+COUNTERS = {  # Nsight Compute's name: ours
     "gpu__time_duration.sum": "time_ns",
     "dram__throughput.avg.pct_of_peak_sustained_elapsed": "memory_percent",
     "sm__throughput.avg.pct_of_peak_sustained_elapsed": "compute_percent",
@@ -26,7 +26,7 @@ COUNTERS = {  # of Nsight Compute
 
 
 def small_case(device: str) -> None:
-    """Each way through the head once, at sizes that no block divides."""
+    """Run each way through the head once, at sizes that no block divides."""
     torch.manual_seed(0)
     n, d, v = 65, 40, 4099
     for dtype in (torch.float32, torch.bfloat16):
@@ -45,29 +45,30 @@ def small_case(device: str) -> None:
 
 
 def python(call: str) -> list[str]:
-    """A command for a process that does this with the module."""
-    return [sys.executable, "-c", f"import gpu_tools; gpu_tools.{call}"]
+    """Return a command that calls a function of this module in a process of its own."""
+    return [sys.executable, "-c", f"from benchmarks import gpu_tools; gpu_tools.{call}"]
 
 
 def tool(name: str) -> str | None:
-    """The CUDA toolkit's, whose folder need not be on the path."""
+    """Find a program of the CUDA toolkit, whose folder need not be on the PATH."""
     return shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin")
 
 
 def sanitize(sizes: Sizes, kind: str) -> dict:
-    """compute-sanitizer's memcheck (accesses out of bounds) or racecheck over the small case."""
+    """Run compute-sanitizer's memcheck (accesses out of bounds) or racecheck on small_case."""
     command, sanitizer = python(f"small_case({sizes.device!r})"), tool("compute-sanitizer")
     if sizes == DRY:
         subprocess.run(command, check=True)
         return {"left_out": 1}
     if sanitizer is None:
-        return {"skipped": "compute-sanitizer is not there"}
+        return {"skipped": "compute-sanitizer is not installed"}
     flags = ["--error-exitcode", "9", "--report-api-errors", "no"]
+    separate = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # An allocation for each tensor.
     ran = subprocess.run(
         [sanitizer, "--tool", kind, *flags, *command],
         capture_output=True,
         text=True,
-        env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},  # else tensors share allocations
+        env=os.environ | separate,
     )
     told = ran.stdout + ran.stderr
     print(told[-3000:], flush=True)
@@ -76,7 +77,7 @@ def sanitize(sizes: Sizes, kind: str) -> dict:
 
 
 def profile(sizes: Sizes) -> dict:
-    """Where the time of a step goes: the device's kernels, by name."""
+    """Measure where the time of a step goes, by the name of the device's kernels."""
     problem, found = head_problem(sizes), {}
     activity = ProfilerActivity.CPU if sizes == DRY else ProfilerActivity.CUDA
     clock = "self_cpu_time_total" if sizes == DRY else "self_device_time_total"
@@ -103,7 +104,7 @@ def profile(sizes: Sizes) -> dict:
 
 
 def launch_rows(device: str, rows: int, columns: int) -> None:
-    """Each row kernel once, on a chunk: for a profiler."""
+    """Launch each row kernel once, on a chunk, for a profiler to watch."""
     problem = row_problem(rows, columns, device)
     kernels = kernels_for(problem.terms.y)
     for name in FIELDS:
@@ -111,13 +112,16 @@ def launch_rows(device: str, rows: int, columns: int) -> None:
 
 
 def counters(sizes: Sizes) -> dict:
-    """Nsight Compute's, of each row kernel; the card's clocks are left as they are."""
-    command, ncu = python(f"launch_rows{(sizes.device, sizes.rows, sizes.head[2])}"), tool("ncu")
+    """Read Nsight Compute's counters of each row kernel; the card's clocks stay as they are."""
+    command, ncu = (
+        python(f"launch_rows{(sizes.device, sizes.rows, sizes.head.vocab_size)}"),
+        tool("ncu"),
+    )
     if sizes == DRY:
         subprocess.run(command, check=True)
         return {"left_out": len(FIELDS)}
     if ncu is None:
-        return {"skipped": "ncu is not there"}
+        return {"skipped": "ncu is not installed"}
     asked = ["--csv", "--page", "raw", "--print-units", "base", "--clock-control", "none"]
     asked += ["--kernel-name", "regex:row_statistics|row_gradient|column_mass"]
     asked += ["--metrics", ",".join(COUNTERS)]
@@ -126,7 +130,7 @@ def counters(sizes: Sizes) -> dict:
 
 
 def counted(text: str) -> dict[str, dict[str, str]]:
-    """Parse Nsight Compute's CSV: counters by kernel; the line after the head has units."""
+    """Parse Nsight Compute's CSV into counters by kernel; the line after the head has units."""
     lines = text.splitlines()
     first = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
     rows = [row for row in csv.DictReader(lines[first:]) if row["ID"].isdigit()]

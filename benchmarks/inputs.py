@@ -1,8 +1,8 @@
-"""Hidden states and heads to measure on: real ones, LM-like ones of any size, and the worst case.
+"""Hidden states and heads to measure on: a model's own, LM-like ones of any size, the worst case.
 
-`python -m benchmarks.inputs` prints how like the LM-like ones are. What a method with a tolerance
-costs depends on the distributions, and Gaussian heads have no peaks: on them nothing can be left
-out, and nothing that was measured holds of a model.
+The cost of a gradient with a tolerance depends on how peaked the distributions are. Gaussian heads
+have no peaks: nothing can be left out there, and no measurement says anything about a model.
+`python -m benchmarks.inputs` compares LM-like inputs with a model's.
 """
 
 import math
@@ -22,40 +22,44 @@ PROMPT = (  # One-shot EM's own (arXiv 2505.20282)
     r"hour, the pressure on a sail of \( 2 \) square feet is \( 4 \) pounds. Find the wind "
     r"velocity when the pressure on \( 4 \) square feet of sail is \( 32 \) pounds."
 )
-# Of lm_like, fitted to `real` at V = 49152, 1024 tokens (November 2026)
+# Parameters of lm_like, fitted to `real` at V = 49152 and 1024 tokens (November 2026)
 VOCAB = 49152
 LOGIT_VARIANCE = 12.8  # of a token's logits; times log V / log VOCAB, which keeps the entropy
-TEXTS = 4  # tokens are of so many texts, one after the other
-SHARED = 0.57  # its share that is the text's, in all its tokens alike: few words serve many tokens
-SHARED_FALL = 0.3  # ... times (VOCAB / V) ** this: the share of active words does not fall with V
-WORD_FREEDOM = 3  # |N(0, 1)^3|: words' norms; makes the upper tail exponential, peaks and all
-SURENESS = 0.4  # log-normal spread of tokens' own part: some are sure, some not
-CACHED_TOKENS = 1024  # of real states, at least; they take minutes
-BLOCK = 4096  # rows drawn from one seed, so that threads draw the same as one
+TEXTS = 4  # The tokens are those of this many texts, one after the other.
+SHARED = 0.57  # share of the variance that all tokens of a text have in common
+SHARED_FALL = 0.3  # times (VOCAB / V) ** this, so that the share of active entries does not fall
+NORM_FREEDOM = 3  # Weight rows have norms of |N(0, 1)^3|, which make the upper tail exponential.
+SURENESS = 0.4  # log-normal spread of each token's own part: some tokens are sure, some not
+CACHED_TOKENS = 1024  # least number of real states to generate, which takes minutes
+BLOCK = 4096  # Rows drawn from one seed: any number of threads draws the same.
 
 
 class Input(NamedTuple):
+    """Inputs of a head, and target tokens."""
+
     hidden: Tensor  # (N, D)
     weight: Tensor  # (V, D)
-    targets: Tensor  # (N,) int64, sampled from the distributions for a few words, else random
+    targets: Tensor  # (N,) int64; every other one is likely, the rest are random
 
 
 class Figures(NamedTuple):
     """Statistics of logits y = hidden @ weight^T; entropies in nats; shares of V in percent."""
 
-    entropy_half: float  # mean, at temperature 0.5
-    entropy_one: float
-    logit_std: float  # mean over tokens of the spread over words
-    margin: float  # mean of largest minus second largest y
-    active_half: float  # columns that hold 99.8 % of the gradient's L1 mass, at 0.5
+    entropy_half: float  # mean over tokens, at temperature 0.5
+    entropy_one: float  # at temperature 1
+    logit_std: float  # over the vocabulary, mean over tokens
+    margin: float  # largest minus second largest y, mean over tokens
+    active_half: float  # entries that hold 99.8 % of the gradient's L1 mass, at 0.5
     active_one: float
 
 
-STATED = Figures(0.45, 1.32, float("nan"), float("nan"), 1.8, 37.0)  # what `real(0.5)` must show
+STATED = Figures(
+    0.45, 1.32, float("nan"), float("nan"), 1.8, 37.0
+)  # of `real(0.5)`; NaN: not stated
 
 
 def _normal(rows: int, columns: int, seed: int, dtype: torch.dtype, device: str) -> Tensor:
-    """(rows, columns) of N(0, 1), by blocks in threads: a GiB takes a second or two."""
+    """Draw (rows, columns) of N(0, 1), in blocks on several threads: a GiB takes seconds."""
     out = torch.empty(rows, columns, dtype=dtype, device=device)
 
     def draw(start: int) -> None:
@@ -76,18 +80,18 @@ def lm_like(
     device: str = "cpu",
     seed: int = 0,
 ) -> Input:
-    """Peaked as a language model's: y_ij = r_j g_j . (shared of i's text + own_i).
+    """Make inputs with logits as peaked as a language model's: y_ij = r_j g_j . (shared + own_i).
 
-    A word's norm r_j spreads, so a token's logits have a Gaussian body and an exponential tail: a
-    few candidates, each some two nats below the one before, over a broad background. `shared` makes
-    the same words likely in all of a text.
+    The weight rows' norms r_j vary, so a token's logits have a Gaussian body and an exponential
+    tail: a few candidates, each some two nats below the one before, over a broad background.
+    `shared`, one vector per text, makes the same entries likely in all of a text.
     """
     variance = LOGIT_VARIANCE * math.log(max(vocab_size, 2)) / math.log(VOCAB)
     shared_variance = variance * SHARED * min(1.0, VOCAB / vocab_size) ** SHARED_FALL
     weight = _normal(vocab_size, hidden_size, seed, dtype, device)
-    norms = _normal(vocab_size, WORD_FREEDOM, seed + 1, torch.float32, device).norm(dim=1)
+    norms = _normal(vocab_size, NORM_FREEDOM, seed + 1, torch.float32, device).norm(dim=1)
     for block, r in zip(weight.split(BLOCK), norms.split(BLOCK), strict=True):
-        block.mul_(r[:, None] / math.sqrt(WORD_FREEDOM * hidden_size))
+        block.mul_(r[:, None] / math.sqrt(NORM_FREEDOM * hidden_size))
     own = _normal(tokens, hidden_size, seed + 2, torch.float32, device)
     sureness = _normal(tokens, 1, seed + 3, torch.float32, device)
     own *= math.sqrt(variance - shared_variance) * (SURENESS * sureness - SURENESS**2).exp()
@@ -105,7 +109,7 @@ def uniform(
     device: str = "cpu",
     seed: int = 0,
 ) -> Input:
-    """Near-uniform distributions, logits of standard deviation 0.5: every column matters."""
+    """Make inputs with logits of standard deviation 0.5, so that every vocabulary entry matters."""
     weight = _normal(vocab_size, hidden_size, seed, dtype, device)
     weight.mul_(1 / math.sqrt(hidden_size))
     hidden = 0.5 * _normal(tokens, hidden_size, seed + 2, dtype, device)
@@ -115,8 +119,10 @@ def uniform(
 def real(
     temperature: float, tokens: int, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> Input:
-    """Hidden states and tied head of SmolLM2-135M on its own completions of One-shot EM's prompt,
-    sampled at the temperature (top_k 50, top_p 0.95); the first call generates, later ones read.
+    """Return hidden states and the tied head of SmolLM2-135M on its own completions.
+
+    They answer One-shot EM's prompt, sampled at the temperature with top_k 50 and top_p 0.95. The
+    first call generates them, later ones read them from the cache.
     """
     from safetensors.torch import load_file, save_file
 
@@ -137,7 +143,7 @@ def real(
 
 
 def _generated(folder: Path, temperature: float, tokens: int) -> Tensor:
-    """(tokens, D) final hidden states, each that from which a sampled token was drawn."""
+    """Generate completions; return the hidden states (tokens, D) that their tokens came from."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
@@ -173,7 +179,7 @@ def _generated(folder: Path, temperature: float, tokens: int) -> Tensor:
 
 
 def _targets(hidden: Tensor, weight: Tensor, seed: int) -> Tensor:
-    """The likeliest of 4096 words for every other token, any word for the rest."""
+    """Draw random targets; every other one is the likeliest of the first 4096 entries."""
     generator = torch.Generator().manual_seed(seed)
     targets = torch.randint(len(weight), (len(hidden),), generator=generator).to(hidden.device)
     likely = (hidden[::2] @ weight[:BLOCK].t()).argmax(-1)
@@ -183,7 +189,7 @@ def _targets(hidden: Tensor, weight: Tensor, seed: int) -> Tensor:
 
 @torch.no_grad()
 def figures(given: Input) -> Figures:
-    """Measured over all its tokens."""
+    """Measure the inputs, over all their tokens."""
     weight = given.weight.float()
     mass = {tau: weight.new_zeros(len(weight)) for tau in TEMPERATURES}
     entropy = dict.fromkeys(TEMPERATURES, 0.0)
@@ -198,7 +204,7 @@ def figures(given: Input) -> Figures:
             p = logp.exp()
             h = -(p * logp).sum(-1, keepdim=True)
             entropy[tau] += h.sum().item()
-            mass[tau] += (p * (logp + h)).abs_().sum(0)  # equation (8), but for 1 / (N tau)
+            mass[tau] += (p * (logp + h)).abs_().sum(0)  # equation (8) without 1 / (N tau)
     n = len(given.hidden)
     active = []
     for tau in TEMPERATURES:
@@ -209,7 +215,7 @@ def figures(given: Input) -> Figures:
 
 
 def calibration(shapes: dict[str, tuple[int, int]], tokens: int = 1024) -> Iterator[str]:
-    """Lines of a table, as they are found: the real figures, and lm_like's at each shape (D, V)."""
+    """Yield the lines of a table: figures of `real`, and of lm_like at each shape (D, V)."""
 
     def line(name: str, row: Figures) -> str:
         half, one, std, margin, active_half, active_one = row

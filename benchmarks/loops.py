@@ -1,4 +1,4 @@
-"""The loops that bench_train.py compares: ours, and the same by hand in plain transformers."""
+"""The training loops that bench_train.py compares: ours, and one in plain transformers."""
 
 import io
 import time
@@ -17,11 +17,11 @@ from em_kernels.training.runs.records import read_metrics, read_rollouts
 from em_kernels.training.task import load_task
 from em_kernels.training.trainer import train
 
-ROWS = 8  # of the micro-batches by hand; ours choose theirs
+ROWS = 8  # completions per micro-batch of by_hand; ours chooses its own
 
 
 class EachUpdate(io.StringIO):
-    """A console's file; done(row of metrics) is called when train has told of an update."""
+    """A file for a Console; calls done(metrics) when train has printed an update's line."""
 
     def __init__(self, run: Path, done: Callable[[dict], None]) -> None:
         super().__init__()
@@ -35,15 +35,15 @@ class EachUpdate(io.StringIO):
 
 
 def ours(config: TrainConfig, done: Callable[[dict], None]) -> None:
-    """train, which hands its rows of metrics over."""
+    """Train, passing each update's metrics to done."""
     train(config, console=Console(file=EachUpdate(config.output, done)))
 
 
 def by_hand(config: TrainConfig, official: bool, run: Path, done: Callable[[dict], None]) -> None:
-    """The loop as one writes it with transformers and torch, in fp32; in the official way without a
-    cache in sampling, and with all logits in training.
+    """Train as one writes it with transformers and torch, in fp32.
 
     Args:
+        official: as in One-shot EM's train.py: no KV cache in sampling, all logits in training.
         run: folder whose completions are trained on.
     """
     device = torch.device(config.device)
@@ -81,10 +81,8 @@ def by_hand(config: TrainConfig, official: bool, run: Path, done: Callable[[dict
         tokens = int((sampled[:, prompt.shape[1] :] != 0).sum())
         between = time.perf_counter()
         model.train()
-        rollouts, total = (
-            read_rollouts(run, config.rollouts)[update],
-            torch.zeros((), device=device),
-        )
+        rollouts = read_rollouts(run, config.rollouts)[update]
+        total = torch.zeros((), device=device)
         scored = sum(len(rollout.response_ids) for rollout in rollouts)
         for start in range(0, len(rollouts), ROWS):
             batch = padded(rollouts[start : start + ROWS], device)
@@ -107,7 +105,7 @@ def by_hand(config: TrainConfig, official: bool, run: Path, done: Callable[[dict
 
 
 def padded(rollouts: list[Rollout], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids (B, T) and which of them are no padding."""
+    """Return token ids (B, T), and a mask that is 0 on padding."""
     ids = torch.zeros(len(rollouts), max(map(len, rollouts)), dtype=torch.int64)
     mask = torch.zeros_like(ids)
     for row, rollout in enumerate(rollouts):
@@ -117,7 +115,7 @@ def padded(rollouts: list[Rollout], device: torch.device) -> tuple[torch.Tensor,
 
 
 def plain_loss(model, ids, mask, prompt_length, temperature):
-    """Sum of entropies; logits of the response's positions only, and a stable formula."""
+    """Sum the entropies, from logits of the response alone, by a stable formula."""
     kept = ids.shape[1] - prompt_length + 1
     logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=kept).logits[:, :-1]
     logp = (logits.float() / temperature).log_softmax(-1)
@@ -125,7 +123,7 @@ def plain_loss(model, ids, mask, prompt_length, temperature):
 
 
 def official_loss(model, ids, mask, prompt_length, temperature):
-    """The same number from the logits of all positions, with the official formula."""
+    """Sum the entropies, from logits of all positions, by the official formula."""
     logits = model(input_ids=ids, attention_mask=mask).logits.float()
     probs = torch.softmax(logits / temperature, dim=-1)
     entropy = -(probs * torch.log(probs + 1e-12)).sum(-1)

@@ -1,8 +1,8 @@
-"""Measure one case in a process of its own, JSON in and out:
-`python -m benchmarks.measure truth|run FILE < case.json`.
+"""Measure one case in a process of its own, with JSON on stdin and stdout.
 
-`truth` writes fp64 losses and gradients of a sample to FILE; `run` compares with it, counts, weighs
-and times one provider.
+`python -m benchmarks.measure truth FILE` writes the fp64 loss, and fp64 gradients of a sample, to
+FILE; `python -m benchmarks.measure run FILE` compares a provider with it, and measures its work,
+memory and time.
 """
 
 import ctypes
@@ -24,25 +24,25 @@ from torch.profiler import ProfilerActivity, profile
 
 import em_kernels
 from benchmarks import inputs
-from benchmarks.providers import PROVIDERS, Problem, Provider, products
+from benchmarks.providers import PROVIDERS, HeadProblem, Provider, products
 from em_kernels import reference
 from em_kernels.reference import RowTransform, TokenStats
 
-ROUNDS = 7  # of floor and provider in turns; fewer where they take longer than SECONDS
-SECONDS = 30.0
-SAMPLE = 32  # tokens, and twice so many words, that are compared with fp64
-BLOCK = 8192  # words upcast to fp64 at a time
-# A gradient of a sample that is off by more, relatively, is wrong. Rounding logits of 20 to bf16
-# alone makes 0.07 (stable eager, LM-like input at 0.5, November 2026), a gradient of zeros 1.
+ROUNDS = 7  # of floor and provider in turns; fewer if they take longer than ROUNDS_SECONDS
+ROUNDS_SECONDS = 30.0
+SAMPLE = 32  # tokens compared with fp64, and twice as many vocabulary entries
+BLOCK = 8192  # vocabulary entries upcast to fp64 at a time
+# A sampled gradient whose relative error is larger is wrong. Rounding logits of 20 to bf16 alone
+# costs 0.07 (stable eager, LM-like input at 0.5, November 2026); a gradient of zeros has 1.
 WRONG = {"float32": 1e-3, "bfloat16": 0.15, "float16": 0.05}
-GEMM_OPERANDS = {  # where an op's two matrices stand among its arguments
+GEMM_OPERANDS = {  # op: index of the first of its two matrices among its arguments
     "aten::mm": 0,
     "aten::bmm": 0,
     "aten::addmm": 1,
     "aten::addmm_": 1,
     "em_kernels::gemm_bf16": 1,
 }
-GEMMS = {"loss": 3, "frozen": 2, "stats": 3, "forward": 1}
+GEMMS = {"loss": 3, "frozen": 2, "stats": 3, "forward": 1}  # matrix products of the floor
 TASKS = {
     "loss": "mean loss, gradients of hidden and weight",
     "frozen": "mean loss, gradient of hidden (LoRA)",
@@ -62,12 +62,12 @@ class Case(NamedTuple):
     softcap: float | None
     dtype: str
     task: str
-    input: str  # lm-0.5: LM-like at temperature 0.5; real-0.5, uniform-1 likewise
+    input: str  # kind and temperature: lm-0.5, real-0.5, uniform-1
     device: str
 
     @property
     def problem(self) -> str:
-        """All but the provider, as results are keyed."""
+        """The key of its results: all but the provider."""
         head = f"{self.shape} N={self.tokens} D={self.hidden_size} V={self.vocab_size}"
         return f"{head} {self.dtype} {self.task} {self.input}"
 
@@ -76,7 +76,8 @@ class Case(NamedTuple):
         return float(self.input.rsplit("-", 1)[1])
 
 
-def make_problem(case: Case) -> Problem:
+def make_problem(case: Case) -> HeadProblem:
+    """Make the inputs of a case, with the gradients that its task needs."""
     dtype, kind = getattr(torch, case.dtype), case.input.rsplit("-", 1)[0]
     sizes = (case.tokens, case.hidden_size, case.vocab_size)
     if kind == "real":
@@ -85,7 +86,7 @@ def make_problem(case: Case) -> Problem:
         make = {"lm": inputs.lm_like, "uniform": inputs.uniform}[kind]
         given = make(*sizes, dtype, case.device)
     trained = case.task in ("loss", "stats")
-    return Problem(
+    return HeadProblem(
         given.hidden.requires_grad_(case.task != "forward"),
         given.weight.requires_grad_(trained),
         given.targets,
@@ -95,12 +96,12 @@ def make_problem(case: Case) -> Problem:
 
 
 def upstream(case: Case, device: str) -> Tensor:
-    """Upstream weights of the per-token task; signs differ, as advantages do."""
+    """Return the weights of the per-token task's loss; signs differ, as advantages' do."""
     return torch.linspace(-1, 1, case.tokens, device=device) / case.tokens
 
 
-def call(provider: Provider, case: Case, problem: Problem) -> Tensor | None:
-    """Run one training step; gradients are left in .grad."""
+def call(provider: Provider, case: Case, problem: HeadProblem) -> Tensor | None:
+    """Run one training step, which leaves gradients in .grad; return the loss."""
     if provider.loss is None:
         products(problem, GEMMS[case.task])
         return None
@@ -115,22 +116,22 @@ def call(provider: Provider, case: Case, problem: Problem) -> Tensor | None:
     return loss.detach()
 
 
-def forget(problem: Problem) -> None:
+def clear_gradients(problem: HeadProblem) -> None:
     problem.hidden.grad = problem.weight.grad = None
 
 
 def wide_logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """(rows, V) in fp64, the weight upcast by blocks."""
+    """Return logits (rows, V) in fp64, upcasting the weight in blocks."""
     return torch.cat([hidden @ block.double().t() for block in weight.split(BLOCK)], dim=1)
 
 
 @torch.no_grad()
-def truth(case: Case, problem: Problem) -> dict[str, dict]:
-    """In fp64, by quantity: the loss, and gradients of a sample of tokens and of words."""
+def truth(case: Case, problem: HeadProblem) -> dict[str, dict]:
+    """Return, by quantity, the loss and gradients of sampled tokens and entries, all in fp64."""
     n, v, device = case.tokens, case.vocab_size, case.device
     tokens = torch.linspace(0, n - 1, min(SAMPLE, n), device=device).long().unique()
-    words = torch.linspace(0, v - 1, min(SAMPLE, v), device=device).long()
-    words = torch.cat([words, problem.targets[tokens]]).unique()
+    entries = torch.linspace(0, v - 1, min(SAMPLE, v), device=device).long()
+    entries = torch.cat([entries, problem.targets[tokens]]).unique()
     ones = torch.ones(n, dtype=torch.float64, device=device)
     given = {
         "entropy": TokenStats(entropy=ones / n),
@@ -147,57 +148,49 @@ def truth(case: Case, problem: Problem) -> dict[str, dict]:
         parts = reference.row_parts(reference.transform(y, row), targets)
         stats = reference.statistics(parts, v, targets)
         m, log_s = parts.m, parts.s1.log1p()
-        at = torch.where(words == targets[:, None], torch.arange(len(words), device=device), -1)
+        at = torch.where(entries == targets[:, None], torch.arange(len(entries), device=device), -1)
         chosen = torch.isin(index, tokens)
         for name, weights in given.items():
-            mine = TokenStats(*(None if g is None else g[index] for g in weights))
-            factors = reference.coefficients(stats, mine, v)
-            here = found[name]
-            terms = [g * s for g, s in zip(mine, stats, strict=True) if g is not None]
-            here["loss"] += sum(term.sum().item() for term in terms)
-            here["scale"] += sum(term.abs().sum().item() for term in terms)
+            upstreams = TokenStats(*(None if g is None else g[index] for g in weights))
+            factors = reference.coefficients(stats, upstreams, v)
+            sums = found[name]
+            terms = [g * s for g, s in zip(upstreams, stats, strict=True) if g is not None]
+            sums["loss"] += sum(term.sum().item() for term in terms)
+            sums["scale"] += sum(term.abs().sum().item() for term in terms)
             columns = row._replace(targets=at.amax(1))
-            dy = reference.row_gradient(y[:, words], columns, m, log_s, factors)
-            here["weight"] += dy.t() @ hidden
+            dy = reference.row_gradient(y[:, entries], columns, m, log_s, factors)
+            sums["weight"] += dy.t() @ hidden
             if not chosen.any():
                 continue
-            some = RowTransform(
-                None, row.inv_temperature[chosen], 1.0, case.softcap, targets[chosen]
+            sampled = row._replace(
+                inv_temperature=row.inv_temperature[chosen], targets=targets[chosen]
             )
-            dy = reference.row_gradient(
-                y[chosen],
-                some,
-                m[chosen],
-                log_s[chosen],
-                type(factors)(*(f[chosen] for f in factors)),
-            )
+            factors = type(factors)(*(f[chosen] for f in factors))
+            dy = reference.row_gradient(y[chosen], sampled, m[chosen], log_s[chosen], factors)
             blocks = zip(dy.split(BLOCK, dim=1), problem.weight.split(BLOCK), strict=True)
-            here["hidden"].append(sum(part @ block.double() for part, block in blocks))
+            sums["hidden"].append(sum(part @ block.double() for part, block in blocks))
     return {
         name: {
-            "loss": here["loss"],
-            "scale": here["scale"],  # of the loss's terms, which may cancel
-            "hidden": torch.cat(here["hidden"]).cpu(),
-            "weight": here["weight"].cpu(),
+            "loss": sums["loss"],
+            "scale": sums["scale"],  # sum of the loss's absolute terms, as these may cancel
+            "hidden": torch.cat(sums["hidden"]).cpu(),
+            "weight": sums["weight"].cpu(),
             "tokens": tokens.cpu(),
-            "words": words.cpu(),
+            "entries": entries.cpu(),
         }
-        for name, here in found.items()
+        for name, sums in found.items()
     }
 
 
-def errors(true: dict, loss: Tensor, problem: Problem) -> dict[str, float]:
-    """Relative to the truth's own size, over the sample."""
+def errors(true: dict, loss: Tensor, problem: HeadProblem) -> dict[str, float]:
+    """Return the relative errors of the loss and of the sampled gradients."""
     found = {"loss": abs(loss.item() - true["loss"]) / true["scale"]}
-    for name, index in (("hidden", "tokens"), ("weight", "words")):
+    for name, index in (("hidden", "tokens"), ("weight", "entries")):
         leaf = getattr(problem, name)
         if leaf.requires_grad:
             mine = leaf.grad[true[index].to(leaf.device)].double().cpu()
             found[name] = ((mine - true[name]).norm() / true[name].norm()).item()
     return found
-
-
-# Work, memory and time
 
 
 def gemm_flops(run: Callable[[], object]) -> float:
@@ -221,15 +214,17 @@ def mallopt(option: int, value: int) -> None:
 
 
 def return_freed_memory() -> None:
-    """Blocks of 64 KiB and more are mapped, and so leave the process when freed: peaks are true."""
-    mallopt(-3, 2**16)  # M_MMAP_THRESHOLD, which this stops from growing
+    """Make glibc return freed blocks of 64 KiB and more at once, so that peaks are true."""
+    mallopt(-3, 2**16)  # M_MMAP_THRESHOLD, which would otherwise grow
 
 
 def keep_freed_memory() -> None:
-    """glibc keeps what is freed, as a GPU's allocator does: else a virtual machine that takes
-    free pages back makes every large allocation cost as much as a GEMM, now and then.
+    """Make glibc keep freed memory, as a GPU's allocator does.
+
+    Otherwise a virtual machine that takes free pages back can make a large allocation cost as much
+    as a GEMM.
     """
-    mallopt(-4, 0)  # M_MMAP_MAX: nothing from mmap, which goes back at once
+    mallopt(-4, 0)  # M_MMAP_MAX: no mmap, whose memory is returned at once
     mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
@@ -239,7 +234,7 @@ def _kib(field: str) -> int:
 
 
 def peak_bytes(device: str, run: Callable[[], object]) -> int | None:
-    """Peak bytes of the device while run() runs, above those before; None if unknown."""
+    """Return the peak memory of run() above that before it, in bytes; None if unknown."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -251,13 +246,14 @@ def peak_bytes(device: str, run: Callable[[], object]) -> int | None:
         run()
         return None
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak of resident memory
+    Path("/proc/self/clear_refs").write_text("5")  # Reset VmHWM, the peak of resident memory.
     before = _kib("VmRSS")
     run()
     return max(0, _kib("VmHWM") - before) << 10
 
 
 def timed_ms(device: str, run: Callable[[], object]) -> float:
+    """Time one call, in ms."""
     if device == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -268,19 +264,19 @@ def timed_ms(device: str, run: Callable[[], object]) -> float:
 
 
 def spread(values: list[float]) -> tuple[float, list[float]]:
-    """Median and quartiles."""
+    """Return the median and the quartiles."""
     first, middle, third = statistics.quantiles(values * (1 + (len(values) == 1)), n=4)
     return round(middle, 3), [round(first, 3), round(third, 3)]
 
 
 def in_turns(device: str, run: Callable, floor: Callable) -> dict[str, object]:
-    """Floor and run alternately, so that a neighbour's load meets both alike."""
+    """Time the floor and run in turns, so that load from outside slows both alike."""
     times, floors = [], []
     floor()
     start = time.perf_counter()
     gc.collect()
     gc.disable()
-    while len(times) < ROUNDS and (not times or time.perf_counter() - start < SECONDS):
+    while len(times) < ROUNDS and (not times or time.perf_counter() - start < ROUNDS_SECONDS):
         floors.append(timed_ms(device, floor))
         times.append(timed_ms(device, run))
     gc.enable()
@@ -292,13 +288,13 @@ def in_turns(device: str, run: Callable, floor: Callable) -> dict[str, object]:
 
 
 def measure(case: Case, true: dict[str, dict]) -> dict[str, object]:
-    """Everything of one case; of a wrong provider its error only."""
+    """Measure everything of one case; of a provider with wrong results only the error."""
     provider = PROVIDERS[case.provider]
     return_freed_memory()
     problem = make_problem(case)
 
     def run() -> Tensor | None:
-        forget(problem)
+        clear_gradients(problem)
         return call(provider, case, problem)
 
     found: dict[str, object] = {"versions": versions(provider)}
@@ -312,16 +308,16 @@ def measure(case: Case, true: dict[str, dict]) -> dict[str, object]:
     if loss is not None:
         found["error"] = errors(true[provider.quantity], loss, problem)
         found["error"] = {name: float(f"{x:.3g}") for name, x in found["error"].items()}
-        if not max(found["error"].values()) <= WRONG[case.dtype]:  # NaN is wrong too
+        if not max(found["error"].values()) <= WRONG[case.dtype]:  # NaN is wrong too.
             return found | {"wrong": f"error above {WRONG[case.dtype]}"}
-    forget(problem)
+    clear_gradients(problem)
     peak = peak_bytes(case.device, run)
     leaves = (problem.hidden, problem.weight)
     gradients = sum(x.nbytes for x in leaves if x.requires_grad)
     if peak is not None:
         found["peak_mib"] = round(peak / 2**20, 1)
         found["beyond_gradients_mib"] = round(max(0, peak - gradients) / 2**20, 1)
-    forget(problem)
+    clear_gradients(problem)
     keep_freed_memory()
     return found | in_turns(case.device, run, lambda: products(problem, GEMMS[case.task]))
 

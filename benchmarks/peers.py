@@ -1,13 +1,13 @@
-"""Other libraries' released kernels, called as their signatures ask; none of their code is here.
+"""Calls of other libraries' released kernels; none of their code is here.
 
-Read in the wheels of trl 1.16.0, liger-kernel 0.8.5, verl 0.9.1, cut-cross-entropy 25.1.1 and
-quack-kernels 0.6.5. Those of one entropy and one log-probability per token return (entropy,
-logprob), those of a cross-entropy its mean, in nats; they import when called.
+Their signatures are those of trl 1.16.0, liger-kernel 0.8.5, verl 0.9.1, cut-cross-entropy 25.1.1
+and quack-kernels 0.6.5. trl, liger and verl return (entropy, logprob) per token, cce and quack the
+mean cross-entropy, in nats. A library is imported when it is called.
 """
 
 from torch import Tensor
 
-TRL_CHUNK = 32768  # words in a tile, as TRL's own trainer asks for
+TRL_CHUNK = 32768  # vocabulary entries per tile, as in TRL's own trainer
 
 
 def trl(problem) -> tuple[Tensor, Tensor]:

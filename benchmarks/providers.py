@@ -1,8 +1,8 @@
-"""Who is measured: PyTorch, ours, and (peers.py) others' released kernels, behind one interface."""
+"""Providers of the losses that are measured: PyTorch, ours, and other libraries (peers.py)."""
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -11,11 +11,11 @@ from torch import Tensor
 from benchmarks import peers
 from em_kernels import fused_entropy_loss, fused_token_stats
 
-TOLERANCE = 2**-9  # of "ours sparse"; the trainer's default
+TOLERANCE = 2**-9  # grad_tolerance of "ours sparse": the trainer's default
 
 
-class Problem(NamedTuple):
-    """One head and what to compute of it."""
+class HeadProblem(NamedTuple):
+    """Inputs of a head, and what is done with its logits."""
 
     hidden: Tensor  # (N, D)
     weight: Tensor  # (V, D)
@@ -24,47 +24,51 @@ class Problem(NamedTuple):
     softcap: float | None
 
 
+Loss: TypeAlias = Callable[[HeadProblem], Tensor]
+Statistics: TypeAlias = Callable[[HeadProblem], tuple[Tensor, Tensor]]  # entropy, logprob (N,)
+
+
 class Provider(NamedTuple):
-    """A way to compute it; None where it does not offer that."""
+    """A way to compute the loss and the per-token statistics; None if it does not offer one."""
 
     title: str
-    loss: Callable[[Problem], Tensor] | None  # mean of `quantity` over tokens
-    statistics: Callable[[Problem], tuple[Tensor, Tensor]] | None = None  # entropy, logprob (N,)
+    loss: Loss | None  # mean over tokens of `quantity`
+    statistics: Statistics | None = None
     quantity: str = "entropy"
-    bytes_per_logit: int = 0  # of memory at the peak, where all logits are held; 0: chunks
+    bytes_per_logit: int = 0  # peak memory if it holds all logits; 0 if it works in chunks
     package: str = "torch"
-    softcap: bool = True
+    softcap: bool = True  # it supports one
     cuda_only: bool = False
-    counted: bool = True  # its GEMMs go through torch, so that their work can be counted
+    counted: bool = True  # its GEMMs go through torch, where their work can be counted
 
 
-def _logits(problem: Problem) -> Tensor:
-    """As transformers' models make them: in the inputs' dtype, softcap too."""
+def _logits(problem: HeadProblem) -> Tensor:
+    """Return logits as transformers' models do: in the inputs' dtype, softcap included."""
     logits = problem.hidden @ problem.weight.t()
     if problem.softcap is not None:
         logits = problem.softcap * torch.tanh(logits / problem.softcap)
     return logits
 
 
-def official_loss(problem: Problem) -> Tensor:
-    """The formula of One-shot EM's train.py, on logits in the model's dtype."""
+def official_loss(problem: HeadProblem) -> Tensor:
+    """Return the mean entropy by the formula of One-shot EM's train.py, in the model's dtype."""
     probs = F.softmax(_logits(problem) / problem.temperature, dim=-1)
     return -(probs * torch.log(probs + 1e-12)).sum(-1).mean()
 
 
-def stable_statistics(problem: Problem) -> tuple[Tensor, Tensor]:
-    """The same with a stable formula on an fp32 copy."""
+def stable_statistics(problem: HeadProblem) -> tuple[Tensor, Tensor]:
+    """Return entropy and log-probability per token by a stable formula on an fp32 copy."""
     logp = (_logits(problem).float() / problem.temperature).log_softmax(-1)
     entropy = -(logp.exp() * logp).sum(-1)
     return entropy, logp.gather(-1, problem.targets[:, None])[:, 0]
 
 
-def stable_loss(problem: Problem) -> Tensor:
+def stable_loss(problem: HeadProblem) -> Tensor:
     logp = (_logits(problem).float() / problem.temperature).log_softmax(-1)
     return -(logp.exp() * logp).sum(-1).mean()
 
 
-def linear_cross_entropy_loss(problem: Problem) -> Tensor:
+def linear_cross_entropy_loss(problem: HeadProblem) -> Tensor:
     if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
         raise ImportError("needs torch >= 2.13")
     hidden = problem.hidden / problem.temperature
@@ -72,10 +76,8 @@ def linear_cross_entropy_loss(problem: Problem) -> Tensor:
     return F.linear_cross_entropy(hidden, problem.weight, problem.targets, options=options)
 
 
-def ours_loss(
-    tolerance: float = 0.0, chunk_bytes: int | None = None
-) -> Callable[[Problem], Tensor]:
-    def loss(problem: Problem) -> Tensor:
+def ours_loss(tolerance: float = 0.0, chunk_bytes: int | None = None) -> Loss:
+    def loss(problem: HeadProblem) -> Tensor:
         return fused_entropy_loss(
             problem.hidden,
             problem.weight,
@@ -88,7 +90,7 @@ def ours_loss(
     return loss
 
 
-def ours_statistics(problem: Problem) -> tuple[Tensor, Tensor]:
+def ours_statistics(problem: HeadProblem) -> tuple[Tensor, Tensor]:
     stats = fused_token_stats(
         problem.hidden,
         problem.weight,
@@ -99,11 +101,11 @@ def ours_statistics(problem: Problem) -> tuple[Tensor, Tensor]:
     return stats.entropy, stats.logprob
 
 
-def products(problem: Problem, count: int) -> None:
-    """The floor: the matrix products alone, logits whole; 1 of a forward, 2 or 3 with gradients."""
+def products(problem: HeadProblem, count: int) -> None:
+    """Run the floor: the matrix products alone, 1 for a forward, 2 or 3 with gradients."""
     with torch.no_grad():
         logits = torch.mm(problem.hidden, problem.weight.t())
-        kept = [logits]  # what a caller gets lives until the end
+        kept = [logits]  # A caller's results live until the end.
         if count > 1:
             kept.append(torch.mm(logits, problem.weight))
         if count > 2:
@@ -111,7 +113,7 @@ def products(problem: Problem, count: int) -> None:
 
 
 def _compiled(function: Callable) -> Callable:
-    """Compiled at the first call, for the one shape of the process."""
+    """Compile at the first call, for the one shape that the process measures."""
     return lambda problem: torch.compile(function, dynamic=False)(problem)
 
 
@@ -179,7 +181,7 @@ PROVIDERS = {
         **CROSS_ENTROPY,
     ),
 }
-ASIDE = {  # measured only where asked for
+ON_REQUEST = {  # measured only when named
     "cpu": ("ours-64mib", "linear-cross-entropy"),  # 80 s a call (Xeon, 2 threads, November 2026)
     "cuda": ("ours-64mib",),
 }

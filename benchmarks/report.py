@@ -1,4 +1,4 @@
-"""The tables and plots of README and docs/benchmarks.md, from results/ and from nothing else."""
+"""The tables and plots of README and docs/benchmarks.md, from the files in results/ alone."""
 
 import json
 import re
@@ -7,7 +7,7 @@ from pathlib import Path
 from benchmarks import store, tables
 from benchmarks.providers import PROVIDERS
 
-FEATURED = {  # shape, input
+FEATURED = {  # shape and input of the problems that are shown, and measured by default
     "cpu": (("qwen2.5-1.5b", "lm-0.5"), ("smollm2-135m", "real-0.5")),
     "cuda": (("qwen3-8b", "lm-0.5"), ("llama3-8b", "lm-0.5"), ("gemma2-2b", "lm-0.5")),
 }
@@ -16,12 +16,13 @@ README = Path(__file__).parents[1] / "README.md"
 PAGE = README.parent / "docs" / "benchmarks.md"
 STUDIES = store.RESULTS / "studies"
 BEGIN, END = "<!-- python -m benchmarks --report: begin -->", "<!-- end -->"
-THEMES = {"light": ("#1f2328", "#8c959f"), "dark": ("#e6edf3", "#7d8590")}  # text, others' marks
-OURS = ("#2f81f7", "#db6d28", "#8957e5")  # readable on white and on black
-LINES = {  # of the memory plot
-    "ours": (OURS[0], "-"),
-    "ours-sparse": (OURS[2], "--"),  # after ours, which it may lie on
-    "ours-64mib": (OURS[1], "-"),
+# By theme: colour of text, colour of other libraries' marks.
+THEMES = {"light": ("#1f2328", "#8c959f"), "dark": ("#e6edf3", "#7d8590")}
+OUR_COLOURS = ("#2f81f7", "#db6d28", "#8957e5")  # readable on white and on black
+LINES = {  # of the memory plot: colour (None: that of others) and dash, by provider
+    "ours": (OUR_COLOURS[0], "-"),
+    "ours-sparse": (OUR_COLOURS[2], "--"),  # dashed and after ours, as it may lie on it
+    "ours-64mib": (OUR_COLOURS[1], "-"),
     "trl": (None, "--"),
     "stable-eager": (None, ":"),
 }
@@ -32,8 +33,9 @@ def worst_error(row: dict) -> float:
 
 
 def featured(cases: dict[str, dict]) -> list[list[dict]]:
-    """The cases of each featured problem, fastest first, those without a time last; of a file
-    without any, those of its first problem.
+    """Return the cases of each featured problem, or of the first one if none is featured.
+
+    The fastest comes first, those without a time last.
     """
     plain = [
         row
@@ -41,8 +43,8 @@ def featured(cases: dict[str, dict]) -> list[list[dict]]:
         if row["shape"] != "scaling" and (row["dtype"], row["task"]) == ("bfloat16", "loss")
     ]
     measured = {(row["shape"], row["input"]): None for row in plain}
-    usual = FEATURED[plain[0]["device"]] if plain else ()
-    shown = [pair for pair in usual if pair in measured] or list(measured)[:1]
+    wanted = FEATURED[plain[0]["device"]] if plain else ()
+    shown = [pair for pair in wanted if pair in measured] or list(measured)[:1]
     found = []
     for pair in shown:
         rows = [row for row in plain if (row["shape"], row["input"]) == pair]
@@ -59,14 +61,14 @@ def heading(row: dict) -> str:
 
 
 def name_of(row: dict) -> str:
-    """The provider's, and what it computes where that is not the entropy."""
+    """Return the provider's title, and what it computes if that is not the entropy."""
     provider = PROVIDERS[row["provider"]]
     name = f"**{provider.title}**" if row["provider"].startswith("ours") else provider.title
     return name if provider.quantity == "entropy" else f"{name} ({provider.quantity})"
 
 
 def cells(row: dict, memory: tuple[str, ...]) -> str:
-    """Cells of a table row: time, ratio, memory, work, error; empty where not measured."""
+    """Return a row's cells: time, ratio, memory, work, error; empty if not measured."""
     low, high = row["ratio_quartiles"]
     found = [f"{row['time_ms']:.0f} ms", f"{row['ratio']:.2f} ({low:.2f}-{high:.2f})"]
     found += [f"{row[name]:.0f} MiB" if name in row else "" for name in memory]
@@ -99,7 +101,7 @@ def table(rows: list[dict]) -> list[str]:
 
 
 def others(content: dict) -> list[str]:
-    """Tables of what was measured beside the featured problems: tasks, inputs, other losses."""
+    """Tabulate what was measured beside the featured problems: other tasks, inputs and losses."""
     cases = content.get("cases", {})
     shown = [row for group in featured(cases) for row in group]
     rows = [row for row in cases.values() if row not in shown]
@@ -122,25 +124,25 @@ def others(content: dict) -> list[str]:
 
 
 def by_size(content: dict) -> list[str]:
-    """Memory over tokens and words: the memory plot's numbers."""
+    """Tabulate peak memory by tokens and vocabulary: the numbers of the memory plot."""
     rows = scaling(content)
     names = [name for name in LINES if any(row["provider"] == name for row in rows)]
     found = {(row["tokens"], row["vocab_size"], row["provider"]): row for row in rows}
     lines = [
         f"Peak MiB beyond the gradients, D={rows[0]['hidden_size']}, {rows[0]['dtype']}",
         "",
-        f"| tokens | words | {' | '.join(PROVIDERS[name].title for name in names)} |",
+        f"| tokens | vocabulary | {' | '.join(PROVIDERS[name].title for name in names)} |",
         "|---|---|" + "---|" * len(names),
     ]
-    for tokens, words in sorted({key[:2] for key in found}, key=lambda pair: pair[::-1]):
-        cells = (found.get((tokens, words, name)) for name in names)
+    for tokens, vocab in sorted({key[:2] for key in found}, key=lambda pair: pair[::-1]):
+        cells = (found.get((tokens, vocab, name)) for name in names)
         sizes = ("" if row is None else f"{row['beyond_gradients_mib']:.0f}" for row in cells)
-        lines.append(f"| {tokens} | {words} | {' | '.join(sizes)} |")
+        lines.append(f"| {tokens} | {vocab} | {' | '.join(sizes)} |")
     return lines
 
 
 def about(content: dict) -> str:
-    """Device, date and versions of what is featured, of whole updates and of a GPU's proof."""
+    """Name the device, the date and the versions of what is shown."""
     groups = featured(content.get("cases", {}))
     groups += [list(content.get(name, {}).values()) for name in ("training", "proof", "parts")]
     rows = [row for group in groups for row in group if "skipped" not in row]
@@ -151,16 +153,14 @@ def about(content: dict) -> str:
 
 
 def measured(paths: list[Path]) -> list[tuple[Path, dict]]:
-    """Files with something to show."""
+    """Load the files that have something to show."""
     loaded = [(path, store.load(path)) for path in paths]
     shown = ("training", "proof", "parts")
     return [(p, c) for p, c in loaded if featured(c.get("cases", {})) or any(map(c.get, shown))]
 
 
 def block(paths: list[Path]) -> str:
-    """The generated text between the README's markers: the first featured problem, whole updates
-    in a line, the plot of times.
-    """
+    """Return the README's generated text: the first featured problem, whole updates, a plot."""
     lines: list[str] = []
     for path, content in measured(paths):
         groups, trained = featured(content.get("cases", {})), content.get("training", {})
@@ -185,10 +185,10 @@ def block(paths: list[Path]) -> str:
 
 
 def page(paths: list[Path], studies: list[Path], folder: str = "") -> str:
-    """Everything that results hold, for a page from which they are in that folder."""
+    """Return a page of all results; `folder` leads from the page to the plots."""
 
     def plot(path: Path, kind: str, alt: str) -> list[str]:
-        """GitHub and mkdocs-material show the one for their theme."""
+        """Link both themes' plots: GitHub and mkdocs-material show the one for theirs."""
         return [f"![{alt}]({folder}{path.stem}-{kind}-{t}.svg#gh-{t}-mode-only)" for t in THEMES]
 
     lines: list[str] = []
@@ -202,8 +202,8 @@ def page(paths: list[Path], studies: list[Path], folder: str = "") -> str:
         if rest := others(content):
             lines += ["### Other tasks and inputs", "", *rest, ""]
         if scaling(content):
-            lines += ["### Memory over tokens and words", "", *by_size(content), ""]
-            lines += [*plot(path, "memory", "peak memory over tokens, over words"), ""]
+            lines += ["### Memory over tokens and vocabulary", "", *by_size(content), ""]
+            lines += [*plot(path, "memory", "peak memory over tokens, over vocabulary"), ""]
         if trained:
             lines += ["### A whole update", "", *tables.updates(trained), ""]
         if content.get("ratios"):
@@ -217,8 +217,9 @@ def page(paths: list[Path], studies: list[Path], folder: str = "") -> str:
 
 
 def write(path: Path) -> list[Path]:
-    """Plots beside the results, and the tables: in README and docs where these are the
-    repository's results, else in a .md beside them.
+    """Write the plots beside the results, and the tables.
+
+    Those of the repository's own results go into README and docs, others into a .md beside them.
     """
     if not featured(store.load(path).get("cases", {})):
         raise store.BenchError(f"{path}: holds no case of task loss in bfloat16; run one first")
@@ -240,19 +241,20 @@ def write(path: Path) -> list[Path]:
 
 
 def generated() -> dict[Path, str]:
-    """The generated text between the markers of each page."""
+    """Return the text between the markers of each page."""
     results, studies = sorted(store.RESULTS.glob("*.json")), sorted(STUDIES.glob("*.json"))
     whole = page(results, studies, "../benchmarks/results/")
     return {README: block(results), PAGE: whole}
 
 
 def scaling(content: dict) -> list[dict]:
+    """Return the rows that --scaling measured."""
     rows = content.get("cases", {}).values()
     return [row for row in rows if row["shape"] == "scaling" and "peak_mib" in row]
 
 
 def plots(path: Path, theme: str) -> list[Path]:
-    """<results>-time-<theme>.svg and, where there are scaling runs, -memory-<theme>.svg."""
+    """Write <results>-time-<theme>.svg and, if there are scaling runs, -memory-<theme>.svg."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -284,11 +286,11 @@ def plots(path: Path, theme: str) -> list[Path]:
 
 
 def colour(provider: str, theme: str) -> str:
-    return OURS[0] if provider.startswith("ours") else THEMES[theme][1]
+    return OUR_COLOURS[0] if provider.startswith("ours") else THEMES[theme][1]
 
 
 def time_figure(plt, content: dict, theme: str):
-    """Bars of time over the floor, one panel a featured problem."""
+    """Draw bars of time over the floor, one panel per featured problem."""
     groups = [[row for row in g if "ratio" in row] for g in featured(content["cases"])]
     groups = [[row for row in g if row["provider"] != "floor"] for g in groups]
     height = 1.2 + 0.36 * max(map(len, groups))
@@ -322,13 +324,13 @@ def time_figure(plt, content: dict, theme: str):
 
 
 def memory_figure(plt, content: dict, theme: str):
-    """Peak memory beyond the gradients over tokens, and over words."""
+    """Draw peak memory beyond the gradients, over tokens and over the vocabulary."""
     rows = scaling(content)
-    least_words = min(row["vocab_size"] for row in rows)
-    tokens = {row["tokens"] for row in rows if row["vocab_size"] > least_words}
+    least_vocab = min(row["vocab_size"] for row in rows)
+    tokens = {row["tokens"] for row in rows if row["vocab_size"] > least_vocab}
     figure, panels = plt.subplots(1, 2, figsize=(9.6, 3.6), sharey=True)
     views = (
-        (panels[0], "tokens", [row for row in rows if row["vocab_size"] == least_words]),
+        (panels[0], "tokens", [row for row in rows if row["vocab_size"] == least_vocab]),
         (panels[1], "vocab_size", [row for row in rows if row["tokens"] in tokens]),
     )
     width = rows[0]["hidden_size"]
@@ -350,8 +352,8 @@ def memory_figure(plt, content: dict, theme: str):
         axes.set_xticks(ticks, [f"{n // 1024}k" if n >= 1024 else str(n) for n in ticks])
         axes.minorticks_off()
         axes.grid(axis="y", alpha=0.25)
-    panels[0].set_xlabel(f"tokens (D={width}, V={least_words})")
-    panels[1].set_xlabel(f"words (D={width}, N={max(tokens, default=0)})")
+    panels[0].set_xlabel(f"tokens (D={width}, V={least_vocab})")
+    panels[1].set_xlabel(f"vocabulary (D={width}, N={max(tokens, default=0)})")
     panels[0].set_ylabel("peak MiB beyond the gradients")
     panels[0].yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     figure.tight_layout(rect=(0, 0.14, 1, 1))

@@ -1,4 +1,4 @@
-"""results/<device>.json: one file a device, of `python -m benchmarks` and of `make bench`."""
+"""results/<device>.json: one file per device, which every benchmark adds to."""
 
 import json
 import platform
@@ -13,7 +13,7 @@ SCHEMA = 2
 
 
 class BenchError(Exception):
-    """An error that the user can mend, in one line."""
+    """An error that the user can mend; the message is one line."""
 
 
 def device_name(device: str) -> str:
@@ -50,12 +50,13 @@ def is_measured(row: dict) -> bool:
 
 
 def merge(path: Path, device: str, section: str, results: dict[str, dict]) -> None:
-    """Add to one of the file's sections; the rest stays. Whole or not at all."""
+    """Add results to a section of the file, keep the rest, and write it whole or not at all."""
     content = load(path) if path.exists() else {"schema": SCHEMA, "device": device_name(device)}
     facts = {"date": time.strftime("%Y-%m-%d"), "python": platform.python_version()}
     kept = content.setdefault(section, {})
     for key, row in results.items():
-        if "skipped" not in row or "skipped" in kept.get(key, row):  # never over what was found
+        # A skip never replaces a result.
+        if "skipped" not in row or "skipped" in kept.get(key, row):
             kept[key] = row | facts
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = path.with_suffix(".part")

@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: every provider on every case asked for, each in a process of its own."""
+"""`python -m benchmarks`: measures every provider on every case, each in a process of its own."""
 
 import argparse
 import difflib
@@ -11,56 +11,69 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby, product
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
 from benchmarks import inputs, report, store
 from benchmarks.measure import GEMMS, TASKS, Case
-from benchmarks.providers import ASIDE, PROVIDERS
+from benchmarks.providers import ON_REQUEST, PROVIDERS
 from benchmarks.store import BenchError
 from em_kernels.ops.memory import free_bytes
 
-SHAPES = {  # D, V, softcap of real heads
-    "smollm2-135m": (576, 49152, None),
-    "qwen2.5-0.5b": (896, 151936, None),
-    "qwen2.5-1.5b": (1536, 151936, None),
-    "qwen2.5-7b": (3584, 152064, None),
-    "qwen3-8b": (4096, 151936, None),
-    "llama3-8b": (4096, 128256, None),
-    "gemma2-2b": (2304, 256000, 30.0),
+
+class Head(NamedTuple):
+    """Sizes and softcap of an LM head."""
+
+    hidden_size: int
+    vocab_size: int
+    softcap: float | None = None
+
+
+SHAPES = {
+    "smollm2-135m": Head(576, 49152),
+    "qwen2.5-0.5b": Head(896, 151936),
+    "qwen2.5-1.5b": Head(1536, 151936),
+    "qwen2.5-7b": Head(3584, 152064),
+    "qwen3-8b": Head(4096, 151936),
+    "llama3-8b": Head(4096, 128256),
+    "gemma2-2b": Head(2304, 256000, 30.0),
 }
 DTYPES = ("float32", "bfloat16")
 TOKENS = {"cpu": 512, "cuda": 8192}
-REAL = "smollm2-135m"  # the one shape that `real` inputs exist for
-INPUTS = {  # kind and temperature
-    "lm-0.5": "LM-like at temperature 0.5, calibrated on SmolLM2 (--calibration)",
-    "lm-1": "the same at 1",
-    "uniform-1": "near-uniform: the worst case of a gradient with a tolerance",
-    "real-0.5": f"states of SmolLM2's own text sampled at 0.5 (--shape {REAL})",
-    "real-1": "the same at 1",
+REAL = "smollm2-135m"  # the one shape with `real` inputs
+INPUTS = {  # by kind and temperature
+    "lm-0.5": "as peaked as SmolLM2's at temperature 0.5 (--calibration)",
+    "lm-1": "the same at temperature 1",
+    "uniform-1": "near-uniform: the worst case for grad_tolerance",
+    "real-0.5": f"SmolLM2 on its own text, temperature 0.5; {REAL} only",
+    "real-1": "the same at temperature 1",
 }
 SCALING_PROVIDERS = ("ours-sparse", "ours", "ours-64mib", "trl", "stable-eager")
 SCALING_WIDTH = {"cpu": 128, "cuda": 2048}
 SCALING_TOKENS = (256, 1024, 4096, 16384, 32768)
 SCALING_VOCABS = (32768, 65536, 131072, 262144)
-SPARE_BYTES = 2**30  # libraries, and a chunk
+SPARE_BYTES = 2**30  # for libraries and a chunk
 
 
 def _listed(texts: dict[str, str]) -> str:
-    return "\n".join(f"  {name:<22}{text}" for name, text in texts.items())
+    return "\n".join(f"  {name:<21}{text}" for name, text in texts.items())
 
 
-DESCRIPTION = f"""Time, peak memory, GEMM work and error of losses, each in a process of its own.
+DESCRIPTION = f"""Measure time, peak memory, GEMM work and error of losses over an LM head.
 
-Without flags: {" and ".join(f"{shape} on {kind}" for shape, kind in report.FEATURED["cpu"])} on
-a CPU, {", ".join(shape for shape, _ in report.FEATURED["cuda"])} on a GPU; bfloat16, loss with all
-gradients, every provider but {" and ".join(ASIDE["cpu"])} (80 s a call on a CPU).
-Results merge into benchmarks/results/<device>.json after each case; Ctrl-C keeps them.
+Each provider runs in a process of its own. By default these are measured, in
+bfloat16, for the loss with all gradients:
+  CPU  {" and ".join(f"{shape} with {kind}" for shape, kind in report.FEATURED["cpu"])}
+  GPU  {", ".join(shape for shape, _ in report.FEATURED["cuda"])}, with lm-0.5
+with every provider but {" and ".join(ON_REQUEST["cpu"])} (80 s a call on a
+CPU). Results are added to benchmarks/results/<device>.json after each case;
+Ctrl-C keeps them.
 
-  time    median (quartiles) of rounds taken in turns with the bare matrix products, the floor;
-          their ratio is what to compare, as a machine's speed comes and goes
-  peak    memory above the inputs: the device's allocator, or resident memory on a CPU
-  work    GEMMs in units of tokens x hidden x vocabulary: 2 a product
+  time    median (quartiles) of rounds in turns with the floor: the bare matrix
+          products. Compare the ratio to the floor: a machine's speed varies
+  peak    memory above the inputs: of the device's allocator, or resident on a CPU
+  work    GEMM work / (tokens x hidden x vocabulary); a product costs 2
   error   relative, against fp64 on a sample: the worst of loss and gradients
 
 tasks:
@@ -79,7 +92,7 @@ EXAMPLES = """examples:
 
 
 def chosen(kind: str, names: Sequence[str], known: Iterable[str]) -> list[str]:
-    """Expand a list of names; "all" is every known one."""
+    """Check a list of names, and expand "all"; `kind` is the flag."""
     known = list(known)
     if "all" in names:
         return known
@@ -93,51 +106,59 @@ def chosen(kind: str, names: Sequence[str], known: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def sizes_of(name: str) -> tuple[int, int, float | None]:
-    """Parse a shape's name, or one such as 2048x32000 (hidden x vocabulary)."""
+def head_of(name: str) -> Head:
+    """Return the head of a named shape, or of one such as 2048x32000 (hidden x vocabulary)."""
     left, _, right = name.partition("x")
     if left.isdecimal() and right.isdecimal() and int(left) > 0 and int(right) > 1:
-        return int(left), int(right), None
+        return Head(int(left), int(right))
     chosen("shape", [name], SHAPES)
     return SHAPES[name]
 
 
 def cases_of(options: argparse.Namespace) -> Iterator[Case]:
+    """Yield the cases that the flags ask for."""
     device = options.device
-    providers = chosen("provider", options.provider, PROVIDERS) if options.provider else None
+    providers = [name for name in PROVIDERS if name not in ON_REQUEST[device]]
+    if options.scaling:
+        providers = list(SCALING_PROVIDERS)
+    if options.provider:
+        providers = chosen("provider", options.provider, PROVIDERS)
     dtypes = chosen("dtype", options.dtype, DTYPES)
     tasks = chosen("task", options.task, TASKS)
-    kinds = chosen("input", options.input, INPUTS) if options.input else ["lm-0.5"]
-    shapes = list(SHAPES) if "all" in options.shape else options.shape
-    tokens = options.tokens or TOKENS[device]
-    if options.scaling:
-        providers = providers or list(SCALING_PROVIDERS)
-        width = SCALING_WIDTH[device]
-        grid = [(n, SCALING_VOCABS[0]) for n in SCALING_TOKENS]
-        grid += [(SCALING_TOKENS[1], v) for v in SCALING_VOCABS[1:]]
-        if options.shape or options.input or options.tokens:
-            raise BenchError("--scaling: has shapes, tokens and input of its own; leave those out")
-        problems = [("scaling", n, width, v, None, "lm-0.5") for n, v in grid]
-    else:
-        if providers is None:
-            providers = [name for name in PROVIDERS if name not in ASIDE[device]]
-        wanted = list(product(shapes, kinds))
-        if not shapes:
-            usual = report.FEATURED[device]
-            wanted = list(product([usual[0][0]], kinds)) if options.input else list(usual)
-        problems = []
-        for shape, kind in wanted:
-            if shape == REAL or not kind.startswith("real"):
-                problems.append((shape, tokens, *sizes_of(shape), kind))
-            elif "all" not in options.input:
-                raise BenchError(f"--input: {kind} exists for --shape {REAL} only")
+    problems = list(scaling_problems(options) if options.scaling else problems_of(options))
     for problem, dtype, task, provider in product(problems, dtypes, tasks, providers):
-        *sizes, softcap, kind = problem
-        yield Case(provider, *sizes, softcap, dtype, task, kind, device)
+        yield Case(provider=provider, dtype=dtype, task=task, device=device, **problem)
+
+
+def problems_of(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yield shape, sizes and input of the problems that the flags ask for."""
+    kinds = chosen("input", options.input, INPUTS) if options.input else ["lm-0.5"]
+    featured = report.FEATURED[options.device]
+    shapes = list(SHAPES) if "all" in options.shape else options.shape
+    wanted: Iterable[tuple[str, str]] = product(shapes, kinds)
+    if not shapes:
+        wanted = product([featured[0][0]], kinds) if options.input else featured
+    for shape, kind in wanted:
+        if shape == REAL or not kind.startswith("real"):
+            tokens = options.tokens or TOKENS[options.device]
+            yield {"shape": shape, "tokens": tokens, "input": kind, **head_of(shape)._asdict()}
+        elif "all" not in options.input:
+            raise BenchError(f"--input: {kind} exists for --shape {REAL} only")
+
+
+def scaling_problems(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yield shape, sizes and input of --scaling: more tokens, then larger vocabularies."""
+    if options.shape or options.input or options.tokens:
+        raise BenchError("--scaling: has its own shapes, tokens and input; leave those flags out")
+    sizes = [(tokens, SCALING_VOCABS[0]) for tokens in SCALING_TOKENS]
+    sizes += [(SCALING_TOKENS[1], vocab) for vocab in SCALING_VOCABS[1:]]
+    for tokens, vocab in sizes:
+        head = Head(SCALING_WIDTH[options.device], vocab)
+        yield {"shape": "scaling", "tokens": tokens, "input": "lm-0.5", **head._asdict()}
 
 
 def needed_bytes(case: Case) -> int:
-    """An estimate: inputs, gradients in their dtype and fp32, logits where they are held whole."""
+    """Estimate memory: inputs, gradients in their dtype and in fp32, logits if it holds them."""
     provider, item = PROVIDERS[case.provider], getattr(torch, case.dtype).itemsize
     elements = (case.tokens + case.vocab_size) * case.hidden_size
     trained = elements if case.task in ("loss", "stats") else case.tokens * case.hidden_size
@@ -147,7 +168,7 @@ def needed_bytes(case: Case) -> int:
 
 
 def reason_not_to(case: Case) -> str | None:
-    """Why this provider cannot run this case here, as far as is known without trying."""
+    """Say why this provider cannot run this case here, as far as is known without trying."""
     provider = PROVIDERS[case.provider]
     if case.provider == "ours-sparse" and case.task in ("stats", "forward"):
         return "grad_tolerance is for the gradients of a loss"
@@ -166,7 +187,7 @@ def reason_not_to(case: Case) -> str | None:
 
 
 def run_process(kind: str, case: Case, truth: Path) -> dict:
-    """One case in a child; {"skipped": why} where it fails."""
+    """Run one case in a child process; return {"skipped": why} if it fails."""
     child = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.measure", kind, str(truth)],
         stdin=subprocess.PIPE,
@@ -206,15 +227,15 @@ def line_of(case: Case, row: dict) -> str:
 
 
 def run(cases: list[Case], path: Path) -> int:
-    """All of them, storing each when it is done; the number that could be measured."""
+    """Measure the cases, storing each when it is done; return how many could be measured."""
     if path.exists():
-        store.load(path)  # a file of another version, before hours are spent
+        store.load(path)  # Refuse a file of another version before hours are spent.
     measured = 0
     with tempfile.TemporaryDirectory() as folder:
         truth = Path(folder) / "truth.pt"
         for problem, group in groupby(cases, key=lambda case: case.problem):
             print(problem, flush=True)
-            failed: dict | None = None  # of the truth, {} once it is there
+            failed: dict | None = None  # None: no fp64 truth yet; {}: it is there
             for case in group:
                 why = reason_not_to(case)
                 if why is None and failed is None:
@@ -228,6 +249,7 @@ def run(cases: list[Case], path: Path) -> int:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
+    """Parse and check the flags."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description=DESCRIPTION,
@@ -237,30 +259,44 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     several = {"nargs": "+", "metavar": "NAME"}
     parser.add_argument(
-        "--shape", default=[], help=f"{', '.join(SHAPES)}, all, or such as 2048x32000", **several
+        "--shape",
+        default=[],
+        help=f"{', '.join(SHAPES)}, all, or hidden x vocabulary, such as 2048x32000",
+        **several,
     )
-    parser.add_argument("--task", default=["loss"], help=f"{', '.join(TASKS)}, all", **several)
-    parser.add_argument("--input", default=[], help=f"{', '.join(INPUTS)}, all", **several)
     parser.add_argument(
-        "--dtype", default=["bfloat16"], help=f"{', '.join(DTYPES)}, all", **several
+        "--task", default=["loss"], help="tasks as above, or all (default: loss)", **several
     )
-    parser.add_argument("--provider", default=[], help="names as above, or all", **several)
-    parser.add_argument("--tokens", type=int, help="default 512 on a CPU, 8192 on a GPU")
+    parser.add_argument("--input", default=[], help="inputs as above, or all", **several)
+    parser.add_argument(
+        "--dtype",
+        default=["bfloat16"],
+        help=f"{', '.join(DTYPES)}, or all (default: bfloat16)",
+        **several,
+    )
+    parser.add_argument("--provider", default=[], help="providers as above, or all", **several)
+    parser.add_argument("--tokens", type=int, help="tokens (default: 512 on a CPU, 8192 on a GPU)")
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda"
     )
-    parser.add_argument("--results", type=Path, help="file, instead of the device's")
+    parser.add_argument(
+        "--results", type=Path, help="file to add to (default: benchmarks/results/<device>.json)"
+    )
     parser.add_argument(
         "--scaling",
         action="store_true",
-        help=f"{SCALING_TOKENS[0]} to {SCALING_TOKENS[-1]} tokens, {SCALING_VOCABS[0]} to "
-        f"{SCALING_VOCABS[-1]} words",
+        help=f"measure {SCALING_TOKENS[0]} to {SCALING_TOKENS[-1]} tokens, and vocabularies of "
+        f"{SCALING_VOCABS[0]} to {SCALING_VOCABS[-1]} entries",
     )
     parser.add_argument(
-        "--calibration", action="store_true", help="table: LM-like inputs beside the real ones"
+        "--calibration",
+        action="store_true",
+        help="print how LM-like inputs compare with real ones, and stop",
     )
     parser.add_argument(
-        "--report", action="store_true", help="tables and plots of README and docs from the results"
+        "--report",
+        action="store_true",
+        help="write the tables and plots of README and docs from the results, and stop",
     )
     options = parser.parse_args(arguments)
     if options.tokens is not None and options.tokens < 1:
@@ -272,7 +308,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def main(arguments: list[str]) -> int:
-    """0 done, 2 the user can mend it, 130 interrupted."""
+    """Run the suite; return 0 when done, 2 for an error the user can mend, 130 if interrupted."""
     try:
         if any(argument.startswith("--compile-report") for argument in arguments):
             from . import compile_report  # needs Triton

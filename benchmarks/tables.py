@@ -1,22 +1,22 @@
-"""Tables of whole updates, ratios, studies and of the proof on a GPU, as markdown."""
+"""Markdown tables of whole updates, ratios, studies and the parts of make gpu."""
 
 from collections.abc import Iterator
 
-TESTS = {
+TEST_TITLES = {
     "rows": "Triton rows and sparse gradient",
     "functions": "public functions, hard inputs",
     "trainer": "optimizer, trainer",
     "ranks": "several processes",
 }
-KERNELS = 8  # of a step, those that take most
+KERNELS = 8  # kernels shown per step, those that take most
 
 
 def proof(content: dict) -> Iterator[tuple[str, list[str]]]:
-    """Titles and lines, of the parts that were done."""
+    """Yield the title and the lines of each part that was done."""
     found = {k: row for k, row in content.get("proof", {}).items() if "skipped" not in row}
     if "environment" in found:
         yield "Ceilings", ceilings(found["environment"])
-    if any(name in found for name in TESTS):
+    if any(name in found for name in TEST_TITLES):
         yield "Tests on the device", tests(found)
     if "tune-rows" in found:
         yield "Settings of the row kernels", settings(found["tune-rows"], found.get("counters"))
@@ -39,7 +39,7 @@ def ceilings(row: dict) -> list[str]:
 
 def tests(proof: dict[str, dict]) -> list[str]:
     lines = ["| tests, on the device | passed | failed | left out |", "|---|---|---|---|"]
-    for name, title in TESTS.items():
+    for name, title in TEST_TITLES.items():
         if row := proof.get(name):
             counted = (row["passed"], row["failed"], row["left_out"])
             lines.append(f"| {title} | {' | '.join(map(str, counted))} |")
@@ -50,7 +50,7 @@ def tests(proof: dict[str, dict]) -> list[str]:
 
 
 def settings(row: dict, counted: dict | None) -> list[str]:
-    """Time over a copy of as many bytes, of the settings then and of the best."""
+    """Tabulate time over a copy of as many bytes, with the present settings and the best."""
     lines = [
         f"{row['rows']} x {row['columns']} logits; over the time of a copy of as many bytes.",
         "",
@@ -89,7 +89,7 @@ def steps(row: dict) -> list[str]:
 
 
 def training(parts: dict[str, dict]) -> list[str]:
-    """The table of `make gpu-24gb`."""
+    """Tabulate `make gpu-24gb`."""
     lines = [
         "64 completions of 128 + 512 tokens an update; GiB, measured and planned.",
         "",
@@ -108,14 +108,14 @@ def training(parts: dict[str, dict]) -> list[str]:
 
 
 def model_of(rows: dict[str, dict]) -> str:
-    """Describe what bench_train.py measured."""
+    """Describe the updates that bench_train.py measured."""
     first = next(iter(rows.values()))
     model = "SmolLM2-135M-Instruct" if first["model"] == "demo" else first["model"]
     return f"{model}, {first['rollouts']} completions of the demo's prompt, sampled and trained"
 
 
 def updates(rows: dict[str, dict]) -> list[str]:
-    """Whole updates of One-shot EM, as bench_train.py measured them."""
+    """Tabulate whole updates of One-shot EM, as bench_train.py measured them."""
     lines = [
         f"A whole update of One-shot EM, {model_of(rows)}",
         "",
@@ -133,7 +133,7 @@ def updates(rows: dict[str, dict]) -> list[str]:
 
 
 def ratios(rows: dict[str, dict]) -> list[str]:
-    """The table of `make bench`."""
+    """Tabulate `make bench`."""
     lines = [
         f"By `make bench`, {max(row['date'] for row in rows.values())}: ratios, what they must be "
         "and what is aimed at.",
@@ -151,7 +151,7 @@ def ratios(rows: dict[str, dict]) -> list[str]:
 
 
 def study(report: dict) -> list[str]:
-    """The results of `em-kernels study`, in its own table and words."""
+    """Tabulate a study, and repeat its conclusions."""
     best, rows = report["best_temperature"], report["rows"]
     lines = [
         f"{report['data']}, {report['model']} model, {report['held_out']} held-out problems, "

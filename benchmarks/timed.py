@@ -1,4 +1,4 @@
-"""transformers' Trainers whose steps are timed."""
+"""Timing of the steps of a transformers Trainer."""
 
 import time
 
@@ -6,7 +6,7 @@ from transformers import Trainer
 
 
 def timed(kind: type[Trainer]) -> type[Trainer]:
-    """With times: of each training step, wall and CPU seconds."""
+    """Subclass a Trainer; its `times` gets the wall and CPU seconds of each training step."""
 
     class Timed(kind):
         def training_step(self, *arguments):

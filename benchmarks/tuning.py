@@ -1,4 +1,4 @@
-"""Settings of the Triton rows, and the chunk's size, swept on this device: rows to commit."""
+"""Sweeps of the Triton kernels' settings and of chunk_bytes on this device; the best to commit."""
 
 import statistics
 import time
@@ -14,15 +14,15 @@ import triton
 from torch import Tensor
 
 from benchmarks import inputs
-from benchmarks.measure import forget, in_turns, peak_bytes, timed_ms
-from benchmarks.providers import TOLERANCE, Problem, ours_loss, products
+from benchmarks.measure import clear_gradients, in_turns, peak_bytes, timed_ms
+from benchmarks.providers import TOLERANCE, HeadProblem, Loss, ours_loss, products
 from benchmarks.store import device_name
 from em_kernels import fused_token_stats, reference
 from em_kernels.kernels import RowTerms, gradient_buffer, portable, row_stride
 from em_kernels.kernels.configs import DEFAULT, TUNED, RowConfig, config_for
 from em_kernels.reference import RowTransform, TokenStats
 
-GRID = {  # of em_kernels/kernels/configs.py
+GRID = {  # values to try of the fields in em_kernels/kernels/configs.py
     "statistics_warps": (1, 2, 4, 8),
     "THREAD_V": (8, 16, 32),
     "gradient_warps": (2, 4, 8),
@@ -30,40 +30,48 @@ GRID = {  # of em_kernels/kernels/configs.py
     "BLOCK_V": (512, 1024, 2048, 4096),
     "warps_per_sm": (16, 32, 64),
 }
-FIELDS = {  # that a kernel's launch depends on
+FIELDS = {  # fields that each kernel's launch depends on
     "statistics": ("statistics_warps", "THREAD_V", "warps_per_sm"),
     "gradient": ("gradient_warps", "BLOCK_N", "BLOCK_V"),
     "mass": ("THREAD_V", "warps_per_sm"),
 }
 PATHS = {"exact": ("statistics", "gradient"), "sparse": ("statistics", "mass")}
-THREAD_LOGITS = range(4, 33)  # of a gradient: fewer are loads too short, more spill
-BYTES = {"statistics": 4, "gradient": 6, "mass": 4}  # a logit: fp32 read, bf16 written
+THREAD_LOGITS = range(4, 33)  # per thread of a gradient: fewer make loads too short, more spill
+BYTES = {"statistics": 4, "gradient": 6, "mass": 4}  # per logit: fp32 read, bf16 written
 ROUNDS = 5  # of the present settings and the best, in turns
-GAIN = 0.02  # below it another setting is noise
+GAIN = 0.02  # A smaller gain is noise.
+
+
+class HeadSizes(NamedTuple):
+    """N, D and V."""
+
+    tokens: int
+    hidden_size: int
+    vocab_size: int
 
 
 class Sizes(NamedTuple):
-    """Sizes of what is measured, on a GPU or in a dry run."""
+    """Sizes to measure at, on a GPU or in a dry run."""
 
     device: str
-    head: tuple[int, int, int]  # N, D, V
-    rows: int  # of a chunk of logits
-    gathered: int  # rows of dy that are multiplied at once
-    checked: tuple[int, int]  # rows and columns on which a setting is compared with plain torch
-    square: int  # of the GEMM that counts as the ceiling
-    copied: int  # bytes
-    chunks: tuple[int, ...]  # bytes
+    head: HeadSizes
+    rows: int  # in a chunk of logits
+    gathered: int  # rows of dy multiplied at once
+    checked: tuple[int, int]  # rows and columns for comparing a setting with plain torch
+    square: int  # side of the square GEMM, the ceiling
+    copied: int  # bytes of the copy
+    chunks: tuple[int, ...]  # values of chunk_bytes to try
     grid: dict[str, tuple[int, ...]] = GRID
 
 
 CHUNKS = tuple(2**n for n in range(26, 32))
-GPU = Sizes("cuda", (8192, 4096, 151936), 512, 2048, (37, 5003), 8192, 2**31, CHUNKS)
-FEW = {field: values[:2] for field, values in GRID.items()}  # the interpreter is slow
-DRY = Sizes("cpu", (48, 32, 500), 4, 16, (3, 1100), 256, 2**22, (2**14, 2**20), FEW)
+GPU = Sizes("cuda", HeadSizes(8192, 4096, 151936), 512, 2048, (37, 5003), 8192, 2**31, CHUNKS)
+FEW = {field: values[:2] for field, values in GRID.items()}  # Triton's interpreter is slow.
+DRY = Sizes("cpu", HeadSizes(48, 32, 500), 4, 16, (3, 1100), 256, 2**22, (2**14, 2**20), FEW)
 
 
 class RowProblem(NamedTuple):
-    """Inputs on which the three kernels are launched."""
+    """Inputs of the three row kernels."""
 
     terms: RowTerms
     out: Tensor  # bf16
@@ -80,20 +88,20 @@ class RowProblem(NamedTuple):
 
 
 def row_problem(rows: int, columns: int, device: str) -> RowProblem:
-    """A chunk of an entropy loss, laid out as in chunked.py."""
+    """Make a chunk of an entropy loss, laid out as in chunked.py."""
     stride = row_stride(columns, torch.device(device))
     y = torch.empty(rows, stride, device=device)[:, :columns].normal_(std=4)
     row = RowTransform(None, torch.full((rows,), 2.0, device=device))
     parts = portable.row_statistics(y, row)
     one = torch.full((rows,), 1 / rows, device=device)
-    upstream = TokenStats(entropy=one, mean_logit=one)  # without it rows of dy would add up to 0
+    upstream = TokenStats(entropy=one, mean_logit=one)  # Without mean_logit rows of dy sum to 0.
     factors = reference.coefficients(reference.statistics(parts, columns), upstream, columns)
     terms = RowTerms(y, row, parts.m, parts.s1.log1p(), factors)
     return RowProblem(terms, gradient_buffer(y, torch.bfloat16) if y.is_cuda else y.bfloat16())
 
 
 def median_ms(device: str, run: Callable[[], object]) -> float:
-    """On a GPU between events, launches included, with a cold L2 cache."""
+    """Time a call in ms; on a GPU the median, launches included, with a cold L2 cache."""
     if device == "cuda":
         return triton.testing.do_bench(run, warmup=5, rep=30, return_mode="median")
     run()
@@ -102,6 +110,7 @@ def median_ms(device: str, run: Callable[[], object]) -> float:
 
 @contextmanager
 def settings(capability: tuple[int, int], config: RowConfig) -> Iterator[None]:
+    """Launch the kernels with these settings in the body of a with statement."""
     before = TUNED.get(capability)
     TUNED[capability] = config
     try:
@@ -113,7 +122,7 @@ def settings(capability: tuple[int, int], config: RowConfig) -> Iterator[None]:
 
 
 def candidates(name: str, grid: dict[str, tuple[int, ...]]) -> Iterator[RowConfig]:
-    """Settings that differ for this kernel; its other fields are the default's."""
+    """Yield the settings to try for a kernel; fields it does not use keep their defaults."""
     for values in product(*(grid[field] for field in FIELDS[name])):
         config = DEFAULT._replace(**dict(zip(FIELDS[name], values, strict=True)))
         logits = config.BLOCK_N * config.BLOCK_V // (32 * config.gradient_warps)
@@ -126,8 +135,8 @@ def key_of(name: str, config: RowConfig) -> str:
 
 
 def sweep_rows(kernels: ModuleType, sizes: Sizes) -> dict:
-    """Every setting's time; the best together beside the present ones, in turns."""
-    rows, columns, device = sizes.rows, sizes.head[2], sizes.device
+    """Time every setting, then the best for all kernels and the present ones in turns."""
+    rows, columns, device = sizes.rows, sizes.head.vocab_size, sizes.device
     timed = row_problem(rows, columns, device)
     capability = torch.cuda.get_device_capability() if device == "cuda" else (0, 0)
     times, wrong = time_each(kernels, sizes, timed, capability)
@@ -153,7 +162,7 @@ def sweep_rows(kernels: ModuleType, sizes: Sizes) -> dict:
     is_better = gain > GAIN and max(spent["best"]) < min(spent["now"])
     y = timed.terms.y
     copy_ms = median_ms(device, lambda: torch.empty_like(y).copy_(y))
-    over_copy = {  # of as many bytes
+    over_copy = {  # times over that of a copy of as many bytes
         kind: {name: round(t / copy_ms * 8 / BYTES[name], 3) for name, t in of.items()}
         for kind, of in ms.items()
     }
@@ -175,14 +184,14 @@ def sweep_rows(kernels: ModuleType, sizes: Sizes) -> dict:
 
 
 def path_ms(ms: dict[str, float]) -> float:
-    """Sum the times of both ways through a chunk."""
+    """Sum the times of the exact and the sparse way through a chunk."""
     return sum(ms[name] for path in PATHS.values() for name in path)
 
 
 def time_each(
     kernels: ModuleType, sizes: Sizes, timed: RowProblem, capability: tuple[int, int]
 ) -> tuple[dict[str, dict[str, float]], list[str]]:
-    """Times by kernel and setting; the settings whose values are wrong, or that do not fit."""
+    """Return times by kernel and setting, and the settings that are wrong or do not fit."""
     checked = row_problem(*sizes.checked, sizes.device)
     times: dict[str, dict[str, float]] = {name: {} for name in FIELDS}
     wrong: list[str] = []
@@ -207,7 +216,7 @@ def time_each(
 
 
 def difference(found: tuple[Tensor, ...], expected: list[Tensor]) -> str | None:
-    """Where they are not the same but for rounding, the gradient's to bf16."""
+    """Return how far results are off if by more than rounding; the gradient is rounded to bf16."""
     for mine, true in zip(found, expected, strict=True):
         allowed = 2**-7 if mine.dtype == torch.bfloat16 else 1e-4
         off = (mine.double() - true.double()).norm() / true.double().norm().clamp_min(1e-30)
@@ -217,7 +226,7 @@ def difference(found: tuple[Tensor, ...], expected: list[Tensor]) -> str | None:
 
 
 def table_row(found: dict, device: str) -> str:
-    """For TUNED in em_kernels/kernels/configs.py, with where it comes from."""
+    """Return a row for TUNED in em_kernels/kernels/configs.py, with a comment on its origin."""
     over, settings = (found[key][found["winner"]] for key in ("over_copy", "settings"))
     versions = f"torch {torch.__version__}, triton {triton.__version__}"
     told = ", ".join(f"{name} {ratio:.2f}" for name, ratio in over.items())
@@ -228,10 +237,10 @@ def table_row(found: dict, device: str) -> str:
     )
 
 
-def statistics_loss(chunk: int | None) -> Callable[[Problem], Tensor]:
-    """Any upstream: the gradient's logits are computed again, slab by slab."""
+def statistics_loss(chunk: int | None) -> Loss:
+    """Make a loss of fused_token_stats, whose backward recomputes the logits slab by slab."""
 
-    def loss(problem: Problem) -> Tensor:
+    def loss(problem: HeadProblem) -> Tensor:
         given = (problem.hidden, problem.weight, problem.targets)
         stats = fused_token_stats(*given, temperature=problem.temperature, chunk_bytes=chunk)
         return (stats.entropy + stats.logprob).mean()
@@ -246,29 +255,29 @@ WAYS = {
 }
 
 
-def head_problem(sizes: Sizes) -> Problem:
+def head_problem(sizes: Sizes) -> HeadProblem:
     given = inputs.lm_like(*sizes.head, torch.bfloat16, sizes.device)
     leaves = (given.hidden.requires_grad_(), given.weight.requires_grad_())
-    return Problem(*leaves, given.targets, 0.5, None)
+    return HeadProblem(*leaves, given.targets, 0.5, None)
 
 
-def step(problem: Problem, loss: Callable[[Problem], Tensor]) -> Callable[[], None]:
-    """Make a function that does one training step."""
+def step(problem: HeadProblem, loss: Loss) -> Callable[[], None]:
+    """Return a function that runs one training step."""
 
     def run() -> None:
-        forget(problem)
+        clear_gradients(problem)
         loss(problem).backward()
 
     return run
 
 
 def sweep_chunks(sizes: Sizes) -> dict[str, dict]:
-    """Time over the floor and peak memory of each way through the head, by chunk_bytes."""
+    """Measure time over the floor and peak memory of each way, by chunk_bytes."""
     problem, found = head_problem(sizes), {way: {} for way in WAYS}
     for way, chunk in product(WAYS, sizes.chunks):
         run = step(problem, WAYS[way](chunk))
         run()
-        forget(problem)
+        clear_gradients(problem)
         peak = peak_bytes(sizes.device, run)
         row = {} if peak is None else {"peak_mib": round(peak / 2**20)}
         row |= in_turns(sizes.device, run, lambda: products(problem, 3))
@@ -279,9 +288,9 @@ def sweep_chunks(sizes: Sizes) -> dict[str, dict]:
 
 
 def best_chunks(found: dict[str, dict]) -> dict[str, str]:
-    """Each way's smallest chunk that is as fast as its fastest, but for noise."""
+    """Return each way's smallest chunk that is as fast as its fastest, but for noise."""
     best = {}
     for way, rows in found.items():
-        most = (1 + GAIN) * min(row["ratio"] for row in rows.values())
-        best[way] = next(name for name, row in rows.items() if row["ratio"] <= most)
+        limit = (1 + GAIN) * min(row["ratio"] for row in rows.values())
+        best[way] = next(name for name, row in rows.items() if row["ratio"] <= limit)
     return best

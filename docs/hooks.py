@@ -1,6 +1,4 @@
-"""Results that the pages show lie in benchmarks/, where a reader of the repository finds them too:
-on the site they are in results/.
-"""
+"""Copy the plots of benchmarks/results/ into the site's results/, and point the pages to them."""
 
 from pathlib import Path
 

@@ -1,5 +1,5 @@
-"""Wheel (manylinux) and sdist of the last commit, into dist/; what they hold; and each at work in
-an empty environment outside the checkout. Needs a package registry: make dist-check
+"""Build the manylinux wheel and the sdist of the last commit into dist/, check what they hold, and
+run each in an empty environment outside the checkout. Needs a package registry: make dist-check
 """
 
 import io
@@ -49,7 +49,7 @@ def run(folder: Path, *command: str | Path) -> None:
 
 
 def build(folder: Path) -> tuple[Path, Path]:
-    """The wheel by way of the sdist."""
+    """Build the sdist, and the wheel from it; check their files."""
     archive = subprocess.run(["git", "archive", "HEAD"], cwd=ROOT, check=True, capture_output=True)
     with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as tracked:
         tracked.extractall(folder, filter="data")
@@ -101,7 +101,7 @@ def compare(archive: Path, inside: set[str], expected: set[str]) -> None:
 
 
 def environment(folder: Path) -> Path:
-    """Where the programs of a new one are."""
+    """Create an environment; return the folder of its programs."""
     venv.create(folder, with_pip=True)
     return folder / "bin"
 

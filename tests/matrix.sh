@@ -1,31 +1,31 @@
 #!/usr/bin/env bash
-# Runs the suite as other machines would: other instruction sets, fewer CPUs, another order of the
-# tests or of the terms of sums, other locales, users and paths.
+# Runs the tests under the conditions of other machines: other instruction sets, fewer CPUs, another
+# order of tests or of the terms of sums, other locales, users and paths.
 #
 #   tests/matrix.sh             every configuration that has no result yet
-#   tests/matrix.sh --list      their names
-#   tests/matrix.sh avx2 user   these
+#   tests/matrix.sh --list      names of the configurations
+#   tests/matrix.sh avx2 user   only these configurations
 #
-# Each leaves a line in build/matrix/NAME.result (remove it to run the configuration again) and what
-# pytest printed in build/matrix/NAME.log. What this machine cannot do is "not run". The exit code is
-# 1 if a configuration that ran has failed. Whole-suite ones take as long as make test, or longer.
+# Each leaves a line in build/matrix/NAME.result (remove it to run the configuration again), and
+# pytest's output in build/matrix/NAME.log. A configuration that this machine cannot run is "not run".
+# The exit code is 1 if one failed. Those of the whole suite take as long as make test, or longer.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 root=$PWD out=$PWD/build/matrix
 mkdir -p "$out"
 
-# The files that compare floating-point numbers of different computations,
+# Files that compare floating-point results of different computations.
 floats=(tests/test_{chunked,functional,gemm,gradients,hard_inputs,hf,hf_trainer,losses,ops}.py
   tests/test_{parallel,peers,precision,reference,rows,sink,sparse,token_loss,triton_rows,trl}.py
   tests/training/test_{architectures,evaluate,four_bits,lora,merge,optimizer,padding,ranks,report,rollout}.py
   tests/training/test_{step,tolerance,trainer}.py)
-# that start processes and wait for what they do,
+# Files that start processes and wait for them.
 processes=(tests/test_{bench,cli,gpu_proof}.py
   tests/training/test_{completions,demo_model,grading,interrupt,launch,records,resume,select,server,stopped}.py)
-# that read, write and print text, or tell the time,
+# Files that read, write and print text, or format times.
 texts=(tests/test_{bench,cli,cli_measuring,docs}.py
   tests/training/test_{completions,data,evaluate,grading,plan_command,records,report,server,setup,trackers}.py)
-# or make folders and files.
+# Files that create folders and files.
 paths=(tests/test_{cli,docs,gpu_proof,layers}.py
   tests/training/test_{checkpoint,demo_model,failures,free_memory,launch,merge,records,resume,select,setup,stopped,trackers}.py)
 
@@ -36,7 +36,7 @@ suite() { .venv/bin/python -m pytest -n auto --dist worksteal -p no:cacheprovide
 has_flags() { for flag; do grep -qw "$flag" /proc/cpuinfo || return; done; }
 not_run() { echo "not run: $*" >"$out/$name.why"; return 75; }
 
-# Everything that a configuration changes stands in its line here.
+# Runs a configuration; its line here is all that it changes.
 run() {
   case $1 in
     default*) suite ;;
@@ -46,7 +46,7 @@ run() {
       ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 suite ;;
     one-cpu) taskset -c 0 .venv/bin/python -m pytest -n auto --dist worksteal -p no:cacheprovider ;;
     random) suite --random-order --random-order-bucket=module --random-order-seed="${SEED:-$RANDOM}" ;;
-    other-sums)  # which copies operands, so that what is said of memory does not hold
+    other-sums)  # It copies operands, so tests of memory do not hold.
       suite --other-sums="${SEED:-$RANDOM}" -k 'not memory' "${floats[@]}" ;;
     onednn-avx512)
       has_flags avx512f avx512bw || not_run "this CPU has no AVX-512" || return
@@ -75,7 +75,7 @@ beside_busy_loops() {
   return $code
 }
 
-# A clone for somebody else: with the README's commands, from nothing but a Python that all can read.
+# Tests a clone as another user, by the README's commands, with a Python that all users can read.
 as_another_user() {
   [ "$(id -u)" = 0 ] || not_run "only root can become another user" || return
   local home python
@@ -90,7 +90,7 @@ as_another_user() {
   return $code
 }
 
-# A clone, its home and its temporary folder, all below a folder with a space, by way of a link.
+# Tests a clone whose path, home and temporary folder have a space, and lead through a link.
 in_a_folder_with_a_space() {
   local real link
   real=$(mktemp -d) && link=$real/link && mkdir "$real/a folder" && ln -s "$real/a folder" "$link"

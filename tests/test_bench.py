@@ -49,7 +49,7 @@ def refused(capfd, *arguments):
     [(576, 49152), pytest.param(896, 151936, marks=pytest.mark.slow)],
 )
 def test_lm_like_is_calibrated(hidden_size, vocab_size):
-    """On the figures of SmolLM2-135M's own text, which a larger vocabulary keeps."""
+    """LM-like inputs match the figures of SmolLM2-135M, also with a larger vocabulary."""
     found = inputs.figures(inputs.lm_like(1024, hidden_size, vocab_size))
     stated = inputs.STATED
     assert found.entropy_half == pytest.approx(stated.entropy_half, rel=0.25)
@@ -85,12 +85,12 @@ def test_inputs_do_not_depend_on_threads(monkeypatch):
 @pytest.mark.parametrize("task", measure.TASKS)
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_truth_agrees_with_stable_eager_in_fp64(task, softcap, monkeypatch):
-    """So with every word and token sampled, and more tokens than one chunk of the truth."""
+    """Compare all entries and tokens, on more tokens than one chunk of the truth."""
     monkeypatch.setattr(measure, "SAMPLE", 400)
     mine = case("stable-eager", task=task, softcap=softcap, dtype="float64")
     problem = measure.make_problem(mine)
     true = measure.truth(mine, problem)["entropy"]
-    monkeypatch.setattr(torch.Tensor, "float", lambda x: x)  # the provider's fp32 copy
+    monkeypatch.setattr(torch.Tensor, "float", lambda x: x)  # no fp32 copy in the provider
     loss = measure.call(PROVIDERS["stable-eager"], mine, problem)
     assert max(measure.errors(true, loss, problem).values()) < 1e-12
 
@@ -106,7 +106,7 @@ def test_truth_of_cross_entropy():
 
 
 def test_a_wrong_provider_shows_its_error(monkeypatch):
-    """The official formula where its 1e-12 matters, and one that forgets the temperature."""
+    """Measure the official formula, whose 1e-12 matters here, without the temperature."""
     mine = case(dtype="bfloat16")
     true = measure.truth(mine, measure.make_problem(mine))
     right = measure.measure(mine, true)
@@ -150,7 +150,7 @@ def test_peak_is_that_of_the_run():
 
 
 def test_a_run_and_its_report(tmp_path, capfd):
-    """Each provider through its own process, then the table and plots of what was found."""
+    """Run each provider in its own process, then write the table and plots."""
     path = tmp_path / "device.json"
     providers = ["floor", "ours", "cce"]
     assert bench(*TINY, "--provider", *providers, "--results", path) == 0
@@ -246,7 +246,7 @@ def test_report_of_nothing(tmp_path, capfd):
 HELD = """\
 import signal, sys
 from pathlib import Path
-# the first provider is done
+# The first provider is done.
 if "benchmarks.measure" in sys.orig_argv and Path("device.json").exists():
     Path("held").touch()
     signal.pause()
@@ -254,7 +254,7 @@ if "benchmarks.measure" in sys.orig_argv and Path("device.json").exists():
 
 
 def test_ctrl_c_keeps_what_was_measured(tmp_path):
-    """While the second provider is measured, which would never end."""
+    """Interrupt the suite while it measures the second provider, which would never end."""
     (tmp_path / "sitecustomize.py").write_text(HELD)  # Python imports it when it starts
     run = [sys.executable, "-m", "benchmarks", *TINY, "--results", "device.json"]
     process = subprocess.Popen(
@@ -268,7 +268,7 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path):
     )
     with outlived(process):
         wait_for((tmp_path / "held").exists, lambda: process.poll() is None)
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does, children too
+        os.killpg(process.pid, signal.SIGINT)  # A terminal signals the children too.
         _, err = process.communicate(timeout=HANG_S)
     assert process.returncode == 130 and "finished cases are kept" in err and "Traceback" not in err
     (row,) = json.loads((tmp_path / "device.json").read_text())["cases"].values()

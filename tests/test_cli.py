@@ -430,7 +430,7 @@ def test_other_commands_refuse_unknown_flags(name, capfd):
         ),
         ("train", "engines.base.check_sampling", "preparing Llama"),
         ("train", "engines.step.entropy_loss_into", "update 1 of Llama"),
-        ("eval", "evaluation.completions.check_head", "checking Llama"),
+        ("eval", "evaluation.task.check_head", "checking Llama"),
         ("eval", "evaluation.completions.generate", "completing"),
     ],
 )

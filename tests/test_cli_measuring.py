@@ -51,7 +51,10 @@ def test_flags_that_cannot_be_parsed(arguments, said, capfd):
         (["select", "--promising", "0"], "promising: 0.0: .* greater than 0"),
         (["eval", "--temperature", "1e-40"], "sampling.temperature: 1e-40: is below 0.01"),
         (["eval", "--temperatures", "0"], "temperatures.0: 0.0: .* greater than or equal to 0.01"),
-        (["eval", "--server", "here", "--teacher-forced"], "teacher_forced: goes with"),
+        (
+            ["eval", "--server", "here", "--teacher-forced"],
+            "teacher_forced: needs template few-shot",
+        ),
         (["study", "--updates"], "updates: "),
         (["study", "--prompts", "1"], "prompts: 1: .* greater than or equal to 4"),
         (["study", "--temperature", "nan"], "sampling.temperature: nan"),

@@ -154,4 +154,7 @@ def test_command(monkeypatch, capfd):
 def test_unknown_arch(capfd):
     with pytest.raises(SystemExit) as exit:
         compile_report.main(["--compile-report", "--arch", "7"])
-    assert exit.value.code == 2 and "--arch: 7 is none of 80, 86" in capfd.readouterr().err
+    assert (
+        exit.value.code == 2
+        and "--arch: 7 is unknown; use some of 80, 86" in capfd.readouterr().err
+    )

@@ -138,7 +138,7 @@ def only_parsed(monkeypatch):
     """Replace the first step of every command after parsing by raising Parsed."""
     from benchmarks import compile_report
     from em_kernels import commands
-    from em_kernels.training.evaluation import completions
+    from em_kernels.training.evaluation import task
 
     for name in ("demo", "eval", "fetch_demo", "merge", "plan", "report", "study", "train"):
         importlib.import_module(f"em_kernels.commands.{name}")
@@ -154,7 +154,7 @@ def only_parsed(monkeypatch):
     monkeypatch.setattr(commands.eval, "read_results", lambda _: None)  # of an evaluation before
     for module, name in (
         (commands.plan, "open_config"),
-        (completions.TaskSettings, "problems"),
+        (task.TaskSettings, "problems"),
         (commands.eval, "evaluate"),
         (commands.eval, "regrade"),
         (commands.study, "run_study"),

@@ -1,6 +1,6 @@
 """Bugs that other libraries had, each on the input that shows it.
 
-Elsewhere: words beyond the vocabulary (verl #2656, #2899) and rows of negative logits only (verl
+Elsewhere: targets beyond the vocabulary (verl #2656, #2899) and rows of negative logits only (verl
 #7439) in test_hard_inputs.py; adapters on the head in test_hf.py.
 """
 
@@ -28,7 +28,7 @@ ALL_LOSSES = pytest.mark.parametrize("loss", LOSSES)
 @ALL_LOSSES
 @pytest.mark.parametrize("trained", [(0, 1), (0,), (1,)])
 def test_entropy_alone_has_its_gradient(loss, trained):
-    """TRL #6625 (silently zero); and backwards of entropy alone, of a frozen weight."""
+    """TRL #6625: the gradient of entropy alone was silently zero; also with a frozen weight."""
     inputs = draw(7, 16, 300)[:2]
     ours = [x.detach().requires_grad_(i in trained) for i, x in enumerate(inputs)]
     wide = leaves(*inputs, dtype=torch.float64)
@@ -42,7 +42,7 @@ def test_entropy_alone_has_its_gradient(loss, trained):
 
 
 def test_entropy_bonus_is_not_dropped():
-    """TRL #5595, #6140: loss and gradient must change with the bonus, and by the bonus's own."""
+    """TRL #5595, #6140: loss and gradient must change by those of the bonus."""
     hidden, weight, _, targets = draw(7, 16, 300)
 
     def gradients(bonus):
@@ -73,7 +73,7 @@ def test_gradients_of_near_uniform_rows(loss, dtype):
 @pytest.mark.usefixtures("rows")
 @ALL_LOSSES
 def test_bias_counts(loss):
-    """Cut Cross-Entropy #52, in the loss and in all three gradients."""
+    """Cut Cross-Entropy #52: the bias was ignored; check the loss and all three gradients."""
     inputs = draw(7, 16, 300)[:3]
     wide = leaves(*inputs, dtype=torch.float64)
     ours, truth = LOSSES[loss](*inputs[:2], bias=inputs[2]), entropy_of(*wide).sum()
@@ -85,21 +85,21 @@ def test_bias_counts(loss):
 
 @ALL_LOSSES
 def test_dweight_of_many_chunks_is_summed_in_fp32(loss):
-    """Liger #512, #830, #1391: summed in bf16, each of 256 chunks rounds the whole of dweight."""
+    """Liger #512, #830, #1391: summed in bf16, each of 256 chunks rounds all of dweight."""
     inputs = draw(2048, 16, 200, dtype=torch.bfloat16)[:2]
     wide = leaves(*inputs, dtype=torch.float64)
     token_major = loss in ("entropy_loss", "token_loss")
     ours = LOSSES[loss](*inputs, chunk_bytes=8 * 200 * 4 if token_major else 10_000)
     (mine,) = torch.autograd.grad(ours, inputs[1:])
     (true,) = torch.autograd.grad(entropy_of(*wide).sum(), wide[1:])
-    # dweight's own rounding to bf16 and dy's, whose errors of 2048 tokens average out
+    # dweight is rounded to bf16, and so is dy, whose errors average out over 2048 tokens.
     assert relative_error(mine, true) < 2**-8
 
 
 @needs_extension
 @ALL_LOSSES
 def test_memory_is_the_users(loss):
-    """Liger #1414, #1439, #1472: each default chunk was too large for somebody."""
+    """Liger #1414, #1439, #1472: every default chunk size was too large for some user."""
     n, d, v = 256, 16, 4096
     inputs = draw(n, d, v)[:2]
     needed = sum(x.nbytes for x in inputs) + 40 * n * 4
@@ -118,7 +118,7 @@ def test_memory_is_the_users(loss):
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("upstream", ["ones", "signs", "zeros", "one token"])
 def test_any_upstream_per_token(upstream, frozen):
-    """Others assume ones, or that nobody freezes the head."""
+    """Other libraries assume an upstream of ones, or a trained head."""
     *inputs, targets = draw(9, 16, 300)
     inputs = inputs[:2]
     factors = {
@@ -152,7 +152,7 @@ def test_all_tokens_masked(loss):
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_no_nan_reaches_tokens_that_were_left_out(frozen):
-    """Their entropy is 0, whose logarithm has an infinite derivative."""
+    """Tokens left out have entropy 0, whose logarithm has an infinite derivative."""
     hidden, weight, _, targets = draw(6, 16, 300)
     weight.requires_grad_(not frozen)
     mask = torch.tensor([1, 0, 1, 1, 0, 1])

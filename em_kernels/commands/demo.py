@@ -15,7 +15,8 @@ from rich.console import Console
 
 from ..training.config import UserError
 from ..training.console import Terminal
-from ..training.evaluation.evaluate import of_problems, paired_change, percent, read_results
+from ..training.evaluation.evaluate import read_results
+from ..training.evaluation.statistics import mean_interval, paired_change, percent
 from ..training.run_folder import CONFIG
 from . import eval as eval_
 from . import report, select, train
@@ -99,7 +100,7 @@ def reading(before: dict[str, Any], after: dict[str, Any]) -> str:
     drawn = {float(t): np.array(row) for t, row in before["probability"].items()}
     best = max(drawn, key=lambda t: drawn[t].mean())
     trained = np.array({float(t): row for t, row in after["probability"].items()}[1.0])
-    low, high = of_problems(trained - drawn[best])
+    low, high = mean_interval(trained - drawn[best])
     relation = "above that" if low > 0 else "below that" if high < 0 else "not shown to differ"
     untrained, tempered = (percent(drawn[t].mean()) for t in (1.0, best))
     return (

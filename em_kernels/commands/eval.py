@@ -16,11 +16,10 @@ from ..training.evaluation.evaluate import (
     EvalConfig,
     compare,
     evaluate,
-    of_problems,
-    percent,
     read_results,
     regrade,
 )
+from ..training.evaluation.statistics import mean_interval, percent
 from .flags import parse_settings
 
 HELP = """--regrade DIR grades the completions that an evaluation has kept once more; --against DIR
@@ -66,7 +65,7 @@ def show(results: Mapping[str, Any], console: Console) -> None:
         table.add_row(f"pass@{pass_k}", percent(share))
     for temperature, row in rates.items():
         values = np.array(row)
-        cells = percent(values.mean(), of_problems(values))
+        cells = percent(values.mean(), mean_interval(values))
         table.add_row(f"probability of the answer, T = {float(temperature):g}", cells)
     title = f"{results['model']} on {n} problems of {results['data']}"
     console.print(title, markup=False, soft_wrap=True)

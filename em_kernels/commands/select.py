@@ -12,8 +12,8 @@ from rich.table import Table
 from ..training.config import TrainConfig
 from ..training.console import Terminal
 from ..training.data.problems import texts_of
-from ..training.evaluation.completions import open_model
 from ..training.evaluation.select import SELECTION, Candidate, SelectConfig, select
+from ..training.evaluation.task import open_model
 from .flags import as_flags, parse_settings
 
 SHOWN = 10  # prompts

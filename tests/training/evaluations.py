@@ -1,5 +1,5 @@
-r"""Evaluation files in the schemas of MATH-500, Minerva and AMC: small ones, made here, and those
-that their authors publish where these lie in shared/data beside the checkout.
+r"""Small evaluation files in the schemas of MATH-500, Minerva and AMC, made here; and the published
+ones where they lie in shared/data beside the checkout.
 """
 
 import json
@@ -63,7 +63,7 @@ AMC = [  # problem, answer
 
 
 def made():
-    """Rows by name, each like the published file's."""
+    """Return rows by name, each like the published file's."""
     math = [{"problem": problem, "answer": answer} for problem, answer in MATH]
     for i, row in enumerate(math):
         row["solution"] = rf"One finds \boxed{{0}} first, and then $\boxed{{{row['answer']}}}$."
@@ -85,7 +85,7 @@ NAMES += [name for name in PUBLISHED if (FOLDER / f"{name}.jsonl").exists()]
 
 
 def evaluation_file(name, folder):
-    """The path of a file, and the number of its rows."""
+    """Return the path of a file, and the number of its rows."""
     if name in PUBLISHED:
         return FOLDER / f"{name}.jsonl", PUBLISHED[name]
     rows = made()[name.removesuffix(", made")]

@@ -1,4 +1,4 @@
-"""Whole updates beside the same by hand."""
+"""Whole updates of the benchmark's loops."""
 
 import json
 import os
@@ -21,7 +21,7 @@ class Enough(Exception):
 
 @pytest.mark.parametrize("official", [False, True])
 def test_the_loops_are_the_same_work(official, tmp_path):
-    """Losses of three updates on the same completions, more than one micro-batch of them."""
+    """Losses of three updates agree on the same completions, in several micro-batches."""
     folder = save_tiny(tmp_path / "model")
     sampling = PLAIN.model_copy(update={"stop": ("\n",)})
     config = settings(folder, tmp_path / "run", steps=3, rollouts=10, sampling=sampling)

@@ -1,4 +1,4 @@
-"""How a model is asked, what is refused, and evaluations that are stopped and go on."""
+"""Prompts, refusals, and evaluations that are stopped and resumed."""
 
 import json
 import os
@@ -15,7 +15,8 @@ from training.tiny import PLAIN, make_model, make_tokenizer, read, save_tiny
 from em_kernels.cli import main
 from em_kernels.training.config import UserError
 from em_kernels.training.data.problems import Problem
-from em_kernels.training.evaluation.completions import TaskSettings, mean_entropies, token_ids
+from em_kernels.training.evaluation.task import TaskSettings, token_ids
+from em_kernels.training.evaluation.teacher_forcing import mean_entropies
 from em_kernels.training.rollouts.sampling import generate
 
 FLAGS = ["--device", "cpu", "--dtype", "float32", "--max-new-tokens", "12"]
@@ -23,12 +24,12 @@ FLAGS = ["--device", "cpu", "--dtype", "float32", "--max-new-tokens", "12"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model with room for worked examples."""
+    """Save a model with room for worked examples."""
     return save_tiny(tmp_path_factory.mktemp("model"), max_position_embeddings=512)
 
 
 def asked(tokenizer, model, **settings):
-    """What the model reads of the first problem."""
+    """Return the prompt that the model reads of the first problem."""
     config = TaskSettings(data="addition", count=1, **settings)
     (problem,), shots = config.problems()
     (ids,) = token_ids(config, tokenizer, model, [config.prompt(problem, shots)])
@@ -45,7 +46,7 @@ def test_templates(demo):
     chat = tokenizer.apply_chat_template([user], add_generation_prompt=True, tokenize=False)
     assert asked(tokenizer, model, template="chat") == chat
     said = "Please reason step by step, and put your final answer within \\boxed{}."
-    messages = [{"role": "system", "content": said}, user]  # its template is Qwen's
+    messages = [{"role": "system", "content": said}, user]  # The demo model has Qwen's template.
     cot = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     assert asked(tokenizer, model, template="qwen25-math-cot") == cot
 
@@ -112,9 +113,9 @@ REFUSED = [
     (["--data", ""], "data: missing"),
     (["--data", "missing.jsonl"], "data: cannot read missing.jsonl"),
     (["--data", "unanswered.jsonl"], "data: not every problem of unanswered.jsonl has an answer"),
-    (["--skip", "20"], "data: rows.jsonl has 20 problems; .* leave none"),
+    (["--skip", "20"], "data: rows.jsonl has 20 problems; .* leave none; lower skip or shots"),
     (["--count", "21"], "count: rows.jsonl has 20 problems"),
-    (["--samples", "2"], "samples: are all the same at sampling.temperature 0"),
+    (["--samples", "2"], "samples: 2 are all the same at sampling.temperature 0; raise it"),
     (["--seed", str(2**32)], "seed: 4294967296: input should be less than 4294967296"),
     (["--model", ""], "model: missing"),
     (["--model", "/no/folder"], "model: there is no folder /no/folder"),
@@ -148,7 +149,7 @@ def results(folder):
 
 @pytest.fixture(scope="module")
 def long(place):
-    """The arguments of an evaluation, and its results where nothing stops it."""
+    """Return the arguments of an evaluation, and its results when nothing stops it."""
     base = ["eval", "--model", str(place / "model"), "--data", str(place / "rows.jsonl"), *FLAGS]
     base += ["--samples", "2", "--temperature", "1", "--template", "raw"]
     assert main([*base, "--output", str(place / "whole")]) == 0
@@ -157,7 +158,7 @@ def long(place):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_stopped_and_gone_on(number, long, tmp_path, capfd):
-    """As one that was not stopped; nobody else writes there meanwhile."""
+    """Results equal those of one that was never stopped; others cannot write there meanwhile."""
     output, kept = tmp_path / "eval", tmp_path / "eval" / "completions.jsonl"
     base, whole = [*long[0], "--output", str(output)], long[1]
     log = tmp_path / "log"

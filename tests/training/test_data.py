@@ -21,7 +21,7 @@ from em_kernels.training.data.problems import (
     read_problems,
     read_rows,
 )
-from em_kernels.training.evaluation.evaluate import known_answers
+from em_kernels.training.evaluation.teacher_forcing import known_answers
 
 CHAT = [
     {"role": "system", "content": "Be brief."},

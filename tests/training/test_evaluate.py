@@ -1,4 +1,4 @@
-"""Intervals against known values and by simulation; evaluations against plain generation."""
+"""Check intervals against known values and by simulation, evaluations against generate."""
 
 import json
 import re
@@ -21,15 +21,9 @@ from em_kernels.training.config import UserError
 from em_kernels.training.data import grading
 from em_kernels.training.data.grading import Grader, final_answer
 from em_kernels.training.data.problems import few_shot, read_problems
-from em_kernels.training.evaluation.evaluate import (
-    EvalConfig,
-    known_answers,
-    of_problems,
-    paired_change,
-    pass_at,
-    score,
-    wilson,
-)
+from em_kernels.training.evaluation.evaluate import EvalConfig
+from em_kernels.training.evaluation.statistics import mean_interval, paired_change, pass_at, wilson
+from em_kernels.training.evaluation.teacher_forcing import known_answers, score_answers
 from em_kernels.training.rollouts.sampling import generate
 
 QUIET = Console(file=StringIO())
@@ -44,7 +38,7 @@ def outcomes(right, n):
 
 @pytest.mark.parametrize("right, n", [(0, 10), (10, 10), (5, 10), (94, 200), (1, 1)])
 def test_wilson(right, n):
-    """The two roots of (p - right / n)^2 = z^2 p (1 - p) / n: their sum and their product."""
+    """The interval ends are the roots of (p - right / n)^2 = z^2 p (1 - p) / n."""
     z2, share = 1.959963984540054**2, right / n
     low, high = wilson(outcomes(right, n))
     assert 0 <= low < high <= 1
@@ -53,7 +47,7 @@ def test_wilson(right, n):
 
 
 def test_wilson_covers():
-    """Exactly, over the binomial: 95 % on average over rates, never below 90 % beyond the ends."""
+    """Exact coverage is 95 % on average over rates, and never below 90 % away from the ends."""
     n = 200
     intervals = np.array([wilson(outcomes(k, n)) for k in range(n + 1)])
     rates = np.linspace(0.02, 0.98, 97)
@@ -72,7 +66,7 @@ def pair(gained, lost, both, neither):
 
 @pytest.mark.parametrize(
     "counts, change, p",
-    [  # the exact binomial test of gained against lost, by hand
+    [  # p: the exact binomial test of gained against lost, by hand
         ((5, 0, 3, 2), 0.5, 2 / 32),
         ((0, 5, 3, 2), -0.5, 2 / 32),
         ((3, 1, 0, 6), 0.2, 10 / 16),
@@ -94,7 +88,7 @@ def test_paired_interval_of_a_textbook():
 
 @pytest.mark.parametrize("gained, lost", [(0.10, 0.10), (0.20, 0.05), (0.05, 0.15)])
 def test_paired_interval_covers(gained, lost):
-    """200 problems: 4000 draws, the estimate of the coverage is good to 1 point."""
+    """Check coverage on 200 problems; 4000 draws estimate it to 1 point."""
     rng = np.random.default_rng(0)
     n, draws = 200, 4000
     hits = 0
@@ -113,49 +107,45 @@ def test_pass_at_is_the_share_of_subsets_with_a_right_one(n):
 
 
 def test_interval_over_problems_covers():
-    """60 problems whose samples go together: 400 draws, the estimate is good to 2.5 points."""
+    """Check coverage on 60 problems with correlated samples; 400 draws are good to 2.5 points."""
     rng = np.random.default_rng(0)
     hits = 0
     for _ in range(400):
         rates = rng.beta(0.5, 1, 60)  # of mean 1/3
-        low, high = of_problems(rng.binomial(8, rates) / 8)
+        low, high = mean_interval(rng.binomial(8, rates) / 8)
         hits += low <= 1 / 3 <= high
     assert 0.90 < hits / 400 < 0.98
 
 
 def test_interval_where_resampling_sees_no_spread():
-    """As wide as if 1.25 of 5 right were 1 on the low side, 2 on the high; one problem in between
-    tells nothing.
-    """
-    assert of_problems(np.full(5, 0.25)) == (wilson(outcomes(1, 5))[0], wilson(outcomes(2, 5))[1])
-    assert of_problems(np.full(5, 1.0)) == wilson(outcomes(5, 5))
-    low, high = of_problems(np.array([0.5]))
+    """Equal rates get the bounds of right and wrong problems: 1.25 of 5 those of 1 and of 2."""
+    assert mean_interval(np.full(5, 0.25)) == (wilson(outcomes(1, 5))[0], wilson(outcomes(2, 5))[1])
+    assert mean_interval(np.full(5, 1.0)) == wilson(outcomes(5, 5))
+    low, high = mean_interval(np.array([0.5]))
     assert (low, high) == (wilson(outcomes(0, 1))[0], wilson(outcomes(1, 1))[1]) == (0, 1)
 
 
 @pytest.fixture(autouse=True)
 def quick_workers(monkeypatch):
-    """Workers that compare answers fork from a process that has imported what they need; what it
-    says then is not the test's.
-    """
+    """Fork grading workers from a process that has their imports, before output is captured."""
     forkserver.ensure_running()
     monkeypatch.setattr(grading, "_Context", lambda: CHILDREN)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model with room for worked examples."""
+    """Save a model with room for worked examples."""
     return save_tiny(tmp_path_factory.mktemp("model"), max_position_embeddings=512)
 
 
 @pytest.fixture(autouse=True)
 def wide(monkeypatch):
-    """Tables are as wide as they need, whatever the terminal."""
+    """Make tables as wide as they need, whatever the terminal."""
     monkeypatch.setenv("COLUMNS", "200")
 
 
 def texts_of(folder, tokenizer, prompts, seed, samples, sampling):
-    """Each completion sampled alone, and its length."""
+    """Sample each completion alone; return texts and rollouts."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     rollouts = [
         generate(model, tokenizer, [tokenizer(text).input_ids], [(seed, i, k, 1)], sampling)[0]
@@ -173,7 +163,7 @@ def rows_of(path, questions, answers):
 
 
 def answers_of(texts, samples):
-    """Such that some sample of each is right, where one has a number."""
+    """Choose answers so that some sample of each problem is right, if one has a number."""
     groups = [texts[i : i + samples] for i in range(0, len(texts), samples)]
     found = [[answer for text in group if (answer := final_answer(text))] for group in groups]
     return [answers[-1] if answers else "0" for answers in found]
@@ -196,7 +186,7 @@ def test_eval_is_generate_and_grade(folder, tokenizer, tmp_path, capfd):
     assert [kept[key]["tokens"] for key in keys] == [len(r.response_ids) for r in rollouts]
     results = json.loads((output / "results.json").read_text("utf-8"))
     right = np.array(results["right"])
-    easy = [i for i, text in enumerate(texts) if not set(text) & set("$%\\")]  # no workers
+    easy = [i for i, text in enumerate(texts) if not set(text) & set("$%\\")]  # need no workers
     verdicts = Grader().grade([(texts[i], answers[i // 8]) for i in easy])
     assert right.flatten()[easy].tolist() == verdicts and len(easy) > 24
     assert right.shape == (6, 8) and results["accuracy"] == pytest.approx(right.mean())
@@ -252,7 +242,7 @@ def test_regrade_and_against(folder, tokenizer, tmp_path, capfd):
     assert main(["eval", "--regrade", after, "--against", before]) == 0
     said = " ".join(capfd.readouterr().out.split())
     assert f"Against {before}: +50.0 points [" in said
-    assert "p = 0.38 by McNemar's exact test: which chance explains as well." in said  # 10 / 16 / 2
+    assert "p = 0.38 by McNemar's exact test: which chance explains as well." in said  # 6 / 16
     assert "4 became right, 1 wrong." in said
 
 
@@ -274,16 +264,19 @@ def test_refused_comparisons(folder, tmp_path, capfd):
     assert main(["eval", *base, *data, "--output", one]) == 0
     assert main(["eval", *base, *data, *sampled, "--output", many]) == 0
     for arguments, said in (
-        ([*base, *other, "--output", two], f"{one} is not of the same problems"),
-        ([*base, *data, *sampled, "--output", two], "McNemar's test compares .* one sample a prob"),
+        ([*base, *other, "--output", two], f"{one} is of other problems; give both the same data"),
+        (
+            [*base, *data, *sampled, "--output", two],
+            "McNemar's test needs .* one sample per problem",
+        ),
     ):
         assert re.search(f"against: {said}", refused([*arguments, "--against", one], capfd))
         assert not (tmp_path / "two").exists()
     capfd.readouterr()
-    assert main(["eval", "--regrade", many, "--against", one]) == 2  # it is shown first
+    assert main(["eval", "--regrade", many, "--against", one]) == 2  # after showing the results
     assert "against: McNemar's test" in capfd.readouterr().err
     assert main(["eval", *base, *data, "--seed", "1", "--output", two, "--against", one]) == 0
-    assert "But they were not asked alike: seed 0, not 1." in capfd.readouterr().out
+    assert "But their settings differ: seed 0, not 1." in capfd.readouterr().out
     nothing = str(tmp_path / "nothing")
     line = refused([*base, *data, "--output", nothing, "--against", nothing], capfd)
     assert f"against: {nothing} is not the folder of a finished evaluation" in line
@@ -291,7 +284,7 @@ def test_refused_comparisons(folder, tmp_path, capfd):
     assert "regrade: goes with --against alone" in refused(["--regrade", one, *data], capfd)
     assert f"regrade: {nothing} is no evaluation's folder" in refused(["--regrade", nothing], capfd)
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.yaml").write_text("prompt: p\n")  # of train
+    (tmp_path / "run" / "config.yaml").write_text("prompt: p\n")  # a training run's
     line = refused(["--regrade", str(tmp_path / "run")], capfd)
     assert line.endswith("run is no evaluation's folder: it has no problems.jsonl\n")
     lines = (tmp_path / "many" / "completions.jsonl").read_text("utf-8").splitlines(keepends=True)
@@ -300,7 +293,7 @@ def test_refused_comparisons(folder, tmp_path, capfd):
 
 
 def alone(model, rollouts, temperature):
-    """Log-probability of each response, and whether each of its tokens is the most probable."""
+    """Return each response's log-probability, and whether greedy decoding would give it."""
     totals, greedy = [], []
     for prompt, response, _ in ((r.prompt_ids, r.response_ids, r.ended) for r in rollouts):
         with torch.no_grad():
@@ -324,7 +317,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_score_is_plain_torch(kind, tokenizer):
-    """Prompts that begin alike and such that do not, answers of one token and of many."""
+    """Prompts with and without a common prefix, answers of one token and of many."""
     model = make_model(kind, dtype=torch.float64, max_position_embeddings=512, **KINDS[kind])
     problems = read_problems("addition", count=12)
     prompts = [few_shot(problems[:2], problem) for problem in problems[2:]]
@@ -333,9 +326,9 @@ def test_score_is_plain_torch(kind, tokenizer):
         known = known_answers(tokenizer, texts, [*answers, "abc"][: len(texts)])
         for rollout, text in zip(known, texts, strict=True):
             assert tokenizer.decode(rollout.prompt_ids) == text
-        with torch.no_grad():  # those of the last ones are what greedy sampling gives
+        with torch.no_grad():  # The last answers are those of greedy sampling.
             said = generate(model, tokenizer, [r.prompt_ids for r in known[:3]], [(0,)] * 3, GREEDY)
-        scores = score(model, [*known, *said], (1.0, 0.5, 0.25), QUIET)
+        scores = score_answers(model, [*known, *said], (1.0, 0.5, 0.25), QUIET)
         for row, temperature in enumerate((1.0, 0.5, 0.25)):
             expected, greedy = alone(model, [*known, *said], temperature)
             assert scores.logprob[row] == pytest.approx(expected, rel=1e-6)
@@ -345,20 +338,22 @@ def test_score_is_plain_torch(kind, tokenizer):
 
 def test_a_tokenizer_that_joins_prompt_and_answer(tokenizer):
     known = known_answers(tokenizer, ["it is ", "it is 3 or"], ["3\n", " 4\n"])
-    # and as in examples, where it has a token for two ends of lines
+    # This tokenizer has one token for two line breaks, which ends answers in worked examples too.
     assert [tokenizer.decode(r.response_ids) for r in known] == ["3\n\n", " 4\n\n"]
-    with pytest.raises(UserError, match=r"^teacher_forced: .* joins .* with 'he 3\\n'$"):
+    with pytest.raises(
+        UserError, match=r"^teacher_forced: .* joins .* with 'he 3\\n'; sample instead$"
+    ):
         known_answers(tokenizer, ["it is t"], ["he 3\n"])
 
 
 def test_teacher_forced_greedy_is_greedy_sampling(demo):
-    """The 135M model on 30 sums: all 30 verdicts agree, and neither all are right nor none."""
+    """On 30 sums all verdicts for the 135M model agree; some are right, some wrong."""
     model, tokenizer = demo
     config = EvalConfig(data="addition", template="few-shot", count=30, seed=1)
     problems, shots = config.problems()
     prompts = [config.prompt(problem, shots) for problem in problems]
     known = known_answers(tokenizer, prompts, [problem.completion for problem in problems])
-    forced = score(model, known, (1.0,), QUIET).greedy
+    forced = score_answers(model, known, (1.0,), QUIET).greedy
     sampling = config.sampled().model_copy(update={"max_new_tokens": 24})
     ids = [rollout.prompt_ids for rollout in known]
     sampled = generate(model, tokenizer, ids, [(0,)] * 30, sampling)
@@ -389,4 +384,4 @@ def test_teacher_forced_eval(folder, tokenizer, tmp_path, capfd):
     assert "temperatures.0: 1e-40: input should be greater than or equal to 0.01" in line
     for name, wrong in (("chat", []), ("few-shot", ["--server", "http://127.0.0.1:1"])):
         line = refused([*arguments[1:], "--template", name, *wrong], capfd)
-        assert "teacher_forced: goes with template few-shot and a model of this machine" in line
+        assert "teacher_forced: needs template few-shot, and no server" in line

@@ -1,4 +1,4 @@
-"""The proof of the 24 GB claim, as a dry run."""
+"""Dry runs of make gpu-24gb."""
 
 import os
 import subprocess
@@ -26,7 +26,7 @@ def test_shapes_are_the_models(size, count, tmp_path):
     config = AutoConfig.from_pretrained(tmp_path)
     assert parameters(config) == count
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    assert tokenizer.eos_token_id == config.vocab_size  # out of reach
+    assert tokenizer.eos_token_id == config.vocab_size  # No logit can choose it.
     assert len(tokenizer("a b" * 7).input_ids) == 21
 
 

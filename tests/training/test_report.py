@@ -1,4 +1,4 @@
-"""A report's numbers against plain torch, its page as a browser takes it, what it says of less."""
+"""A report's numbers against plain torch, its HTML, and what it says if something is missing."""
 
 import json
 import re
@@ -37,7 +37,7 @@ PROMPTS = [[5, 6, 7, 8], [9, 10, 11, 12, 13, 14]]
 
 
 class Page(HTMLParser):
-    """Checks that every element is closed in turn, and keeps what the tests look at."""
+    """A parser that checks that every element is closed, and keeps what the tests look at."""
 
     def __init__(self, text):
         super().__init__()
@@ -79,8 +79,9 @@ def report(*folders, output=None, models=True):
 
 
 def tells(text, expected):
-    """Whether that stands there, its numbers to one in their last digit: what lies halfway between
-    two of them is rounded up or down by the last bit of a product.
+    """Return whether the text has this, its numbers to one unit in their last digit.
+
+    A number halfway between two is rounded up or down by the last bit of a product.
     """
     number = r"\d+(?:\.\d+)?(?:e[+-]\d+)?"
     pattern = "".join(
@@ -97,7 +98,7 @@ def tells(text, expected):
 
 
 def plain(model, rollouts, temperature):
-    """Of all response tokens: raw logits (n, V) in fp64, and entropies and probabilities."""
+    """Return raw logits (n, V) in fp64, entropies and probabilities of all response tokens."""
     rows = []
     for rollout in rollouts:
         ids = torch.tensor([rollout.prompt_ids + rollout.response_ids])
@@ -119,10 +120,10 @@ def trained(folder, tmp_path_factory):
 
 @pytest.mark.parametrize(
     "kind, tolerance",
-    [("llama", 1e-8), ("phi", 1e-8), ("gemma2", 1e-5)],  # whose norms are fp32 in any dtype
+    [("llama", 1e-8), ("phi", 1e-8), ("gemma2", 1e-5)],  # gemma2's norms are fp32 in any dtype
 )
 def test_measures_are_plain_torch(kind, tolerance):
-    """A tied head, a softcap, a bias that masks a word; rollouts of two prompts, interleaved."""
+    """A tied head, a softcap, a bias that masks an entry; rollouts of two prompts, interleaved."""
     own = {"gemma2": {"head_dim": 8, "final_logit_softcapping": 3.0}, "phi": {"tied": False}}
     model = make_model(kind, dtype=torch.float64, **own.get(kind, {}))
     if kind == "phi":
@@ -180,7 +181,7 @@ def test_a_page_shows_what_plain_torch_has(trained, folder):
         told = " ".join(f"{x:.4f}" for x in (z.mean(), z.std(correction=0), skew(z.flatten())))
         assert tells(page.told, f" {len(z)} {told} ")
     changed = (first[0].argmax(-1) != first[1].argmax(-1)).double().mean()
-    assert changed > 0 and tells(page.told, f"another one in {100 * changed:.1f} %")
+    assert changed > 0 and tells(page.told, f"token changed at {100 * changed:.1f} %")
     ranks = (first[1] > first[1].gather(1, first[0].argmax(-1, keepdim=True))).sum(-1) + 1
     assert f" 1 {100 * (ranks == 1).double().mean():.2f} %" in page.told
     assert f" 3 to 5 {100 * ((ranks >= 3) & (ranks <= 5)).double().mean():.2f} %" in page.told
@@ -204,11 +205,13 @@ def test_a_page_needs_nothing_else(trained, tmp_path):
 
 
 def test_hostile_names_prompts_and_completions(folder, tmp_path):
-    """The model's output is not to be trusted; nor is a character always a token."""
+    """The model's output is not to be trusted, and a character can have several tokens."""
     tokenizer = make_tokenizer()
     texts = ["<script>alert('x')</script> &amp; \"é\" 漢字🙂\n\x1b[0m\u202e", "abc the\n\n</b>"]
     prompt = "</pre><img src=x onerror=alert(1)>"
-    letter = "漢" if sys.getfilesystemencoding() == "utf-8" else "a"  # else no name can have it
+    letter = (
+        "漢" if sys.getfilesystemencoding() == "utf-8" else "a"
+    )  # A file name cannot have it otherwise.
     name, ids = f'a <b> $x_$ & "q" {letter}', tokenizer(prompt).input_ids
     rows = [{"prompt_ids": ids, "response_ids": tokenizer(t).input_ids + [0]} for t in texts]
     (source := tmp_path / "source").mkdir()
@@ -221,7 +224,7 @@ def test_hostile_names_prompts_and_completions(folder, tmp_path):
     assert not {"script", "img"} & page.tags.keys() and page.tags["b"] == len(page.tokens)
     assert prompt in page.words and name in page.words and "was sampled" in page.told
     shown = [text for _, text in page.tokens]
-    half = len(shown) // 2  # once with each model
+    half = len(shown) // 2  # The same completions are shown for both models.
     assert shown[:half] == shown[half:]
     expected = f"{texts[0]}<|end|>{texts[1]}<|end|>".replace("\n", "↵\n").replace("\x1b", "␛")
     assert "".join(shown[:half]).replace("·", "") == expected
@@ -240,7 +243,7 @@ def test_pieces_of_characters():
 
 
 def test_adapters_and_one_update(folder, tmp_path):
-    """LoRA checkpoints are read on their base; one update has no last texts beside the first."""
+    """LoRA checkpoints are loaded on their base; with one update there are no later texts."""
     config = settings(folder, tmp_path / "lora", mode="lora", steps=1, lr=0.1)
     run(config)
     page = report(tmp_path / "lora")
@@ -250,7 +253,7 @@ def test_adapters_and_one_update(folder, tmp_path):
     z = plain(adapted, rollouts, 1)[0]
     told = " ".join(f"{x:.4f}" for x in (z.mean(), z.std(correction=0), skew(z.flatten())))
     assert tells(page.told, f"update 1, 6 of 6 trained {len(z)} {told} ")
-    assert page.tags["svg"] == 9 and "after it nothing was sampled" in page.told
+    assert page.tags["svg"] == 9 and "nothing was sampled after it" in page.told
     assert "sampled by the model before that update" not in page.told
 
 
@@ -271,7 +274,7 @@ def test_long_completions_and_several_runs(folder, tmp_path, monkeypatch):
     for seed in (1, 2):
         run(settings(folder, tmp_path / str(seed) / "run", seed=seed, **changes))
     page = report(tmp_path / "1" / "run", tmp_path / "2" / "run", output=tmp_path / "both.html")
-    assert str(tmp_path / "1" / "run") in page.words  # the names alone are the same
+    assert str(tmp_path / "1" / "run") in page.words  # The folders' names are equal.
     rollouts = [read_run(tmp_path / s / "run").rollouts[1] for s in "12"]
     assert page.told.count("tokens more") == 2 * sum(
         len(r.response_ids) > longest for group in rollouts for r in group
@@ -321,10 +324,10 @@ def test_words_follow_the_numbers():
     fall = [*rise, {"entropy": 0.01, "accuracy": 0.25}]
     (warning,) = told_of(fall)[1]
     assert warning.startswith("Overtrained: accuracy on the training prompt fell from 75% in ")
-    assert told_of(fall, rollouts=4)[1] == []  # of four completions chance may be the cause
+    assert told_of(fall, rollouts=4)[1] == []  # With four completions it may be chance.
     unknown = [{"entropy": 0.5, "accuracy": None}, {"entropy": 0.6, "accuracy": None}]
     assert "Accuracy is not known" in told_of(unknown)[0] and told_of(unknown)[1] == []
-    late = [{"entropy": 0.6, "accuracy": None}, *fall]  # the answer came on resume
+    late = [{"entropy": 0.6, "accuracy": None}, *fall]  # The answer was given on resume.
     said, (warning,) = told_of(late)
     assert "Accuracy on the training prompt went from 25% in update 2 to 25% of the" in said
     assert "fell from 75% in update 3 to 25% in update 4" in warning
@@ -360,7 +363,7 @@ def test_what_is_refused(what, trained, tmp_path, monkeypatch, capfd):
         output, line = tmp_path, f"output: {tmp_path} is a folder; name a file"
     elif what == "here":
         output, line = ".", r"output: \. is a folder; name a file, report.html say"
-    elif what == "too long a name":  # not for the plots, which are drawn first
+    elif what == "too long a name":  # The plots, which are drawn first, have shorter ones.
         output = tmp_path / ("x" * 245 + ".html")
         line = f"output: cannot write {output}: "
     elif what == "file in the way":

@@ -1,4 +1,4 @@
-"""Rankings against samples drawn one at a time; a selection is resumed, and trained on."""
+"""Check rankings against samples drawn one at a time, resuming, and training on the result."""
 
 import json
 import shlex
@@ -32,23 +32,22 @@ SAMPLES, MORE, SEED = 6, 6, 4
 
 @pytest.fixture(autouse=True)
 def quick_workers(monkeypatch):
-    """Workers that compare answers fork from a process that has imported what they need; what it
-    says then is not the test's.
-    """
+    """Fork grading workers from a process that has their imports, before output is captured."""
     forkserver.ensure_running()
     monkeypatch.setattr(grading, "_Context", lambda: CHILDREN)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model with room for worked examples."""
+    """Save a model with room for worked examples."""
     return save_tiny(tmp_path_factory.mktemp("model"), max_position_embeddings=512)
 
 
 @pytest.fixture(scope="module")
 def drawn(folder, tokenizer):
-    """Of each question all its samples alone: as text, what of it is an answer (they end with a
-    digit, or are cut off), and their mean entropies.
+    """Sample every question alone: return texts, answers and mean entropies.
+
+    A text is an answer if it ends with a digit, not if it is cut off.
     """
     model = AutoModelForCausalLM.from_pretrained(folder)
     sampling = SAMPLING.model_copy(update={"stop": tuple("0123456789")})
@@ -87,14 +86,14 @@ def selection(folder, data, output, *options, tokens=10):
 
 
 def two_stages(score):
-    """Order of the pool: score(i, samples), of the first quarter with more samples."""
+    """Rank the pool by score(i, samples), the first quarter again with more samples."""
     first = sorted(range(len(QUESTIONS)), key=lambda i: (-score(i, SAMPLES), i))
     best = sorted(first[:2], key=lambda i: (-score(i, SAMPLES + MORE), i))
     return best + first[2:]
 
 
 def test_by_variance_of_correctness(folder, drawn, tmp_path, capfd):
-    """Each answer is that of a sample, where one has a number; those of the first two are not."""
+    """Known answers are those of a sample, if one has a number; the first two are not."""
     texts, said, entropies = drawn
     found = [[answer for text in group if (answer := final_answer(text))] for group in texts]
     answers = [(group or ["0"])[0] for group in found]
@@ -134,7 +133,7 @@ def test_by_variance_of_correctness(folder, drawn, tmp_path, capfd):
 
 
 def test_by_disagreement_where_no_answer_is_known(folder, drawn, tmp_path):
-    """Those that were cut off have none, which counts as one."""
+    """Completions that were cut off have no answer, and agree with each other."""
     _, said, _ = drawn
     output = tmp_path / "selection"
     assert main(selection(folder, write_rows(tmp_path / "rows.jsonl"), output, *STOP)) == 0
@@ -168,7 +167,7 @@ def test_variance_needs_answers(folder, tmp_path, capfd):
     data = write_rows(tmp_path / "rows.jsonl", ["1"] * 6)
     assert main(selection(folder, data, tmp_path / "no", "--score", "variance")) == 2
     stdout, stderr = capfd.readouterr()
-    said = "score: variance needs answers, which 2 problems lack"
+    said = "score: variance needs answers, which 2 problems lack; use auto"
     assert (stdout, stderr) == ("", f"em-kernels select: error: {said}\n")
     assert not (tmp_path / "no").exists()
 
@@ -182,7 +181,7 @@ def test_the_command_that_it_tells_trains_on_the_first(
     options += ["--template-kwargs", '{"deep": true}'] if template == "chat" else []
     assert main(selection(folder, data, output, *options, tokens=3)) == 0
     told = capfd.readouterr().out.split("Train on the first: ")[1].rpartition("\n")[0]
-    told = told.rpartition("\n")[0]  # without the file's name
+    told = told.rpartition("\n")[0]  # The last line is the file's name.
     program, command, *flags = shlex.split(told)
     assert (program, command) == ("em-kernels", "train")
     config, _ = settings("train", flags, "")

@@ -1,5 +1,5 @@
-"""A whole study on a model that guesses digits, by hand and resumed; its statistics where the
-truth is known.
+"""A whole study on a model that guesses digits, by hand and resumed; its statistics on data with a
+known truth.
 """
 
 import json
@@ -20,17 +20,16 @@ from transformers import AutoModelForCausalLM
 from em_kernels.cli import main
 from em_kernels.training.config import UserError
 from em_kernels.training.data.problems import Problem, few_shot, read_problems
-from em_kernels.training.evaluation import study_analysis as effects_module
-from em_kernels.training.evaluation.evaluate import known_answers
+from em_kernels.training.evaluation import statistics
 from em_kernels.training.evaluation.select import Candidate
 from em_kernels.training.evaluation.study import StudyConfig, arms_of, only_form
 from em_kernels.training.evaluation.study_analysis import (
     ARMS,
     analyse,
-    mean_and_interval,
     reading,
     table_of,
 )
+from em_kernels.training.evaluation.teacher_forcing import known_answers
 
 POOL, HELD_OUT, SHOTS, EXAMPLES = 24, 20, 2, 8
 FLAGS = ["--pool", "24", "--samples", "4", "--prompts", "4", "--held-out", "20", "--rollouts", "4"]
@@ -40,8 +39,9 @@ FLAGS += ["--dtype", "float32", "--device", "cpu", "--temperatures", "1", "0.5"]
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Problems whose answer is the last digit, and a model that has seen a little of them; to two
-    in three the known answer is too long for it to give.
+    """Make problems whose answer is the last digit, and a model trained a little on them.
+
+    Two in three have an answer too long for the model to give.
     """
     place, tokenizer = tmp_path_factory.mktemp("place"), make_tokenizer()
     answers = [i % 10 if i < 110 or i % 3 == 0 else 123456789 for i in range(100, 154)]
@@ -80,7 +80,7 @@ def problems_of(place):
 
 
 def by_hand(folder, shots, problems, temperature=1.0):
-    """Greedy verdicts and probabilities of the answers, each alone."""
+    """Return greedy verdicts and probabilities of the answers, each computed alone."""
     prompts = [few_shot(shots, problem) for problem in problems]
     known = known_answers(make_tokenizer(), prompts, [p.completion for p in problems])
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -89,7 +89,7 @@ def by_hand(folder, shots, problems, temperature=1.0):
 
 
 def test_untrained(place, whole):
-    """With the shots of the pool's prompts, with more, and with such that only show the form."""
+    """Check the scores with the usual examples, with more, and with examples of the form only."""
     found = json.loads((whole / "untrained.json").read_text())
     shots, rest = problems_of(place)[:SHOTS], problems_of(place)[SHOTS:]
     examples, held_out = rest[:EXAMPLES], rest[EXAMPLES + POOL :]
@@ -99,7 +99,7 @@ def test_untrained(place, whole):
         assert (found["greedy"], found["probability"][row]) == (greedy, probability)
     assert found["more"] == by_hand(place / "model", examples, held_out)[0]
     assert found["form"] == by_hand(place / "model", only_form(examples), held_out)[0]
-    assert np.mean(found["probability"][0]) > 0.02  # it has learnt to say a digit
+    assert np.mean(found["probability"][0]) > 0.02  # The model has learnt to say a digit.
     pool = read(whole / "pool" / "selection.jsonl")
     assert sorted(row["index"] for row in pool) == list(range(POOL))
     for row in pool:
@@ -108,7 +108,7 @@ def test_untrained(place, whole):
 
 
 def test_a_trained_prompt(place, whole, tmp_path):
-    """Its run once more, and its checkpoints scored."""
+    """Repeat the run of one prompt, and score its checkpoints."""
     path = sorted(whole.glob("prompt-*.json"))[0]
     found = json.loads(path.read_text())
     config = whole / "runs" / path.stem / "config.yaml"
@@ -125,7 +125,7 @@ def test_a_trained_prompt(place, whole, tmp_path):
 
 @pytest.mark.slow
 def test_killed_and_gone_on(place, whole, tmp_path):
-    """In the second prompt's run; with as many threads, which sums depend on."""
+    """Kill it in the second prompt's run; sums depend on the number of threads, so keep that."""
     output, point = tmp_path / "study", "update 1 of the second run of two"
     threads = torch.get_num_threads()
     ended = lives.command(command(place, output), tmp_path / "log", point, threads=threads)
@@ -166,7 +166,7 @@ def test_refused_in_one_line_with_nothing_written(options, said, place, tmp_path
 
 
 def candidates(rates):
-    """As select ranks them."""
+    """Make candidates of these pass rates, ranked as select does."""
     found = [
         Candidate(f"p{i}", "3", i, 8, rate, 0.0, 0.0, False, 1.0) for i, rate in enumerate(rates)
     ]
@@ -190,7 +190,7 @@ def test_arms(seed):
 
 
 def test_the_random_arm_does_not_depend_on_the_ranking():
-    """Each prompt is in it as often as any other: 2000 draws of 6 of 30, within 5 deviations."""
+    """Each prompt is drawn equally often: 2000 draws of 6 of 30, within 5 standard deviations."""
     ranked, counts = candidates([0.5] * 5 + [0.0] * 25), np.zeros(30)
     for seed in range(2000):
         for candidate in arms_of(ranked, 6, seed)["random"]:
@@ -222,21 +222,21 @@ def test_only_form():
 @pytest.mark.parametrize(
     "prompts, of_prompt, of_problem, least, most",
     [
-        (24, 0.05, 0.3, 0.91, 0.99),  # as good as 95 %
+        (24, 0.05, 0.3, 0.91, 0.99),  # many prompts: about 95 %
         (8, 0.0, 0.3, 0.91, 1.0),
         (8, 0.2, 0.0, 0.91, 0.99),
         (4, 0.2, 0.1, 0.90, 1.0),
-        (8, 0.0, 0.0, 0.95, 1.0),  # noise alone counts twice
+        (8, 0.0, 0.0, 0.95, 1.0),  # pure noise is resampled twice: too wide
     ],
 )
 def test_interval_covers(prompts, of_prompt, of_problem, least, most, monkeypatch):
-    """Effects of prompts, of problems and of their pairs: 300 draws, good to 1.3 to 2 points."""
-    monkeypatch.setattr(effects_module, "RESAMPLES", 400)
+    """Draw effects of prompts, of problems and of pairs; 300 draws are good to 1.3 to 2 points."""
+    monkeypatch.setattr(statistics, "RESAMPLES_OF_PROMPTS", 400)
     rng, hits = np.random.default_rng(0), 0
     for _ in range(300):
         change = 0.05 + 0.3 * rng.normal(size=(prompts, 60))
         change += of_prompt * rng.normal(size=(prompts, 1)) + of_problem * rng.normal(size=60)
-        mean, low, high = mean_and_interval(change, rng)
+        mean, low, high = statistics.mean_over_prompts(change, rng)
         assert mean == pytest.approx(change.mean())
         hits += low <= 0.05 <= high
     assert least < hits / 300 <= most
@@ -247,7 +247,7 @@ CONFIG = StudyConfig(updates=(1, 3), temperatures=(1.0, 0.5), held_out=HELD)
 
 
 def study_of(greedy, sampled, size=4):
-    """Base and scores where an arm's prompt k makes so many of the problems right."""
+    """Analyse scores in which an arm's prompt k makes greedy[arm][k] of the problems right."""
     base = {"greedy": [i < 10 for i in range(HELD)], "more": [True] * 20 + [False] * 20}
     base |= {"form": [True] * 4 + [False] * 36, "probability": [[0.2] * HELD, [0.3] * HELD]}
     scores = {}
@@ -271,7 +271,7 @@ def study_of(greedy, sampled, size=4):
 
 
 def exact_p(a, b):
-    """Twice the smaller of the two shares of all splits whose difference is as far."""
+    """Return twice the smaller share of all splits whose difference is as large on one side."""
     both, size = np.array([*a, *b], float), len(a)
     splits = [list(s) for s in combinations(range(len(both)), size)]
     sums = np.array([both[s].sum() for s in splits])
@@ -314,7 +314,7 @@ def test_numbers_of_a_report():
 
 
 def test_reading_where_nothing_is():
-    same = [5, 7, 9, 9, 6, 6, 7, 7]  # after three updates 10 in the mean, as before
+    same = [5, 7, 9, 9, 6, 6, 7, 7]  # mean 7; after three updates 10, as untrained
     told = study_of(dict.fromkeys(ARMS, same), dict.fromkeys(ARMS, 0.3))["reading"]
     for other in ("random", "always wrong"):
         assert f"selected prompts is not shown to differ from training on {other} ones" in told

@@ -18,36 +18,36 @@ from ..data.grading import Grader, boxed
 from ..data.problems import Conversation, Problem
 from ..models.loading import fingerprint
 from ..runs.records import resumable, write_whole
-from .completions import COMPLETIONS, Completion, Local, TaskSettings, collect, digest, token_ids
+from .completions import COMPLETIONS, SELECT_STREAM, LocalModel, collect
+from .task import TaskSettings, digest, token_ids
 
 SELECTION = "selection.jsonl"
-STREAM = 2  # of randomness; evaluation's is 1
 
 
 class SelectConfig(TaskSettings):
-    """Rank the prompts of a pool by how much samples of their completions vary: few samples of all,
-    more of the promising ones. The sampling is that of the training to come; the defaults are the
-    paper's.
+    """Rank the prompts of a pool by how much sampled completions vary: a few samples of every
+    prompt, more of the promising ones. Give the sampling settings of the training run to come; the
+    defaults are the paper's.
     """
 
     samples: Annotated[int, Field(ge=2)] = 8
-    """Completions of each prompt."""
+    """Completions of every prompt, in the first stage."""
     more: Annotated[int, Field(ge=0)] = 24
-    """Further ones of the promising."""
+    """Further completions of each promising prompt, in the second stage; 0 leaves it out."""
     promising: Annotated[float, Field(gt=0, le=1)] = 0.25
-    """Share of the prompts, the first by score, that get these."""
+    """Share of the prompts, highest scores first, that enter the second stage."""
     score: Literal["auto", "variance", "disagreement", "entropy"] = "auto"
-    """variance: p (1 - p) of correctness, which needs answers. disagreement: 1 less the share of
-    the most frequent final answer. entropy: mean of the tokens, in nats. auto: variance where every
-    problem has an answer, or else disagreement.
+    """variance: p (1 - p), where p is the share of right completions; needs answers. disagreement:
+    1 minus the share of the most frequent final answer. entropy: mean entropy per token, in nats.
+    auto: variance if every problem has an answer, else disagreement.
     """
     output: Path = Path("runs/selection")
-    """Folder for completions.jsonl and selection.jsonl, which train --prompt-from takes."""
+    """Folder for completions.jsonl and selection.jsonl; the latter goes to train --prompt-from."""
 
 
 @dataclass
 class Candidate:
-    """A prompt as the model reads it, and what its samples were like."""
+    """A prompt as the model reads it, and statistics of its samples."""
 
     prompt: str | Conversation
     answer: str | None
@@ -63,7 +63,7 @@ class Candidate:
     def variance(self) -> float:
         """Variance of correctness: highest where the model is right half of the time."""
         p = self.pass_rate or 0.0
-        return round(p * (1 - p), 9)  # else p and 1 - p may not tie
+        return round(p * (1 - p), 9)  # Unrounded, rates of p and 1 - p might not tie.
 
 
 def select(
@@ -74,35 +74,38 @@ def select(
     tokenizer: PreTrainedTokenizerBase,
     console: Console,
 ) -> list[Candidate]:
-    """The pool, best first; ties in its order. Those with more samples come first."""
+    """Rank the pool: prompts of the second stage first, then the best first, ties in its order."""
     score = config.score
+    unanswered = [problem for problem in pool if problem.answer is None]
     if score == "auto":
-        answered = all(problem.answer is not None for problem in pool)
-        score = "variance" if answered else "disagreement"
-    if score == "variance" and (without := [p for p in pool if p.answer is None]):
-        raise UserError(f"score: variance needs answers, which {len(without)} problems lack")
+        score = "disagreement" if unanswered else "variance"
+    if score == "variance" and unanswered:
+        raise UserError(
+            f"score: variance needs answers, which {len(unanswered)} problems lack; use auto"
+        )
     prompts = [config.prompt(problem, shots) for problem in pool]
     ids = token_ids(config, tokenizer, model, prompts)
-    sampling = config.sampled()
-    source = Local(
-        model, tokenizer, ids, sampling, config.seed, STREAM, config.batch_size, with_entropy=True
-    )
-    path = config.output / COMPLETIONS
-    asked = {"model": fingerprint(config.model), "data": digest(pool, prompts)}
-    with resumable(config.output, config, **asked), Grader() as grader:
+    source = LocalModel(config, model, tokenizer, ids, SELECT_STREAM, with_entropy=True)
+    facts = {"model": fingerprint(config.model), "data": digest(pool, prompts)}
+    with resumable(config.output, config, **facts), Grader() as grader:
 
         def ranked(indices: Sequence[int], samples: int, title: str) -> list[Candidate]:
             keys = [(i, k) for i in indices for k in range(samples)]
-            kept = collect(source, keys, path, console, title)
-            texts = [[answer_of(kept[i, k]) for k in range(samples)] for i in indices]
+            kept = collect(source.complete, keys, config.output / COMPLETIONS, console, title)
+            groups = [[kept[i, k] for k in range(samples)] for i in indices]
+            # A completion cut off before a box has no final answer: its last number is none.
+            texts = [
+                [c.text if c.ended or boxed(c.text) is not None else "" for c in group]
+                for group in groups
+            ]
             with console.status("grading"):
                 agreed = grader.agreement(texts)
-                right = grader.grade([(kept[i, k].text, pool[i].answer) for i, k in keys])
+                right = grader.grade([(c.text, pool[c.problem].answer) for c in kept.values()])
             found = list[Candidate]()
-            for n, (i, (most, share)) in enumerate(zip(indices, agreed, strict=True)):
+            for n, (i, group) in enumerate(zip(indices, groups, strict=True)):
+                majority, share = agreed[n]
                 verdicts = right[n * samples :][:samples]
-                entropies = [kept[i, k].entropy or 0.0 for k in range(samples)]
-                known = pool[i].answer is not None
+                known, voted = pool[i].answer is not None, texts[n][majority] != ""
                 found.append(
                     Candidate(
                         prompt=prompts[i],
@@ -111,25 +114,20 @@ def select(
                         samples=samples,
                         pass_rate=sum(verdicts) / samples if known else None,
                         disagreement=1 - share,
-                        entropy=float(np.mean(entropies)),
-                        majority_right=verdicts[most] and texts[n][most] != "" if known else None,
-                        ended=float(np.mean([kept[i, k].ended for k in range(samples)])),
+                        entropy=float(np.mean([c.entropy or 0.0 for c in group])),
+                        majority_right=verdicts[majority] and voted if known else None,
+                        ended=float(np.mean([c.ended for c in group])),
                     )
                 )
             return sorted(found, key=lambda c: (-getattr(c, score), c.index))
 
-        first = ranked(range(len(pool)), config.samples, f"sampling {len(pool)} prompts")
+        ranking = ranked(range(len(pool)), config.samples, f"sampling {len(pool)} prompts")
         if config.more:
-            chosen = [c.index for c in first[: max(1, round(len(pool) * config.promising))]]
+            chosen = [c.index for c in ranking[: max(1, round(len(pool) * config.promising))]]
             title = f"more of {len(chosen)}"
             best = ranked(sorted(chosen), config.samples + config.more, title)
-            first = best + [c for c in first if c.index not in set(chosen)]
-        rows = [{**asdict(c), "variance": c.variance} for c in first]
+            ranking = best + [c for c in ranking if c.index not in set(chosen)]
+        rows = [{**asdict(c), "variance": c.variance} for c in ranking]
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_whole(config.output / SELECTION, lines)
-    return first
-
-
-def answer_of(completion: Completion) -> str:
-    """Nothing where it was cut off before it came to a box: its last number is no answer."""
-    return completion.text if completion.ended or boxed(completion.text) is not None else ""
+    return ranking

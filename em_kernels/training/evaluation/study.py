@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from rich.console import Console
@@ -20,41 +20,47 @@ from ..models.loading import fingerprint, refuse_adapters, resolve_source
 from ..run_folder import CHECKPOINTS, CONFIG, checkpoint_folder
 from ..runs.records import resumable, write_whole
 from ..trainer import train
-from .completions import TaskSettings, digest, open_model
-from .evaluate import known_answers, percent, score
 from .select import Candidate, SelectConfig, select
+from .statistics import percent
 from .study_analysis import ARMS, EXAMPLES, analyse
 from .study_config import StudyConfig
+from .task import TaskSettings, digest, open_model
+from .teacher_forcing import AnswerScores, known_answers, score_answers
+
+Opened: TypeAlias = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
 def arms_of(ranked: Sequence[Candidate], size: int, seed: int) -> dict[str, list[Candidate]]:
-    """Random ones of the whole pool first, so that they stay random; then of the others those that
-    vary most, and random ones of those that are never right.
+    """Draw the three arms of prompts from a ranked pool.
+
+    The random arm is drawn first, from the whole pool, so that it stays random; then the best of
+    the others, then random ones of the rest that are always wrong.
     """
     rng = random.Random(seed)
-    arms = {"random": rng.sample(sorted(ranked, key=lambda c: c.index), size)}
-    left = [c for c in ranked if c not in arms["random"]]
-    arms["selected"] = left[:size]
+    by_chance = rng.sample(sorted(ranked, key=lambda c: c.index), size)
+    left = [c for c in ranked if c not in by_chance]
     wrong = [c for c in left[size:] if c.pass_rate == 0]
     if len(wrong) < 4:
         raise UserError(
             f"pool: of {len(ranked)} prompts {len(wrong)} more are always wrong, and 4 are needed: "
             "take a larger pool, or harder data"
         )
-    arms["always wrong"] = rng.sample(wrong, min(size, len(wrong)))
-    return {name: arms[name] for name in ARMS}
+    by_failure = rng.sample(wrong, min(size, len(wrong)))
+    return dict(zip(ARMS, (left[:size], by_chance, by_failure), strict=True))
 
 
 def only_form(examples: Sequence[Problem]) -> list[Problem]:
-    """Each with the answer of the next that has another: they show how an answer is written, not
-    what is right.
+    """Give each example the answer of the next one that differs: they then show how an answer is
+    written, not what is right.
     """
     found = []
     for i, problem in enumerate(examples):
         own, later = problem.answer or "", [*examples[i:], *examples[:i]]
         other = next((e.answer for e in later if e.answer and e.answer != own), None)
         if other is None:
-            raise UserError(f"data: the first {len(examples)} problems all have the answer {own}")
+            raise UserError(
+                f"data: the first {len(examples)} problems all have the answer {own}; use others"
+            )
         worked = (problem.worked or own).removesuffix(own) + other
         found.append(Problem(problem.prompt, other, worked))
     return found
@@ -64,37 +70,39 @@ def run_study(config: StudyConfig, console: Console) -> dict[str, Any]:
     """Select, train, score, and write study.json, which is returned."""
     if config.pool < (least := 2 * config.prompts + 4):
         raise UserError(f"pool: {config.pool} do not make three arms; take {least} or more")
-    refuse_adapters(resolve_source(config.model))  # as train would, much later
+    refuse_adapters(resolve_source(config.model))  # Training would refuse them, but only later.
     if config.count is not None:
         raise UserError("count: goes with select and eval; a study takes pool and held_out")
     count = config.pool + config.held_out + EXAMPLES
-    task = config.model_copy(update={"count": count})
-    problems, shots = task.problems()
+    problems, shots = config.model_copy(update={"count": count}).problems()
     if any(problem.answer is None for problem in problems + shots):
         raise UserError(f"data: not every problem of {config.data} has an answer to compare with")
-    formats, problems = problems[:EXAMPLES], problems[EXAMPLES:]
+    examples, problems = problems[:EXAMPLES], problems[EXAMPLES:]
     pool, held_out = problems[: config.pool], problems[config.pool :]
-    model, tokenizer = open_model(config, console)
-    asked = digest(problems, [few_shot(shots, problem) for problem in problems])
-    with resumable(config.output, config, model=fingerprint(config.model), data=asked):
-        base, arms = _untrained(config, model, tokenizer, pool, held_out, shots, formats, console)
-        del model, tokenizer  # their memory is the training's
-        units = [(arm, candidate) for arm in ARMS for candidate in arms[arm]]
+    study = _Study(config, shots, held_out, console)
+    opened = open_model(config, console)
+    facts = {"data": digest(problems, [few_shot(shots, problem) for problem in problems])}
+    with resumable(config.output, config, model=fingerprint(config.model), **facts):
+        ranked = select(study.selection(), pool, shots, *opened, console)
+        base = study.untrained(opened, examples)
+        del opened  # Training needs its memory.
+        arms = arms_of(ranked, config.prompts, config.seed)
+        trials = [(arm, candidate) for arm in ARMS for candidate in arms[arm]]
         scores, began, fresh = dict[str, list[Any]](), time.perf_counter(), 0
-        for n, (arm, candidate) in enumerate(units):
+        for n, (arm, candidate) in enumerate(trials):
             path = config.output / f"prompt-{candidate.index:04d}.json"
-            if path.exists():  # killed before they went, perhaps
+            if path.exists():  # A kill may have come before its checkpoints were removed.
                 shutil.rmtree(config.output / "runs" / path.stem / CHECKPOINTS, True)
             else:
                 fresh += 1
-                _trained(config, pool[candidate.index], candidate, held_out, shots, path, console)
+                study.train(pool[candidate.index], candidate, path)
             found = json.loads(path.read_text())
             scores.setdefault(arm, []).append(found)
             greedy = " ".join(percent(np.mean(s["greedy"])) for s in found["scores"])
             each = (time.perf_counter() - began) / max(fresh, 1)
-            left = f", about {each * (len(units) - n - 1) / 60:.0f} min left" if fresh else ""
+            left = f", about {each * (len(trials) - n - 1) / 60:.0f} min left" if fresh else ""
             console.print(
-                f"{n + 1}/{len(units)} {arm}, right in {candidate.pass_rate:.0%}: greedy "
+                f"{n + 1}/{len(trials)} {arm}, right in {candidate.pass_rate:.0%}: greedy "
                 f"{percent(np.mean(base['greedy']))} to {greedy} %{left}",
                 soft_wrap=True,
             )
@@ -103,89 +111,83 @@ def run_study(config: StudyConfig, console: Console) -> dict[str, Any]:
     return report
 
 
-def _untrained(
-    config: StudyConfig,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    pool: Sequence[Problem],
-    held_out: Sequence[Problem],
-    shots: Sequence[Problem],
-    formats: Sequence[Problem],
-    console: Console,
-) -> tuple[dict[str, Any], dict[str, list[Candidate]]]:
-    """The untrained model's scores, also with more examples and with such that only show the form;
-    and the arms.
-    """
-    path = config.output / "untrained.json"
-    own = config.model_dump(include=set(TaskSettings.model_fields) & set(config.model_fields_set))
-    own |= {"sampling": config.sampling, "template": config.template, "model": config.model}
-    own |= {"data": config.data, "samples": config.samples, "more": 0}
-    chosen = SelectConfig(**own, output=config.output / "pool")
-    ranked = select(chosen, pool, shots, model, tokenizer, console)
-    if not path.exists():
-        answers = [problem.completion for problem in held_out]
-        base = dict[str, Any]()
-        for name, examples in (("", shots), ("more", formats), ("form", only_form(formats))):
-            prompts = [few_shot(examples, problem) for problem in held_out]
-            title = f"untrained, {len(examples)} examples {name}"
-            temperatures = (1.0,) if name else config.temperatures
-            known = known_answers(tokenizer, prompts, answers)
-            found = score(model, known, temperatures, console, title)
-            base[name or "greedy"] = found.greedy.tolist()
-            if not name:
-                base["probability"] = np.exp(found.logprob).tolist()
-        write_whole(path, json.dumps(base) + "\n")
-    return json.loads(path.read_text()), arms_of(ranked, config.prompts, config.seed)
+class _Study(NamedTuple):
+    """A study's settings, worked examples and held-out problems."""
 
+    config: StudyConfig
+    shots: list[Problem]
+    held_out: list[Problem]
+    console: Console
 
-def _trained(
-    config: StudyConfig,
-    problem: Problem,
-    candidate: Candidate,
-    held_out: Sequence[Problem],
-    shots: Sequence[Problem],
-    path: Path,
-    console: Console,
-) -> None:
-    """Train on one prompt and score what its checkpoints hold, which are not kept."""
-    run = config.output / "runs" / path.stem
-    settings = TrainConfig(
-        model=config.model,
-        prompt=texts_of(candidate.prompt)[0],  # of template few-shot, which is one text
-        answer=problem.answer,
-        chat_template=False,
-        output=run,
-        steps=max(config.updates),
-        save_at=config.updates,
-        save_optimizer=False,
-        rollouts=config.rollouts,
-        sampling=config.sampled(),
-        lr=config.lr,
-        seed=config.seed + candidate.index,
-        dtype=config.dtype,
-        device=config.device,
-        attention=config.attention,
-    )
-    with console.status(f"{path.stem}: training"):
-        result = train(settings, console=Console(quiet=True), resume=(run / CONFIG).exists())
-    prompts = [few_shot(shots, other) for other in held_out]
-    answers = [other.completion for other in held_out]
-    rows = []
-    for update in config.updates:
-        folder = checkpoint_folder(run, update)
-        model, tokenizer = open_model(config.model_copy(update={"model": str(folder)}), console)
-        title = f"{path.stem}, update {update}"
+    def selection(self) -> SelectConfig:
+        """Return the settings by which the pool is ranked, in one stage."""
+        config = self.config
+        same = config.model_dump(include=set(TaskSettings.model_fields) & config.model_fields_set)
+        for name in ("sampling", "template", "model", "data", "samples"):
+            same[name] = getattr(config, name)
+        return SelectConfig(**same, more=0, output=config.output / "pool")
+
+    def score(
+        self,
+        opened: Opened,
+        examples: Sequence[Problem],
+        temperatures: Sequence[float],
+        title: str,
+    ) -> AnswerScores:
+        """Score the held-out answers after worked examples."""
+        model, tokenizer = opened
+        prompts = [few_shot(examples, problem) for problem in self.held_out]
+        answers = [problem.completion for problem in self.held_out]
         known = known_answers(tokenizer, prompts, answers)
-        found = score(model, known, (1.0,), console, title)
-        rows.append(
-            {
-                "update": update,
-                "greedy": found.greedy.tolist(),
-                "probability": np.exp(found.logprob[0]).tolist(),
-            }
+        return score_answers(model, known, temperatures, self.console, title)
+
+    def untrained(self, opened: Opened, more: Sequence[Problem]) -> dict[str, Any]:
+        """Score the untrained model: with the usual examples, with more, and with examples of the
+        answer's form only.
+        """
+        path = self.config.output / "untrained.json"
+        if not path.exists():
+            title = f"untrained, {len(self.shots)} examples"
+            temperatures = self.config.temperatures
+            greedy, logprob = self.score(opened, self.shots, temperatures, title)
+            base = {"greedy": greedy.tolist(), "probability": np.exp(logprob).tolist()}
+            for name, examples in (("more", more), ("form", only_form(more))):
+                title = f"untrained, {len(examples)} examples {name}"
+                base[name] = self.score(opened, examples, (1.0,), title).greedy.tolist()
+            write_whole(path, json.dumps(base) + "\n")
+        return json.loads(path.read_text())
+
+    def train(self, problem: Problem, candidate: Candidate, path: Path) -> None:
+        """Train on one prompt and score its checkpoints, which are then deleted."""
+        config, run = self.config, self.config.output / "runs" / path.stem
+        same = {"model", "rollouts", "lr", "dtype", "device", "attention"}
+        settings = TrainConfig(
+            **config.model_dump(include=same),
+            prompt=texts_of(candidate.prompt)[0],  # A few-shot prompt is one text.
+            answer=problem.answer,
+            chat_template=False,
+            output=run,
+            steps=max(config.updates),
+            save_at=config.updates,
+            save_optimizer=False,
+            sampling=config.sampled(),
+            seed=config.seed + candidate.index,
         )
-    entropy = [row["entropy"] for row in result.metrics]
-    facts = {"index": candidate.index, "pass_rate": candidate.pass_rate, "entropy": entropy}
-    facts["majority_right"] = candidate.majority_right
-    write_whole(path, json.dumps({**facts, "scores": rows}) + "\n")
-    shutil.rmtree(run / CHECKPOINTS)
+        with self.console.status(f"{path.stem}: training"):
+            result = train(settings, console=Console(quiet=True), resume=(run / CONFIG).exists())
+        rows = []
+        for update in config.updates:
+            checkpoint = str(checkpoint_folder(run, update))
+            opened = open_model(config.model_copy(update={"model": checkpoint}), self.console)
+            title = f"{path.stem}, update {update}"
+            greedy, logprob = self.score(opened, self.shots, (1.0,), title)
+            probability = np.exp(logprob[0]).tolist()
+            rows.append({"update": update, "greedy": greedy.tolist(), "probability": probability})
+        facts = {
+            "index": candidate.index,
+            "pass_rate": candidate.pass_rate,
+            "entropy": [row["entropy"] for row in result.metrics],
+            "majority_right": candidate.majority_right,
+        }
+        write_whole(path, json.dumps({**facts, "scores": rows}) + "\n")
+        shutil.rmtree(run / CHECKPOINTS)

@@ -1,4 +1,4 @@
-"""Statistics of a study: means, intervals, tests, a table, and sentences they support."""
+"""Statistics of a study: means, intervals, tests, a table, and the sentences they support."""
 
 from collections.abc import Sequence
 from itertools import combinations
@@ -7,41 +7,29 @@ from typing import Any
 import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
-from scipy.stats import norm, permutation_test
-from scipy.stats import t as student
+from scipy.stats import permutation_test
 
-from .evaluate import percent
+from .statistics import mean_over_prompts, percent
 from .study_config import StudyConfig
 
-ARMS = ("selected", "random", "always wrong")  # of prompts
-EXAMPLES = 8  # of the untrained model's other prompts
-RESAMPLES = 4000
-
-
-def mean_and_interval(change: np.ndarray, rng: np.random.Generator) -> tuple[float, float, float]:
-    """Mean of a change (prompts, problems), and its 95 % interval by resampling both."""
-    prompts, problems = change.shape
-    by_prompt = rng.multinomial(prompts, np.full(prompts, 1 / prompts), RESAMPLES) / prompts
-    # few prompts: resampling knows neither that they scatter around their own mean nor Student's t
-    wider = np.sqrt(prompts / (prompts - 1)) * student.ppf(0.975, prompts - 1) / norm.ppf(0.975)
-    by_prompt = 1 / prompts + wider * (by_prompt - 1 / prompts)
-    by_problem = rng.multinomial(problems, np.full(problems, 1 / problems), RESAMPLES) / problems
-    draws = ((by_prompt @ change) * by_problem).sum(1)
-    low, high = np.quantile(draws, (0.025, 0.975))
-    return float(change.mean()), float(low), float(high)
+ARMS = ("selected", "random", "always wrong")
+EXAMPLES = 8  # worked examples of the untrained model's two controls
 
 
 def analyse(
-    config: StudyConfig,
-    base: dict[str, Any],
-    scores: dict[str, list[Any]],
+    config: StudyConfig, base: dict[str, Any], scores: dict[str, list[Any]]
 ) -> dict[str, Any]:
-    """Means, intervals and tests, and the sentences that they support."""
+    """Return means, intervals and tests, and the sentences they support.
+
+    Args:
+        base: scores of the untrained model.
+        scores: scores of each trained prompt, by arm.
+    """
     rng = np.random.default_rng(config.seed)
     greedy, sampled = np.array(base["greedy"], float), np.array(base["probability"])
     best, form = int(sampled.mean(1).argmax()), np.array(base["form"], float)
     rows, means = list[dict[str, Any]](), dict[tuple[str, int], np.ndarray]()
-    everything = []
+    last = []
     for u, update in enumerate(config.updates):
         for arm in ARMS:
             now = np.array([p["scores"][u]["greedy"] for p in scores[arm]], float)
@@ -55,24 +43,27 @@ def analyse(
                     "pass_rate": float(np.mean([p["pass_rate"] for p in scores[arm]])),
                     "majority_right": sum(p["majority_right"] for p in scores[arm]),
                     "greedy": float(now.mean()),
-                    "change": mean_and_interval(now - greedy, rng),
+                    "change": mean_over_prompts(now - greedy, rng),
                     "sampled": float(drawn.mean()),
-                    "over_temperature": mean_and_interval(drawn - sampled[best], rng),
+                    "over_temperature": mean_over_prompts(drawn - sampled[best], rng),
                 }
             )
-            if u == len(config.updates) - 1:
-                everything.append((now - greedy, drawn - sampled[best], now - form))
+            if update == config.updates[-1]:
+                last.append((now - greedy, drawn - sampled[best], now - form))
     pairs = [(u, a, b) for u in config.updates for a, b in combinations(ARMS, 2)]
     contrasts = []
     for update, a, b in pairs:
         test = permutation_test(
-            (means[a, update], means[b, update]), _difference, n_resamples=20000, rng=rng
+            (means[a, update], means[b, update]),
+            lambda x, y, axis: x.mean(axis) - y.mean(axis),
+            n_resamples=20000,
+            rng=rng,
         )
         adjusted = min(1.0, test.pvalue * len(pairs))  # Bonferroni
         contrasts.append(
             {"update": update, "arms": [a, b], "difference": float(test.statistic), "p": adjusted}
         )
-    changed, over, over_form = (np.concatenate(parts) for parts in zip(*everything, strict=True))
+    changed, over, over_form = (np.concatenate(parts) for parts in zip(*last, strict=True))
     report: dict[str, Any] = {
         "settings": config.model_dump(mode="json", exclude={"output"}),
         "model": config.model,
@@ -87,28 +78,24 @@ def analyse(
         "form_only": float(np.mean(base["form"])),
         "rows": rows,
         "contrasts": contrasts,
-        "all_change": mean_and_interval(changed, rng),
-        "all_over_temperature": mean_and_interval(over, rng),
-        "all_over_form": mean_and_interval(over_form, rng),
+        "all_change": mean_over_prompts(changed, rng),
+        "all_over_temperature": mean_over_prompts(over, rng),
+        "all_over_form": mean_over_prompts(over_form, rng),
     }
     report["reading"] = reading(report, config.updates[-1])
     return report
 
 
-def _difference(a: np.ndarray, b: np.ndarray, axis: int = -1) -> np.ndarray:
-    return a.mean(axis) - b.mean(axis)
-
-
-def points(interval: Sequence[float]) -> str:
-    """A change and its interval, in points of a percent."""
-    mean, low, high = (100 * x for x in interval)
+def points(estimate: Sequence[float]) -> str:
+    """Format an estimated change, with its interval, in percentage points."""
+    mean, low, high = (100 * x for x in estimate)
     return f"{mean:+.1f} [{low:.1f}, {high:.1f}]"
 
 
-def relation(interval: Sequence[float]) -> str:
-    """Describe how one value relates to another, by the interval of their difference."""
-    _, low, high = interval
-    return "above" if low > 0 else "below" if high < 0 else "not shown to differ from"
+def verdict(estimate: Sequence[float], above: str, below: str, neither: str) -> str:
+    """Choose the words that the interval of a difference supports."""
+    _, low, high = estimate
+    return above if low > 0 else below if high < 0 else neither
 
 
 def reading(report: dict[str, Any], update: int) -> str:
@@ -116,38 +103,37 @@ def reading(report: dict[str, Any], update: int) -> str:
     told = []
     for contrast in report["contrasts"]:
         a, b = contrast["arms"]
-        if contrast["update"] != update or a != "selected":
+        if contrast["update"] != update or a != ARMS[0]:
             continue
-        shown = contrast["p"] < 0.05
         better = "better" if contrast["difference"] > 0 else "worse"
-        verdict = f"did {better} than" if shown else "is not shown to differ from"
+        shown = f"did {better} than" if contrast["p"] < 0.05 else "is not shown to differ from"
         told.append(
-            f"training on selected prompts {verdict} training on {b} ones "
+            f"training on selected prompts {shown} training on {b} ones "
             f"({100 * contrast['difference']:+.1f} points greedy, p = {contrast['p']:.2g} adjusted)"
         )
-    _, low, high = report["all_change"]
-    moved = "rose" if low > 0 else "fell" if high < 0 else "is not shown to have changed"
-    beats, beats_form = (relation(report[f"all_over_{what}"]) for what in ("temperature", "form"))
-    temperature = report["best_temperature"]
-    change, over = points(report["all_change"]), points(report["all_over_temperature"])
+    moved = verdict(report["all_change"], "rose", "fell", "is not shown to have changed")
+    beats, beats_form = (
+        verdict(report[f"all_over_{what}"], "above", "below", "not shown to differ from")
+        for what in ("temperature", "form")
+    )
     chosen = next(
         row["change"] for row in report["rows"] if (row["arm"], row["update"]) == (ARMS[0], update)
     )
+    temperature = report["best_temperature"]
     before, tempered = report["base_greedy"], report["base_sampled"][str(temperature)]
     return (
         f"On {report['data']}, after {update} updates, {'; '.join(told)}. Greedy accuracy, which "
         f"no temperature changes, went from {percent(before)} % by {points(chosen)} points with "
-        f"selected prompts; over all prompts it {moved} ({change}), and is {beats_form} the "
-        f"{percent(report['form_only'])} % of the untrained model when {EXAMPLES} examples show it "
-        f"only the form ({points(report['all_over_form'])}). Sampled at T = 1 the trained "
-        f"models are {beats} what the untrained one has at T = {temperature:g} ({over} points from "
-        f"{percent(tempered)} %)."
+        f"selected prompts; over all prompts it {moved} ({points(report['all_change'])}), and is "
+        f"{beats_form} the {percent(report['form_only'])} % of the untrained model when {EXAMPLES} "
+        f"examples show it only the form ({points(report['all_over_form'])}). Sampled at T = 1 the "
+        f"trained models are {beats} what the untrained one has at T = {temperature:g} "
+        f"({points(report['all_over_temperature'])} points from {percent(tempered)} %)."
     )
 
 
 def table_of(report: dict[str, Any]) -> Table:
-    """Arms by updates, under the untrained model."""
-    best = report["best_temperature"]
+    """Return a table of the arms after each update, below the untrained model."""
     sampled = {float(t): percent(share) for t, share in report["base_sampled"].items()}
     table = Table(
         title=f"{report['model']} on {report['held_out']} held-out problems of {report['data']}:\n"
@@ -160,9 +146,9 @@ def table_of(report: dict[str, Any]) -> Table:
         pad_edge=False,
         padding=(0, 1, 0, 0),
     )
+    less = f"less untrained\nT = {report['best_temperature']:g}"
     table.add_column("", no_wrap=True)
-    names = ("vote\nright", "greedy", "change", "T = 1")
-    for name in (*names, f"less untrained\nT = {best:g}"):
+    for name in ("vote\nright", "greedy", "change", "T = 1", less):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_row("untrained", "", percent(report["base_greedy"]), "", sampled.get(1.0, ""), "")
     for name, what in (("more_examples", "examples"), ("form_only", "form only")):

@@ -1,4 +1,4 @@
-"""Plots of a report: each a PNG, and an SVG that takes text and axes from the page it stands in."""
+"""Plots of a report: each as a PNG, and as an SVG that takes font and text colour from the page."""
 
 import re
 import warnings
@@ -15,13 +15,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..evaluation.evaluate import wilson
+from ..evaluation.statistics import wilson
 from .logit_shift import BINS, HIGH, LOW, Measures
 
-INK = "#1f2324"  # in a PNG, on white; in an SVG the page's own
-# told apart by the colour-blind too, each at least 3 : 1 on white and on the dark page
+INK = "#1f2324"  # for a PNG, which is on white; in an SVG currentColor takes its place
+# Distinct for the colour-blind too; each has a contrast of 3 : 1 on white and on the dark page.
 COLOURS = ("#2f81f7", "#c95f00", "#1a9173", "#a35bd6", "#d1437a", "#867a19")
 DASHES, MARKERS = ("-", "--", "-.", ":"), "osD^vP"
+INKED = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
 STYLE: Any = {
     "svg.fonttype": "none",  # text stays text: small, and in the page's font
     "svg.hashsalt": "em_kernels",  # the same run gives the same file
@@ -39,28 +40,26 @@ STYLE: Any = {
     "grid.alpha": 0.2,
     "lines.markersize": 5,
     "legend.frameon": False,
-    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor"), INK),
-    **dict.fromkeys(("xtick.color", "ytick.color"), INK),
+    **dict.fromkeys(INKED, INK),
 }
-CURVES = {  # of metrics.jsonl: title, unit, factor, how far the axis reaches at least
-    "entropy": ("Entropy = loss", "nats a token", 1, 0),
+CURVES = {  # by key of metrics.jsonl: title, unit, factor, least upper end of the axis
+    "entropy": ("Entropy = loss", "nats per token", 1, 0),
     "accuracy": ("Accuracy on the training prompt", "% of completions", 100, 100),
-    "mean_length": ("Mean length", "tokens a completion", 1, 0),
-    "ended": ("Ended by themselves", "% of completions", 100, 100),
+    "mean_length": ("Mean length", "tokens per completion", 1, 0),
+    "ended": ("Ended before max_new_tokens", "% of completions", 100, 100),
     "repetition": ("Repetition", "% of 4-grams seen before", 100, 5),
     "grad_norm": ("Gradient norm before clipping", "L2 norm", 1, 0),
-    "active_share": ("Words in the head's backward", "% of the vocabulary", 100, 0),
-    "dropped_share": ("Gradient that it left out", "% of the L1 mass", 100, 0),
+    "active_share": ("Entries in the head's backward", "% of the vocabulary", 100, 0),
+    "dropped_share": ("Head gradient left out", "% of the L1 mass", 100, 0),
     "peak_memory_gib": ("Peak memory; dashed: planned", "GiB", 1, 0),
 }
 
 
 def plot(axes: Axes, described: str, png: Path) -> Markup:
-    """Write the PNG, and return the SVG for an HTML page: no names of its own kind, ids that no
-    other plot has.
+    """Write the PNG, and return the SVG for an HTML page, its ids made unique there.
 
     Args:
-        described: the plot in words, for those who do not see it.
+        described: the plot in words, for screen readers.
     """
     figure, (_, labels) = axes.get_figure(), axes.get_legend_handles_labels()
     assert isinstance(figure, Figure)
@@ -69,7 +68,7 @@ def plot(axes: Axes, described: str, png: Path) -> Markup:
         figure.legend(loc="outside lower left", ncols=2)
     text = StringIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # in a PNG, of a run's name
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a run's name, in a PNG
         figure.savefig(png, dpi=150, facecolor="white")
         metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(text, format="svg", metadata=metadata)
@@ -77,8 +76,8 @@ def plot(axes: Axes, described: str, png: Path) -> Markup:
     size = re.search(r'viewBox="[^"]*"', svg)
     assert size is not None
     svg = re.sub(r"<!--.*?-->|<defs>\s*<style.*?</defs>", "", svg[svg.index("<svg") :], flags=re.S)
-    told = escape(f"{axes.get_title(loc='left')}: {described}")
-    svg = f'<svg {size[0]} role="img" aria-label="{told}">{svg[svg.index(">") + 1 :]}'
+    label = escape(f"{axes.get_title(loc='left')}: {described}")
+    svg = f'<svg {size[0]} role="img" aria-label="{label}">{svg[svg.index(">") + 1 :]}'
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\1{png.stem}-", svg).replace("xlink:href", "href")
     return Markup(svg.replace(INK, "currentColor").strip())
 
@@ -87,7 +86,7 @@ def plot(axes: Axes, described: str, png: Path) -> Markup:
 def curves(
     names: Sequence[str], metrics: Sequence[list[dict[str, Any]]], folder: Path
 ) -> list[Markup]:
-    """Plot what the updates of runs recorded; skip metrics that no run has."""
+    """Plot each metric over the updates, a curve per run; skip metrics that no run has."""
     drawn = []
     for key, (title, unit, factor, least) in CURVES.items():
         axes, told = Figure().add_subplot(title=title, xlabel="update", ylabel=unit), list[str]()
@@ -97,10 +96,9 @@ def curves(
                 continue
             x, y = [row["update"] for row in rows], [factor * row[key] for row in rows]
             told.append(f"{name} {', '.join(f'{value:.3g}' for value in y)}")
-            colour = COLOURS[number % len(COLOURS)]
+            colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
             dash = DASHES[number // len(COLOURS) % len(DASHES)]
-            label = name if len(name) < 31 else f"…{name[-28:]}"
-            label, marker = label if len(names) > 1 else "", MARKERS[number % len(MARKERS)]
+            label = (name if len(name) < 31 else f"…{name[-28:]}") if len(names) > 1 else ""
             axes.plot(x, y, dash, color=colour, marker=marker, label=label, clip_on=False)
             if key == "accuracy":
                 low, high = factor * np.transpose([wilson(row["right"]) for row in rows])
@@ -116,15 +114,17 @@ def curves(
 
 @matplotlib.rc_context(STYLE)
 def density(before: Measures, after: Measures, texts: str, png: Path) -> Markup:
-    """Two models' raw logits."""
+    """Plot the densities of the base and the trained model's raw logits."""
     shares = torch.stack([m.histogram / m.histogram.sum() for m in (before, after)])
     seen = (shares.amax(0) > 1e-5).nonzero()
     part = slice(max(0, int(seen[0]) - 1), int(seen[-1]) + 2)
-    width, names = (HIGH - LOW) / BINS, ("base", "trained")
+    width = (HIGH - LOW) / BINS
     x = LOW + width * (torch.arange(BINS)[part] + 0.5)
     title = f"Raw logits, {texts}"
     axes = Figure().add_subplot(title=title, xlabel="logit, temperature 1", ylabel="density")
-    for name, share, colour, dash in zip(names, shares, COLOURS[:2], DASHES[:2], strict=True):
+    for name, share, colour, dash in zip(
+        ("base", "trained"), shares, COLOURS[:2], DASHES[:2], strict=True
+    ):
         y = share[part] / width
         axes.fill_between(x, y, step="mid", color=colour, alpha=0.2, linewidth=0)
         axes.plot(x, y, dash, color=colour, drawstyle="steps-mid", label=name)

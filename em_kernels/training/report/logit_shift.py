@@ -1,5 +1,5 @@
-"""Recorded completions under the base and the trained model: each token's distribution, and how raw
-logits lie.
+"""A run's completions under the base and the trained model: each token's distribution, and how raw
+logits are distributed.
 """
 
 import gc
@@ -20,25 +20,25 @@ from ...hf import head_of
 from ...ops.gemm import accumulation_dtype, gemm
 from ...reference import RowTransform, transform
 from ..config import TrainConfig, UserError
-from ..evaluation.completions import states_of
+from ..evaluation.teacher_forcing import response_states
 from ..interrupts import progress_on
 from ..models.loading import load_model, open_source
 from ..rollouts.sampling import Rollout
 from ..task import find_device
 
-BINS, LOW, HIGH = 1600, -200.0, 200.0  # of raw logits; those beyond count in the outermost
-CHUNK = 1 << 22  # logits at a time
-ENOUGH, LEAST = 4096, 3  # tokens measured, of as many whole completions as that takes; but so many
+BINS, LOW, HIGH = 1600, -200.0, 200.0  # of the histogram; logits beyond go to the outermost bins
+LOGITS_AT_ONCE = 1 << 22
+ENOUGH_TOKENS, LEAST_COMPLETIONS = 4096, 3  # Whole completions are measured until both are reached.
 
 
 class Measures(NamedTuple):
     """Measurements of n tokens under one model; all on the CPU."""
 
     completions: int
-    entropy: Tensor  # (n,) of the distribution that a token was drawn from, in nats
-    probability: Tensor  # (n,) of the token in it
-    top: Tensor  # (n,) the likeliest word
-    rank: Tensor  # (n,) of the words in `tops`, from 1
+    entropy: Tensor  # (n,) nats, of the distribution that each token was drawn from
+    probability: Tensor  # (n,) of each token in it
+    top: Tensor  # (n,) most probable vocabulary entry
+    rank: Tensor  # (n,) of the entries in `tops`, from 1
     mean: float  # of raw logits, over tokens and vocabulary
     std: float
     skewness: float
@@ -46,12 +46,12 @@ class Measures(NamedTuple):
 
 
 class Shift(NamedTuple):
-    """One run's, of the completions of its first and its last recorded update."""
+    """A run's first and last recorded completions, measured."""
 
     tokenizer: PreTrainedTokenizerBase
-    before: Measures  # the first completions, base model
-    after: Measures  # the same, trained model
-    own: Measures | None  # the last completions, trained model; None where they are the first
+    before: Measures  # first completions, base model
+    after: Measures  # first completions, trained model
+    own: Measures | None  # last completions, trained model; None if they are the first
 
 
 @torch.no_grad()
@@ -62,15 +62,15 @@ def measure(
     console: Console,
     tops: Tensor | None = None,
 ) -> Measures:
-    """Statistics of every response token, in order; logits exist a chunk at a time.
+    """Measure every response token, in order, a chunk of logits at a time.
 
     Args:
         temperature: of entropy and probability. Moments, histogram and ranks are of raw logits.
-        tops: (n,) words whose rank is asked for; default the likeliest.
+        tops: (n,) vocabulary entries to rank; default: the most probable ones.
     """
     head = head_of(model)
     shape = RowTransform(head.bias, head.weight.new_ones(1), head.logit_scale, head.softcap)
-    rows = max(1, CHUNK // len(head.weight))
+    rows = max(1, LOGITS_AT_ONCE // len(head.weight))
     targets = torch.tensor([token for rollout in rollouts for token in rollout.response_ids])
     places = torch.arange(len(targets)).split([len(r.response_ids) for r in rollouts])
     entropy, probability = torch.empty(2, len(targets), dtype=torch.float64)
@@ -78,12 +78,11 @@ def measure(
     histogram, sums = torch.zeros(BINS, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
     with progress_on(console) as progress:
         bar = progress.add_task("reading completions", total=len(rollouts))
-        for members, states in states_of(model, rollouts):
+        for members, states in response_states(model, rollouts):
             at = torch.cat([places[i] for i in members])
             for part, where in zip(states.split(rows), at.split(rows), strict=True):
-                y = part.new_empty(
-                    len(part), len(head.weight), dtype=accumulation_dtype(part.dtype)
-                )
+                dtype = accumulation_dtype(part.dtype)
+                y = part.new_empty(len(part), len(head.weight), dtype=dtype)
                 z = transform(gemm(y, part, head.weight.T), shape).double()
                 p = (z / temperature).softmax(-1)
                 entropy[where] = torch.special.entr(p).sum(-1).cpu()
@@ -91,7 +90,7 @@ def measure(
                 top[where] = z.argmax(-1).cpu()
                 asked = (top if tops is None else tops)[where, None].to(z.device)
                 rank[where] = 1 + (z > z.gather(1, asked)).sum(-1).cpu()
-                z = z[z > -torch.inf]  # without words that the model masks
+                z = z[z > -torch.inf]  # The model may mask entries, whose logits have no moments.
                 histogram += torch.histc(z.clamp(LOW, HIGH), BINS, LOW, HIGH).cpu()
                 sums += torch.stack([z.pow(k).sum() for k in range(4)]).cpu()
             progress.advance(bar, len(members))
@@ -99,12 +98,6 @@ def measure(
     std = max(0.0, second - mean**2) ** 0.5
     skewness = (third - 3 * mean * std**2 - mean**3) / std**3 if std else 0.0
     return Measures(len(rollouts), entropy, probability, top, rank, mean, std, skewness, histogram)
-
-
-def _sample(rollouts: Sequence[Rollout]) -> list[Rollout]:
-    """The first completions, with as many tokens as are enough."""
-    ends = list(accumulate(len(rollout.response_ids) for rollout in rollouts))
-    return list(rollouts[: max(LEAST, 1 + bisect_left(ends, ENOUGH))])
 
 
 def shift(
@@ -119,22 +112,26 @@ def shift(
     Raises: UserError where a model cannot be opened.
     """
     attention = "sdpa" if config.attention.startswith("flash") else config.attention
-    config = config.model_copy(update={"device": "auto", "attention": attention})
+    device = find_device(config.model_copy(update={"device": "auto", "attention": attention}))
     source, model_config, tokenizer = open_source(config.model)
-    words = model_config.get_text_config().vocab_size
-    if max(max(r.prompt_ids + r.response_ids) for r in [*first, *(last or ())]) >= words:
+    entries = model_config.get_text_config().vocab_size
+    if max(max(r.prompt_ids + r.response_ids) for r in [*first, *(last or ())]) >= entries:
         raise UserError(f"model: {config.model} has other tokens than the run's completions")
 
     def opened(source: str) -> PreTrainedModel:
         gc.collect()
         with console.status(escape(f"loading {source}")):
-            return load_model(source, config.dtype, attention, find_device(config)).eval()
+            return load_model(source, config.dtype, attention, device).eval()
 
-    first, last = _sample(first), _sample(last or ())
+    def enough(rollouts: Sequence[Rollout]) -> Sequence[Rollout]:
+        ends = list(accumulate(len(rollout.response_ids) for rollout in rollouts))
+        return rollouts[: max(LEAST_COMPLETIONS, 1 + bisect_left(ends, ENOUGH_TOKENS))]
+
+    first = enough(first)
     model = opened(source)
     before = measure(model, first, config.temperature, console)
     del model
-    model = opened(os.fspath(checkpoint))  # adapters on their base
+    model = opened(os.fspath(checkpoint))  # Adapters are loaded on their base.
     after = measure(model, first, config.temperature, console, before.top)
-    own = measure(model, last, config.temperature, console) if last else None
+    own = measure(model, enough(last), config.temperature, console) if last else None
     return Shift(tokenizer, before, after, own)

@@ -26,29 +26,29 @@ from .figures import COLOURS, curves, density
 from .logit_shift import Measures, Shift, shift
 
 LEVELS = (0.01, 0.1, 0.3, 0.7, 1.5, 3.0)  # nats, at which a token's background changes
-SHOWN, LONGEST = 12, 256  # completions of an update, of all runs together; tokens of each
+SHOWN, LONGEST = 12, 256  # completions shown per update, over all runs; tokens of each
 RANKS = {"1": 1, "2": 2, "3 to 5": 5, "6 to 10": 10, "11 to 100": 100, "over 100": sys.maxsize}
-SIGNIFICANT = 0.05  # p values below
+SIGNIFICANT = 0.05  # p values below this
 
 
 class Run(NamedTuple):
-    """A finished run, a stopped one, or one that is going on."""
+    """Records of a finished, a stopped or a running run."""
 
     folder: Path
     config: TrainConfig
     metrics: list[dict[str, Any]]  # each with `right`: bools of the graded completions, unordered
     rollouts: dict[int, list[Rollout]]  # by update
-    records: dict[int, list[dict[str, Any]]]  # the same, as rollouts.jsonl has them
-    checkpoint: Path | None  # the last
+    records: dict[int, list[dict[str, Any]]]  # lines of rollouts.jsonl, by update
+    checkpoint: Path | None  # the newest
 
     @property
     def last(self) -> int:
-        """The last update whose completions are recorded; 0 where there is none."""
+        """The last update whose completions are recorded; 0 if there is none."""
         return max(self.rollouts, default=0)
 
 
 def read_run(folder: Path) -> Run:
-    """Raises: UserError for a folder that is no run's, or whose records are damaged."""
+    """Read a run's records; UserError for a folder that is no run's, or damaged records."""
     if not (folder / CONFIG).is_file():
         raise UserError(
             f"RUN: {folder} is not the folder of a run: it has no {CONFIG}; name the --output of "
@@ -65,14 +65,14 @@ def read_run(folder: Path) -> Run:
 
 
 def settings_of(run: Run) -> dict[str, str]:
-    """The main ones."""
+    """Describe the main settings; an empty one is left out of the page."""
     config, sampling = run.config, run.config.sampling
     rank = f", rank {config.lora_rank}" if config.mode == "lora" else ""
     return {
         "model": config.model,
         "trained": f"{config.mode}{rank}, {config.dtype}",
         "updates": f"{len(run.metrics)} of {config.steps}",
-        "completions an update": str(config.rollouts),
+        "completions per update": str(config.rollouts),
         "sampling": f"T {sampling.temperature:g}, top_k {sampling.top_k}, "
         f"top_p {sampling.top_p:g}, repetition penalty {sampling.repetition_penalty:g}, "
         f"at most {sampling.max_new_tokens} tokens",
@@ -87,25 +87,25 @@ def settings_of(run: Run) -> dict[str, str]:
 
 
 def p_value(one: dict[str, Any], other: dict[str, Any]) -> float:
-    """p value for two updates having the same accuracy."""
+    """Return Fisher's exact p value for two updates having the same accuracy."""
     return float(fisher_exact([np.bincount(row["right"], minlength=2) for row in (one, other)])[1])
 
 
 def graded(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The updates whose accuracy is known: an answer may have been added on resume."""
+    """Return the updates whose accuracy is known: an answer may have been added on resume."""
     return [row for row in metrics if row["accuracy"] is not None]
 
 
 def happened(metrics: list[dict[str, Any]]) -> str:
-    """In a sentence or two."""
+    """Say in a sentence or two how entropy and accuracy changed."""
     if not metrics:
         return "No finished update is recorded: the run was stopped before."
     first, last, accuracy = metrics[0], metrics[-1], "Accuracy on the training prompt"
     text = f"From update 1 to {last['update']} the entropy went from {first['entropy']:.3g} to "
-    text += f"{last['entropy']:.3g} nats a token."
+    text += f"{last['entropy']:.3g} nats per token."
     if first is last:
-        text = f"One update, before which the entropy was {first['entropy']:.3g} nats a token; "
-        text += "after it nothing was sampled."
+        text = f"One update was made; the entropy before it was {first['entropy']:.3g} nats per "
+        text += "token, and nothing was sampled after it."
     if not (known := graded(metrics)):
         return f"{text} Accuracy is not known: the prompt came without an answer."
     since = "" if known[0] is first else f" in update {known[0]['update']}"
@@ -113,15 +113,15 @@ def happened(metrics: list[dict[str, Any]]) -> str:
     if first is last:
         return f"{text} {accuracy} was {first['accuracy']:.0%}{since}."
     p = p_value(first, last)
-    told = "more than chance explains" if p < SIGNIFICANT else "a change is not shown"
+    verdict = "more than chance explains" if p < SIGNIFICANT else "a change is not shown"
     return (
         f"{text} {accuracy} went from {first['accuracy']:.0%}{since} to {last['accuracy']:.0%} of "
-        f"the completions; {told} (Fisher's exact p = {p:.2g})."
+        f"the completions; {verdict} (Fisher's exact p = {p:.2g})."
     )
 
 
 def warnings(metrics: list[dict[str, Any]]) -> Iterator[str]:
-    """Sentences that a reader should see first."""
+    """Yield the sentences that a reader should see first."""
     if not metrics:
         return
     if cut := sum(row["ended"] < 0.5 for row in metrics):
@@ -130,29 +130,28 @@ def warnings(metrics: list[dict[str, Any]]) -> Iterator[str]:
     first, last = metrics[0]["repetition"], metrics[-1]["repetition"]
     if last > max(0.05, 2 * first):
         risen = f"Repetition rose from {first:.1%} to {last:.1%} of the 4-grams"
-        yield f"{risen}: collapse shows there first."
+        yield f"{risen}: an early sign of collapse."
     if not (known := graded(metrics)):
         return
     now, best = known[-1], max(known, key=lambda row: row["accuracy"])
-    if now["accuracy"] < best["accuracy"] and now["entropy"] < best["entropy"]:
-        if (p := p_value(best, now)) >= SIGNIFICANT:
-            return
+    fell = now["accuracy"] < best["accuracy"] and now["entropy"] < best["entropy"]
+    if fell and (p := p_value(best, now)) < SIGNIFICANT:
         yield (
             f"Overtrained: accuracy on the training prompt fell from {best['accuracy']:.0%} in "
             f"update {best['update']} to {now['accuracy']:.0%} in update {now['update']} while "
-            f"entropy fell on (p = {p:.2g}); an earlier checkpoint may be better."
+            f"entropy kept falling (p = {p:.2g}); an earlier checkpoint may be better."
         )
 
 
 def visible(text: str) -> str:
-    """Control characters as pictures of themselves."""
+    """Replace control characters by pictures of them."""
     pictures = {c: 0x2400 + c for c in range(32) if c not in b"\n\t"}
     return text.translate(pictures | {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD))
 
 
 def pieces(tokenizer: PreTrainedTokenizerBase, before: list[int], ids: list[int]) -> list[str]:
-    """Text that each token adds; empty where a character continues in the next token."""
-    start = before[-4:]  # some tokenizers drop a text's first space
+    """Return the text that each token adds; empty if a character continues in the next token."""
+    start = before[-4:]  # Some tokenizers drop a text's first space.
     parts = [start + ids[:i] for i in range(len(ids) + 1)]
     texts = tokenizer.batch_decode(parts, clean_up_tokenization_spaces=False)
     return [text[len(old) :] for old, text in pairwise(t.rstrip("\ufffd") for t in texts)]
@@ -161,27 +160,27 @@ def pieces(tokenizer: PreTrainedTokenizerBase, before: list[int], ids: list[int]
 def completions(
     run: Run, update: int, tokenizer: Any, measured: Measures | None, shown: int
 ) -> list[dict[str, Any]]:
-    """The first ones of an update, as recorded; their tokens where these are measured."""
-    at, found = 0, list[dict[str, Any]]()
+    """Return an update's first completions as recorded, with their tokens if these are measured."""
+    start, found = 0, list[dict[str, Any]]()
     for record in run.records[update][:shown]:
         ids, length = record["response_ids"][:LONGEST], len(record["response_ids"])
         tokens = list[dict[str, Any]]()
         if measured:
             names = tokenizer.convert_ids_to_tokens(ids)
             texts = pieces(tokenizer, record["prompt_ids"], ids)
-            numbers = measured.entropy[at:].tolist(), measured.probability[at:].tolist()
+            numbers = measured.entropy[start:].tolist(), measured.probability[start:].tolist()
             for name, text, entropy, p in zip(names, texts, *numbers, strict=False):
                 token = {"text": visible(text).replace("\n", "↵\n") or "·"}
                 token["told"] = f"{visible(name or '')}   {entropy:.3f} nats, probability {p:.3g}"
                 special = name in tokenizer.all_special_tokens
                 tokens.append(token | {"level": bisect(LEVELS, entropy), "special": special})
-        at += length
+        start += length
         text = visible(record["text"])[: 8 * LONGEST]
         found.append(record | {"tokens": tokens, "more": length - LONGEST, "text": text})
     return found
 
 
-def models_of(run: Run, models: bool, console: Console) -> tuple[Shift | None, str]:
+def shift_of(run: Run, models: bool, console: Console) -> tuple[Shift | None, str]:
     """Measure the run's completions with its models, or say why that is not possible."""
     if not models:
         return None, "left out, as --no-models asks"
@@ -200,8 +199,8 @@ def models_of(run: Run, models: bool, console: Console) -> tuple[Shift | None, s
         raise
 
 
-def part_of(run: Run, number: int, shown: int, moved: Shift | None, folder: Path) -> dict[str, Any]:
-    """A run's own part of the page."""
+def part_of(run: Run, number: int, shown: int, moved: Shift | None, plots: Path) -> dict[str, Any]:
+    """Return what the template needs of one run."""
     rows = ", ".join(map(str, run.config.prompt_rows))
     part: dict[str, Any] = {
         "run": run,
@@ -218,7 +217,7 @@ def part_of(run: Run, number: int, shown: int, moved: Shift | None, folder: Path
         part["after"] = completions(run, run.last, tokenizer, own or after, shown)
     if moved:
         part["densities"] = [
-            density(moved.before, found, f"{key} texts", folder / f"logits-{key}-{number}.png")
+            density(moved.before, found, f"{key} texts", plots / f"logits-{key}-{number}.png")
             for key, found in (("same", moved.after), ("own", moved.own))
             if found
         ]
@@ -230,13 +229,13 @@ def part_of(run: Run, number: int, shown: int, moved: Shift | None, folder: Path
 def write_report(
     runs: Sequence[Path], output: Path, console: Console | None = None, models: bool = True
 ) -> Path:
-    """One HTML page that needs nothing else, and its plots as PNGs in a folder beside it.
+    """Write one self-contained HTML page, and its plots as PNGs in a folder beside it.
 
     Args:
         runs: folders of runs, finished or not.
         models: load base and trained models, one at a time, for what needs them.
 
-    Raises: UserError for a folder that is no run's, and where output cannot be written.
+    Raises: UserError for a folder that is no run's, or if the output cannot be written.
     """
     console = console or Terminal(stderr=True)
     names = [run.resolve().name for run in runs]
@@ -245,12 +244,12 @@ def write_report(
     if output.is_dir():
         raise UserError(f"output: {output} is a folder; name a file, {output / 'report.html'} say")
     plots = output.with_name(f"{output.stem}-plots")
-    ours = not plots.exists()
+    is_new = not plots.exists()
     try:
         plots.mkdir(parents=True, exist_ok=True)
         parts, shown = list[dict[str, Any]](), max(1, min(3, SHOWN // (2 * len(found))))
         for number, (name, run) in enumerate(zip(names, found, strict=True)):
-            moved, why = models_of(run, models, console)
+            moved, why = shift_of(run, models, console)
             if models and why:
                 console.print(f"{name}: {why}", markup=False, soft_wrap=True)
             part = part_of(run, number, shown, moved, plots)
@@ -261,9 +260,9 @@ def write_report(
         page = environment.from_string(source).render(
             parts=parts, curves=drawn, levels=LEVELS, version=__version__
         )
-        write_whole(output, page.encode("utf-8", "replace").decode())  # text may be no UTF-8
+        write_whole(output, page.encode("utf-8", "replace").decode())  # Text may hold surrogates.
     except BaseException as error:  # Ctrl-C too
-        if ours:
+        if is_new:
             shutil.rmtree(plots, ignore_errors=True)
         if isinstance(error, OSError):
             raise UserError(f"output: cannot write {output}: {error}") from error

@@ -1,0 +1,88 @@
+"""95 % intervals, paired tests and pass@k of right and wrong answers."""
+
+from collections.abc import Sequence
+from functools import partial
+from math import ceil, comb, floor
+from typing import NamedTuple
+
+import numpy as np
+from scipy.stats import binomtest, bootstrap, norm
+from scipy.stats import t as student
+
+RESAMPLES = 2000
+RESAMPLES_OF_PROMPTS = 4000
+
+
+class Estimate(NamedTuple):
+    """A mean and its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+class PairedChange(NamedTuple):
+    """A change of accuracy on the same problems."""
+
+    change: float
+    low: float  # 95 % interval: the normal approximation for paired proportions
+    high: float
+    p: float  # McNemar's exact test
+
+
+def wilson(right: np.ndarray) -> tuple[float, float]:
+    """Return the 95 % Wilson interval of the accuracy."""
+    interval = binomtest(int(right.sum()), right.size).proportion_ci(0.95, method="wilson")
+    return interval.low, interval.high
+
+
+def mean_interval(values: np.ndarray) -> tuple[float, float]:
+    """Return the 95 % interval of a mean over problems, by resampling them.
+
+    Equal values leave nothing to resample: then the interval is as wide as if each problem were
+    right or wrong.
+    """
+    if np.ptp(values) == 0 and 0 <= values[0] <= 1:
+        fewest, most = (np.arange(values.size) < count(values.sum()) for count in (floor, ceil))
+        return wilson(fewest)[0], wilson(most)[1]
+    draw = partial(bootstrap, n_resamples=RESAMPLES, method="percentile", rng=0)
+    interval = draw((values,), np.mean).confidence_interval
+    return float(interval.low), float(interval.high)
+
+
+def mean_over_prompts(change: np.ndarray, rng: np.random.Generator) -> Estimate:
+    """Estimate the mean of a change (prompts, problems) by resampling both prompts and problems."""
+    prompts, problems = change.shape
+    by_prompt = rng.multinomial(prompts, np.full(prompts, 1 / prompts), RESAMPLES_OF_PROMPTS)
+    # Resampling a few prompts is too sure: it measures their spread around their own mean, and
+    # knows nothing of Student's t.
+    wider = np.sqrt(prompts / (prompts - 1)) * student.ppf(0.975, prompts - 1) / norm.ppf(0.975)
+    weights = 1 / prompts + wider * (by_prompt / prompts - 1 / prompts)
+    by_problem = rng.multinomial(problems, np.full(problems, 1 / problems), RESAMPLES_OF_PROMPTS)
+    draws = ((weights @ change) * (by_problem / problems)).sum(1)
+    low, high = np.quantile(draws, (0.025, 0.975))
+    return Estimate(float(change.mean()), float(low), float(high))
+
+
+def paired_change(before: np.ndarray, after: np.ndarray) -> PairedChange:
+    """Compare verdicts on the same problems before and after."""
+    gained, lost = int((after & ~before).sum()), int((before & ~after).sum())
+    n, changed = before.size, gained + lost
+    change = (gained - lost) / n
+    half = 1.96 * np.sqrt(max(changed - (gained - lost) ** 2 / n, 0)) / n
+    p = binomtest(gained, changed).pvalue if changed else 1.0
+    return PairedChange(change, change - half, change + half, p)
+
+
+def pass_at(right: np.ndarray, k: int) -> np.ndarray:
+    """Return unbiased pass@k of each problem: the chance that one of k samples is right (Chen et
+    al., arXiv 2107.03374).
+    """
+    n, wrong = right.shape[1], (~right).sum(1)
+    return np.array([1 - comb(int(w), k) / comb(n, k) for w in wrong])
+
+
+def percent(value: float, interval: Sequence[float] = ()) -> str:
+    """Format a share as percent, with its interval if one is given."""
+    low_high = ", ".join(f"{100 * x:.1f}" for x in interval)
+    return f"{100 * value:.1f}" + (f" [{low_high}]" if interval else "")

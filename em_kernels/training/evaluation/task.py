@@ -1,0 +1,143 @@
+"""The model, the problems and the prompts of an evaluation, a selection or a study."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+from pydantic import Field
+from rich.console import Console
+from rich.markup import escape
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ...hf import check_head, head_of
+from ..config import Positive, Sampling, Settings, TrainConfig, UserError, json_object
+from ..data.problems import QWEN25_MATH_COT, Conversation, Problem, encode, few_shot, read_problems
+from ..interrupts import doing
+from ..models.loading import architecture, auto_dtype, load_model, open_source, tell_attention
+from ..rollouts.padding import check_cache, check_sampling
+from ..task import check_context, find_device
+
+
+class TaskSettings(Settings):
+    """A model, problems, and how the model is asked them."""
+
+    model: str = ""
+    """Hub id, local folder, folder of a run (its newest checkpoint is used), or "demo" (135M)."""
+    data: str = ""
+    """Problems: a .jsonl or .parquet file, a hub dataset (owner/name), "addition" (sums of two
+    two-digit numbers), or gym:TASK[?setting=value&...] (a reasoning-gym task).
+    """
+    subset: str | None = None
+    """Configuration of the hub dataset, if it has several."""
+    split: str = "test"
+    """Split of the hub dataset."""
+    skip: Annotated[int, Field(ge=0)] = 0
+    """Leave out this many problems at the start, such as those a prompt was selected from."""
+    count: Positive | None = None
+    """Number of problems; default: all of a file or dataset, 1000 of a generator."""
+    template: Literal["chat", "qwen25-math-cot", "few-shot", "raw"] = "chat"
+    """chat: the model's chat template. qwen25-math-cot: the prompt of Qwen2.5-Math's evaluation and
+    of the paper. few-shot: "Q: ... A:" after worked examples, without a chat template; the answer
+    ends with its line. raw: the problem's text alone.
+    """
+    template_kwargs: str = "{}"
+    """JSON object of variables for the chat template, such as {"enable_thinking": false}."""
+    shots: Annotated[int, Field(ge=0)] = 2
+    """Worked examples for template few-shot: the data's first problems, which are not asked."""
+    sampling: Sampling = Sampling()
+    """How completions are sampled."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Random seed of samples and of generated problems. Sample k of problem i depends on
+    (seed, i, k), not on its batch.
+    """
+    batch_size: Positive = 64
+    """Completions sampled at once; halved when memory runs out."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a CUDA GPU if there is one."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of the model. auto: bfloat16 on a GPU, and on a CPU with bf16 instructions."""
+    attention: str = "auto"
+    """transformers' attn_implementation. auto: sdpa, or eager if the architecture has no sdpa."""
+
+    def problems(self) -> tuple[list[Problem], list[Problem]]:
+        """Read the problems to ask, and the worked examples that go before each."""
+        if not self.data:
+            raise UserError("data: missing; name a file, a dataset, addition or gym:TASK")
+        shots = self.shots if self.template == "few-shot" else 0
+        found = read_problems(
+            self.data,
+            subset=self.subset,
+            split=self.split,
+            count=self.count,
+            more=shots + self.skip,
+            seed=self.seed,
+        )
+        if len(found) <= shots + self.skip:
+            raise UserError(
+                f"data: {self.data} has {len(found)} problems; {shots} worked examples and "
+                f"{self.skip} skipped leave none; lower skip or shots"
+            )
+        return found[shots + self.skip :], found[:shots]
+
+    def prompt(self, problem: Problem, shots: Sequence[Problem]) -> str | Conversation:
+        """Return the prompt's text; for template chat the user's message, or all messages."""
+        if self.template == "few-shot":
+            return few_shot(shots, problem)
+        if self.template != "chat" and not isinstance(problem.prompt, str):
+            raise UserError(
+                f"template: {self.template} takes prompts of one text, not conversations; use chat"
+            )
+        cot = self.template == "qwen25-math-cot"
+        return QWEN25_MATH_COT.format(problem.prompt) if cot else problem.prompt
+
+    def sampled(self) -> Sampling:
+        """Return the sampling settings with the stop string that the template's answers need."""
+        ends = {"few-shot": ("\n",), "qwen25-math-cot": ("<|im_end|>",)}
+        stop = self.sampling.stop or ends.get(self.template, ())
+        return self.sampling.model_copy(update={"stop": stop})
+
+
+def digest(problems: Sequence[Problem], prompts: Sequence[str | Conversation]) -> str:
+    """Hash the problems and their prompts, to notice on resume that they changed."""
+    asked = [(p.prompt, p.answer, text) for p, text in zip(problems, prompts, strict=True)]
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+
+
+def open_model(
+    config: TaskSettings, console: Console
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the model and check that it can be sampled and scored; UserError where it cannot."""
+    device = find_device(TrainConfig(device=config.device))
+    dtype = auto_dtype(device.type) if config.dtype == "auto" else config.dtype
+    source, model_config, tokenizer = open_source(config.model)
+    if config.template == "chat" and tokenizer.chat_template is None:
+        raise UserError("template: the tokenizer has no chat template; use few-shot or raw")
+    name = architecture(model_config)
+    with console.status(escape(f"loading {config.model}")), doing(f"loading {name}"):
+        model = load_model(source, dtype, config.attention, device, named=config.model).eval()
+    try:
+        with doing(f"checking {name}"):
+            check_head(model, head_of(model))
+            check_cache(model)
+            check_sampling(model)
+    except TypeError as error:
+        raise UserError(str(error)) from error
+    tell_attention(config.attention, model, console)
+    return model, tokenizer
+
+
+def token_ids(
+    config: TaskSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+    texts: Sequence[str | Conversation],
+) -> list[list[int]]:
+    """Tokenize prompts, checked against the model's context length."""
+    kwargs = json_object("template_kwargs", config.template_kwargs)
+    found = [encode(tokenizer, text, config.template == "chat", kwargs) for text in texts]
+    lengths, new = list(map(len, found)), config.sampling.max_new_tokens
+    row = config.skip + lengths.index(max(lengths))
+    told = f"data: the prompt of problem {row} has"
+    check_context(model.config, max(lengths), new, told, "leave it out")
+    return found

@@ -1,0 +1,119 @@
+"""Given completions under a model, without sampling: entropies, probabilities, greedy verdicts."""
+
+from collections.abc import Iterator, Sequence
+from os.path import commonprefix
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ...functional import fused_token_stats
+from ...hf import head_of
+from ..config import UserError
+from ..data.problems import tokenised
+from ..engines.step import SharedPrefix, can_share_prefix, micro_batches, scored_states
+from ..interrupts import progress_on
+from ..rollouts.sampling import Rollout
+from ..task import check_context
+
+TOKENS_AT_ONCE = 8192
+
+
+class AnswerScores(NamedTuple):
+    """Scores of n known answers."""
+
+    greedy: np.ndarray  # (n,) bool: every token of the answer is the most probable one
+    logprob: np.ndarray  # (temperatures, n) nats, of the whole answer
+
+
+@torch.no_grad()
+def response_states(
+    model: PreTrainedModel, rollouts: Sequence[Rollout]
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Yield, batch by batch, the indices of some rollouts and the hidden states (n, D) that predict
+    their response tokens. A prefix that all prompts share is computed once.
+    """
+    order = sorted(range(len(rollouts)), key=lambda i: len(rollouts[i]))
+    same = len(commonprefix([rollout.prompt_ids[:-1] for rollout in rollouts]))
+    prompt = None
+    if same > 0 and can_share_prefix(model):
+        prompt = SharedPrefix(model, rollouts[0].prompt_ids[:same])
+    sorted_rollouts = [rollouts[i] for i in order]
+    for batch in micro_batches(sorted_rollouts, TOKENS_AT_ONCE, same if prompt else 0):
+        members, order = order[: len(batch)], order[len(batch) :]
+        yield members, scored_states(model, batch, prompt, official=False)
+
+
+def mean_entropies(
+    model: PreTrainedModel, rollouts: Sequence[Rollout], temperature: float
+) -> list[float]:
+    """Return the mean entropy of each rollout's response tokens, in nats."""
+    head, found = head_of(model), [0.0] * len(rollouts)
+    for members, states in response_states(model, rollouts):
+        stats = fused_token_stats(
+            states, head.weight.detach(), temperature=temperature, **head.arguments()
+        )
+        assert stats.entropy is not None
+        parts = stats.entropy.split([len(rollouts[i].response_ids) for i in members])
+        for i, part in zip(members, parts, strict=True):
+            found[i] = part.mean().item()
+    return found
+
+
+def known_answers(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], completions: Sequence[str]
+) -> list[Rollout]:
+    """Tokenize few-shot prompts together with their known completions.
+
+    A completion is tokenized as in a worked example, followed by an empty line and the next
+    question, because some tokenizers merge the line breaks.
+    """
+    rollouts = list[Rollout]()
+    for prompt, completion in zip(prompts, completions, strict=True):
+        ids, text = tokenised(tokenizer, prompt), prompt + completion
+        count = len(tokenised(tokenizer, f"{text}\nQ:"))  # without an EOS
+        found = tokenizer(f"{text}\nQ:", return_offsets_mapping=True)
+        pairs = zip(found.input_ids[:count], found.offset_mapping[:count], strict=True)
+        whole = [token for token, (start, _) in pairs if start < len(text)]
+        if whole[: len(ids)] != ids:
+            raise UserError(
+                "teacher_forced: the tokenizer joins the end of the prompt with "
+                f"{completion!r}; sample instead"
+            )
+        rollouts.append(Rollout(ids, whole[len(ids) :], True))
+    return rollouts
+
+
+def score_answers(
+    model: PreTrainedModel,
+    rollouts: Sequence[Rollout],
+    temperatures: Sequence[float],
+    console: Console,
+    title: str = "scoring",
+) -> AnswerScores:
+    """Score known answers under a model, each in one forward."""
+    head, longest = head_of(model), max(map(len, rollouts))
+    check_context(model.config, longest, 0, "data: a problem with its answer has", "leave it out")
+    greedy = np.zeros(len(rollouts), dtype=bool)
+    logprob = np.zeros((len(temperatures), len(rollouts)))
+    with progress_on(console) as progress, torch.no_grad():
+        bar = progress.add_task(title, total=len(rollouts))
+        for members, states in response_states(model, rollouts):
+            tokens = [rollouts[i].response_ids for i in members]
+            targets = torch.tensor(sum(tokens, []), device=states.device)
+            lengths = list(map(len, tokens))
+            for row, temperature in enumerate(temperatures):
+                given = {"temperature": temperature, **head.arguments()}
+                stats = fused_token_stats(
+                    states, head.weight, targets, stats=("logprob", "argmax"), **given
+                )
+                assert stats.argmax is not None and stats.logprob is not None
+                right = (stats.argmax == targets).cpu().split(lengths)
+                parts = stats.logprob.double().cpu().split(lengths)
+                for i, hits, part in zip(members, right, parts, strict=True):
+                    greedy[i], logprob[row, i] = hits.all().item(), part.sum().item()
+            progress.advance(bar, len(members))
+    return AnswerScores(greedy, logprob)
