@@ -12,6 +12,7 @@ FEATURED = {  # shape and input of the problems that are shown, and measured by 
     "cuda": (("qwen3-8b", "lm-0.5"), ("llama3-8b", "lm-0.5"), ("gemma2-2b", "lm-0.5")),
 }
 TITLES = {"lm": "LM-like input", "real": "real states", "uniform": "near-uniform input"}
+README_PROVIDERS = ("ours", "ours-sparse", "floor", "compile", "official-eager")
 README = Path(__file__).parents[1] / "README.md"
 PAGE = README.parent / "docs" / "benchmarks.md"
 STUDIES = store.RESULTS / "studies"
@@ -160,27 +161,24 @@ def measured(paths: list[Path]) -> list[tuple[Path, dict]]:
 
 
 def block(paths: list[Path]) -> str:
-    """Return the README's generated text: the first featured problem, whole updates, a plot."""
+    """Return the README's generated text: five rows of the first featured problem, and a plot."""
     lines: list[str] = []
     for path, content in measured(paths):
-        groups, trained = featured(content.get("cases", {})), content.get("training", {})
-        if not groups and not trained:
+        groups = featured(content.get("cases", {}))
+        if not groups:
             continue
-        lines += [about(content), ""]
-        if groups:
-            lines += [*table(groups[0]), ""]
-        if trained:
-            found = (f"{row['program']}: {row['total_s']:.1f} s" for row in trained.values())
-            lines += [f"A whole update ({tables.model_of(trained)}): {'; '.join(found)}.", ""]
-        if groups:
-            light, dark = (f"benchmarks/results/{path.stem}-time-{t}.svg" for t in THEMES)
-            lines += [
-                "<picture>",
-                f'<source media="(prefers-color-scheme: dark)" srcset="{dark}">',
-                f'<img alt="time over the floor" src="{light}">',
-                "</picture>",
-                "",
-            ]
+        rows = [row for row in groups[0] if row["provider"] in README_PROVIDERS]
+        light, dark = (f"benchmarks/results/{path.stem}-time-{t}.svg" for t in THEMES)
+        lines += [
+            about(content),
+            "",
+            *table(rows),
+            "<picture>",
+            f'<source media="(prefers-color-scheme: dark)" srcset="{dark}">',
+            f'<img alt="time over the floor" src="{light}">',
+            "</picture>",
+            "",
+        ]
     return "\n".join(lines).rstrip()
 
 

@@ -50,4 +50,4 @@ def test_in_turns_and_reported(tmp_path):
     rows = json.loads(path.read_text())["training"]
     assert [row["updates"] for row in rows.values()] == [2, 2, 2, 1]
     assert rows["ours-fp32"]["ratio"] == 1 and rows["official"]["ratio"] > 0
-    assert all(row["program"] in report.block([path]) for row in rows.values())
+    assert all(row["program"] in report.page([path], []) for row in rows.values())
