@@ -16,8 +16,9 @@ from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
 from accelerate.utils import FullyShardedDataParallelPlugin, InitProcessGroupKwargs
 
-from .config import TrainConfig, UserError
+from .config import TrainConfig
 from .interrupts import Interrupted
+from .settings import UserError
 
 T = TypeVar("T")
 ENGINES = ("replicas", "fsdp2", "deepspeed")

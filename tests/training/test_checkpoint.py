@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from training.tiny import make_model, make_tokenizer, rounded
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from em_kernels.training.config import Sampling, TrainConfig, UserError
+from em_kernels.training.config import Sampling, TrainConfig
 from em_kernels.training.runs.checkpoint import (
     FACTS,
     STATE,
@@ -24,6 +24,7 @@ from em_kernels.training.runs.checkpoint import (
     save_checkpoint,
     write_model,
 )
+from em_kernels.training.settings import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 SETTINGS = defining_settings(TrainConfig(model="demo"))

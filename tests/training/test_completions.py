@@ -13,10 +13,10 @@ from training.test_interrupt import lines
 from training.tiny import PLAIN, make_model, make_tokenizer, read, save_tiny
 
 from em_kernels.cli import main
-from em_kernels.training.config import UserError
 from em_kernels.training.data.problems import Problem
 from em_kernels.training.evaluation.completions import TaskSettings, mean_entropies, token_ids
 from em_kernels.training.rollouts.sampling import generate
+from em_kernels.training.settings import UserError
 
 FLAGS = ["--device", "cpu", "--dtype", "float32", "--max-new-tokens", "12"]
 

@@ -14,9 +14,10 @@ from training.lives import slow
 from training.processes import FSDP2, environment, example_run, flags, launched, torchrun
 from training.tiny import read
 
-from em_kernels.training.config import TrainConfig, UserError
+from em_kernels.training.config import TrainConfig
 from em_kernels.training.distributed import find_ranks
 from em_kernels.training.runs.records import Running
+from em_kernels.training.settings import UserError
 
 
 @pytest.mark.parametrize(

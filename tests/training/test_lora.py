@@ -21,10 +21,11 @@ from training.tiny import PLAIN, loss_and_gradients, make_model, run, save_tiny,
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from em_kernels.hf import check_head, head_of
-from em_kernels.training.config import TrainConfig, UserError
+from em_kernels.training.config import TrainConfig
 from em_kernels.training.models.lora import adapted_layers, add_adapters
 from em_kernels.training.rollouts.padding import check_cache
 from em_kernels.training.rollouts.sampling import Rollout, generate
+from em_kernels.training.settings import UserError
 
 
 @DTYPES

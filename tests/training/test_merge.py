@@ -29,10 +29,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from em_kernels.cli import main
 from em_kernels.commands.merge import run as merge_command
 from em_kernels.hf import check_head, head_of
-from em_kernels.training.config import UserError
 from em_kernels.training.models.lora import add_adapters
 from em_kernels.training.runs import merge as merge_module
 from em_kernels.training.runs.merge import merge
+from em_kernels.training.settings import UserError
 
 
 def test_adapter_folder_is_written_without_the_network(tmp_path, monkeypatch):

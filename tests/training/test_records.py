@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from em_kernels.training.config import TrainConfig, UserError, read_yaml
+from em_kernels.training.config import TrainConfig, read_yaml
 from em_kernels.training.rollouts.sampling import Rollout
 from em_kernels.training.runs import records
 from em_kernels.training.runs.records import (
@@ -22,6 +22,7 @@ from em_kernels.training.runs.records import (
     trim,
     write_config,
 )
+from em_kernels.training.settings import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 N = 3  # completions of an update

@@ -17,10 +17,11 @@ from spawned import HANG_S, wait_for
 from training.tiny import PLAIN, TEMPLATE, make_model, make_tokenizer
 
 from em_kernels.cli import main
-from em_kernels.training.config import Sampling, UserError
+from em_kernels.training.config import Sampling
 from em_kernels.training.rollouts import server
 from em_kernels.training.rollouts.sampling import generate
 from em_kernels.training.rollouts.server import complete, model_name
+from em_kernels.training.settings import UserError
 
 NAME = "tiny/llama"
 SERVE = """\

@@ -10,10 +10,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from training.tiny import read, run, settings
 
 from em_kernels.cli import main
-from em_kernels.training.config import TrainConfig, UserError, read_yaml
+from em_kernels.training.config import TrainConfig, read_yaml
 from em_kernels.training.runs import trackers
 from em_kernels.training.runs.checkpoint import defining_settings
 from em_kernels.training.runs.trackers import Tracking
+from em_kernels.training.settings import UserError
 from em_kernels.training.trainer import train
 
 

@@ -18,7 +18,9 @@ from typing import Any, TypeAlias
 import yaml
 from transformers import PreTrainedTokenizerBase
 
-from ..config import ADDITION_SHOTS, TrainConfig, UserError, in_one_line
+from ..config import TrainConfig
+from ..presets import ADDITION_SHOTS
+from ..settings import UserError, in_one_line
 from .grading import boxed
 
 PROMPT_COLUMNS = ("problem", "question", "prompt")

@@ -16,14 +16,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...functional import fused_token_stats
 from ...hf import check_head, head_of
-from ..config import Positive, Sampling, Settings, TrainConfig, UserError, json_object
+from ..config import Sampling, TrainConfig
+from ..console import progress_on
 from ..data.problems import QWEN25_MATH_COT, Conversation, Problem, encode, few_shot, read_problems
 from ..engines.step import SharedPrefix, can_share_prefix, micro_batches, scored_states
-from ..interrupts import doing, progress_on
+from ..interrupts import doing
 from ..models.loading import architecture, auto_dtype, load_model, open_source, tell_attention
 from ..rollouts.padding import check_cache, check_sampling
 from ..rollouts.sampling import Rollout, generate
 from ..runs.records import append, read_lines
+from ..settings import Positive, Settings, UserError, json_object
 from ..task import check_context, find_device
 
 COMPLETIONS = "completions.jsonl"

@@ -17,14 +17,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...functional import fused_token_stats
 from ...hf import head_of
-from ..config import Positive, Sampling, UserError, json_object
+from ..config import Sampling
+from ..console import progress_on
 from ..data.grading import Grader
 from ..data.problems import Conversation, Problem, as_problem, few_shot, read_rows, tokenised
-from ..interrupts import progress_on
 from ..models.loading import fingerprint
 from ..rollouts.sampling import Rollout
 from ..run_folder import CONFIG
 from ..runs.records import FREE, differing, read_lines, resumable, write_whole
+from ..settings import Positive, UserError, json_object
 from ..task import check_context
 from .completions import (
     COMPLETIONS,

@@ -5,7 +5,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from ..config import Positive, Sampling
+from ..config import Sampling
+from ..settings import Positive
 from .completions import TaskSettings
 from .evaluate import Temperatures
 

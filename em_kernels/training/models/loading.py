@@ -18,8 +18,8 @@ from transformers import (
 )
 
 from ...ops.gemm import bf16_isa
-from ..config import UserError, in_one_line
 from ..run_folder import newest_checkpoint
+from ..settings import UserError, in_one_line
 from .demo_model import fetch_demo
 
 ADAPTERS = "adapter_config.json"

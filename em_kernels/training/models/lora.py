@@ -25,7 +25,8 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from ...hf import decoder_of
-from ..config import TrainConfig, UserError
+from ..config import TrainConfig
+from ..settings import UserError
 
 ALL = "all-linear"
 

@@ -19,11 +19,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ...hf import head_of
 from ...ops.gemm import accumulation_dtype, gemm
 from ...reference import RowTransform, transform
-from ..config import TrainConfig, UserError
+from ..config import TrainConfig
+from ..console import progress_on
 from ..evaluation.completions import states_of
-from ..interrupts import progress_on
 from ..models.loading import load_model, open_source
 from ..rollouts.sampling import Rollout
+from ..settings import UserError
 from ..task import find_device
 
 BINS, LOW, HIGH = 1600, -200.0, 200.0  # of raw logits; those beyond count in the outermost

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from ..config import Sampling, UserError, in_one_line
+from ..config import Sampling
+from ..settings import UserError, in_one_line
 
 try:
     import openai

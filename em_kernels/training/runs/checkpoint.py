@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..config import TrainConfig, UserError, in_one_line
+from ..config import TrainConfig
 from ..models.rounding import to_bf16
 from ..run_folder import CHECKPOINTS, steps_in
+from ..settings import UserError, in_one_line
 from .records import differing, sync
 
 Writer = Callable[[Path], None]

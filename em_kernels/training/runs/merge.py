@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..config import UserError
 from ..interrupts import doing
 from ..models.loading import architecture, in_short
 from ..models.rounding import to_bf16
 from ..run_folder import newest_checkpoint
+from ..settings import UserError
 from .checkpoint import save_checkpoint, write_model
 from .records import check_output
 

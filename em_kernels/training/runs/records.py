@@ -11,9 +11,9 @@ from typing import Any
 
 import yaml
 
-from ..config import Settings, UserError
 from ..rollouts.sampling import Rollout
 from ..run_folder import CONFIG, METRICS, ROLLOUTS
+from ..settings import Settings, UserError
 
 ASKED = "asked.json"
 FREE = ("output", "batch_size", "device", "server", "parallel")  # settings that may change

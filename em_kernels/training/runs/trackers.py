@@ -9,7 +9,8 @@ from typing import Any
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from rich.console import Console
 
-from ..config import TrainConfig, UserError, in_one_line
+from ..config import TrainConfig
+from ..settings import UserError, in_one_line
 
 
 class Tracking:
