@@ -77,9 +77,7 @@ def _dispatch(argv: list[str]) -> int:
         return _run(name, arguments, debug="--debug" in argv)
     except ModuleNotFoundError as error:
         remedy = "pip install 'em-kernels[train,eval,gym]'"
-        print(
-            f"em-kernels {name}: error: {error.name} is not installed; {remedy}", file=sys.stderr
-        )
+        print(f"em-kernels {name}: error: {error.name} is not installed; {remedy}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:  # Interrupted, a subclass, says what was saved.
         if RANK == "0":

@@ -131,7 +131,10 @@ REFUSED = [  # arguments beside --model model, what the line names
     (file("no-rows.jsonl"), "prompt_rows: 0 is not in no-rows.jsonl, which has 0 rows"),
     (file("good.jsonl", "--prompt-rows", "1", "2"), "prompt_rows: 2 .* has 2 rows"),
     (file("good.jsonl", "--prompt-rows", "-1"), "prompt_rows.0: -1: .* greater"),
-    (file("good.jsonl", "--prompt-rows", "0", "1", "--rollouts", "1"), "rollouts: 1 do not reach"),
+    (
+        file("good.jsonl", "--prompt-rows", "0", "1", "--rollouts", "1"),
+        "rollouts: 1 are fewer than 2",
+    ),
     (file("good.jsonl", "--answer", "3"), "answer: goes with a prompt"),
     (file("no-prompt.jsonl"), "no-prompt.jsonl, row 0: .* problem, question, prompt"),
     (file("no-prompt.parquet"), "no-prompt.parquet, row 0: .* problem, question, prompt"),

@@ -7,7 +7,7 @@ from typing import TypeVar
 import tyro
 
 from ..training.config import TrainConfig, read_yaml
-from ..training.presets import PRESETS, preset
+from ..training.presets import preset
 from ..training.run_folder import CONFIG
 from ..training.settings import Settings, UserError
 

@@ -21,7 +21,7 @@ def _not_too_cold(temperature: float) -> float:
 
 
 class Sampling(Settings):
-    """How completions are sampled. A model's generation_config only adds its end-of-sequence ids."""
+    """How completions are sampled. Of a model's generation_config only the EOS ids are used."""
 
     temperature: Annotated[float, Field(ge=0, le=100), AfterValidator(_not_too_cold)] = 0.5
     """Divide the logits by this before sampling: 0.01 or more, or 0 for greedy decoding."""
@@ -204,8 +204,8 @@ class TrainConfig(Settings):
             )
         if self.prompt_from is not None and len(self.prompt_rows) > self.rollouts:
             raise UserError(
-                f"rollouts: {self.rollouts} are fewer than the {len(self.prompt_rows)} prompt_rows; "
-                "give at least one for each"
+                f"rollouts: {self.rollouts} are fewer than {len(self.prompt_rows)} prompt_rows; give "
+                "at least one for each"
             )
         if self.four_bit and self.mode not in ("auto", "lora"):
             raise UserError(f"4bit: goes with mode lora; mode {self.mode} trains the whole weights")

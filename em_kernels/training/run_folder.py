@@ -4,6 +4,7 @@ from pathlib import Path
 
 CONFIG, METRICS, ROLLOUTS = "config.yaml", "metrics.jsonl", "rollouts.jsonl"
 CHECKPOINTS, STEP = "checkpoints", "step-"
+STATE, FACTS = "training_state.safetensors", "training_state.json"
 MARKER, INPUTS = "running.json", "asked.json"
 REPORT = "report.html"
 
@@ -25,5 +26,7 @@ def newest_checkpoint(run: Path) -> Path | None:
 
 def steps_in(checkpoints: Path) -> list[Path]:
     """Return the checkpoint folders, oldest first."""
-    folders = [path for path in checkpoints.glob(f"{STEP}*") if path.name.removeprefix(STEP).isdecimal()]
+    folders = [
+        path for path in checkpoints.glob(f"{STEP}*") if path.name.removeprefix(STEP).isdecimal()
+    ]
     return sorted(folders, key=update_of)

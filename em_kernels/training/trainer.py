@@ -250,7 +250,9 @@ class _Run:
         last = self.folder(measured)
         state, refused = newest_state(output, self._defining())
         if state is not None and state.update > measured:
-            refused.append(f"{state.checkpoint} cannot be resumed from: records before it are missing")
+            refused.append(
+                f"{state.checkpoint} cannot be resumed from: records before it are missing"
+            )
             state = None
         for line in refused:
             self.console.print(line, markup=False, soft_wrap=True)

@@ -261,7 +261,7 @@ def test_the_kernels_count_is_named(trainer, tmp_path, monkeypatch):
     """As if it had risen by 2 since the process started, whatever it is here."""
     end(trainer(tmp_path), signal.SIGKILL)
     facts = json.loads((tmp_path / "running.json").read_text("utf-8"))
-    monkeypatch.setattr(records, "_kills", lambda: (facts["kills"] or 0) + 2)
+    monkeypatch.setattr(records, "_oom_kills", lambda: (facts["kills"] or 0) + 2)
     with Running(tmp_path) as running:
         assert "the kernel has since killed 2 for memory, most likely this one" in running.death
 

@@ -364,7 +364,7 @@ def test_a_server_that_stopped(monkeypatch):
 
 @pytest.mark.parametrize("address", ["http://here:port", "http://[::1"])
 def test_an_address_that_is_none(address):
-    with pytest.raises(UserError, match=r"^server: .*an address is http://HOST:PORT"):
+    with pytest.raises(UserError, match=r"^server: .*give an address like http://HOST:PORT"):
         model_name(address, "")
 
 

@@ -24,7 +24,7 @@ from ..data.problems import Conversation, Problem, as_problem, few_shot, read_ro
 from ..models.loading import fingerprint
 from ..rollouts.sampling import Rollout
 from ..run_folder import CONFIG
-from ..runs.records import FREE, differing, read_lines, resumable, write_whole
+from ..runs.records import MAY_CHANGE, differing, read_lines, resumable, write_whole
 from ..settings import Positive, UserError, json_object
 from ..task import check_context
 from .completions import (
@@ -44,7 +44,7 @@ PROBLEMS, RESULTS = "problems.jsonl", "results.json"
 STREAM = 1  # of randomness; selection's is 2
 RESAMPLES = 2000
 Temperatures = Annotated[tuple[Annotated[float, Field(ge=0.01, le=100)], ...], Field(min_length=1)]
-NAMES = (*FREE, "model", "temperatures")  # that may differ between what is compared
+NAMES = (*MAY_CHANGE, "model", "temperatures")  # that may differ between what is compared
 
 
 class EvalConfig(TaskSettings):

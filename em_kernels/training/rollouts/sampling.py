@@ -1,8 +1,8 @@
-"""Completions of prompts: transformers' generate and its processors, a shared prefix, a shrinking
-batch.
+"""Sampling of completions with transformers' generate: common prefixes are computed once, and rows
+that finished leave the batch.
 
-A completion's randomness is a row of uniforms of its own, so it does not depend on what is sampled
-beside it.
+Each completion draws from its own row of uniform random numbers, so it does not depend on what is
+sampled beside it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -30,12 +30,12 @@ from transformers import (
 from ..config import Sampling
 from .padding import can_pad, padded, prefilled, ready_to_generate
 
-LEAVE_SHARE = 8  # a batch is rebuilt once one in so many of its rows has finished
+LEAVE_SHARE = 8  # The batch is rebuilt once 1/8 of its rows have finished.
 
 
 @dataclass
 class Rollout:
-    """One completion: its tokens, the ending token included, and whether it ended by itself."""
+    """A completion; response_ids include the token that ended it, if it ended by itself."""
 
     prompt_ids: list[int]
     response_ids: list[int]
@@ -46,8 +46,8 @@ class Rollout:
 
 
 class _InverseCdf(LogitsProcessor):
-    """Leaves one token: the one in which a uniform of the row's own falls. Last of the
-    processors.
+    """Draws a token with a given uniform per row and step, and makes all others impossible; the
+    last processor.
     """
 
     def __init__(self, uniforms: Tensor, start: int):
@@ -61,7 +61,7 @@ class _InverseCdf(LogitsProcessor):
 
 
 class _SegmentEnd(StoppingCriteria):
-    """Notes where rows end, and ends the segment when enough of them have, or when asked to."""
+    """Records the length at which each row ends; stops generate once enough rows have ended."""
 
     def __init__(
         self, ends: StoppingCriteriaList, rows: int, start: int, check: Callable[[], None] | None
@@ -76,7 +76,7 @@ class _SegmentEnd(StoppingCriteria):
         if self.length is None:
             self.length = input_ids.new_zeros(len(input_ids))
         ended = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-        for criterion in self.ends:  # a stop string does not begin in the prompt
+        for criterion in self.ends:  # Stop strings that begin in the prompt do not count.
             ended |= criterion(input_ids[:, self.start :], scores)
         now = ended & (self.length == 0)
         self.length = torch.where(now, input_ids.shape[1], self.length)
@@ -84,14 +84,14 @@ class _SegmentEnd(StoppingCriteria):
 
 
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every id that the model's generation_config or its tokenizer calls the end."""
+    """Return all end-of-sequence ids of the model's generation_config and its tokenizer."""
     ids = model.generation_config.eos_token_id if model.generation_config else None
-    found = set(ids if isinstance(ids, list) else [ids]) | {tokenizer.eos_token_id}
-    return sorted(i for i in found if i is not None)
+    every = {*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id}
+    return sorted(every - {None})
 
 
 def uniforms_for(seeds: Sequence[Sequence[int]], length: int) -> Tensor:
-    """(len(seeds), length) uniforms in [0, 1), a row for each seed; the same on every device."""
+    """Return uniforms in [0, 1), (len(seeds), length), a row per seed; equal on every device."""
     return torch.tensor(np.stack([np.random.default_rng(seed).random(length) for seed in seeds]))
 
 
@@ -107,12 +107,12 @@ def generate(
     on_done: Callable[[int], None] | None = None,
     check: Callable[[], None] | None = None,
 ) -> list[Rollout]:
-    """A completion for each prompt.
+    """Sample a completion for each prompt.
 
     Args:
-        prompts: token ids; those of similar length are sampled together, their common prefix
-            computed once.
-        seeds: for each prompt the numbers that its randomness depends on.
+        prompts: token ids; prompts of similar length are sampled together, and their common prefix
+            is computed once.
+        seeds: the integers that each completion's randomness depends on.
         on_done: called with the number of completions just finished.
         check: called after every token; may raise to abandon the work.
     """
@@ -138,7 +138,7 @@ def generate(
 
 
 def _batches(lengths: Sequence[int], size: int, pad: bool) -> Iterator[list[int]]:
-    """Indices by length, none over twice its batch's shortest; without padding, of one length."""
+    """Batch indices by length: at most twice the batch's shortest, or all equal without padding."""
     batch: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
         if batch and (len(batch) == size or lengths[i] > lengths[batch[0]] * (1 + pad)):
@@ -159,7 +159,7 @@ def _generate_batch(
     on_done: Callable[[int], None] | None,
     check: Callable[[], None] | None,
 ) -> list[Rollout]:
-    """Completions of prompts, in segments; rows that finished leave between them."""
+    """Sample one batch in segments, between which finished rows leave."""
     same, ids, mask = padded(prompts)
     ids, mask = ids.to(model.device), mask.to(model.device)
     prompt_length = ids.shape[1]
@@ -170,7 +170,7 @@ def _generate_batch(
     if sampling.stop:
         endings.append(StopStringCriteria(tokenizer, list(sampling.stop)))
     results: list[Rollout | None] = [None] * len(ids)
-    rows = torch.arange(len(ids), device=ids.device)  # which result each row of the batch is
+    rows = torch.arange(len(ids), device=ids.device)  # index into results
     cache = prefilled(model, ids, same)
     while len(rows):
         processors = LogitsProcessorList()
@@ -198,7 +198,7 @@ def _generate_batch(
             ),
             logits_processor=processors,
             stopping_criteria=StoppingCriteriaList([segment_end]),
-            synced_gpus=False,  # else under FSDP each rank waits for the others' segments
+            synced_gpus=False,  # Under FSDP, ranks would wait for each other's segments.
         )
         ids, cache = output.sequences, output.past_key_values
         length = segment_end.length
@@ -216,5 +216,4 @@ def _generate_batch(
         ids, rows, mask = ids[going], rows[going], mask[going]
         if len(rows):
             cache.batch_select_indices(going)
-    assert all(result is not None for result in results)
     return [result for result in results if result is not None]
