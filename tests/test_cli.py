@@ -133,7 +133,7 @@ REFUSED = [  # arguments beside --model model, what the line names
     (file("good.jsonl", "--prompt-rows", "-1"), "prompt_rows.0: -1: .* greater"),
     (
         file("good.jsonl", "--prompt-rows", "0", "1", "--rollouts", "1"),
-        "rollouts: 1 are fewer than 2",
+        "rollouts: 1 are fewer",
     ),
     (file("good.jsonl", "--answer", "3"), "answer: goes with a prompt"),
     (file("no-prompt.jsonl"), "no-prompt.jsonl, row 0: .* problem, question, prompt"),

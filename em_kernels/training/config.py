@@ -204,8 +204,8 @@ class TrainConfig(Settings):
             )
         if self.prompt_from is not None and len(self.prompt_rows) > self.rollouts:
             raise UserError(
-                f"rollouts: {self.rollouts} are fewer than {len(self.prompt_rows)} prompt_rows; give "
-                "at least one for each"
+                f"rollouts: {self.rollouts} are fewer than {len(self.prompt_rows)} prompt_rows; "
+                "give at least one for each"
             )
         if self.four_bit and self.mode not in ("auto", "lora"):
             raise UserError(f"4bit: goes with mode lora; mode {self.mode} trains the whole weights")
