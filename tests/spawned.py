@@ -1,4 +1,4 @@
-"""Processes for a test: waiting for what they do, ending those that hang, finding those left."""
+"""Helpers for tests with processes: wait for them, end those that hang, find those left over."""
 
 import faulthandler
 import os
@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch.multiprocessing as mp
 
-HANG_S = 300  # ends what hangs, and nothing else: one busy CPU makes everything ten times slower
+HANG_S = 300  # Only what hangs takes so long, even on a CPU that is ten times busier.
 
 
 def wait_for(condition, alive=lambda: True):
-    """Poll until the condition is true, and return it; whoever is to make it true must be alive."""
+    """Poll until condition() is true, and return it; fail if `alive()` is not, or after HANG_S."""
     end = time.monotonic() + HANG_S
     while not (found := condition()):
         assert alive(), "the process that is waited for has ended"
@@ -24,7 +24,7 @@ def wait_for(condition, alive=lambda: True):
 
 @contextmanager
 def outlived(process):
-    """A process, of subprocess or multiprocessing, that does not outlive the test if that fails."""
+    """A context that kills its process (of subprocess or multiprocessing) at the end."""
     try:
         yield process
     finally:
@@ -33,7 +33,7 @@ def outlived(process):
 
 
 def running(pid):
-    """Whether a process runs; one that has ended may stay listed for as long as nobody reaps it."""
+    """Return True if a process runs; a zombie does not."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
@@ -42,7 +42,7 @@ def running(pid):
 
 
 def group_of(leader):
-    """The running processes of a process group."""
+    """Return the running processes of a process group."""
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         try:
@@ -54,7 +54,7 @@ def group_of(leader):
 
 
 def spawn(worker, *arguments, nprocs, timeout_s=HANG_S):
-    """worker(rank, *arguments) in each, to its end."""
+    """Run worker(rank, *arguments) in nprocs processes, to the end of each."""
     context = mp.spawn(watched, (worker, *arguments), nprocs=nprocs, join=False)
     deadline = time.monotonic() + timeout_s
     try:

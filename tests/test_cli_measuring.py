@@ -1,9 +1,10 @@
-"""Choosing and measuring by commands: what their help tells, what they refuse."""
+"""The commands that select and evaluate: their help, and what they refuse."""
 
 import re
 
 import pytest
-from test_cli import contents, help_of, refused
+from test_cli import help_of
+from test_cli_refusals import contents, refused
 
 from em_kernels.cli import main
 from em_kernels.commands.flags import train_settings as settings
@@ -69,7 +70,7 @@ def test_values_that_are_refused(arguments, said, tmp_path, monkeypatch, capfd):
 
 @pytest.mark.parametrize("equals", [True, False])
 def test_a_file_of_prompts_takes_the_place_of_a_prompt(equals, tmp_path):
-    """And the other way; what is given twice is refused later."""
+    """A prompt replaces a file, too; giving both is refused later."""
     given = ["--prompt-from=rows.jsonl"] if equals else ["--prompt-from", "rows.jsonl"]
     config, resume = settings("train", ["--preset", "demo", *given], "")
     found = config.model_dump(exclude={"prompt", "answer", "prompt_from"})
