@@ -6,7 +6,7 @@ from torch import nn
 from torch.testing import assert_close
 from training.adapters import (
     ARCHITECTURES,
-    DTYPES,
+    FP32_AND_BF16,
     IDS,
     WIDE,
     error_of,
@@ -28,7 +28,7 @@ from em_kernels.training.rollouts.sampling import Rollout, generate
 from em_kernels.training.settings import UserError
 
 
-@DTYPES
+@FP32_AND_BF16
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_every_linear_layer_but_the_head_has_one(kind, dtype):
     """In fp32, counted beforehand, and at first without effect."""
@@ -53,7 +53,7 @@ def test_every_linear_layer_but_the_head_has_one(kind, dtype):
     assert not any(module.training for module in adapted.modules())
 
 
-@DTYPES
+@FP32_AND_BF16
 @pytest.mark.parametrize("kind", ["llama", "phi", "gemma2"])
 def test_only_adapters_get_gradients(kind, dtype):
     model = wide(kind, dtype=dtype)
@@ -128,7 +128,7 @@ def lora_layers(model):
     return [m for m in model.modules() if hasattr(m, "lora_A")]
 
 
-@DTYPES
+@FP32_AND_BF16
 def test_completions_are_sampled_through_unmerged_adapters(tokenizer, dtype):
     def sample(model):
         prompts = [[5, 6, 7]] * 4
@@ -146,7 +146,7 @@ def test_completions_are_sampled_through_unmerged_adapters(tokenizer, dtype):
     assert all(torch.equal(p, frozen[n]) for n, p in adapted.named_parameters())
 
 
-@DTYPES
+@FP32_AND_BF16
 def test_adapters_depend_on_the_seed_alone(dtype):
     def adapters(seed, noise):
         model = wide(dtype=dtype)

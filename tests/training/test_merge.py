@@ -13,7 +13,7 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from training.adapters import (
     ARCHITECTURES,
-    DTYPES,
+    FP32_AND_BF16,
     IDS,
     WIDE,
     error_of,
@@ -66,7 +66,7 @@ def test_adapter_folder_is_written_without_the_network(tmp_path, monkeypatch):
     assert not asked
 
 
-@DTYPES
+@FP32_AND_BF16
 @pytest.mark.parametrize("targets", [("all-linear",), ("q_proj", "down_proj")])
 def test_peft_opens_the_folder(targets, dtype, tmp_path):
     base = save_tiny(tmp_path / "model", **WIDE, num_hidden_layers=3)
@@ -98,7 +98,7 @@ def adapter(tmp_path):
     return saved(trained(model), tmp_path / "adapter")
 
 
-@DTYPES
+@FP32_AND_BF16
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
 def test_merged_weights_are_the_exact_sums_rounded_once(kind, dtype, tmp_path):
     base = save_tiny(tmp_path / "model", kind, dtype=dtype, **WIDE, **ARCHITECTURES[kind])
