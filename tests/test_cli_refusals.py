@@ -12,8 +12,8 @@ from em_kernels.cli import main
 
 PROMPT = ["--prompt", "What is 2 + 3?"]
 ROWS = {  # content of a .jsonl file, what the line says of it
-    '{"prompt": ': "cannot read rows.jsonl",
-    b"\xff\xfe\x00": "cannot read rows.jsonl",
+    '{"prompt": ': "cannot read .*rows.jsonl",
+    b"\xff\xfe\x00": "cannot read .*rows.jsonl",
     '{"text": "a"}\n': "rows.jsonl, row 0: .* problem, question, prompt",
     '{"prompt": " "}\n': "rows.jsonl, row 0: .* problem, question, prompt",
     "[1]\n": "rows.jsonl, row 0: a row is int",

@@ -284,36 +284,33 @@ def page(results: dict[str, dict[str, Any]]) -> str:
         return {kind: r for kind, r in results.items() if r["verdict"] == verdict}
 
     accepted, refused, missing = of("accepted"), of("refused"), of("not built")
-    lines = [
-        "# Architectures",
-        "",
-        f"What `make test-architectures` finds of the {len(results)} causal architectures of "
-        f"transformers {transformers.__version__}, on tiny random models: {len(accepted)} can be "
-        f"trained and evaluated, {len(refused)} are refused in one line, {len(missing)} could not "
-        "be built so small and were not tried.",
-        "",
-        "An accepted one has planned and done an update of all its weights; loss and gradients are "
-        "those of its logits; completions sampled side by side are those of one alone.",
-        "",
-        "- **unequal prompts**: completions of prompts of unequal length are sampled side by side, "
-        "or each length by itself (slower; the same completions).",
-        "- **shared prompt**: the prompt is computed once for all its completions.",
-        "- **LoRA**: `--lora-targets all-linear`; attention: only targets in the attention.",
-        "",
-        "| model_type | class | unequal prompts | shared prompt | LoRA |",
-        "|---|---|---|---|---|",
-    ]
+    text = f"""# Architectures
+
+What `make test-architectures` finds of the {len(results)} causal architectures of transformers \
+{transformers.__version__}, on tiny random models: {len(accepted)} can be trained and evaluated, \
+{len(refused)} are refused in one line, {len(missing)} could not be built so small and were not \
+tried.
+
+An accepted one has planned and done an update of all its weights; loss and gradients are those of \
+its logits; completions sampled side by side are those of one alone.
+
+- **unequal prompts**: completions of prompts of unequal length are sampled side by side, or each \
+length by itself (slower; the same completions).
+- **shared prompt**: the prompt is computed once for all its completions.
+- **LoRA**: `--lora-targets all-linear`; attention: only targets in the attention.
+
+| model_type | class | unequal prompts | shared prompt | LoRA |
+|---|---|---|---|---|
+"""
     for kind, r in accepted.items():
         side = "side by side" if r["pad"] else "by length"
-        lora = "attention" if r["lora"] else "all"
-        shared = "yes" if r["share"] else "no"
-        lines.append(f"| {kind} | {r['class']} | {side} | {shared} | {lora} |")
-    lines += ["", "## Refused", "", "| model_type | what it says |", "|---|---|"]
+        shared, lora = "yes" if r["share"] else "no", "attention" if r["lora"] else "all"
+        text += f"| {kind} | {r['class']} | {side} | {shared} | {lora} |\n"
+    text += "\n## Refused\n\n| model_type | what it says |\n|---|---|\n"
     for kind, r in refused.items():
-        why = re.sub(r" \(.*\)", "", r["why"])  # numbers that another machine rounds otherwise
-        lines.append(f"| {kind} | {why} |")
-    names = ", ".join(missing)
-    return "\n".join([*lines, "", "## Not tried", "", f"{names}.", ""])
+        why = re.sub(r" \(.*\)", "", r["why"])  # Numbers depend on the machine's rounding.
+        text += f"| {kind} | {why} |\n"
+    return f"{text}\n## Not tried\n\n{', '.join(missing)}.\n"
 
 
 def examine_all() -> int:

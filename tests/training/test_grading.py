@@ -35,32 +35,15 @@ def cases(text):
     return [tuple(case.split(" :: ")) for line in lines for case in line.split(" | ")]
 
 
-FOUND = [
-    (r"so \boxed{42}.", "42"),
-    (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
-    (r"\boxed{1} or rather \boxed{ 2 } at 3", "2"),
-    (r"\boxed{\text{a {nested} one}} 7", r"\text{a {nested} one}"),
-    (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
-    (r"first \boxed{5}, then \boxed{6 and it was cut", "6"),
-    (r"\boxed{}", ""),
-    ("A: 12 + 7 = 19\n", "19"),
-    ("it is 3.50, I think", "3.50"),
-    ("costs $1,234.50.", "1,234.50"),
-    ("x = -7", "-7"),
-    ("x = -.5", "-.5"),
-    ("x = - 5", "-5"),
-    ("The difference is \N{MINUS SIGN}5.", "-5"),
-    ("8 - 5", "5"),
-    ("a half is .5", ".5"),
-    ("5-3", "3"),
-    ("10 to 20", "20"),
-    ("the pages 10-20", "20"),
-    ("the answer is...5", "5"),
-    ("31+52=83", "83"),
-    ("about 1.5e-6 m", "1.5e-6"),
-    ("no number", None),
-    ("", None),
-]
+FOUND = cases(r"""
+so \boxed{42}. :: 42 | \boxed{\frac{1}{2}} :: \frac{1}{2} | \boxed{\{1, 2\}} :: \{1, 2\}
+\boxed{\text{a {nested} one}} 7 :: \text{a {nested} one} | \boxed{1} or rather \boxed{ 2 } at 3 :: 2
+first \boxed{5}, then \boxed{6 and it was cut :: 6 | it is 3.50, I think :: 3.50
+costs $1,234.50. :: 1,234.50 | x = -7 :: -7 | x = -.5 :: -.5 | x = - 5 :: -5
+The difference is −5. :: -5 | 8 - 5 :: 5 | a half is .5 :: .5 | 5-3 :: 3 | 10 to 20 :: 20
+the pages 10-20 :: 20 | the answer is...5 :: 5 | 31+52=83 :: 83 | about 1.5e-6 m :: 1.5e-6
+""")
+FOUND += [(r"\boxed{}", ""), ("A: 12 + 7 = 19\n", "19"), ("no number", None), ("", None)]
 
 
 @pytest.mark.parametrize("text, answer", FOUND)

@@ -1,4 +1,4 @@
-"""Adapters: where they are, and that they alone learn."""
+"""LoRA adapters: which layers get them, and that only they are trained."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ from em_kernels.training.settings import UserError
 @FP32_AND_BF16
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_every_linear_layer_but_the_head_has_one(kind, dtype):
-    """In fp32, counted beforehand, and at first without effect."""
+    """Adapters are in fp32, as many as planned, and have no effect at first."""
     model = wide(kind, dtype=dtype)
     linear = {n for n, m in model.named_modules() if type(m).__name__ in ("Linear", "Conv1D")}
     (head,) = (n for n, m in model.named_modules() if m is model.get_output_embeddings())
@@ -74,7 +74,7 @@ def test_only_adapters_get_gradients(kind, dtype):
 
 
 def test_gradients_are_those_of_the_product():
-    """d loss / dB = scale * G A^T and d loss / dA = scale * B^T G, with G the sum's gradient."""
+    """d loss / dB = scale * G A^T and d loss / dA = scale * B^T G, where G = d loss / dW."""
     model = wide("qwen2", dtype=torch.float64)
     adapted = trained(model)
     whole = wide("qwen2", dtype=torch.float64)
@@ -106,7 +106,7 @@ def test_gradients_are_those_of_the_product():
     ids=" ".join,
 )
 def test_gradients_with_and_without_a_shared_prompt(targets, tmp_path):
-    """Keys and values that no adapter touches have none; a plan and an update go through."""
+    """Keys and values that no adapter touches need no gradient; plan and update still work."""
     model = wide("qwen2", dtype=torch.float64)
     adapted = trained(model, lora(lora_targets=targets))
     adapted.double()
@@ -200,7 +200,7 @@ def test_named_targets(targets, layers):
     ],
 )
 def test_targets_that_are_refused(kind, target, message):
-    """Before anything is changed, and on the meta device too."""
+    """They are refused before anything is changed, on the meta device too."""
     with torch.device("meta"):
         if kind == "opt":
             model = make_model("opt", ffn_dim=48, word_embed_proj_dim=32)
@@ -219,7 +219,7 @@ def test_targets_that_are_refused(kind, target, message):
 
 
 def test_experts_that_peft_would_adapt_instead_are_refused():
-    """The first layer here is dense, and its layers are named as experts' parts once were."""
+    """The first layer is dense, and its linear layers have names that experts' parts once had."""
 
     def model():
         shape = {**WIDE, "num_experts": 8, "moe_intermediate_size": 64, "head_dim": 16}

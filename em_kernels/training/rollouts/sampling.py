@@ -7,6 +7,7 @@ sampled beside it.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -120,19 +121,11 @@ def generate(
     ends = eos_ids(model, tokenizer)
     lengths = [len(ids) for ids in prompts]
     pad = len(set(lengths)) > 1 and can_pad(model, max(lengths) + sampling.max_new_tokens)
+    sample = partial(_generate_batch, model, tokenizer, sampling, ends, on_done, check)
     with ready_to_generate(model):
         for batch in _batches(lengths, batch_size, pad):
             uniforms = uniforms_for([seeds[i] for i in batch], sampling.max_new_tokens)
-            done = _generate_batch(
-                model,
-                tokenizer,
-                [prompts[i] for i in batch],
-                uniforms.to(model.device),
-                sampling,
-                ends,
-                on_done,
-                check,
-            )
+            done = sample([prompts[i] for i in batch], uniforms.to(model.device))
             results.update(zip(batch, done, strict=True))
     return [results[i] for i in range(len(prompts))]
 
@@ -152,12 +145,12 @@ def _batches(lengths: Sequence[int], size: int, pad: bool) -> Iterator[list[int]
 def _generate_batch(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[list[int]],
-    uniforms: Tensor,
     sampling: Sampling,
     ends: list[int],
     on_done: Callable[[int], None] | None,
     check: Callable[[], None] | None,
+    prompts: Sequence[list[int]],
+    uniforms: Tensor,
 ) -> list[Rollout]:
     """Sample one batch in segments, between which finished rows leave."""
     same, ids, mask = padded(prompts)
