@@ -44,9 +44,9 @@ def as_recorded(config: TrainConfig) -> TrainConfig:
     return config
 
 
-def find_device(config: TrainConfig) -> torch.device:
+def find_device(device: str) -> torch.device:
     """The device, with its index, for a command that runs in one process."""
-    ranks = find_ranks(config)
+    ranks = find_ranks(device)
     if ranks.count > 1:
         raise UserError("device: one process only; start it without accelerate or torchrun")
     return ranks.device

@@ -89,7 +89,7 @@ def train(
         UserError: before anything is written, where the settings cannot work; or a full disk.
         Interrupted: after Ctrl-C, with a checkpoint of the last finished update.
     """
-    ranks = find_ranks(config)
+    ranks = find_ranks(config.device, config.rollouts)
     console = console or Terminal(stderr=True)
     if not ranks.is_main:
         console = Console(quiet=True)

@@ -55,7 +55,7 @@ def test_what_cannot_work_is_one_line(folders, tmp_path, more, env, line):
 def test_a_mesh_of_many_dimensions_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
     with pytest.raises(UserError, match="parallelism_config: is not supported"):
-        find_ranks(TrainConfig(device="cpu"))
+        find_ranks("cpu")
 
 
 def test_a_folder_in_use_is_one_line(folders, tmp_path):

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...functional import fused_token_stats
 from ...hf import check_head, head_of
-from ..config import Sampling, TrainConfig
+from ..config import Sampling
 from ..console import progress_on
 from ..data.problems import QWEN25_MATH_COT, Conversation, Problem, encode, few_shot, read_problems
 from ..engines.step import SharedPrefix, can_share_prefix, micro_batches, scored_states
@@ -239,7 +239,7 @@ def open_model(
     config: TaskSettings, console: Console
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Raises: UserError where there is none, or it is none that can be asked."""
-    device = find_device(TrainConfig(device=config.device))
+    device = find_device(config.device)
     dtype = auto_dtype(device.type) if config.dtype == "auto" else config.dtype
     source, model_config, tokenizer = open_source(config.model)
     if config.template == "chat" and tokenizer.chat_template is None:

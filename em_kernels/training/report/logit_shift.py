@@ -129,7 +129,7 @@ def shift(
     def opened(source: str) -> PreTrainedModel:
         gc.collect()
         with console.status(escape(f"loading {source}")):
-            return load_model(source, config.dtype, attention, find_device(config)).eval()
+            return load_model(source, config.dtype, attention, find_device(config.device)).eval()
 
     first, last = _sample(first), _sample(last or ())
     model = opened(source)
