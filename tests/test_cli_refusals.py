@@ -11,6 +11,7 @@ from training.tiny import make_tokenizer, save_tiny
 from em_kernels.cli import main
 
 PROMPT = ["--prompt", "What is 2 + 3?"]
+FLASH = ["--attention", "flash_attention_2"]
 ROWS = {  # content of a .jsonl file, what the line says of it
     '{"prompt": ': "cannot read .*rows.jsonl",
     b"\xff\xfe\x00": "cannot read .*rows.jsonl",
@@ -123,7 +124,7 @@ REFUSED = [  # arguments beside --model model, what the line names
     ([*PROMPT, "--temperature", "-1"], "sampling.temperature: -1.0"),
     ([*PROMPT, "--temperature", "1e-50"], "sampling.temperature: 1e-50: is below 0.01"),
     ([*PROMPT, "--chunk-bytes", "100"], "chunk_bytes: 100 is less than one row"),
-    ([*PROMPT, "--attention", "flash_attention_2", "--dtype", "float32"], "attention: flash_att"),
+    ([*PROMPT, *FLASH, "--dtype", "float32"], "attention: flash_attention_2 computes in 16"),
     ([*PROMPT, "--temperature", "nan"], "sampling.temperature: nan"),
     ([*PROMPT, "--loss-temperature", "0"], "loss_temperature: 0.0"),
     ([*PROMPT, "--top-p", "0"], "sampling.top_p: 0.0"),
