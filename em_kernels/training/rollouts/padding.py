@@ -12,13 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
-from transformers import (
-    DynamicCache,
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedModel,
-)
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
 from ...hf import decoder_of, takes
@@ -86,39 +80,33 @@ def prefilled(model: PreTrainedModel, ids: Tensor, same: int) -> DynamicCache:
     return cache
 
 
-class _ForceToken(LogitsProcessor):
-    """Makes every other token impossible."""
-
-    def __init__(self, token: int) -> None:
-        self.token = token
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        return torch.full_like(scores, -torch.inf).index_fill_(
-            1, torch.tensor([self.token], device=scores.device), 0
-        )
+def run_generate(
+    model: PreTrainedModel,
+    ids: Tensor,
+    mask: Tensor,
+    cache: DynamicCache,
+    config: dict[str, Any],
+    **options: Any,
+) -> Any:
+    """Call transformers' generate; its processors, given as options, decide the tokens."""
+    fixed = {"do_sample": False, "return_dict_in_generate": True, "use_cache": True}
+    return model.generate(  # type: ignore[operator]
+        ids,
+        attention_mask=mask,
+        past_key_values=cache,
+        generation_config=GenerationConfig(**fixed, **config),
+        synced_gpus=False,  # Under FSDP, ranks would wait for each other's segments.
+        **options,
+    )
 
 
 def _side_by_side(model: PreTrainedModel, rows: Sequence[list[int]], token: int) -> Tensor:
-    """Return logits (n, 2, V) of the next token, and of the one after `token`, as sampling.py gets
-    them: batched, padded, with a cache.
-    """
+    """Return logits (n, 2, V) of the next token, and of the one after `token`, from a batch."""
     same, ids, mask = padded(rows)
     ids, mask = ids.to(model.device), mask.to(model.device)
-    output = model.generate(  # type: ignore[operator]
-        ids,
-        attention_mask=mask,
-        past_key_values=prefilled(model, ids, same),
-        generation_config=GenerationConfig(
-            do_sample=False,
-            max_length=ids.shape[1] + 2,
-            pad_token_id=0,
-            return_dict_in_generate=True,
-            output_logits=True,
-            use_cache=True,
-        ),
-        logits_processor=LogitsProcessorList([_ForceToken(token)]),
-        synced_gpus=False,
-    )
+    config = {"max_length": ids.shape[1] + 2, "pad_token_id": 0, "output_logits": True}
+    forced = {"prefix_allowed_tokens_fn": lambda row, ids: [token]}
+    output = run_generate(model, ids, mask, prefilled(model, ids, same), config, **forced)
     return wide(torch.stack(output.logits, 1))
 
 

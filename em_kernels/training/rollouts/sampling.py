@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from transformers import (
     EosTokenCriteria,
-    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
@@ -29,7 +28,7 @@ from transformers import (
 )
 
 from ..config import Sampling
-from .padding import can_pad, padded, prefilled, ready_to_generate
+from .padding import can_pad, padded, prefilled, ready_to_generate, run_generate
 
 LEAVE_SHARE = 8  # The batch is rebuilt once 1/8 of its rows have finished.
 
@@ -162,8 +161,8 @@ def _generate_batch(
         endings.append(EosTokenCriteria(eos_token_id=ends))
     if sampling.stop:
         endings.append(StopStringCriteria(tokenizer, list(sampling.stop)))
-    results: list[Rollout | None] = [None] * len(ids)
-    rows = torch.arange(len(ids), device=ids.device)  # index into results
+    results: dict[int, Rollout] = {}
+    rows = torch.arange(len(ids), device=ids.device)  # each row's index in prompts
     cache = prefilled(model, ids, same)
     while len(rows):
         processors = LogitsProcessorList()
@@ -178,21 +177,9 @@ def _generate_batch(
                 processors.append(TopPLogitsWarper(sampling.top_p))
             processors.append(_InverseCdf(uniforms[rows], prompt_length))
         segment_end = _SegmentEnd(endings, len(rows), prompt_length, check)
-        output = model.generate(  # type: ignore[operator]
-            ids,
-            attention_mask=mask,
-            past_key_values=cache,
-            generation_config=GenerationConfig(
-                do_sample=False,
-                max_length=longest,
-                pad_token_id=ends[0] if ends else 0,
-                return_dict_in_generate=True,
-                use_cache=True,
-            ),
-            logits_processor=processors,
-            stopping_criteria=StoppingCriteriaList([segment_end]),
-            synced_gpus=False,  # Under FSDP, ranks would wait for each other's segments.
-        )
+        config = {"max_length": longest, "pad_token_id": ends[0] if ends else 0}
+        stop = {"stopping_criteria": StoppingCriteriaList([segment_end])}
+        output = run_generate(model, ids, mask, cache, config, logits_processor=processors, **stop)
         ids, cache = output.sequences, output.past_key_values
         length = segment_end.length
         assert length is not None
@@ -201,7 +188,8 @@ def _generate_batch(
         stop_at = torch.where(ended, length, ids.shape[1]).tolist()
         for i in finished.nonzero()[:, 0].tolist():
             response = ids[i, prompt_length : stop_at[i]].tolist()
-            results[int(rows[i])] = Rollout(prompts[int(rows[i])], response, bool(ended[i]))
+            row = int(rows[i])
+            results[row] = Rollout(prompts[row], response, bool(ended[i]))
         if on_done is not None:
             on_done(int(finished.sum()))
         going = (~finished).nonzero()[:, 0]
@@ -209,4 +197,4 @@ def _generate_batch(
         ids, rows, mask = ids[going], rows[going], mask[going]
         if len(rows):
             cache.batch_select_indices(going)
-    return [result for result in results if result is not None]
+    return [results[row] for row in range(len(prompts))]
