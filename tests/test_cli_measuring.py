@@ -6,7 +6,6 @@ import pytest
 from test_cli import help_of
 from test_cli_refusals import contents, refused
 
-from em_kernels.cli import main
 from em_kernels.commands.flags import train_settings as settings
 from em_kernels.training.config import TrainConfig
 from em_kernels.training.evaluation.evaluate import EvalConfig
@@ -26,24 +25,6 @@ from em_kernels.training.presets import PRESETS
 def test_help(command, config, more, capfd):
     text = help_of(command, config, capfd)
     assert all(part in text for part in more)
-
-
-@pytest.mark.parametrize(
-    "arguments, said",
-    [
-        (["select", "--samples", "many"], "--samples"),
-        (["select", "--score", "luck"], "--score"),
-        (["eval", "--max-new-token", "8"], "--max-new-tokens"),
-        (["eval", "--against"], "--against"),
-        (["study", "--updates", "soon"], "--updates"),
-    ],
-    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
-)
-def test_flags_that_cannot_be_parsed(arguments, said, capfd):
-    with pytest.raises(SystemExit) as exit:
-        main(arguments)
-    stdout, stderr = capfd.readouterr()
-    assert exit.value.code == 2 and stdout == "" and said in stderr and "Traceback" not in stderr
 
 
 @pytest.mark.parametrize(

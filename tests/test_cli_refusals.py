@@ -181,24 +181,31 @@ def test_cuda_without_a_gpu(at, capfd):
     assert "device: cuda" in line and contents(at) == before
 
 
-@pytest.mark.parametrize(
-    "arguments, said",
-    [
-        (["--tempratur", "1"], "--temperature"),
-        (["--max-new-token", "8"], "--max-new-tokens"),
-        (["stray"], "stray"),
-        (["--device", "tpu"], "--device"),
-        (["--steps"], "--steps"),
-        (["--steps", "1.5"], "--steps"),
-        (["--lr", "fast"], "--lr"),
-        (["--config"], "--config"),
-    ],
-    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
-)
+UNPARSABLE = [  # arguments, what is named
+    (["train", "--tempratur", "1"], "--temperature"),
+    (["train", "--max-new-token", "8"], "--max-new-tokens"),
+    (["train", "stray"], "stray"),
+    (["train", "--device", "tpu"], "--device"),
+    (["train", "--steps"], "--steps"),
+    (["train", "--steps", "1.5"], "--steps"),
+    (["train", "--lr", "fast"], "--lr"),
+    (["train", "--config"], "--config"),
+    (["select", "--samples", "many"], "--samples"),
+    (["select", "--score", "luck"], "--score"),
+    (["eval", "--max-new-token", "8"], "--max-new-tokens"),
+    (["eval", "--against"], "--against"),
+    (["study", "--updates", "soon"], "--updates"),
+]
+TRAIN = ["--model", "model", *PROMPT]
+OTHERS = ["select", "eval", "study", "demo", "fetch-demo", "info"]
+UNPARSABLE += [([name, "--bogus"], "--bogus") for name in OTHERS]
+
+
+@pytest.mark.parametrize("arguments, said", UNPARSABLE, ids=[" ".join(a) for a, _ in UNPARSABLE])
 def test_flags_that_cannot_be_parsed(arguments, said, at, capfd):
     before = contents(at)
     with pytest.raises(SystemExit) as exit:
-        main(["train", "--model", "model", *PROMPT, *arguments])
+        main([arguments[0], *(TRAIN if arguments[0] == "train" else []), *arguments[1:]])
     stdout, stderr = capfd.readouterr()
     assert exit.value.code == 2 and stdout == ""
     assert said in stderr and "Traceback" not in stderr

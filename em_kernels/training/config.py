@@ -1,6 +1,7 @@
 """Settings of sampling and of a training run, with defaults (the paper's) and ranges."""
 
 import os
+from collections.abc import Set
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -178,6 +179,11 @@ class TrainConfig(Settings):
     def temperature(self) -> float:
         """Temperature that the loss divides logits by."""
         return self.loss_temperature or self.sampling.temperature or 1.0
+
+    def flat(self, exclude: Set[str] = frozenset()) -> dict[str, Any]:
+        """Return settings by name as JSON values; those of sampling as "sampling.NAME"."""
+        values = self.model_dump(mode="json", exclude={*exclude})
+        return values | {f"sampling.{k}": v for k, v in values.pop("sampling").items()}
 
     def located(self) -> "TrainConfig":
         """Return a copy with absolute paths, which are right from any working directory."""

@@ -3,7 +3,7 @@
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -44,11 +44,16 @@ def fingerprint(model: str) -> str:
     return "; ".join(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in files) or source
 
 
-def open_source(model: str) -> tuple[str, PreTrainedConfig, PreTrainedTokenizerBase]:
-    """Open what the setting `model` names, but read no weights.
+class Source(NamedTuple):
+    """What the setting `model` names: folder or hub id, config, tokenizer."""
 
-    Returns: folder or hub id, config, tokenizer.
-    """
+    name: str
+    config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+
+
+def open_source(model: str) -> Source:
+    """Open what the setting `model` names, but read no weights."""
     source = resolve_source(model)
     try:
         adapters, base = Path(source, ADAPTERS), source
@@ -63,7 +68,7 @@ def open_source(model: str) -> tuple[str, PreTrainedConfig, PreTrainedTokenizerB
             f"model: {model!r} is quantised; name the model it was made from (mode lora with 4bit "
             "quantises that while loading)"
         )
-    return source, model_config, tokenizer
+    return Source(source, model_config, tokenizer)
 
 
 def refuse_adapters(source: str) -> None:

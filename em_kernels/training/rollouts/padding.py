@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from os.path import commonprefix
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -53,11 +53,17 @@ def ready_to_generate(model: PreTrainedModel) -> Iterator[None]:
         model.generation_config = config
 
 
-def padded(prompts: Sequence[list[int]]) -> tuple[int, Tensor, Tensor]:
+class PaddedRows(NamedTuple):
+    """Length of the rows' common prefix, token ids (n, P), attention mask (n, P)."""
+
+    prefix: int
+    ids: Tensor
+    mask: Tensor
+
+
+def pad_prompts(prompts: Sequence[list[int]], device: torch.device) -> PaddedRows:
     """Pad prompts behind their common prefix, with each row's own first token: a repetition penalty
     counts that one already.
-
-    Returns: length of the common prefix; token ids (n, P); attention mask (n, P).
     """
     longest, rows, mask = max(map(len, prompts)), list[list[int]](), list[list[int]]()
     # The last token stays out of the prefix, as generate needs one to start from.
@@ -66,7 +72,7 @@ def padded(prompts: Sequence[list[int]]) -> tuple[int, Tensor, Tensor]:
         gap = longest - len(ids)
         rows.append(ids[:same] + ids[:1] * gap + ids[same:])
         mask.append([1] * same + [0] * gap + [1] * (len(ids) - same))
-    return same, torch.tensor(rows), torch.tensor(mask)
+    return PaddedRows(same, torch.tensor(rows, device=device), torch.tensor(mask, device=device))
 
 
 def prefilled(model: PreTrainedModel, ids: Tensor, same: int) -> DynamicCache:
@@ -102,8 +108,7 @@ def run_generate(
 
 def _side_by_side(model: PreTrainedModel, rows: Sequence[list[int]], token: int) -> Tensor:
     """Return logits (n, 2, V) of the next token, and of the one after `token`, from a batch."""
-    same, ids, mask = padded(rows)
-    ids, mask = ids.to(model.device), mask.to(model.device)
+    same, ids, mask = pad_prompts(rows, model.device)
     config = {"max_length": ids.shape[1] + 2, "pad_token_id": 0, "output_logits": True}
     forced = {"prefix_allowed_tokens_fn": lambda row, ids: [token]}
     output = run_generate(model, ids, mask, prefilled(model, ids, same), config, **forced)

@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from ..config import Sampling
-from .padding import can_pad, padded, prefilled, ready_to_generate, run_generate
+from .padding import can_pad, pad_prompts, prefilled, ready_to_generate, run_generate
 
 LEAVE_SHARE = 8  # The batch is rebuilt once 1/8 of its rows have finished.
 
@@ -152,8 +152,7 @@ def _generate_batch(
     uniforms: Tensor,
 ) -> list[Rollout]:
     """Sample one batch in segments, between which finished rows leave."""
-    same, ids, mask = padded(prompts)
-    ids, mask = ids.to(model.device), mask.to(model.device)
+    same, ids, mask = pad_prompts(prompts, model.device)
     prompt_length = ids.shape[1]
     longest = prompt_length + sampling.max_new_tokens
     endings = StoppingCriteriaList()

@@ -38,8 +38,7 @@ class SavedState(NamedTuple):
 
 def defining_settings(config: TrainConfig) -> dict[str, Any]:
     """Return every setting that determines an update's numbers, as JSON values by name."""
-    values = config.located().model_dump(mode="json", exclude=WITHOUT_EFFECT)
-    return values | {f"sampling.{k}": v for k, v in values.pop("sampling").items()}
+    return config.located().flat(exclude=WITHOUT_EFFECT)
 
 
 def write_model(

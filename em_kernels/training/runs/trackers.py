@@ -38,10 +38,10 @@ class Tracking:
         name, output, self.done = self.config.report_to, self.config.output, done
         if name == "none":
             return
-        settings = self.config.model_dump(mode="json")
-        settings |= {f"sampling.{key}": value for key, value in settings.pop("sampling").items()}
         plain = (int, float, str)
-        settings = {k: v if isinstance(v, plain) else json.dumps(v) for k, v in settings.items()}
+        settings = {
+            k: v if isinstance(v, plain) else json.dumps(v) for k, v in self.config.flat().items()
+        }
         # TensorBoard would list the settings of a resumed run twice.
         listed = name == "tensorboard" and (output / name).exists()
         common = {"run_name": "em-kernels", "resume": "allow"}
