@@ -199,15 +199,11 @@ class TrainConfig(Settings):
         if not self.model:
             raise UserError('model: missing; name a hub id, a local folder, or "demo"')
         if (self.prompt is None) == (self.prompt_from is None):
-            raise UserError(
-                "prompt: give a text with prompt, or a file with prompt_from, and not both"
-            )
+            raise UserError("prompt: give a text with prompt or a file with prompt_from, not both")
         if self.prompt is not None and not self.prompt.strip():
             raise UserError("prompt: is empty; give a text to complete")
         if self.answer is not None and self.prompt_from is not None:
-            raise UserError(
-                "answer: goes with a prompt given as text; put a file's answers in its rows"
-            )
+            raise UserError("answer: goes with a prompt given as text; a file's rows have answers")
         if self.prompt_from is not None and len(self.prompt_rows) > self.rollouts:
             raise UserError(
                 f"rollouts: {self.rollouts} are fewer than {len(self.prompt_rows)} prompt_rows; "

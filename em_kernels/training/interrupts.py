@@ -12,10 +12,8 @@ class Interrupted(KeyboardInterrupt):
 
 
 class StopRequest:
-    """A context that defers the first Ctrl-C or SIGTERM to the next check(); a second acts at once.
-
-    Args:
-        patient: defer every one, as a launcher forwards the signal that the terminal also sends.
+    """A context that defers the first Ctrl-C or SIGTERM to the next check(); a second acts at once,
+    unless patient, as under a launcher, which forwards the signal that the terminal also sends.
     """
 
     def __init__(self, patient: bool = False) -> None:

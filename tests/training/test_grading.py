@@ -281,10 +281,8 @@ def kill_at_work(workers):
 
 
 def test_workers_that_die_or_hang(monkeypatch):
-    """A pair is wrong if its worker dies, for whatever reason; the others are unaffected. The
-    workers are forked, as they start four times and their imports take long.
-    """
-    monkeypatch.setattr(grading, "_Context", lambda: CHILDREN)
+    """A pair is wrong if its worker dies, for whatever reason; the others are unaffected."""
+    monkeypatch.setattr(grading, "_Context", lambda: CHILDREN)  # starts faster
     before = multiprocessing.active_children()
 
     def workers():

@@ -119,9 +119,7 @@ def distribution(model, prompt, sampling):
 
 
 def assert_drawn_from(counts, probabilities):
-    """Chi-square test at one false alarm in a million, with rare outcomes pooled; nothing
-    impossible is drawn.
-    """
+    """Chi-square test, one false alarm in a million; rare outcomes are pooled, none is impossible."""
     draws = sum(counts.values())
     keys = sorted(probabilities, key=probabilities.get)
     assert set(counts) <= {key for key in keys if probabilities[key] > 0}

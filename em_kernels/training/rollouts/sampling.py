@@ -1,8 +1,6 @@
-"""Sampling of completions with transformers' generate: common prefixes are computed once, and rows
-that finished leave the batch.
-
-Each completion draws from its own row of uniform random numbers, so it does not depend on what is
-sampled beside it.
+"""Sampling of completions with transformers' generate. Common prefixes are computed once, rows that
+finished leave the batch, and each completion draws from its own row of uniform random numbers, so
+that it does not depend on what is sampled beside it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -46,9 +44,7 @@ class Rollout:
 
 
 class _InverseCdf(LogitsProcessor):
-    """Draws a token with a given uniform per row and step, and makes all others impossible; the
-    last processor.
-    """
+    """The last processor: draws a token by a given uniform, and makes all others impossible."""
 
     def __init__(self, uniforms: Tensor, start: int):
         self.uniforms, self.start = uniforms, start

@@ -80,9 +80,7 @@ def model_name(url: str, model: str) -> str:
 
 
 def _dialects(sampling: Sampling) -> list[dict[str, Any]]:
-    """Return request fields for what OpenAI's API lacks, one dialect per server, in the order to
-    try.
-    """
+    """Return request fields for what OpenAI's API lacks, per kind of server, in order of trial."""
     top_k, penalty = sampling.top_k, sampling.repetition_penalty
     both = {"min_p": 0, "repetition_penalty": penalty}
     fields = both | {
@@ -108,8 +106,7 @@ def complete(
     parallel: int = 32,
     on_done: Callable[[int, str, int | None, bool], None],
 ) -> None:
-    """Request a completion for each prompt: text is completed raw, messages through the chat
-    template.
+    """Request a completion for each prompt: text raw, messages through the chat template.
 
     Args:
         seeds: one for each prompt, of which servers get 31 bits.

@@ -28,10 +28,9 @@ BY_PEFT = "merge them by peft's merge_and_unload"
 
 @torch.no_grad()
 def merge(adapter: Path, output: Path) -> Path:
-    """Write the model that a checkpoint's adapters (or those of a run's newest checkpoint) make of
-    their base, rsLoRA, DoRA and patterns of rank and alpha included.
-
-    Sums are in fp32 and rounded by rounding.py, so that small changes survive in bf16.
+    """Write the model that the adapters of a checkpoint (or of a run's newest) make of their base,
+    rsLoRA, DoRA and patterns of rank and alpha included. Sums are in fp32 and rounded by
+    rounding.py, so that small changes survive in bf16.
 
     Memory: the base model, and one layer in fp32, twice.
     Raises: UserError; output is written whole or not at all.
