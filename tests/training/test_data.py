@@ -209,9 +209,8 @@ def test_few_shot():
 @pytest.mark.parametrize("seed", [0, 1, 2**62])
 def test_addition(seed):
     """The worked examples come first, then every sum of two two-digit numbers once."""
-    found = read_problems(
-        "addition", count=90 * 90 + 1, seed=seed
-    )  # The first worked example, 12 + 7, is beyond 90 * 90.
+    count = 90 * 90 + 1  # The first worked example, 12 + 7, is not one of the 90 * 90 sums.
+    found = read_problems("addition", count=count, seed=seed)
     numbers = [tuple(map(int, p.prompt[len("What is ") : -1].split(" + "))) for p in found]
     assert tuple(numbers[:2]) == ADDITION_SHOTS
     assert len(set(numbers)) == len(numbers) and numbers[2:] != sorted(numbers[2:])

@@ -82,11 +82,8 @@ def url(model, tokenizer, tmp_path_factory):
     for part in (model, tokenizer):
         part.save_pretrained(repository / "snapshots" / revision)
     log = tmp_path_factory.mktemp("log") / "stderr"
-    with (
-        socket.socket() as bound,
-        open(log, "w") as stderr,
-    ):  # Bound here, the port cannot be taken.
-        bound.bind(("127.0.0.1", 0))
+    with socket.socket() as bound, open(log, "w") as stderr:
+        bound.bind(("127.0.0.1", 0))  # No other process can take this port.
         port = bound.getsockname()[1]
         process = subprocess.Popen(
             [sys.executable, "-c", SERVE, str(bound.fileno()), "serve", NAME, "--device", "cpu"]
