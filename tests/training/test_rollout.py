@@ -119,7 +119,7 @@ def distribution(model, prompt, sampling):
 
 
 def assert_drawn_from(counts, probabilities):
-    """Chi-square test, one false alarm in a million; pools rare outcomes, refuses impossible ones."""
+    """Chi-square test, one false alarm in a million; rare outcomes are pooled."""
     draws = sum(counts.values())
     keys = sorted(probabilities, key=probabilities.get)
     assert set(counts) <= {key for key in keys if probabilities[key] > 0}

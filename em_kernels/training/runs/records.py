@@ -172,9 +172,7 @@ class Running:
         except OSError as error:
             raise UserError(f"output: cannot write {self.path}: {error}") from error
         try:
-            fcntl.flock(
-                self.file, fcntl.LOCK_EX | fcntl.LOCK_NB
-            )  # The kernel drops it with the process.
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # lasts as long as the process
             if os.fstat(self.file.fileno()).st_nlink == 0:  # Another process has just removed it.
                 raise BlockingIOError
         except BlockingIOError:
