@@ -37,7 +37,7 @@ MINUS = "\N{MINUS SIGN}"
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?:\s*\{|\s+(?=\S))")
 _UNBRACED = re.compile(r"[^\s$]*")
-# a multiple-choice option, with or without its text
+# A multiple-choice option, with or without its text.
 _OPTION = re.compile(
     r"\\boxed\{(?:\\(?:text\w*|math\w+|mbox)\s*\{)?\s*(?:\(([A-J])\)|([A-J])[.:)])"
 )
@@ -52,8 +52,7 @@ _CLEANED = {  # Replaced before math-verify, which reads these otherwise.
     r"\\displaystyle\b\s*": "",
     r"\\varnothing(?![a-zA-Z])|\N{EMPTY SET}": r"\\emptyset",
     rf"^{_TEXT}$": r"\1",
-    r"(?<=[a-zA-Z\d})\]])(?<![a-zA-Z]{3}\})(?:\s|~|\\[,;:! ])*"
-    + _UNIT: "",  # units; not after words
+    r"(?<=[a-zA-Z\d})\]])(?<![a-zA-Z]{3}\})(?:\s|~|\\[,;:! ])*" + _UNIT: "",  # not after words
     r"^\+|^[A-Za-z]\s*\\in\b": "",  # x \in [0, 1] is the set [0, 1]
     r"(?<=\d)(?:\\[,!; ]|\{,\}|~|\s)+(?=\d{3}(?![\d/]))": "",  # 1\,000
     r"(?<=\d)\.(?=/)": "",  # 1./3

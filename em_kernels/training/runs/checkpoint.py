@@ -61,7 +61,7 @@ def write_model(
             if values.dtype != torch.bfloat16:
                 values = to_bf16(values.cpu().float().flatten()).view(p.shape)
             rounded[id(p)] = values
-        # By identity, as a tied weight has two names. Buffers are not in `rounded`.
+        # Matched by identity, as a tied weight has two names; buffers are written as they are.
         named = model.state_dict(keep_vars=True).items()
         state = {name: rounded.get(id(weight), weight.detach()) for name, weight in named}
         generation, model.generation_config = model.generation_config, GenerationConfig()
@@ -114,9 +114,7 @@ def save_checkpoint(
         for path in others[: max(0, len(others) + 1 - keep)] if keep else ():
             path.rename(path.with_name(f".{path.name}.partial"))
         _clear(*_leftovers(folder.parent))
-    except (
-        Exception
-    ) as error:  # safetensors and tokenizers report a full disk in their own classes.
+    except Exception as error:  # safetensors and tokenizers have classes of their own.
         why = in_one_line(error)
         raise UserError(f"output: cannot write the checkpoint {folder}: {why}") from error
     finally:
