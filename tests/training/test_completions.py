@@ -166,7 +166,8 @@ def test_stopped_and_gone_on(number, long, tmp_path, capfd):
         capfd.readouterr()
         assert main(base) == 2
         assert capfd.readouterr().err == (
-            f"em-kernels eval: error: output: another process works in {output} now\n"
+            f"em-kernels eval: error: output: another process works in {output} now; "
+            "wait, or name another\n"
         )
         os.kill(process.pid, number)
         ended = end(process, log)

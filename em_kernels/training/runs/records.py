@@ -177,7 +177,9 @@ class Running:
                 raise BlockingIOError
         except BlockingIOError:
             self.file.close()
-            raise UserError(f"output: another process works in {self.path.parent} now") from None
+            raise UserError(
+                f"output: another process works in {self.path.parent} now; wait, or name another"
+            ) from None
         except OSError:  # The file system has no locks.
             pass
         self.death, self.kills = self._previous_death(), _oom_kills()
