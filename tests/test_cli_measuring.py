@@ -1,16 +1,17 @@
-"""Choosing and measuring by commands: what their help tells, what they refuse."""
+"""The commands that select and evaluate: their help, and what they refuse."""
 
 import re
 
 import pytest
-from test_cli import contents, help_of, refused
+from test_cli import help_of
+from test_cli_refusals import contents, refused
 
-from em_kernels.cli import main
 from em_kernels.commands.flags import train_settings as settings
-from em_kernels.training.config import PRESETS, TrainConfig
+from em_kernels.training.config import TrainConfig
 from em_kernels.training.evaluation.evaluate import EvalConfig
 from em_kernels.training.evaluation.select import SelectConfig
 from em_kernels.training.evaluation.study import StudyConfig
+from em_kernels.training.presets import PRESETS
 
 
 @pytest.mark.parametrize(
@@ -24,24 +25,6 @@ from em_kernels.training.evaluation.study import StudyConfig
 def test_help(command, config, more, capfd):
     text = help_of(command, config, capfd)
     assert all(part in text for part in more)
-
-
-@pytest.mark.parametrize(
-    "arguments, said",
-    [
-        (["select", "--samples", "many"], "--samples"),
-        (["select", "--score", "luck"], "--score"),
-        (["eval", "--max-new-token", "8"], "--max-new-tokens"),
-        (["eval", "--against"], "--against"),
-        (["study", "--updates", "soon"], "--updates"),
-    ],
-    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
-)
-def test_flags_that_cannot_be_parsed(arguments, said, capfd):
-    with pytest.raises(SystemExit) as exit:
-        main(arguments)
-    stdout, stderr = capfd.readouterr()
-    assert exit.value.code == 2 and stdout == "" and said in stderr and "Traceback" not in stderr
 
 
 @pytest.mark.parametrize(
@@ -71,7 +54,7 @@ def test_values_that_are_refused(arguments, said, tmp_path, monkeypatch, capfd):
 
 @pytest.mark.parametrize("equals", [True, False])
 def test_a_file_of_prompts_takes_the_place_of_a_prompt(equals, tmp_path):
-    """And the other way; what is given twice is refused later."""
+    """A prompt replaces a file, too; giving both is refused later."""
     given = ["--prompt-from=rows.jsonl"] if equals else ["--prompt-from", "rows.jsonl"]
     config, resume = settings("train", ["--preset", "demo", *given], "")
     found = config.model_dump(exclude={"prompt", "answer", "prompt_from"})

@@ -42,7 +42,9 @@ training.engines training.task
 training.runs
 training.distributed training.models
 training.rollouts training.data
-training.config training.interrupts training.console training.run_folder
+training.presets
+training.config
+training.settings training.interrupts training.console training.run_folder
 hf hf_trainer trl
 functional losses
 ops.torch_library

@@ -2,4 +2,4 @@
 
 import os
 
-RANK = os.environ.get("RANK", "0")  # of a process that accelerate or torchrun started
+RANK = os.environ.get("RANK", "0")  # set by accelerate and torchrun

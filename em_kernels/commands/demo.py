@@ -1,11 +1,11 @@
-"""The demo: One-shot EM of a 135M model on two-digit addition, by the commands that a user types,
-with the controls that it needs.
+"""`em-kernels demo`: One-shot EM of a 135M model on two-digit addition, with controls, by running
+the commands that a user would type.
 """
 
 import argparse
 import os
 import shlex
-import sys
+from itertools import count
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,39 +13,37 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from ..training.config import UserError
 from ..training.console import Terminal
 from ..training.evaluation.evaluate import read_results
+from ..training.evaluation.select import SELECTION
 from ..training.evaluation.statistics import mean_interval, paired_change, percent
-from ..training.run_folder import CONFIG
+from ..training.run_folder import CONFIG, REPORT
+from ..training.settings import UserError
 from . import eval as eval_
 from . import report, select, train
 
 POOL, HELD_OUT = 24, 1000
-PARTS = ("selection", "run", "before", "after", "report.html", "report-plots")
-TASK = "--model demo --data addition --template few-shot"
+PARTS = ("selection", "run", "before", "after", REPORT, "report-plots")
 SAMPLING = "--temperature 1 --top-k 0 --top-p 1 --repetition-penalty 1 --max-new-tokens 24"
 
 
 def run(arguments: list[str]) -> int:
-    """Select, train and compare on the demo model, in the first free folder unless one is named."""
+    """Run the demo in --output, by default the first runs/demo-N that does not exist."""
     parser = argparse.ArgumentParser(
         prog="em-kernels demo",
         description="One-shot EM of SmolLM2-135M-Instruct on two-digit addition, by the other "
-        "commands: select picks the prompt of 24 whose correctness varies most, train trains 5 "
-        "updates of 32 completions on it, eval compares accuracy on 1000 held-out problems before "
-        "and after, beside the untrained model at lower temperatures, report draws what happened.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        "commands. select picks, of 24 prompts, the one whose correctness varies most. train runs "
+        "5 updates of 32 completions on it. eval measures accuracy on 1000 held-out problems "
+        "before and after, and of the untrained model at lower temperatures. report draws it all.",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of problems, samples and training")
-    parser.add_argument(
-        "--output", type=Path, help="folder of it all; None is runs/demo-N, the first free"
-    )
+    seed = "seed of problems, samples and training (default: 0)"
+    parser.add_argument("--seed", type=int, default=0, help=seed)
+    folder = "folder for everything (default: runs/demo-N, the first that does not exist)"
+    parser.add_argument("--output", type=Path, help=folder)
     known = parser.parse_args(arguments)
     output = known.output
     if output is None:
-        free = (Path(f"runs/demo-{n}") for n in range(1, sys.maxsize))
-        output = next(folder for folder in free if not folder.exists())
+        output = next(path for n in count(1) if not (path := Path(f"runs/demo-{n}")).exists())
     try:
         run_demo(known.seed, output, Terminal())
     except KeyboardInterrupt:
@@ -55,40 +53,39 @@ def run(arguments: list[str]) -> int:
 
 
 def run_demo(seed: int, output: Path, console: Console) -> str:
-    """Select a prompt, train on it, measure before and after on held-out problems, draw a report;
-    returns what the numbers show. In the folder of a demo that was stopped it goes on.
+    """Select a prompt, train on it, evaluate before and after, draw a report; returns what the
+    numbers show. Called again, it continues a demo that was stopped.
     """
 
-    def type_(command: ModuleType, name: str, text: str, *folders: object) -> None:
+    def execute(command: ModuleType, text: str, *folders: object) -> None:
+        name = command.__name__.rpartition(".")[2]
         arguments = [*shlex.split(text), *map(str, folders)]
-        console.print(
-            f"\n$ em-kernels {name} {shlex.join(arguments)}", markup=False, soft_wrap=True
-        )
+        line = f"\n$ em-kernels {name} {shlex.join(arguments)}"
+        console.print(line, markup=False, soft_wrap=True)
         command.run(arguments)
 
     if output.exists() and (not output.is_dir() or {*os.listdir(output)} - {*PARTS}):
         raise UserError(f"output: {output} already holds other files; choose another")
     pool, trained, before, after, page, _ = (output / name for name in PARTS)
-    same = f"--seed {seed}"
-    held_out = f"--data addition --template few-shot --skip {POOL} --count {HELD_OUT} {same}"
-    scored = f"{held_out} --teacher-forced --model"
-    type_(select, "select", f"{TASK} --count {POOL} {SAMPLING} {same} --output", pool)
-    type_(eval_, "eval", scored, "demo", "--output", before)
-    rows = pool / "selection.jsonl"
-    text = f"--preset demo {same} --prompt-from"
+    task = "--data addition --template few-shot"
+    held_out = f"{task} --skip {POOL} --count {HELD_OUT} --seed {seed} --teacher-forced --model"
+    chosen = f"--model demo {task} --count {POOL} {SAMPLING} --seed {seed} --output"
+    execute(select, chosen, pool)
+    execute(eval_, held_out, "demo", "--output", before)
     if (trained / CONFIG).exists():
-        type_(train, "train", "--resume", trained)
+        execute(train, "--resume", trained)
     else:
-        type_(train, "train", text, rows, "--output", trained)
-    type_(eval_, "eval", scored, trained, "--output", after, "--against", before)
-    type_(report, "report", "", trained, "--output", page)
+        start = f"--preset demo --seed {seed} --prompt-from"
+        execute(train, start, pool / SELECTION, "--output", trained)
+    execute(eval_, held_out, trained, "--output", after, "--against", before)
+    execute(report, "", trained, "--output", page)
     told = reading(read_results(before), read_results(after))
     console.print(f"\n{told}\nEverything is in {output}.", markup=False, soft_wrap=True)
     return told
 
 
 def reading(before: dict[str, Any], after: dict[str, Any]) -> str:
-    """Say what the numbers show and what they do not."""
+    """Say what the results before and after training show, and what they do not."""
     base, now = (np.array(results["right"])[:, 0] for results in (before, after))
     change, low, high, p = paired_change(base, now)
     if p < 0.05:

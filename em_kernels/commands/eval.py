@@ -10,7 +10,6 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from ..training.config import UserError
 from ..training.console import Terminal
 from ..training.evaluation.evaluate import (
     EvalConfig,
@@ -20,10 +19,11 @@ from ..training.evaluation.evaluate import (
     regrade,
 )
 from ..training.evaluation.statistics import mean_interval, percent
+from ..training.settings import UserError
 from .flags import parse_settings
 
-HELP = """--regrade DIR grades the completions that an evaluation has kept once more; --against DIR
-compares with an earlier evaluation of the same problems, by McNemar's exact test.
+HELP = """--regrade DIR grades an evaluation's saved completions again; --against DIR compares with
+an earlier evaluation of the same problems, by McNemar's exact test.
 
 Examples: em-kernels eval --model demo --data math500.jsonl --count 50 --max-new-tokens 512;
 em-kernels eval --model Qwen/Qwen2.5-Math-7B --data HuggingFaceH4/MATH-500 --template
@@ -32,30 +32,30 @@ few-shot --teacher-forced; em-kernels eval --regrade evals/after --against evals
 
 
 def run(arguments: list[str]) -> int:
-    """An evaluation, anew or of what was kept; and a comparison."""
-    before = argparse.ArgumentParser(prog="em-kernels eval", add_help=False, allow_abbrev=False)
-    before.add_argument("--regrade", type=Path)
-    before.add_argument("--against", type=Path)
-    known, rest = before.parse_known_args(arguments)
-    console = Terminal()
+    """Evaluate a model or regrade saved completions, and compare if asked."""
+    parser = argparse.ArgumentParser(prog="em-kernels eval", add_help=False, allow_abbrev=False)
+    parser.add_argument("--regrade", type=Path)
+    parser.add_argument("--against", type=Path)
+    known, rest = parser.parse_known_args(arguments)
+    console, progress = Terminal(), Terminal(stderr=True)
     if known.against is not None:
-        read_results(known.against)  # before the work
+        read_results(known.against)  # Refuse a wrong folder before the evaluation, not after it.
     if known.regrade is not None and rest:
         raise UserError(f"regrade: goes with --against alone, not with {rest[0]}")
     if known.regrade is not None:
-        folder, results = known.regrade, regrade(known.regrade, Terminal(stderr=True))
+        folder, results = known.regrade, regrade(known.regrade, progress)
     else:
         config = parse_settings(EvalConfig, "eval", rest, HELP)
-        folder, results = config.output, evaluate(config, Terminal(stderr=True), known.against)
-    show(results, console)
+        folder, results = config.output, evaluate(config, progress, known.against)
+    show_results(results, console)
     if known.against is not None:
         console.print(compare(known.against, folder), markup=False, soft_wrap=True)
     console.print(f"Kept in {folder}", markup=False, soft_wrap=True)
     return 0
 
 
-def show(results: Mapping[str, Any], console: Console) -> None:
-    """A table, and what else there is to know."""
+def show_results(results: Mapping[str, Any], console: Console) -> None:
+    """Print accuracies as a table, and how many completions were cut off."""
     n, k, rates = results["problems"], results["samples"], results.get("probability", {})
     table = Table("", "%", box=SIMPLE_HEAD)
     table.columns[1].justify = "right"

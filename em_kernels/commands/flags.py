@@ -1,4 +1,4 @@
-"""Command-line flags and the settings they stand for, in both directions."""
+"""Convert command-line flags to settings, and settings back to flags."""
 
 import argparse
 from pathlib import Path
@@ -6,24 +6,35 @@ from typing import TypeVar
 
 import tyro
 
-from ..training.config import PRESETS, Settings, TrainConfig, UserError, preset, read_yaml
+from ..training.config import TrainConfig, read_yaml
+from ..training.presets import preset
 from ..training.run_folder import CONFIG
+from ..training.settings import Settings, UserError
 
 T = TypeVar("T", bound=Settings)
+SOURCES = f"""--preset NAME starts from a preset, whose settings flags override:
+  one-shot-em  the paper's recipe, which the defaults are
+  official     loss, rollouts and updates as the paper's train.py has them
+  demo         a 135M model on two-digit addition
+--config FILE starts from a YAML file, such as a run's {CONFIG}; flags override it.
+
+"""
 
 
 def train_settings(command: str, arguments: list[str], examples: str) -> tuple[TrainConfig, bool]:
-    """TrainConfig of flags over --resume RUN, --config FILE or --preset NAME; and whether to
-    resume.
+    """Parse flags on top of --resume RUN, --config FILE or --preset NAME.
+
+    Returns: the settings, and True if a run is to be resumed.
     """
-    before = argparse.ArgumentParser(prog=f"em-kernels {command}", add_help=False)
-    before.allow_abbrev = False
-    start = before.add_mutually_exclusive_group()
-    start.add_argument("--preset")
-    start.add_argument("--config", type=Path)
+    parser = argparse.ArgumentParser(
+        prog=f"em-kernels {command}", add_help=False, allow_abbrev=False
+    )
+    sources = parser.add_mutually_exclusive_group()
+    sources.add_argument("--preset")
+    sources.add_argument("--config", type=Path)
     if command == "train":
-        start.add_argument("--resume", type=Path)
-    known, rest = before.parse_known_args(arguments)
+        sources.add_argument("--resume", type=Path)
+    known, rest = parser.parse_known_args(arguments)
     run = getattr(known, "resume", None)
     if run is not None and not (run / CONFIG).exists():
         raise UserError(f"resume: {run} is not the folder of a run: it has no {CONFIG}")
@@ -34,53 +45,40 @@ def train_settings(command: str, arguments: list[str], examples: str) -> tuple[T
         default = read_yaml(known.config)
     elif known.preset is not None:
         default = preset(known.preset)
-    # of prompt and file the flag's wins
+    # A prompt given by flag replaces the prompt of the source, be it a text or a file.
     given = {argument.split("=")[0].replace("_", "-") for argument in rest}
     if "--prompt-from" in given and "--prompt" not in given:
         default = default.model_copy(update={"prompt": None, "answer": None})
     if "--prompt" in given and "--prompt-from" not in given:
         default = default.model_copy(update={"prompt_from": None, "answer": None})
-    config = tyro.cli(
-        tyro.conf.OmitArgPrefixes[TrainConfig],
-        args=rest,
-        default=default,
-        prog=f"em-kernels {command}",
-        description=f"{TrainConfig.__doc__}\n--preset NAME starts from one of "
-        f"{', '.join(PRESETS)} (the paper's recipe; its train.py's loss and counts; a 135M model "
-        "on addition); --config FILE from YAML (a run's config.yaml, say); flags win."
-        f"\n\n{examples}",
-    )
-    return config, run is not None
+    return parse_settings(TrainConfig, command, rest, SOURCES + examples, default), run is not None
 
 
-def parse_settings(kind: type[T], command: str, arguments: list[str], text: str) -> T:
-    """Settings from a command's flags, over their defaults; --help explains each."""
+def parse_settings(
+    kind: type[T], command: str, arguments: list[str], text: str, default: T | None = None
+) -> T:
+    """Parse a command's flags; --help shows `text` and explains each setting."""
     return tyro.cli(
         tyro.conf.OmitArgPrefixes[kind],  # type: ignore[valid-type, misc]
         args=arguments,
-        default=kind(),
+        default=default or kind(),
         prog=f"em-kernels {command}",
         description=f"{' '.join((kind.__doc__ or '').split())}\n\n{text}",
     )
 
 
 def as_flags(config: TrainConfig) -> list[str]:
-    """Flags for `em-kernels train` that reproduce the settings that differ from the defaults."""
+    """Return flags for `em-kernels train` that reproduce the settings that differ from defaults."""
     default = TrainConfig()
-    pairs = [
-        (name, getattr(config, name), getattr(default, name)) for name in type(config).model_fields
-    ]
-    for name in type(config.sampling).model_fields:
-        pairs.append((name, getattr(config.sampling, name), getattr(default.sampling, name)))
-    found: list[str] = []
-    for name, value, usual in pairs:
+    changed = {n: v for n, v in config if n != "sampling" and v != getattr(default, n)}
+    changed |= {n: v for n, v in config.sampling if v != getattr(default.sampling, n)}
+    flags: list[str] = []
+    for name, value in changed.items():
         flag = "4bit" if name == "four_bit" else name.replace("_", "-")
-        if value == usual or name == "sampling":
-            continue
-        if isinstance(usual, bool):
-            found.append(f"--{flag}" if value else f"--no-{flag}")
+        if isinstance(getattr(default, name, None), bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
         elif isinstance(value, tuple):
-            found += [f"--{flag}", *map(str, value)]
+            flags += [f"--{flag}", *map(str, value)]
         else:
-            found += [f"--{flag}", str(value)]
-    return found
+            flags += [f"--{flag}", str(value)]
+    return flags

@@ -11,13 +11,16 @@ from .. import __version__
 from ..kernels import cpu, kernels_for
 from ..ops.gemm import BF16_ISAS, bf16_isa
 
+REQUIRED = ("torch", "triton", "transformers", "safetensors", "numpy")
+OPTIONAL = ("accelerate", "flash-attn", "vllm", "deepspeed", "bitsandbytes")
+
 
 def run(arguments: list[str]) -> int:
-    """Print versions, device, row kernels in use, optional parts."""
-    parser = argparse.ArgumentParser(
-        prog="em-kernels info", description="Versions, device, row kernels in use, optional parts."
-    )
-    parser.parse_args(arguments)
+    """Print versions, device, row kernels in use, optional packages."""
+    argparse.ArgumentParser(
+        prog="em-kernels info",
+        description="Versions, device, row kernels in use, optional packages.",
+    ).parse_args(arguments)
 
     def installed(package: str) -> str:
         try:
@@ -26,27 +29,22 @@ def run(arguments: list[str]) -> int:
             return "not installed"
 
     rows = [("em_kernels", __version__), ("python", platform.python_version())]
-    required = ("torch", "triton", "transformers", "safetensors", "numpy")
-    rows += [(name, installed(name)) for name in required]
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            gpu = torch.cuda.get_device_properties(index)
-            memory = f"{gpu.total_memory / 2**30:.1f} GiB"
-            rows.append((f"GPU {index}", f"{gpu.name}, sm{gpu.major}{gpu.minor}, {memory}"))
-    else:
+    rows += [(name, installed(name)) for name in REQUIRED]
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        memory = f"{gpu.total_memory / 2**30:.1f} GiB"
+        rows.append((f"GPU {index}", f"{gpu.name}, sm{gpu.major}{gpu.minor}, {memory}"))
+    if not torch.cuda.is_available():
         rows.append(("GPU", "none that torch sees"))
     capability = torch.backends.cpu.get_cpu_capability()
     rows.append(("CPU", f"{capability}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"))
+    names = {"cpu": "C++ (em_kernels._C)", "portable": "portable, plain torch"}
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         kernels = kernels_for(torch.empty(0, 1, device=device)).__name__.rsplit(".", 1)[1]
-        text = {"cpu": "C++ (em_kernels._C)", "portable": "portable, plain torch"}.get(
-            kernels, "Triton"
-        )
-        rows.append((f"row kernels, {device}", text))
+        rows.append((f"row kernels, {device}", names.get(kernels, "Triton")))
     isa = BF16_ISAS[bf16_isa()] if bf16_isa() else "none: slabs of the weight are upcast"
     rows.append(("bf16 GEMM, cpu", isa))
-    for package in ("accelerate", "flash-attn", "vllm", "deepspeed", "bitsandbytes"):
-        rows.append((f"optional: {package}", installed(package)))
+    rows += [(f"optional: {name}", installed(name)) for name in OPTIONAL]
     width = max(len(name) for name, _ in rows)
     print("\n".join(f"{name:<{width}}  {text}" for name, text in rows))
     if not cpu.is_built():

@@ -1,4 +1,4 @@
-"""`em-kernels merge`: a LoRA's adapters summed into its base model."""
+"""`em-kernels merge`: a LoRA's adapters added to its base model."""
 
 import argparse
 from pathlib import Path
@@ -10,9 +10,9 @@ def run(arguments: list[str]) -> int:
     """Merge, and print the new folder."""
     parser = argparse.ArgumentParser(
         prog="em-kernels merge",
-        description="Write a plain transformers folder, in bf16, of a LoRA run: the base model "
-        "with the adapters added to its weights, in fp32, layer by layer. A base held in 4 bits "
-        "in training is merged unquantised. Runs on the CPU, in the base model's memory.",
+        description="Add a LoRA run's adapters to the base model's weights, layer by layer in "
+        "fp32, and write a plain bf16 transformers folder. A base that was trained on in 4 bits is "
+        "merged unquantised. Runs on the CPU and needs host memory for the base model.",
     )
     parser.add_argument("adapter", type=Path, metavar="RUN_OR_CHECKPOINT")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="new folder")

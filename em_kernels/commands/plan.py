@@ -12,13 +12,14 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 
-from ..training.config import TrainConfig, UserError
+from ..training.config import TrainConfig
 from ..training.console import Terminal
 from ..training.distributed import ENGINES, LaunchSpec
 from ..training.interrupts import doing
 from ..training.models.loading import architecture, in_short
 from ..training.planning.plan import GIB, PHASES, Plan, phases
 from ..training.planning.planner import Planner
+from ..training.settings import UserError
 from ..training.task import check_context
 from .flags import as_flags, train_settings
 

@@ -4,23 +4,26 @@ import argparse
 from pathlib import Path
 
 from ..training.report.page import write_report
+from ..training.run_folder import REPORT
 
 
 def run(arguments: list[str]) -> int:
-    """Write the page, and print where it is."""
+    """Write the page, and print its path."""
     parser = argparse.ArgumentParser(
         prog="em-kernels report",
         description="Write one self-contained HTML page about runs of em-kernels train: what "
-        "happened, curves over updates, completions before and after coloured by each token's "
-        "entropy, how the logits moved. Its plots lie beside it as PNGs.",
+        "happened, curves over updates, completions before and after training coloured by each "
+        "token's entropy, how the logits moved. The plots are saved beside it as PNGs.",
         epilog="Example: em-kernels report runs/seed15 runs/seed16 --output seeds.html",
     )
-    several, only = "several are drawn over one another", "only what the run wrote down: seconds"
-    default = "default RUN/report.html, of several runs report.html"
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help=several)
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="folder of a run; curves are overlaid"
+    )
+    default = f"the page; default: RUN/{REPORT}, or {REPORT} for several runs"
     parser.add_argument("--output", type=Path, metavar="FILE", help=default)
-    parser.add_argument("--no-models", action="store_true", help=f"load no model: {only}")
+    fast = "load no model and show only what the runs recorded; takes seconds"
+    parser.add_argument("--no-models", action="store_true", help=fast)
     known = parser.parse_args(arguments)
-    alone = known.runs[0] / "report.html" if len(known.runs) == 1 else Path("report.html")
-    print(write_report(known.runs, known.output or alone, models=not known.no_models))
+    usual = known.runs[0] / REPORT if len(known.runs) == 1 else Path(REPORT)
+    print(write_report(known.runs, known.output or usual, models=not known.no_models))
     return 0

@@ -1,4 +1,4 @@
-"""`em-kernels select`: which prompt of a pool to train on."""
+"""`em-kernels select`: rank a pool's prompts, to choose the one to train on."""
 
 import shlex
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from ..training.evaluation.task import open_model
 from .flags import as_flags, parse_settings
 
 SHOWN = 10  # prompts
-HELP = """The same command again goes on where it was stopped.
+HELP = """Run the same command again to continue where it was stopped.
 
 Examples: em-kernels select --model Qwen/Qwen2.5-Math-1.5B --data math500.jsonl --count 100;
 em-kernels select --model demo --data addition --count 24 --template few-shot --temperature 1
@@ -25,28 +25,26 @@ em-kernels select --model demo --data addition --count 24 --template few-shot --
 
 
 def run(arguments: list[str]) -> int:
-    """Rank, write, show."""
+    """Rank the prompts, write the ranking, show the best."""
     config = parse_settings(SelectConfig, "select", arguments, HELP)
     pool, shots = config.problems()
     console = Terminal(stderr=True)
     ranked = select(config, pool, shots, *open_model(config, console), console)
-    show(config, ranked, Terminal())
+    show_ranking(config, ranked, Terminal())
     print(config.output / SELECTION)
     return 0
 
 
-def show(config: SelectConfig, ranked: Sequence[Candidate], console: Console) -> None:
-    """The best of the ranking, and the command that trains on the first."""
-    table = Table(
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-        title=f"The first {min(SHOWN, len(ranked))} of {len(ranked)}",
-    )
+def show_ranking(config: SelectConfig, ranked: Sequence[Candidate], console: Console) -> None:
+    """Print the best prompts, and the command that trains on the first."""
+    shown = ranked[:SHOWN]
+    title = f"The first {len(shown)} of {len(ranked)}"
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, title=title)
     table.add_column("row", justify="right", min_width=3)
     table.add_column("the prompt's end", no_wrap=True)
     for name in ("right", "disagree", "entropy", "samples"):
         table.add_column(name, justify="right", no_wrap=True)
-    for row, c in enumerate(ranked[:SHOWN]):
+    for row, c in enumerate(shown):
         end = " ".join(texts_of(c.prompt)[-1].split())[-32:]
         right = "-" if c.pass_rate is None else f"{c.pass_rate:.0%}"
         cells = (right, f"{c.disagreement:.0%}", f"{c.entropy:.3f}", str(c.samples))

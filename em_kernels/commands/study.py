@@ -6,18 +6,18 @@ from ..training.evaluation.study_analysis import table_of
 from ..training.evaluation.study_config import StudyConfig
 from .flags import parse_settings
 
-HELP = """Three arms of prompts of one pool: those of highest variance of correctness, random ones,
-and such that no sample gets right. Each prompt is trained on alone, with one seed, for a number of
-updates that is fixed beforehand; all are scored on the same held-out problems, teacher-forced. The
-same command again goes on where it was stopped; a prompt takes one to two minutes on two cores. The
-default learning rate was found on addition.
+HELP = """Three arms of prompts from one pool: those whose correctness varies most, random ones, and
+ones that no sample answers correctly. The model is trained on each prompt alone, with one seed, for
+a number of updates fixed beforehand; all are scored on the same held-out problems, teacher-forced.
+Run the same command again to continue where it was stopped. A prompt takes one to two minutes on
+two cores. The default learning rate was tuned on addition.
 
 Examples: em-kernels study; em-kernels study --data gym:letter_counting --output
 runs/study-letters"""
 
 
 def run(arguments: list[str]) -> int:
-    """Run it, show the table and what it says."""
+    """Run the study; print its table, conclusions and file."""
     config = parse_settings(StudyConfig, "study", arguments, HELP)
     report = run_study(config, Terminal(stderr=True))
     console = Terminal()

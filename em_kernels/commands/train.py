@@ -7,20 +7,19 @@ from ..training.trainer import train
 from . import RANK
 from .flags import train_settings
 
+HELP = """--resume RUN continues a stopped or killed run with its own settings.
+
+Examples: em-kernels train --model demo --prompt 'What is 2 + 3?' --steps 2 --rollouts 8
+--max-new-tokens 64; em-kernels train --resume runs/one-shot-em. On several GPUs: accelerate launch
+-m em_kernels.cli train ..., or torchrun."""
+
 
 def run(arguments: list[str]) -> int:
     """Train, and print the last checkpoint."""
-    config, resume = train_settings(
-        "train",
-        arguments,
-        "--resume RUN goes on with a run that was stopped or killed, its settings those of RUN.\n\n"
-        "Examples: em-kernels train --model demo --prompt 'What is 2 + 3?' --steps 2 --rollouts 8 "
-        "--max-new-tokens 64; em-kernels train --resume runs/one-shot-em. On several GPUs: "
-        "accelerate launch -m em_kernels.cli train ..., or torchrun.",
-    )
+    config, resume = train_settings("train", arguments, HELP)
     result = train(config, console=Terminal(stderr=True), resume=resume)
     if RANK == "0":
         print(result.checkpoint, flush=True)
-    if torch.distributed.is_initialized():  # left to the interpreter's end, it may abort there
+    if torch.distributed.is_initialized():  # Left to the interpreter's exit, it may abort.
         torch.distributed.destroy_process_group()
     return 0

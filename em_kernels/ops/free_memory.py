@@ -1,7 +1,10 @@
 """Free host memory, within a container's limit."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+import torch
 
 
 def free_host_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
@@ -45,3 +48,13 @@ def _free_in_cgroups(proc: Path, cgroups: Path) -> Iterator[int]:
                 pass  # this cgroup has no limit of its own
             if folder == root:
                 break
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Return the peak, in GiB, of a GPU's allocator, or on a CPU of the process's resident size."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource  # which Windows lacks
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -1,15 +1,42 @@
-"""Where progress and tables go."""
+"""Where progress and tables are printed, and the line printed for each update."""
 
 import os
 from contextlib import suppress
+from typing import Any
 
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 
 class Terminal(Console):
-    """A Console that nobody may read any more (a pipe to head, say): the work goes on, unseen."""
+    """A Console that goes on silently when its reader has left (a pipe to head, say)."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
-        with suppress(OSError, ValueError):  # what is left in the file would fail at the end
+        with suppress(OSError, ValueError):  # What is still buffered would fail at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
+def progress_on(console: Console) -> Progress:
+    """Return a transient progress bar; it stays hidden unless the console is a terminal."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+
+
+def update_line(row: dict[str, Any], steps: int) -> str:
+    """Format an update's metrics as one line."""
+    accuracy = "" if row["accuracy"] is None else f"  accuracy {row['accuracy']:.2f}"
+    seconds = row["sampling_s"] + row["training_s"]
+    return (
+        f"update {row['update']:>2}/{steps}  loss = entropy {row['entropy']:.4f} nats{accuracy}"
+        f"  length {row['mean_length']:.1f}  ended {row['ended']:.0%}"
+        f"  {row['tokens_per_s']:.0f} tokens/s  peak {row['peak_memory_gib']:.2f} GiB"
+        f"  {seconds:.1f} s"
+    )

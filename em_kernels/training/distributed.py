@@ -16,8 +16,8 @@ from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
 from accelerate.utils import FullyShardedDataParallelPlugin, InitProcessGroupKwargs
 
-from .config import TrainConfig, UserError
 from .interrupts import Interrupted
+from .settings import UserError
 
 T = TypeVar("T")
 ENGINES = ("replicas", "fsdp2", "deepspeed")
@@ -144,16 +144,16 @@ class Ranks:
         return found[0]
 
 
-def find_ranks(config: TrainConfig) -> Ranks:
+def find_ranks(device: str, rollouts: int | None = None) -> Ranks:
     """Find the processes that accelerate or torchrun has started.
 
     Raises: UserError where it asks for what cannot work.
     """
-    if config.device == "cuda" and not torch.cuda.is_available():
+    if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device: cuda was asked for, but torch sees no CUDA GPU; use auto or cpu")
     if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "").lower() == "true":
         raise UserError("parallelism_config: is not supported; leave it out of accelerate's")
-    on_cpu = config.device == "cpu" or not torch.cuda.is_available()
+    on_cpu = device == "cpu" or not torch.cuda.is_available()
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
     cpu = on_cpu and not deepspeed  # accelerate has no DeepSpeed where it is told of CPUs
     make = partial(Accelerator, cpu=cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
@@ -171,7 +171,7 @@ def find_ranks(config: TrainConfig) -> Ranks:
         accelerator.device if on_cpu else torch.device("cuda", torch.cuda.current_device()),
     )
     stage, engine = getattr(ranks.plugin, "zero_stage", 2), ranks.world.engine
-    if config.device == "cpu" and torch.cuda.is_available() and engine != "replicas":
+    if device == "cpu" and torch.cuda.is_available() and engine != "replicas":
         hide = "hide it: CUDA_VISIBLE_DEVICES=''"
         ranks.refuse(UserError(f"device: cpu: {engine} takes the GPU where there is one; {hide}"))
     if getattr(ranks.plugin, "fsdp_version", 2) != 2:
@@ -182,8 +182,8 @@ def find_ranks(config: TrainConfig) -> Ranks:
             why = "sampling reads every weight at every token, which it would fetch each time"
         remedy = "use stage 2, or FSDP2"
         ranks.refuse(UserError(f"deepspeed: ZeRO stage {stage} is not supported: {why}; {remedy}"))
-    if config.rollouts < ranks.count:
-        few = f"{config.rollouts} are fewer than the {ranks.count} processes"
+    if rollouts is not None and rollouts < ranks.count:
+        few = f"{rollouts} are fewer than the {ranks.count} processes"
         ranks.refuse(UserError(f"rollouts: {few}; raise it"))
     ranks.gather(None)  # NCCL has its memory before a plan asks what is free
     return ranks

@@ -1,22 +1,32 @@
-"""Names of what lies in a run's folder."""
+"""File names in a run's folder."""
 
 from pathlib import Path
 
 CONFIG, METRICS, ROLLOUTS = "config.yaml", "metrics.jsonl", "rollouts.jsonl"
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, STEP = "checkpoints", "step-"
+STATE, FACTS = "training_state.safetensors", "training_state.json"
+MARKER, INPUTS = "running.json", "asked.json"
+REPORT = "report.html"
 
 
 def checkpoint_folder(run: Path, update: int) -> Path:
-    """Where a run keeps the checkpoint of an update."""
-    return run / CHECKPOINTS / f"step-{update:05d}"
+    """Return the folder of the checkpoint after an update."""
+    return run / CHECKPOINTS / f"{STEP}{update:05d}"
+
+
+def update_of(checkpoint: Path) -> int:
+    """Return the update after which a checkpoint was saved."""
+    return int(checkpoint.name.removeprefix(STEP))
 
 
 def newest_checkpoint(run: Path) -> Path | None:
-    """The last checkpoint of a run, if it has any."""
+    """Return a run's last checkpoint, if it has any."""
     return next(reversed(steps_in(run / CHECKPOINTS)), None)
 
 
 def steps_in(checkpoints: Path) -> list[Path]:
-    """Folders of checkpoints, the oldest first."""
-    found = [path for path in checkpoints.glob("step-*") if path.name[5:].isdecimal()]
-    return sorted(found, key=lambda path: int(path.name[5:]))
+    """Return the checkpoint folders, oldest first."""
+    folders = [
+        path for path in checkpoints.glob(f"{STEP}*") if path.name.removeprefix(STEP).isdecimal()
+    ]
+    return sorted(folders, key=update_of)

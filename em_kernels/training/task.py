@@ -9,13 +9,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .config import TrainConfig, UserError, json_object, read_yaml
+from .config import TrainConfig, read_yaml
 from .data.problems import Problem, encode, problems_of, texts_of
 from .distributed import find_ranks
 from .models.loading import open_source, refuse_adapters
 from .run_folder import CONFIG
 from .runs.checkpoint import defining_settings
 from .runs.records import differing, read_rollouts
+from .settings import UserError, json_object
 
 
 class Task(NamedTuple):
@@ -43,9 +44,9 @@ def as_recorded(config: TrainConfig) -> TrainConfig:
     return config
 
 
-def find_device(config: TrainConfig) -> torch.device:
+def find_device(device: str) -> torch.device:
     """The device, with its index, for a command that runs in one process."""
-    ranks = find_ranks(config)
+    ranks = find_ranks(device)
     if ranks.count > 1:
         raise UserError("device: one process only; start it without accelerate or torchrun")
     return ranks.device

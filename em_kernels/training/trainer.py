@@ -14,13 +14,14 @@ from rich.console import Console
 from rich.markup import escape
 from transformers import PreTrainedModel
 
-from .config import TrainConfig, UserError
-from .console import Terminal
+from ..ops.free_memory import peak_memory_gib
+from .config import TrainConfig
+from .console import Terminal, progress_on, update_line
 from .data.grading import Grader
 from .distributed import Ranks, find_ranks
 from .engines import engine_of
 from .engines.step import StepLoss
-from .interrupts import Interrupted, StopRequest, doing, line_of, peak_memory_gib, progress_on
+from .interrupts import Interrupted, StopRequest, doing
 from .models.loading import architecture, load_model, tell_attention
 from .planning.plan import Plan, cheaper
 from .planning.planner import resolve
@@ -40,6 +41,7 @@ from .runs.records import (
     write_config,
 )
 from .runs.trackers import Tracking
+from .settings import UserError
 from .task import Task, as_recorded, as_sampled, load_task
 
 T = TypeVar("T")
@@ -87,7 +89,7 @@ def train(
         UserError: before anything is written, where the settings cannot work; or a full disk.
         Interrupted: after Ctrl-C, with a checkpoint of the last finished update.
     """
-    ranks = find_ranks(config)
+    ranks = find_ranks(config.device, config.rollouts)
     console = console or Terminal(stderr=True)
     if not ranks.is_main:
         console = Console(quiet=True)
@@ -166,7 +168,7 @@ class _Run:
         self.completions_of = partial(
             replayable,
             prompts=[task.prompts[pick] for pick in self.picks],
-            words=task.model_config.get_text_config().vocab_size,
+            vocab_size=task.model_config.get_text_config().vocab_size,
             longest=plan.config.sampling.max_new_tokens,
         )
         self.result, self.grader = TrainResult(asked.output), Grader()
@@ -247,8 +249,10 @@ class _Run:
         metrics = metrics[:measured]
         last = self.folder(measured)
         state, refused = newest_state(output, self._defining())
-        if state is not None and state[0] > measured:
-            refused.append(f"{state[1]} cannot be resumed from: records before it are missing")
+        if state is not None and state.update > measured:
+            refused.append(
+                f"{state.checkpoint} cannot be resumed from: records before it are missing"
+            )
             state = None
         for line in refused:
             self.console.print(line, markup=False, soft_wrap=True)
@@ -330,7 +334,7 @@ class _Run:
             ranks.from_main(lambda: append(config.output / METRICS, [row]))
         self.result.metrics.append(row)
         self.is_whole = True
-        self.console.print(line_of(row, config.steps), soft_wrap=True)
+        self.console.print(update_line(row, config.steps), soft_wrap=True)
         if warning := cut_off(rollouts):
             self.console.print(warning, soft_wrap=True)
 

@@ -1,4 +1,4 @@
-"""Adapters of tiny models: made, made to do something, written."""
+"""Adapters on tiny models for tests: make them, give them an effect, save them."""
 
 import pytest
 import torch
@@ -10,18 +10,20 @@ from em_kernels.hf import head_of, hidden_states
 from em_kernels.training.config import TrainConfig
 from em_kernels.training.models.lora import adapted_layers, add_adapters, write_adapter
 
-WIDE = {"hidden_size": 64, "intermediate_size": 128}  # bitsandbytes wants blocks of 64
+WIDE = {"hidden_size": 64, "intermediate_size": 128}  # bitsandbytes needs blocks of 64
 ARCHITECTURES = {
     "llama": {"tied": True},
     "qwen2": {"tied": False},
     "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16},
     "phi": {"tied": False},
-    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4},  # its layers are Conv1D
+    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4},  # Its layers are Conv1D.
     "gpt_neox": {"tied": False},
-    "mixtral": {"num_local_experts": 2},  # its experts and their gate are no linear layers
+    "mixtral": {"num_local_experts": 2},  # Its experts and their gate are not linear layers.
 }
 IDS = torch.arange(24).reshape(2, 12)
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+FP32_AND_BF16 = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"]
+)
 
 
 def lora(**changes):
@@ -37,7 +39,7 @@ def error_of(found, expected):
 
 
 def planned_count(model, config):
-    """Of the adapters' parameters, from the layers that a plan takes; on the meta device too."""
+    """Return the adapters' parameter count as a plan computes it, on the meta device too."""
     layers = adapted_layers(model, config).values()
     return config.lora_rank * sum(sum(layer.weight.shape) for layer in layers)
 
@@ -47,7 +49,7 @@ def is_adapter(name):
 
 
 def trained(model, config=None):
-    """Adapters that do something: as made, the second factor is zero."""
+    """Add adapters and make their second factor, initially zero, random."""
     adapted = add_adapters(model, config or lora())
     torch.manual_seed(1)
     for name, parameter in adapted.named_parameters():

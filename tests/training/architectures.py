@@ -1,9 +1,10 @@
-"""Tiny random models of every causal architecture that transformers has, and what each can do.
+"""Examination of every causal architecture of transformers, on tiny random models.
 
-`make test-architectures` examines all of them and writes docs/architectures.md: a plan, an update
-of all weights and of adapters, the checkpoint opened, loss and gradients against the logits', with
-the prompt shared and with recomputation, completions side by side against one alone. What was found
-is kept in build/architectures; the same command goes on, and without that folder begins anew.
+`make test-architectures` examines all of them and writes docs/architectures.md. Each is planned,
+trained (all weights, then adapters) and its checkpoint opened; loss and gradients are compared with
+the logits', with a shared prompt and with recomputation, and batched completions with single ones.
+Results are kept in build/architectures, so that the same command continues; remove it to begin
+again.
 """
 
 import json
@@ -22,13 +23,7 @@ from typing import Any
 
 import torch
 import transformers
-from training.tiny import (
-    PLAIN,
-    TRAINING_TEXT,
-    loss_and_gradients,
-    make_tokenizer,
-    settings,
-)
+from training.tiny import PLAIN, TRAINING_TEXT, loss_and_gradients, make_tokenizer, settings
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -38,19 +33,17 @@ from em_kernels.training.engines.step import can_share_prefix
 from em_kernels.training.rollouts.padding import can_pad
 from em_kernels.training.rollouts.sampling import Rollout, generate
 from em_kernels.training.runs.records import write_whole
+from em_kernels.training.settings import in_one_line
 
 KINDS = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 ROOT = Path(__file__).parents[2]
-PAGE, RESULTS = (
-    ROOT / "docs" / "architectures.md",
-    ROOT / "build" / "architectures" / transformers.__version__,
-)
-WORDS = 267
+PAGE = ROOT / "docs" / "architectures.md"
+RESULTS = ROOT / "build" / "architectures" / transformers.__version__
+VOCAB_SIZE = 267  # that of training.tiny's tokenizer
 LARGEST = 2 << 30  # bytes of a model
-# What a setting becomes whose name matches, the first that does; settings that are not there, or
-# are no whole number, stay.
+# New values of integer settings, by the first pattern that their name matches.
 SMALL = {
-    "^(vocab_size|unpadded_vocab_size|vocab_size_per_layer_input)$": WORDS,
+    "^(vocab_size|unpadded_vocab_size|vocab_size_per_layer_input)$": VOCAB_SIZE,
     "^(max_position_embeddings|n_positions|n_ctx|max_seq_len)$": 128,
     "^(pad_token_id)$": 2,
     "^(eos_token_id|bos_token_id|decoder_start_token_id|sep_token_id)$": 0,
@@ -68,22 +61,22 @@ SMALL = {
     "(mamba_expand|mamba_d_state|ssm_state_size|state_size|chunk_size)$": 16,
 }
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_expand": 2, "mamba_d_ssm": 128}
-OWN: dict[str, dict] = {  # what fits together only so
+SLIDING = ["sliding_attention", "full_attention"] * 2
+OWN: dict[str, dict] = {  # values that only fit together
     "bailing_hybrid": {"layer_group_size": 2},
     "bamba": {**MAMBA, "attn_layer_indices": [1, 3]},
     "blt": {"encoder_hash_byte_group_vocab": 64},
-    "falcon_h1": {**MAMBA, "mamba_d_ssm": 128},
+    "falcon_h1": MAMBA,
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "granitemoehybrid": {**MAMBA, "layer_types": ["mamba", "attention"] * 2},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16, "num_experts": 4, "moe_topk": 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
-    "kimi_linear": {},
     "longcat_flash": {"moe_topk": 2, "expert_ffn_hidden_size": 32, "zero_expert_num": 2},
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "ministral": {"head_dim": 16},
     "nemotron": {"head_dim": 16, "num_key_value_heads": 2},
-    "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"] * 2},
+    "cohere_compass_text": {"layer_types": SLIDING},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "deepseek_v2": {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
     "reformer": {"is_decoder": True},
@@ -95,18 +88,16 @@ OWN: dict[str, dict] = {  # what fits together only so
         "intermediate_size": 64,
         "hidden_size_per_layer_input": 16,
         "num_kv_shared_layers": 2,
-        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "layer_types": SLIDING,
     },
-    "gemma4_text": {
-        "num_kv_shared_layers": 2,
-        "layer_types": ["sliding_attention", "full_attention"] * 2,
-    },
+    "gemma4_text": {"num_kv_shared_layers": 2, "layer_types": SLIDING},
     "nemotron_h": {"hybrid_override_pattern": "M*-*"},
     "zamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
 }
 
 
 def shrunk(settings: dict) -> dict:
+    """Return the settings to change, with small values."""
     found = {}
     for name, value in settings.items():
         if isinstance(value, dict) and name.endswith("_config"):
@@ -121,28 +112,28 @@ def shrunk(settings: dict) -> dict:
 
 
 def tiny_config(kind: str) -> PreTrainedConfig:
-    """The architecture's configuration with every size small."""
+    """Return the architecture's configuration with every size small."""
     settings = shrunk(AutoConfig.for_model(kind).to_dict())
     return AutoConfig.for_model(kind, **{**settings, **OWN.get(kind, {})})
 
 
 class Failure(Exception):
-    """Something that an accepted architecture must not do."""
+    """An accepted architecture gives a wrong result."""
 
 
 def make(kind: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
-    """A model of random weights whose distributions are not flat."""
+    """Return a model with random weights whose distributions are not flat."""
     config = tiny_config(kind)
     with torch.device("meta"):
         size = sum(p.numel() * 8 for p in AutoModelForCausalLM.from_config(config).parameters())
     if size > LARGEST:
         raise Failure(f"is {size / 2**30:.1f} GiB even so")
     torch.manual_seed(0)
-    options = {"experts_implementation": "eager"}  # torch's grouped product takes no fp64
+    options = {"experts_implementation": "eager"}  # torch's grouped GEMM takes no fp64.
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options).eval()
     head = model.get_output_embeddings()
     for _ in range(3) if isinstance(head, torch.nn.Linear) else ():
-        with torch.no_grad():  # logits of standard deviation 1
+        with torch.no_grad():  # Scale the logits to a standard deviation of 1.
             head.weight *= 1 / model(input_ids=torch.tensor([PROMPTS[1]])).logits.std()
     return model
 
@@ -157,7 +148,7 @@ ROLLOUTS = [
 
 
 def check_loss(model: PreTrainedModel) -> None:
-    """entropy_loss and its gradients are those of the logits."""
+    """Check that entropy_loss and its gradients equal those from the logits."""
     ids = torch.tensor([r.prompt_ids[:4] + r.response_ids[:1] for r in ROLLOUTS])
     require_gradients(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -186,7 +177,7 @@ def compare(found, expected, names, what) -> None:
 
 
 def check_update(model: PreTrainedModel, share: bool, recompute: bool) -> None:
-    """The trainer's gradients are those of the logits of each completion alone."""
+    """Check that the trainer's gradients equal those from each completion's logits."""
     config = settings("-", Path("-"), share_prefix=share, gradient_checkpointing=recompute)
     rows = []
     for r in ROLLOUTS:
@@ -212,8 +203,8 @@ def check_completions(model: PreTrainedModel) -> None:
             raise Failure("completions side by side are not those of one alone")
 
 
-def one_line(call) -> str:
-    """Run a command; returns the line of a refusal, raises Failure for any other error."""
+def refusal_of(call) -> str:
+    """Run a command; return the line of a refusal, raise Failure for any other error."""
     out, error = StringIO(), StringIO()
     with redirect_stdout(out), redirect_stderr(error):
         code = main(call)
@@ -229,15 +220,15 @@ def examine(kind: str, folder: Path) -> dict[str, Any]:
     try:
         try:
             model = make(kind)
-        except RuntimeError:  # a few compute in fp32 whatever they are in
+        except RuntimeError:  # A few compute in fp32 whatever their dtype.
             model = make(kind, torch.float32)
-    except Exception as error:  # whatever transformers says of the settings
-        return {"verdict": "not built", "why": " ".join(str(error).split())[:200]}
+    except Exception as error:  # transformers refuses settings by many kinds.
+        return {"verdict": "not built", "why": in_one_line(error)[:200]}
     found: dict[str, Any] = {"class": type(model).__name__}
     try:
         if line := commands(model, folder):
             return {**found, "verdict": "refused", "why": line}
-        found["lora"] = one_line(["train", *asked(folder), "--mode", "lora"])
+        found["lora"] = refusal_of(["train", *asked(folder), "--mode", "lora"])
         check_loss(model)
         share = can_share_prefix(model)
         for recompute in (False, True):
@@ -253,28 +244,28 @@ def examine(kind: str, folder: Path) -> dict[str, Any]:
 
 
 def asked(folder: Path) -> list[str]:
-    """Arguments of plan and train."""
+    """Return arguments for plan and train."""
     task = ["--model", str(folder / "model"), "--prompt", TRAINING_TEXT, "--no-chat-template"]
     task += ["--steps", "1", "--rollouts", "4", "--max-new-tokens", "6", "--device", "cpu"]
     return [*task, "--dtype", "float32", "--output", tempfile.mkdtemp(dir=folder)]
 
 
 def commands(model: PreTrainedModel, folder: Path) -> str:
-    """plan and train of the saved model, and its checkpoint opened; the line of a refusal."""
+    """Plan, train, and open the checkpoint; return the line of a refusal."""
     dtype = model.dtype
     model.float().save_pretrained(folder / "model")
     model.to(dtype)
     make_tokenizer().save_pretrained(folder / "model")
     arguments = asked(folder)
-    line = one_line(["plan", *arguments, "--prompt-tokens", "6"])
-    line = line or one_line(["train", *arguments, "--mode", "full"])
+    line = refusal_of(["plan", *arguments, "--prompt-tokens", "6"])
+    line = line or refusal_of(["train", *arguments, "--mode", "full"])
     if not line:
         AutoModelForCausalLM.from_pretrained(Path(arguments[-1], "checkpoints", "step-00001"))
     return line
 
 
 def examined(kind: str) -> tuple[str, dict[str, Any]]:
-    """The verdict on an architecture, from an earlier run if there is one."""
+    """Return the verdict on an architecture, from an earlier run if there is one."""
     path = RESULTS / f"{kind}.json"
     if not path.exists():
         torch.set_num_threads(1)
@@ -293,36 +284,33 @@ def page(results: dict[str, dict[str, Any]]) -> str:
         return {kind: r for kind, r in results.items() if r["verdict"] == verdict}
 
     accepted, refused, missing = of("accepted"), of("refused"), of("not built")
-    lines = [
-        "# Architectures",
-        "",
-        f"What `make test-architectures` finds of the {len(results)} causal architectures of "
-        f"transformers {transformers.__version__}, on tiny random models: {len(accepted)} can be "
-        f"trained and evaluated, {len(refused)} are refused in one line, {len(missing)} could not "
-        "be built so small and were not tried.",
-        "",
-        "An accepted one has planned and done an update of all its weights; loss and gradients are "
-        "those of its logits; completions sampled side by side are those of one alone.",
-        "",
-        "- **unequal prompts**: completions of prompts of unequal length are sampled side by side, "
-        "or each length by itself (slower; the same completions).",
-        "- **shared prompt**: the prompt is computed once for all its completions.",
-        "- **LoRA**: `--lora-targets all-linear`; attention: only targets in the attention.",
-        "",
-        "| model_type | class | unequal prompts | shared prompt | LoRA |",
-        "|---|---|---|---|---|",
-    ]
+    text = f"""# Architectures
+
+What `make test-architectures` finds of the {len(results)} causal architectures of transformers \
+{transformers.__version__}, on tiny random models: {len(accepted)} can be trained and evaluated, \
+{len(refused)} are refused in one line, {len(missing)} could not be built so small and were not \
+tried.
+
+An accepted one has planned and done an update of all its weights; loss and gradients are those of \
+its logits; completions sampled side by side are those of one alone.
+
+- **unequal prompts**: completions of prompts of unequal length are sampled side by side, or each \
+length by itself (slower; the same completions).
+- **shared prompt**: the prompt is computed once for all its completions.
+- **LoRA**: `--lora-targets all-linear`; attention: only targets in the attention.
+
+| model_type | class | unequal prompts | shared prompt | LoRA |
+|---|---|---|---|---|
+"""
     for kind, r in accepted.items():
         side = "side by side" if r["pad"] else "by length"
-        lora = "attention" if r["lora"] else "all"
-        shared = "yes" if r["share"] else "no"
-        lines.append(f"| {kind} | {r['class']} | {side} | {shared} | {lora} |")
-    lines += ["", "## Refused", "", "| model_type | what it says |", "|---|---|"]
+        shared, lora = "yes" if r["share"] else "no", "attention" if r["lora"] else "all"
+        text += f"| {kind} | {r['class']} | {side} | {shared} | {lora} |\n"
+    text += "\n## Refused\n\n| model_type | what it says |\n|---|---|\n"
     for kind, r in refused.items():
-        why = re.sub(r" \(.*\)", "", r["why"])  # numbers that another machine rounds otherwise
-        lines.append(f"| {kind} | {why} |")
-    names = ", ".join(missing)
-    return "\n".join([*lines, "", "## Not tried", "", f"{names}.", ""])
+        why = re.sub(r" \(.*\)", "", r["why"])  # Numbers depend on the machine's rounding.
+        text += f"| {kind} | {why} |\n"
+    return f"{text}\n## Not tried\n\n{', '.join(missing)}.\n"
 
 
 def examine_all() -> int:

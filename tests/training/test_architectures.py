@@ -1,4 +1,4 @@
-"""Architectures that differ in what has gone wrong before, each as docs/architectures.md says."""
+"""Architectures with unusual features do what docs/architectures.md says."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def test_is_as_the_page_says(kind, tmp_path):
 
 
 def test_a_refusal_is_one_line(tmp_path, capfd):
-    """Where the architecture fails on tensors without values, of which torch logs a traceback."""
+    """CpmAnt fails on meta tensors, for which torch logs a traceback of its own."""
     make("cpmant").save_pretrained(tmp_path / "model")
     capfd.readouterr()
     assert main(["plan", "--model", str(tmp_path / "model"), "--max-new-tokens", "8"]) == 2

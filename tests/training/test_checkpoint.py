@@ -1,4 +1,4 @@
-"""Checkpoints: what a folder holds, and that kills, full disks and damage lose no run."""
+"""Checkpoints: their contents, and that kills, full disks and damage lose no run."""
 
 import json
 import multiprocessing
@@ -7,6 +7,7 @@ import resource
 import shutil
 import signal
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from training.tiny import make_model, make_tokenizer, rounded
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from em_kernels.training.config import Sampling, TrainConfig, UserError
+from em_kernels.training.config import Sampling, TrainConfig
 from em_kernels.training.runs.checkpoint import (
     FACTS,
     STATE,
@@ -24,13 +25,14 @@ from em_kernels.training.runs.checkpoint import (
     save_checkpoint,
     write_model,
 )
+from em_kernels.training.settings import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 SETTINGS = defining_settings(TrainConfig(model="demo"))
 
 
 def state_of(update, numel=1001):
-    """Odd sizes and mixed dtypes, as an optimizer has them."""
+    """Return a state with odd sizes and mixed dtypes, as an optimizer's has."""
     gen = torch.Generator().manual_seed(update)
     return {
         "moment": torch.randn(numel, generator=gen).bfloat16(),
@@ -47,7 +49,7 @@ def facts_of(update, settings=SETTINGS):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The files of a model."""
+    """A checkpoint folder of a model."""
     folder = tmp_path_factory.mktemp("whole") / "step-00000"
     save_checkpoint(write_model(make_model(), make_tokenizer()), folder)
     AutoModelForCausalLM.from_pretrained(folder)
@@ -57,18 +59,13 @@ def whole(tmp_path_factory):
 
 @pytest.fixture
 def save(whole, tmp_path):
-    """save(update, ...) into the run tmp_path; the model is a copy of `whole`."""
+    """save(update, ...) writes a checkpoint of the run tmp_path; its model is a copy of `whole`."""
 
     def save(update, state=True, settings=SETTINGS, **options):
         folder = tmp_path / "checkpoints" / f"step-{update:05d}"
         state, facts = (state_of(update), facts_of(update, settings)) if state else (None, None)
-        return save_checkpoint(
-            lambda partial: shutil.copytree(whole, partial, dirs_exist_ok=True),
-            folder,
-            state,
-            facts,
-            **options,
-        )
+        write = partial(shutil.copytree, whole, dirs_exist_ok=True)
+        return save_checkpoint(write, folder, state, facts, **options)
 
     return save
 
@@ -86,7 +83,7 @@ def assert_state(found, update):
 
 
 def in_child(work):
-    """Exit code of work in a process of its own; negative: the signal that killed it."""
+    """Run work in a forked process and return its exit code; -n: it was killed by signal n."""
     child = multiprocessing.get_context("fork").Process(target=work)
     child.start()
     child.join()
@@ -94,10 +91,9 @@ def in_child(work):
 
 
 def content(folder):
-    """The bytes of the model's files."""
-    return {
-        path.name: path.read_bytes() for path in folder.iterdir() if path.name not in (STATE, FACTS)
-    }
+    """Return the bytes of the model's files."""
+    paths = [path for path in folder.iterdir() if path.name not in (STATE, FACTS)]
+    return {path.name: path.read_bytes() for path in paths}
 
 
 # What a folder holds
@@ -122,11 +118,10 @@ def test_bf16_folder_of_any_weights(dtype, tied, tmp_path):
 
 
 def test_generation_config_is_kept(tmp_path):
-    """Flags of sampling without do_sample, as Llama 2 has them, are refused by strict saving."""
+    """Llama 2 has sampling flags without do_sample, which save_pretrained refuses."""
     model = make_model()
-    model.generation_config = published = GenerationConfig(
-        eos_token_id=[0, 9], temperature=0.6, top_p=0.9
-    )
+    published = GenerationConfig(eos_token_id=[0, 9], temperature=0.6, top_p=0.9)
+    model.generation_config = published
     with pytest.raises(ValueError, match="temperature"):
         model.save_pretrained(tmp_path / "strict")
     folder = save_checkpoint(write_model(model, make_tokenizer()), tmp_path / "step-00001")
@@ -165,7 +160,7 @@ def test_keep_and_one_state(save, tmp_path):
     assert [path.parent.name for path in tmp_path.rglob(STATE)] == ["step-100000"]
     assert [path.parent.name for path in tmp_path.rglob(FACTS)] == ["step-100000"]
     (tmp_path / "checkpoints" / "step-9-mine").mkdir()
-    save(11, keep=1)  # after a newer one was refused
+    save(11, keep=1)  # as after a refused newer one
     assert names(tmp_path) == ["step-00011", "step-9-mine"]
 
 
@@ -179,14 +174,14 @@ def test_a_checkpoint_without_a_state_leaves_the_last_one(save, tmp_path):
 
 
 def scenarios(save):
-    """What is on disk before a save, and the save."""
+    """Return functions that prepare the disk, and that save."""
 
     def start():
         save(1, state=False)
         save(2)
 
     return {
-        "next": (start, lambda: save(3, keep=2)),  # takes the state of 2, removes 1
+        "next": (start, lambda: save(3, keep=2)),  # It takes the state of 2 and removes 1.
         "first": (lambda: None, lambda: save(3)),
         "replaced": (start, lambda: save(2)),
     }
@@ -194,7 +189,7 @@ def scenarios(save):
 
 @pytest.mark.parametrize("scenario", ["next", "first", "replaced"])
 def test_a_kill_before_any_operation(scenario, save, whole, tmp_path):
-    """SIGKILL before the n-th file is opened, renamed, removed, ..., for every n."""
+    """SIGKILL before the n-th file operation, for every n."""
     start, work = scenarios(save)[scenario]
     operations = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod")
     start()
@@ -239,7 +234,7 @@ def test_a_kill_before_any_operation(scenario, save, whole, tmp_path):
 
 
 def limited(size, action, work):
-    """With files of so many bytes at most: a write beyond fails, or kills inside it."""
+    """Run work with files limited to `size` bytes; a write beyond fails, or kills the process."""
     signal.signal(signal.SIGXFSZ, action)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
@@ -248,9 +243,7 @@ def limited(size, action, work):
 
 @pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.999, 1, 1.5, 1.999])
 def test_a_kill_inside_a_file(share, save, whole, tmp_path):
-    """The kernel kills inside the write of this byte: of the weights, or of a state twice as
-    large.
-    """
+    """The kernel kills in the middle of a write of the weights, or of the state."""
     save(1)
     model, size = make_model(), (whole / "model.safetensors").stat().st_size
     state = {"moments": torch.zeros(size // 2)}
@@ -274,7 +267,7 @@ def test_a_kill_inside_a_file(share, save, whole, tmp_path):
 
 @pytest.mark.parametrize("share", [0, 0.5, 1.5])
 def test_a_disk_that_fills_up(share, save, whole, tmp_path):
-    """A write fails at this byte: of any file, of the weights, of the state."""
+    """A write of any file, of the weights or of the state fails in the middle."""
     save(1)
     model, size = make_model(), (whole / "model.safetensors").stat().st_size
     state = {"moments": torch.zeros(size // 2)}

@@ -13,11 +13,11 @@ from training.test_interrupt import lines
 from training.tiny import PLAIN, make_model, make_tokenizer, read, save_tiny
 
 from em_kernels.cli import main
-from em_kernels.training.config import UserError
 from em_kernels.training.data.problems import Problem
 from em_kernels.training.evaluation.task import TaskSettings, token_ids
 from em_kernels.training.evaluation.teacher_forcing import mean_entropies
 from em_kernels.training.rollouts.sampling import generate
+from em_kernels.training.settings import UserError
 
 FLAGS = ["--device", "cpu", "--dtype", "float32", "--max-new-tokens", "12"]
 
@@ -167,7 +167,8 @@ def test_stopped_and_gone_on(number, long, tmp_path, capfd):
         capfd.readouterr()
         assert main(base) == 2
         assert capfd.readouterr().err == (
-            f"em-kernels eval: error: output: another process works in {output} now\n"
+            f"em-kernels eval: error: output: another process works in {output} now; "
+            "wait, or name another\n"
         )
         os.kill(process.pid, number)
         ended = end(process, log)

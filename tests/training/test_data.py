@@ -1,4 +1,4 @@
-"""Problems from text and files, in the schemas that are met in the wild."""
+"""Problems from text, files, the hub and generators, in the schemas of public datasets."""
 
 import copy
 import json
@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from em_kernels.training.config import ADDITION_SHOTS, DEMO_SHOTS, TrainConfig, UserError
+from em_kernels.training.config import TrainConfig
 from em_kernels.training.data.problems import (
     Problem,
     as_problem,
@@ -22,6 +22,8 @@ from em_kernels.training.data.problems import (
     read_rows,
 )
 from em_kernels.training.evaluation.teacher_forcing import known_answers
+from em_kernels.training.presets import ADDITION_SHOTS, DEMO_SHOTS
+from em_kernels.training.settings import UserError
 
 CHAT = [
     {"role": "system", "content": "Be brief."},
@@ -29,56 +31,36 @@ CHAT = [
     {"role": "assistant", "content": "5"},
     {"role": "user", "content": "And 4?"},
 ]
-SCHEMAS = {
-    "MATH-500": (
-        {"problem": "p", "solution": "s", "answer": r"\frac{1}{2}"},
-        ("p", r"\frac{1}{2}"),
-    ),
-    "AMC": ({"id": "0", "problem": "p", "answer": "27.0", "question": "q"}, ("p", "27.0")),
-    "GSM8K": ({"question": "q", "answer": "2 + 3 = <<2+3=5>>5\n#### 1,005"}, ("q", "1,005")),
-    "OlympiadBench": ({"question": "q", "final_answer": ["$7$"]}, ("q", "$7$")),
-    "no final answer": ({"question": "q", "final_answer": []}, ("q", None)),
-    "RLVR": (
-        {"prompt": CHAT[:2], "reward_model": {"ground_truth": "5", "style": "rule"}},
-        (CHAT[:2], "5"),
-    ),
-    "RLVR, text": ({"problem": "p", "reward_model": {"ground_truth": "12.8"}}, ("p", "12.8")),
-    "several answers": ({"question": "q", "final_answer": ["1", "-1"]}, ("q", "1, -1")),
-    "blank answer": ({"question": "q", "answer": " "}, ("q", None)),
-    "blank answer beside a solution": (
-        {"question": "q", "answer": "", "solution": r"\boxed{5}"},
-        ("q", "5"),
-    ),
-    "several turns": ({"prompt": CHAT}, (CHAT, None)),
-    "one turn": ({"prompt": CHAT[1:2]}, ("What is 2 + 3?", None)),
-    "parts of text": (
-        {"prompt": [{"role": "user", "content": [{"type": "text", "text": t} for t in "pq"]}]},
-        ("pq", None),
-    ),
-    "prompt alone": ({"prompt": "p"}, ("p", None)),
-    "empty columns": (
-        {"problem": None, "question": "", "prompt": "p", "answer": None},
-        ("p", None),
-    ),
-    "integer": ({"prompt": "p", "answer": 42}, ("p", "42")),
-    "zero": ({"prompt": "p", "answer": 0}, ("p", "0")),
-    "float": ({"prompt": "p", "answer": 0.5}, ("p", "0.5")),
-    "Minerva": (
-        {"problem": "p", "solution": r"First \boxed{1}, so $x = \boxed{\frac{1}{2}}$, not 3."},
-        ("p", r"\frac{1}{2}"),
-    ),
-    "a solution beside an answer": (
-        {"problem": "p", "solution": r"\boxed{1}", "answer": "2"},
-        ("p", "2"),
-    ),
-    "a solution without a box": ({"problem": "p", "solution": "so it is 3"}, ("p", None)),
+PARTS = [{"type": "text", "text": text} for text in "pq"]
+SCHEMAS = {  # a row; its prompt and answer
+    "MATH-500": ({"problem": "p", "solution": "s", "answer": r"\frac12"}, "p", r"\frac12"),
+    "AMC": ({"id": "0", "problem": "p", "answer": "27.0", "question": "q"}, "p", "27.0"),
+    "GSM8K": ({"question": "q", "answer": "2 + 3 = <<2+3=5>>5\n#### 1,005"}, "q", "1,005"),
+    "OlympiadBench": ({"question": "q", "final_answer": ["$7$"]}, "q", "$7$"),
+    "no final answer": ({"question": "q", "final_answer": []}, "q", None),
+    "RLVR": ({"prompt": CHAT[:2], "reward_model": {"ground_truth": "5"}}, CHAT[:2], "5"),
+    "RLVR, text": ({"problem": "p", "reward_model": {"ground_truth": "12.8"}}, "p", "12.8"),
+    "several answers": ({"question": "q", "final_answer": ["1", "-1"]}, "q", "1, -1"),
+    "blank answer": ({"question": "q", "answer": " "}, "q", None),
+    "blank answer, solution": ({"question": "q", "answer": "", "solution": r"\boxed{5}"}, "q", "5"),
+    "several turns": ({"prompt": CHAT}, CHAT, None),
+    "one turn": ({"prompt": CHAT[1:2]}, "What is 2 + 3?", None),
+    "parts of text": ({"prompt": [{"role": "user", "content": PARTS}]}, "pq", None),
+    "prompt alone": ({"prompt": "p"}, "p", None),
+    "empty columns": ({"problem": None, "question": "", "prompt": "p", "answer": None}, "p", None),
+    "integer": ({"prompt": "p", "answer": 42}, "p", "42"),
+    "zero": ({"prompt": "p", "answer": 0}, "p", "0"),
+    "float": ({"prompt": "p", "answer": 0.5}, "p", "0.5"),
+    "Minerva": ({"problem": "p", "solution": r"\boxed{1}, so $\boxed{3}$, not 4"}, "p", "3"),
+    "solution, answer": ({"problem": "p", "solution": r"\boxed{1}", "answer": "2"}, "p", "2"),
+    "a solution without a box": ({"problem": "p", "solution": "so it is 3"}, "p", None),
 }
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_schemas(name, suffix, tmp_path):
-    row, expected = SCHEMAS[name]
+    row, *expected = SCHEMAS[name]
     path = tmp_path / f"rows.{suffix}"
     if suffix == "jsonl":
         path.write_text(json.dumps(row) + "\n", encoding="utf-8")
@@ -89,7 +71,7 @@ def test_schemas(name, suffix, tmp_path):
 
 
 def test_lines_end_at_newlines_only(tmp_path):
-    """JSON leaves U+2028, U+0085 and their like as they are; lines may end in CR LF or be blank."""
+    """JSON does not escape U+2028 or U+0085; lines may end in CR LF or be blank."""
     texts = ["a\u2028b", "c\u0085d\u2029", "é\x7f"]
     path = tmp_path / "rows.jsonl"
     lines = [json.dumps({"prompt": text}, ensure_ascii=False) for text in texts]
@@ -127,16 +109,11 @@ def test_encode(tokenizer):
     raw = encode(tokenizer, " the abc\n", chat_template=False)
     assert tokenizer.decode(raw) == " the abc\n"
     chat = encode(tokenizer, "the", chat_template=True)
-    assert tokenizer.convert_ids_to_tokens(chat) == [
-        "<|user|>",
-        "the",
-        "<|end|>",
-        "<|assistant|>",
-    ]
+    assert tokenizer.decode(chat) == "<|user|>the<|end|><|assistant|>" and len(chat) == 4
 
 
 def test_a_prompt_is_tokenised_whole(tokenizer):
-    """Its parts alone would give other tokens."""
+    """Tokenised in parts, it would have other tokens."""
     ids = encode(tokenizer, "ab" + "c\n" + "\n", chat_template=False)
     assert tokenizer.convert_ids_to_tokens(ids) == ["abc", "ĊĊ"]
 
@@ -166,7 +143,7 @@ ASSISTANT = {"role": "assistant", "content": "so abc"}
 
 
 def test_conversations(tokenizer):
-    """Every message, in its order; the assistant's last words are gone on with."""
+    """Every message is kept, in order; a last message of the assistant's is continued."""
     ask = partial(encode, tokenizer, chat_template=True)
     system = "<|system|>Be brief.<|end|>"
     assert tokenizer.decode(ask([SYSTEM, USER])) == f"{system}<|user|>the<|end|><|assistant|>"
@@ -208,7 +185,7 @@ def test_answer_of_a_solution(box):
 
 
 def test_a_prompt_never_ends_in_eos(tokenizer):
-    """As T5's and some SentencePiece tokenizers append; unless the user wrote it."""
+    """T5's tokenizer and others append EOS, which is dropped unless the user wrote it."""
     appending = copy.deepcopy(tokenizer)
     appending.backend_tokenizer.post_processor = TemplateProcessing(
         single="<|pad|> $A <|end|>", special_tokens=[("<|pad|>", 2), ("<|end|>", 0)]
@@ -231,8 +208,9 @@ def test_few_shot():
 
 @pytest.mark.parametrize("seed", [0, 1, 2**62])
 def test_addition(seed):
-    """Every sum of two two-digit numbers once, the worked examples first."""
-    found = read_problems("addition", count=90 * 90 + 1, seed=seed)  # (12, 7) is none of those
+    """The worked examples come first, then every sum of two two-digit numbers once."""
+    count = 90 * 90 + 1  # The first worked example, 12 + 7, is not one of the 90 * 90 sums.
+    found = read_problems("addition", count=count, seed=seed)
     numbers = [tuple(map(int, p.prompt[len("What is ") : -1].split(" + "))) for p in found]
     assert tuple(numbers[:2]) == ADDITION_SHOTS
     assert len(set(numbers)) == len(numbers) and numbers[2:] != sorted(numbers[2:])
@@ -249,7 +227,7 @@ def test_addition(seed):
 
 def test_a_reasoning_gym_task():
     found = read_problems("gym:products?min_digits=1&max_digits=1", count=80, seed=4)
-    assert len({problem.prompt for problem in found}) == 80  # of a hundred, many come twice
+    assert len({problem.prompt for problem in found}) == 80  # There are a hundred.
     for problem in found:
         a, b = problem.prompt.split(": ")[1].split(".")[0].split(" * ")
         assert int(a) * int(b) == int(problem.answer) and len(a + b) == 2
@@ -270,8 +248,8 @@ def test_a_reasoning_gym_task():
         ("gym:products?max_digits=two", "gym:products.max_digits=two: "),
         ("gym:products?max_digits=[", "is not TASK.setting=value"),
         ("gym:products?max_digits", "is not TASK.setting=value"),
-        ("gym:graph_color", "gym:graph_color has no one right answer"),  # it gives none
-        ("gym:countdown", "gym:countdown has no one right answer"),  # it gives one of many
+        ("gym:graph_color", "gym:graph_color has no one right answer"),  # It has no answer.
+        ("gym:countdown", "gym:countdown has no one right answer"),  # Its answer is one of many.
         ("missing.jsonl", "cannot read missing.jsonl"),
         ("missing.parquet", "cannot read missing.parquet"),
         ("missing/folder/", "cannot open missing/folder/: "),
@@ -298,7 +276,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 def test_a_dataset(suffix, tmp_path, cache):
-    """load_dataset takes a folder for a name of the hub."""
+    """load_dataset accepts a folder as well as a name on the hub."""
     rows = {
         split: [{"question": f"{split} {i}?", "answer": f"so\n#### {i}"} for i in range(count)]
         for split, count in (("test", 3), ("train", 5))

@@ -1,4 +1,4 @@
-"""The whole demo on a model too small to add, stopped and gone on; and its verdicts."""
+"""The whole demo on a tiny random model, stopped and continued; and its verdicts."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ PARTS = ["after", "before", "report-plots", "report.html", "run", "selection"]
 
 @pytest.fixture
 def small(tmp_path, monkeypatch):
-    """A random model in the place of the 135M one; a few problems."""
+    """A random model replaces the 135M one, and there are only a few problems."""
     folder = save_tiny(tmp_path / "model", max_position_embeddings=512)
     monkeypatch.setattr(loading, "fetch_demo", lambda: folder)
     monkeypatch.setattr(demo_module, "POOL", 4)
@@ -45,9 +45,8 @@ def test_the_whole_demo(small, tmp_path, capfd):
     held_out = [{"prompt": p.prompt, "answer": p.answer} for p in problems[6:]]
     for name in ("before", "after"):
         assert read(output / name / "problems.jsonl") == held_out
-    before, after = (
-        json.loads((output / n / "results.json").read_text("utf-8")) for n in PARTS[1::-1]
-    )
+    texts = [(output / name / "results.json").read_text("utf-8") for name in ("before", "after")]
+    before, after = map(json.loads, texts)
     assert before["model"] == "demo" and after["model"] == str(output / "run")
     assert before["probability"] != after["probability"]
     assert reading(before, after) in said and f"Everything is in {output}." in said
@@ -81,12 +80,8 @@ def test_refused(small, tmp_path, capfd):
 
 def results(right, **probability):
     rows = {t.replace("_", "."): p for t, p in probability.items()}
-    return {
-        "right": [[i < right] for i in range(200)],
-        "probability": {
-            t[1:]: (np.arange(200) < p).astype(float).tolist() for t, p in rows.items()
-        },
-    }
+    drawn = {t[1:]: (np.arange(200) < p).astype(float).tolist() for t, p in rows.items()}
+    return {"right": [[i < right] for i in range(200)], "probability": drawn}
 
 
 @pytest.mark.parametrize(

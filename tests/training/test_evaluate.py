@@ -17,7 +17,6 @@ from training.tiny import PLAIN, make_model, read, save_tiny
 from transformers import AutoModelForCausalLM
 
 from em_kernels.cli import main
-from em_kernels.training.config import UserError
 from em_kernels.training.data import grading
 from em_kernels.training.data.grading import Grader, final_answer
 from em_kernels.training.data.problems import few_shot, read_problems
@@ -25,6 +24,7 @@ from em_kernels.training.evaluation.evaluate import EvalConfig
 from em_kernels.training.evaluation.statistics import mean_interval, paired_change, pass_at, wilson
 from em_kernels.training.evaluation.teacher_forcing import known_answers, score_answers
 from em_kernels.training.rollouts.sampling import generate
+from em_kernels.training.settings import UserError
 
 QUIET = Console(file=StringIO())
 GREEDY = PLAIN.model_copy(update={"temperature": 0.0, "max_new_tokens": 6})

@@ -5,7 +5,7 @@ import torch
 from training.tiny import make_model, rounded, run, settings
 from transformers import AutoModelForCausalLM
 
-from em_kernels.training.config import UserError
+from em_kernels.training.settings import UserError
 
 
 @pytest.mark.parametrize("finished", [0, 1])

@@ -1,4 +1,4 @@
-"""Bases in four bits: what is packed; adapters learn there, and merge into the base unpacked."""
+"""4-bit bases: what is quantised, training on them, merging into the unquantised base."""
 
 import sys
 
@@ -21,10 +21,10 @@ from training.tiny import PLAIN, save_tiny
 from transformers import AutoModelForCausalLM
 
 from em_kernels.hf import check_head, head_of
-from em_kernels.training.config import UserError
 from em_kernels.training.models.lora import adapted_layers, add_adapters, four_bit_config
 from em_kernels.training.rollouts.sampling import generate
 from em_kernels.training.runs.merge import merge
+from em_kernels.training.settings import UserError
 
 
 def four_bit(folder):
@@ -34,7 +34,7 @@ def four_bit(folder):
 
 
 def learn(model, adapted):
-    """Losses of three updates."""
+    """Yield the losses of three updates."""
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(3):
         loss = loss_of(model)
@@ -48,9 +48,7 @@ def learn(model, adapted):
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "phi", "gpt_neox"])
 def test_base_in_four_bits(kind, tmp_path, tokenizer):
-    """Everything but the head, the embeddings and the norms is packed; it learns and samples; what
-    it learned is merged into the unquantised base.
-    """
+    """All but head, embeddings and norms is quantised; training, sampling and merging work."""
     settings = {**WIDE, **ARCHITECTURES[kind]}
     folder = save_tiny(tmp_path / "model", kind, dtype=torch.bfloat16, **settings)
     whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -76,7 +74,7 @@ def test_base_in_four_bits(kind, tmp_path, tokenizer):
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 def test_gradients_pass_through_four_bits(kind, tmp_path, tokenizer):
-    """As through the same weights unpacked, to bf16's rounding; after sampling, too."""
+    """They equal those of the dequantised weights up to bf16's rounding, also after sampling."""
     from bitsandbytes.functional import dequantize_4bit
 
     folder = save_tiny(

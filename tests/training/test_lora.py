@@ -1,4 +1,4 @@
-"""Adapters: where they are, and that they alone learn."""
+"""LoRA adapters: which layers get them, and that only they are trained."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch import nn
 from torch.testing import assert_close
 from training.adapters import (
     ARCHITECTURES,
-    DTYPES,
+    FP32_AND_BF16,
     IDS,
     WIDE,
     error_of,
@@ -21,16 +21,17 @@ from training.tiny import PLAIN, loss_and_gradients, make_model, run, save_tiny,
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from em_kernels.hf import check_head, head_of
-from em_kernels.training.config import TrainConfig, UserError
+from em_kernels.training.config import TrainConfig
 from em_kernels.training.models.lora import adapted_layers, add_adapters
 from em_kernels.training.rollouts.padding import check_cache
 from em_kernels.training.rollouts.sampling import Rollout, generate
+from em_kernels.training.settings import UserError
 
 
-@DTYPES
+@FP32_AND_BF16
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_every_linear_layer_but_the_head_has_one(kind, dtype):
-    """In fp32, counted beforehand, and at first without effect."""
+    """Adapters are in fp32, as many as planned, and have no effect at first."""
     model = wide(kind, dtype=dtype)
     linear = {n for n, m in model.named_modules() if type(m).__name__ in ("Linear", "Conv1D")}
     (head,) = (n for n, m in model.named_modules() if m is model.get_output_embeddings())
@@ -52,7 +53,7 @@ def test_every_linear_layer_but_the_head_has_one(kind, dtype):
     assert not any(module.training for module in adapted.modules())
 
 
-@DTYPES
+@FP32_AND_BF16
 @pytest.mark.parametrize("kind", ["llama", "phi", "gemma2"])
 def test_only_adapters_get_gradients(kind, dtype):
     model = wide(kind, dtype=dtype)
@@ -73,7 +74,7 @@ def test_only_adapters_get_gradients(kind, dtype):
 
 
 def test_gradients_are_those_of_the_product():
-    """d loss / dB = scale * G A^T and d loss / dA = scale * B^T G, with G the sum's gradient."""
+    """d loss / dB = scale * G A^T and d loss / dA = scale * B^T G, where G = d loss / dW."""
     model = wide("qwen2", dtype=torch.float64)
     adapted = trained(model)
     whole = wide("qwen2", dtype=torch.float64)
@@ -105,7 +106,7 @@ def test_gradients_are_those_of_the_product():
     ids=" ".join,
 )
 def test_gradients_with_and_without_a_shared_prompt(targets, tmp_path):
-    """Keys and values that no adapter touches have none; a plan and an update go through."""
+    """Keys and values that no adapter touches need no gradient; plan and update still work."""
     model = wide("qwen2", dtype=torch.float64)
     adapted = trained(model, lora(lora_targets=targets))
     adapted.double()
@@ -127,7 +128,7 @@ def lora_layers(model):
     return [m for m in model.modules() if hasattr(m, "lora_A")]
 
 
-@DTYPES
+@FP32_AND_BF16
 def test_completions_are_sampled_through_unmerged_adapters(tokenizer, dtype):
     def sample(model):
         prompts = [[5, 6, 7]] * 4
@@ -145,7 +146,7 @@ def test_completions_are_sampled_through_unmerged_adapters(tokenizer, dtype):
     assert all(torch.equal(p, frozen[n]) for n, p in adapted.named_parameters())
 
 
-@DTYPES
+@FP32_AND_BF16
 def test_adapters_depend_on_the_seed_alone(dtype):
     def adapters(seed, noise):
         model = wide(dtype=dtype)
@@ -199,7 +200,7 @@ def test_named_targets(targets, layers):
     ],
 )
 def test_targets_that_are_refused(kind, target, message):
-    """Before anything is changed, and on the meta device too."""
+    """They are refused before anything is changed, on the meta device too."""
     with torch.device("meta"):
         if kind == "opt":
             model = make_model("opt", ffn_dim=48, word_embed_proj_dim=32)
@@ -218,7 +219,7 @@ def test_targets_that_are_refused(kind, target, message):
 
 
 def test_experts_that_peft_would_adapt_instead_are_refused():
-    """The first layer here is dense, and its layers are named as experts' parts once were."""
+    """The first layer is dense, and its linear layers have names that experts' parts once had."""
 
     def model():
         shape = {**WIDE, "num_experts": 8, "moe_intermediate_size": 64, "head_dim": 16}

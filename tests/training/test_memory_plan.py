@@ -16,7 +16,7 @@ from em_kernels.ops import chunked, inputs
 from em_kernels.ops.gemm import bf16_isa
 from em_kernels.ops.weight_gradient import StreamedWeightGrad
 from em_kernels.training import trainer
-from em_kernels.training.config import Sampling, TrainConfig, UserError
+from em_kernels.training.config import Sampling, TrainConfig
 from em_kernels.training.engines.step import SharedPrefix, recomputation, scored_states
 from em_kernels.training.models import rounding
 from em_kernels.training.planning import planner as memory
@@ -24,6 +24,7 @@ from em_kernels.training.planning.activations import Sketch
 from em_kernels.training.planning.plan import GIB, phases
 from em_kernels.training.planning.planner import Planner, resolve
 from em_kernels.training.rollouts.sampling import Rollout
+from em_kernels.training.settings import UserError
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 

@@ -1,4 +1,4 @@
-"""Adapters that are written open elsewhere and merge exactly."""
+"""Saved adapters open in peft and merge exactly."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from training.adapters import (
     ARCHITECTURES,
-    DTYPES,
+    FP32_AND_BF16,
     IDS,
     WIDE,
     error_of,
@@ -29,10 +29,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from em_kernels.cli import main
 from em_kernels.commands.merge import run as merge_command
 from em_kernels.hf import check_head, head_of
-from em_kernels.training.config import UserError
 from em_kernels.training.models.lora import add_adapters
 from em_kernels.training.runs import merge as merge_module
 from em_kernels.training.runs.merge import merge
+from em_kernels.training.settings import UserError
 
 
 def test_adapter_folder_is_written_without_the_network(tmp_path, monkeypatch):
@@ -50,13 +50,9 @@ def test_adapter_folder_is_written_without_the_network(tmp_path, monkeypatch):
     adapted = trained(model)
     folder = saved(adapted, tmp_path / "adapter")
     assert not asked
-    assert {path.name for path in folder.iterdir()} == {
-        "adapter_config.json",
-        "adapter_model.safetensors",
-        "chat_template.jinja",
-        "tokenizer.json",
-        "tokenizer_config.json",
-    }
+    names = {"adapter_config.json", "adapter_model.safetensors", "chat_template.jinja"}
+    names |= {"tokenizer.json", "tokenizer_config.json"}
+    assert {path.name for path in folder.iterdir()} == names
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "somebody/a-model"
     assert (config["r"], config["lora_alpha"], config["inference_mode"]) == (4, 12, True)
@@ -66,7 +62,7 @@ def test_adapter_folder_is_written_without_the_network(tmp_path, monkeypatch):
     assert not asked
 
 
-@DTYPES
+@FP32_AND_BF16
 @pytest.mark.parametrize("targets", [("all-linear",), ("q_proj", "down_proj")])
 def test_peft_opens_the_folder(targets, dtype, tmp_path):
     base = save_tiny(tmp_path / "model", **WIDE, num_hidden_layers=3)
@@ -92,19 +88,19 @@ def test_name_is_the_settings_where_the_model_has_none(tmp_path):
 
 @pytest.fixture
 def adapter(tmp_path):
-    """Of a bf16 base."""
+    """Saved adapters of a bf16 base."""
     base = save_tiny(tmp_path / "model", dtype=torch.bfloat16, **WIDE)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     return saved(trained(model), tmp_path / "adapter")
 
 
-@DTYPES
+@FP32_AND_BF16
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
 def test_merged_weights_are_the_exact_sums_rounded_once(kind, dtype, tmp_path):
     base = save_tiny(tmp_path / "model", kind, dtype=dtype, **WIDE, **ARCHITECTURES[kind])
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     for parameter in model.parameters():
-        parameter.data = parameter.data.mul(2**16).round() / 2**16  # so that fp32 sums are exact
+        parameter.data = parameter.data.mul(2**16).round() / 2**16  # makes fp32 sums exact
     model.to(dtype).save_pretrained(base)
     model.float()
     before = {n: p.detach().double() for n, p in model.named_parameters()}
@@ -130,7 +126,7 @@ def test_merged_weights_are_the_exact_sums_rounded_once(kind, dtype, tmp_path):
 
 
 def test_deltas_that_bf16_would_round_away(tmp_path):
-    """1 + 2^-11 is 1, to the nearest; one in sixteen weights has to become 1 + 2^-7."""
+    """1 + 2^-11 rounds to 1 in bf16; instead one weight in sixteen must become 1 + 2^-7."""
     base = save_tiny(tmp_path / "model", dtype=torch.bfloat16, **WIDE)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     model.model.layers[0].mlp.up_proj.weight.data.fill_(1.0)
@@ -146,7 +142,7 @@ def test_deltas_that_bf16_would_round_away(tmp_path):
 
 
 def test_merged_folder_is_complete(tmp_path, adapter):
-    (tmp_path / "merged").mkdir()  # empty is as good as none
+    (tmp_path / "merged").mkdir()  # An empty folder may be used.
     output = merge(adapter, tmp_path / "merged")
     names = {path.name for path in output.iterdir()}
     assert {"config.json", "generation_config.json", "model.safetensors"} <= names
@@ -184,10 +180,11 @@ def test_neighbours_of_the_output_stay(tmp_path, adapter, monkeypatch):
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
     assert merge(adapter, Path(".")) == tmp_path / "empty"
-    monkeypatch.chdir(tmp_path)  # the other one is gone: another has its name
+    monkeypatch.chdir(tmp_path)  # merge has replaced the folder that was the working directory.
     AutoModelForCausalLM.from_pretrained(tmp_path / "empty")
 
 
+LOFTQ = {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}}
 SETTINGS = {
     "plain": {},
     "rslora": {"use_rslora": True},
@@ -204,7 +201,7 @@ SETTINGS = {
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_merged_is_what_was_trained(name, tmp_path):
-    """By peft's own hand, with what its adapters do to the base when they are made."""
+    """The merged model equals peft's, with variants that change the base when they are created."""
     base = save_tiny(tmp_path / "model", "qwen2", attention_bias=True, tied=False, **WIDE)
     model = AutoModelForCausalLM.from_pretrained(base)
     plain = model(IDS).logits
@@ -221,7 +218,7 @@ def test_merged_is_what_was_trained(name, tmp_path):
     output = merge(tmp_path / "adapter", tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)(IDS).logits
     assert error_of(expected, plain) > 0.1
-    assert error_of(merged, expected) < 0.04  # bf16's rounding, as of plain adapters above
+    assert error_of(merged, expected) < 0.04  # bf16's rounding, as in the test above
 
 
 @pytest.mark.parametrize(
@@ -229,10 +226,7 @@ def test_merged_is_what_was_trained(name, tmp_path):
     [
         ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),
         ({"init_lora_weights": "corda"}, "'corda' changed the base model by something"),
-        (
-            {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}},
-            "'loftq' changed the base model by something",
-        ),
+        (LOFTQ, "'loftq' changed the base model by something"),
         ({"init_lora_weights": "lora_ga"}, "'lora_ga' changed the base model by something"),
         ({"modules_to_save": ["lm_head"]}, "have modules_to_save; merge them by peft's"),
         ({"bias": "all"}, "have bias 'all'; merge them by peft's merge_and_unload"),

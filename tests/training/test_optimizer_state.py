@@ -11,8 +11,8 @@ from torch import nn
 from training.lives import CHILDREN
 from training.updates import BF16, FP32, FP64, Net, assert_same, backwards, make, run, weights
 
-from em_kernels.training.config import UserError
 from em_kernels.training.engines.optimizer import state_bytes
+from em_kernels.training.settings import UserError
 
 
 @pytest.mark.parametrize("files", [False, True])

@@ -1,4 +1,4 @@
-"""Prompts of different lengths in one batch, padded behind what they have in common."""
+"""Prompts of different lengths in one batch, padded behind their common prefix."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def prompts_of(tokenizer, texts):
 
 
 def batches_seen(model):
-    """Rows and columns of what the model's decoder is given, as it runs."""
+    """Return a list that collects the shapes of what the model's decoder is given."""
     shapes = []
     model.get_input_embeddings().register_forward_pre_hook(
         lambda module, args: shapes.append(tuple(args[0].shape))
@@ -53,7 +53,7 @@ def together_and_alone(model, tokenizer, prompts, sampling):
     seeds = [(7, i) for i in range(len(prompts))]
     pairs = zip(prompts, seeds, strict=True)
     alone = [generate(model, tokenizer, [p], [seed], sampling)[0] for p, seed in pairs]
-    can_pad(model, 128)  # is measured once
+    can_pad(model, 128)  # measures once
     shapes = batches_seen(model)
     together = generate(model, tokenizer, prompts, seeds, sampling)
     assert [rollout.prompt_ids for rollout in together] == prompts
@@ -78,12 +78,8 @@ def test_as_each_prompt_alone(temperature, penalty, kind, texts, tokenizer):
     assert all(shape == (rows, 1) for shape in shapes[1 + bool(same) :][:5])
     if temperature == 0:
         for prompt, rollout in zip(prompts, together, strict=True):
-            plain = model.generate(
-                torch.tensor([prompt]),
-                do_sample=False,
-                max_new_tokens=20,
-                repetition_penalty=penalty,
-            )
+            options = {"do_sample": False, "max_new_tokens": 20, "repetition_penalty": penalty}
+            plain = model.generate(torch.tensor([prompt]), **options)
             assert rollout.response_ids == plain[0, len(prompt) :].tolist()
 
 
@@ -101,7 +97,7 @@ def test_rows_that_leave_at_different_times(temperature, texts, tokenizer, exact
 
 @BOTH
 def test_stop_strings(texts, tokenizer, exact_model):
-    """Which the padding and the prompts hold, too."""
+    """Stop strings in the padding and in the prompts do not count."""
     exact_model.generation_config.eos_token_id = None
     prompts = prompts_of(tokenizer, texts) * 10
     stop = ("\n", "the", "W", "a", "3")
@@ -141,7 +137,7 @@ def test_batches(pad, lengths, size):
     sizes = [[lengths[i] for i in batch] for batch in found]
     for batch in sizes:
         assert 0 < len(batch) <= size and max(batch) <= limit * min(batch)
-    for batch, after in zip(sizes, sizes[1:], strict=False):  # none could have taken one more
+    for batch, after in zip(sizes, sizes[1:], strict=False):  # No batch could have taken one more.
         assert max(batch) <= after[0] and (len(batch) == size or after[0] > limit * min(batch))
 
 
@@ -151,7 +147,7 @@ def test_twice_the_length_is_the_limit():
     assert list(_batches([21, 10, 10], 64, True)) == [[1, 2], [0]]
 
 
-PLACES = {  # of what the padding moves: ALiBi by the place, a window that the cache does not know
+PLACES = {  # Padding would change ALiBi's positions, and a window that the cache does not know.
     "mpt": {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 128},
     "gpt_neo": {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]}
     | {"window_size": 8},
@@ -166,15 +162,14 @@ def test_what_padding_would_change_is_sampled_by_length(kind, texts, tokenizer):
     sampling = GREEDY.model_copy(update={"temperature": 1.0})
     together, alone, shapes = together_and_alone(model, tokenizer, prompts, sampling)
     assert together == alone
-    assert max(rows for rows, _ in shapes) == max(
-        map([*map(len, prompts)].count, map(len, prompts))
-    )
+    lengths = [*map(len, prompts)]
+    assert max(rows for rows, _ in shapes) == max(map(lengths.count, lengths))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_padding_is_measured_in_fp32(kind, dtype):
-    """So that bf16's rounding neither hides a difference nor is one; the model stays as it was."""
+    """bf16's rounding neither hides a difference nor counts as one; the model is not changed."""
     model = make_model(kind, dtype=dtype, **KINDS[kind])
     before = dict(model.named_parameters())
     assert check_sampling(model) is True and PADS[model] is True
@@ -190,7 +185,7 @@ def test_padding_is_measured_in_fp32(kind, dtype):
 
 
 def test_a_model_that_looks_at_what_is_beside_it_is_refused(tokenizer):
-    """Even among rows of one length: here each reads the mean of the batch."""
+    """Each row reads the mean of the batch here, which is wrong even for rows of one length."""
     model = make_model()
     embed = model.get_input_embeddings()
     embed.register_forward_hook(lambda _, args, out: out + 0.1 * out.mean(0, keepdim=True))

@@ -9,9 +9,10 @@ from training.shapes import two_layers
 
 from em_kernels.commands import plan
 from em_kernels.commands.flags import as_flags, train_settings
-from em_kernels.training.config import TrainConfig, UserError
+from em_kernels.training.config import TrainConfig
 from em_kernels.training.planning.plan import GIB
 from em_kernels.training.planning.planner import resolve
+from em_kernels.training.settings import UserError
 
 
 @pytest.fixture(scope="module")

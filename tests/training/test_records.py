@@ -1,4 +1,4 @@
-"""A run's records: read whole or refused by line; who trains there, and who died there."""
+"""A run's records: reading, damage, torn ends; the marker of the process that works there."""
 
 import json
 import multiprocessing
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from em_kernels.training.config import TrainConfig, UserError, read_yaml
+from em_kernels.training.config import TrainConfig, read_yaml
 from em_kernels.training.rollouts.sampling import Rollout
 from em_kernels.training.runs import records
 from em_kernels.training.runs.records import (
@@ -22,13 +22,14 @@ from em_kernels.training.runs.records import (
     trim,
     write_config,
 )
+from em_kernels.training.settings import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 N = 3  # completions of an update
 
 
 def row(update, index):
-    text = "ünï\u2028\x85\n\x1c"  # what str.splitlines would split
+    text = "ünï\u2028\x85\n\x1c"  # characters at which str.splitlines splits
     ids = {"prompt_ids": [1, 2], "response_ids": [update, index], "ended": index > 0}
     return {"update": update, "index": index, **ids, "text": text}
 
@@ -39,7 +40,7 @@ def rollouts_of(update):
 
 @pytest.fixture
 def run(tmp_path):
-    """Three updates."""
+    """A run of three updates."""
     for update in (1, 2, 3):
         append(tmp_path / "rollouts.jsonl", [row(update, index) for index in range(N)])
         append(tmp_path / "metrics.jsonl", [{"update": update, "entropy": 1 / update}])
@@ -107,18 +108,9 @@ def test_a_damaged_line_is_named(line, damage, run):
 
 @pytest.mark.parametrize(
     "wrong",
-    [
-        {"update": 1},
-        {"index": 0},
-        {"index": 2},
-        {"prompt_ids": []},
-        {"prompt_ids": 3},
-        {"response_ids": []},
-        {"response_ids": ["a"]},
-        {"response_ids": [-1]},
-        {"response_ids": [0.5]},
-        {"prompt_ids": None},
-    ],
+    [{"update": 1}, {"index": 0}, {"index": 2}]
+    + [{"prompt_ids": ids} for ids in ([], 3, None)]
+    + [{"response_ids": ids} for ids in ([], ["a"], [-1], [0.5])],
 )
 def test_a_line_that_is_not_the_next_completion(wrong, run):
     lines = (run / "rollouts.jsonl").read_text("utf-8").split("\n")
@@ -140,7 +132,7 @@ def test_a_folder_that_is_no_runs(tmp_path):
     with pytest.raises(UserError, match=f"rollouts_from: {tmp_path} has no rollouts.jsonl"):
         read_rollouts(tmp_path, N)
     write_config(tmp_path, TrainConfig())
-    assert read_rollouts(tmp_path, N) == {}  # stopped before the first update
+    assert read_rollouts(tmp_path, N) == {}  # a run that was stopped before the first update
 
 
 @pytest.mark.parametrize("prompt", ["ünï: é\n", "a\x85b", " \u2028\u2029\ufeff\t\x7f "])
@@ -181,7 +173,7 @@ def test_a_start_that_was_killed_is_no_run(tmp_path):
 
 
 def train(run, phases, connection):
-    """Marks the folder, and waits."""
+    """Mark the folder, report, and wait."""
     with Running(run) as running:
         for phase in phases:
             running.phase(phase)
@@ -191,7 +183,7 @@ def train(run, phases, connection):
 
 @pytest.fixture
 def trainer():
-    """trainer(run, *phases) starts a process in a run's folder."""
+    """trainer(run, *phases) starts a process that works in a run's folder."""
     context, started = multiprocessing.get_context("fork"), []
 
     def start(run, *phases):
@@ -257,10 +249,10 @@ def test_another_process_in_the_folder_is_refused(trainer, tmp_path):
 
 
 def test_the_kernels_count_is_named(trainer, tmp_path, monkeypatch):
-    """As if it had risen by 2 since the process started, whatever it is here."""
+    """The kernel's count is made to have risen by 2 since the process started."""
     end(trainer(tmp_path), signal.SIGKILL)
     facts = json.loads((tmp_path / "running.json").read_text("utf-8"))
-    monkeypatch.setattr(records, "_kills", lambda: (facts["kills"] or 0) + 2)
+    monkeypatch.setattr(records, "_oom_kills", lambda: (facts["kills"] or 0) + 2)
     with Running(tmp_path) as running:
         assert "the kernel has since killed 2 for memory, most likely this one" in running.death
 

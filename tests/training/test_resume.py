@@ -177,7 +177,7 @@ def test_completions_that_do_not_suit_are_refused(start, whole_of, tmp_path):
     refusals = {
         f"rollouts_from: {whole} holds 4 whole updates of 5; lower steps": {"steps": 5},
         f"prompt: the completions in {whole} are of another prompt": {"prompt": "Hello"},
-        "ask for as many as were sampled": {"rollouts": 5},
+        "set rollouts to as many as were sampled": {"rollouts": 5},
         f"sampling.max_new_tokens: completions in {whole} have ": {
             "sampling": ENDS.model_copy(update={"max_new_tokens": 5})
         },

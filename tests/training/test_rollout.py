@@ -1,4 +1,4 @@
-"""Completions against transformers' plain generate, and independent of what is sampled beside."""
+"""Completions equal transformers' plain generate, whatever is sampled beside them."""
 
 from collections import Counter
 
@@ -19,7 +19,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from em_kernels.training.config import DEMO_SHOTS, Sampling
+from em_kernels.training.config import Sampling
+from em_kernels.training.presets import DEMO_SHOTS
 from em_kernels.training.rollouts.sampling import _InverseCdf, _SegmentEnd, generate
 
 PLAIN = Sampling(temperature=1, top_k=0, top_p=1, repetition_penalty=1, max_new_tokens=24)
@@ -52,7 +53,7 @@ def responses(rollouts):
 
 
 def plain_generate(model, prompt, **options):
-    """One prompt, its own cache, no segments."""
+    """Complete one prompt with its own cache and without segments."""
     output = model.generate(torch.tensor([prompt]), do_sample=False, **options)
     return output[0, len(prompt) :].tolist()
 
@@ -70,7 +71,7 @@ def test_greedy_is_plain_generate(kind, penalty, tokenizer, prompts):
 
 
 def test_greedy_is_plain_generate_when_rows_leave(tokenizer, exact_model, prompts):
-    """One end in three tokens: a batch goes through many segments."""
+    """A third of the tokens are EOS, so that a batch goes through many segments."""
     exact_model.generation_config.eos_token_id = list(range(0, 267, 3))
     many = prompts + [tokenizer(f"What is {a} + {b}?").input_ids for a in "123" for b in "56789"]
     found = generate(exact_model, tokenizer, many, seeds(len(many)), GREEDY)
@@ -103,7 +104,7 @@ def test_same_seeds_same_tokens_other_seeds_others(tokenizer, exact_model, promp
 
 
 def distribution(model, prompt, sampling):
-    """Of the next token, by transformers' processors."""
+    """Return the next token's probabilities by transformers' processors."""
     processors = LogitsProcessorList()
     processors.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
     processors.append(TemperatureLogitsWarper(float(sampling.temperature)))
@@ -118,7 +119,7 @@ def distribution(model, prompt, sampling):
 
 
 def assert_drawn_from(counts, probabilities):
-    """Chi-square at one false alarm in a million; rare outcomes pooled; none that is impossible."""
+    """Chi-square test, one false alarm in a million; rare outcomes are pooled."""
     draws = sum(counts.values())
     keys = sorted(probabilities, key=probabilities.get)
     assert set(counts) <= {key for key in keys if probabilities[key] > 0}
@@ -195,7 +196,7 @@ def test_without_any_eos_the_longest(exact_model, prompts):
 
 @pytest.mark.parametrize("stop", [("\n",), ("the", "\n\n"), ("b", "c")], ids=repr)
 def test_stop_string_ends_with_the_token_that_holds_it(stop, tokenizer, exact_model):
-    """Prompts that hold the string, at their end too, are completed all the same."""
+    """A stop string in the prompt, even at its end, does not count."""
     exact_model.generation_config.eos_token_id = None
     starts = ["the abc\n\nthe 3\n", "abc\nabc\n", "the\n\n 3?"]
     prompts = [tokenizer(text).input_ids for text in starts] * 60
@@ -229,37 +230,16 @@ def test_the_models_generation_config_changes_nothing_else(
 ):
     clean = generate(exact_model, tokenizer, prompts * 4, seeds(24), sampling)
     seen = sorted({i for rollout in clean for i in rollout.response_ids[:2]})
-    poison = GenerationConfig(
-        eos_token_id=0,
-        do_sample=True,
-        temperature=0.1,
-        top_k=2,
-        top_p=0.1,
-        min_p=0.3,
-        repetition_penalty=9.0,
-        no_repeat_ngram_size=1,
-        bad_words_ids=[[seen[0]]],
-        suppress_tokens=seen,
-        begin_suppress_tokens=seen,
-        forced_eos_token_id=5,
-        min_length=120,
-        min_new_tokens=20,
-        max_length=3,
-        max_new_tokens=2,
-        max_time=1e-9,
-        stop_strings=["a"],
-        num_beams=3,
-        num_return_sequences=2,
-        use_cache=False,
-        cache_implementation="static",
-        output_scores=True,
-        renormalize_logits=True,
-        guidance_scale=2.0,
-    )
-    exact_model.generation_config = poison
-    assert responses(generate(exact_model, tokenizer, prompts * 4, seeds(24), sampling)) == (
-        responses(clean)
-    )
+    poison = {"eos_token_id": 0, "do_sample": True, "temperature": 0.1, "top_k": 2, "top_p": 0.1}
+    poison |= {"min_p": 0.3, "repetition_penalty": 9.0, "no_repeat_ngram_size": 1}
+    poison |= {"bad_words_ids": [[seen[0]]], "suppress_tokens": seen, "begin_suppress_tokens": seen}
+    poison |= {"forced_eos_token_id": 5, "min_length": 120, "min_new_tokens": 20, "max_length": 3}
+    poison |= {"max_new_tokens": 2, "max_time": 1e-9, "stop_strings": ["a"], "num_beams": 3}
+    poison |= {"num_return_sequences": 2, "use_cache": False, "cache_implementation": "static"}
+    poison |= {"output_scores": True, "renormalize_logits": True, "guidance_scale": 2.0}
+    exact_model.generation_config = GenerationConfig(**poison)
+    again = generate(exact_model, tokenizer, prompts * 4, seeds(24), sampling)
+    assert responses(again) == responses(clean)
 
 
 def test_finished_rows_leave_the_batch(tokenizer, exact_model, prompts):
@@ -271,7 +251,7 @@ def test_finished_rows_leave_the_batch(tokenizer, exact_model, prompts):
     prefix, *rows = rows
     lengths = np.array([len(rollout.response_ids) for rollout in found])
     alive = [int((lengths > step).sum()) for step in range(lengths.max())]
-    # under one in eight of a batch's rows may have finished
+    # Fewer than 1/8 of a batch's rows may have finished.
     assert all(ran <= a / (1 - 1 / 8) for ran, a in zip(rows, alive, strict=True))
     assert sum(rows) < 64 * lengths.max() / 2 and prefix == 1
 
@@ -329,9 +309,8 @@ def test_gradient_checkpointing_changes_no_token(tokenizer, exact_model, prompts
 def test_dropout_is_off(tokenizer, prompts):
     model = make_model(dtype=torch.float64, attention_dropout=0.5)
     clean = generate(model, tokenizer, prompts, seeds(6), PLAIN)
-    assert responses(generate(model.train(), tokenizer, prompts, seeds(6), PLAIN)) == (
-        responses(clean)
-    )
+    again = generate(model.train(), tokenizer, prompts, seeds(6), PLAIN)
+    assert responses(again) == responses(clean)
     assert model.training and isinstance(model.lm_head, nn.Linear)
 
 
@@ -349,7 +328,7 @@ def test_nothing_to_do(tokenizer, exact_model):
 
 
 def test_real_model(demo):
-    """Greedy on the 135M model, up to a stop string of several tokens."""
+    """The 135M model decodes greedily up to a stop string of several tokens."""
     model, tokenizer = demo
     prompt = tokenizer(f"{DEMO_SHOTS}Q: What is 31 + 52?\nA:").input_ids
     sampling = GREEDY.model_copy(update={"max_new_tokens": 16, "stop": ("= 8",)})

@@ -1,4 +1,4 @@
-"""fp32 to bf16 that keeps small movements."""
+"""Rounding of fp32 to bf16 keeps small changes on average."""
 
 import torch
 from training.tiny import make_model, make_optimizer, settings
@@ -13,7 +13,7 @@ def test_what_is_bf16_already_stays():
 
 
 def test_to_one_of_the_two_neighbours_by_distance():
-    """Up or down in proportion, positive and negative."""
+    """Values round up or down with odds in proportion to the distance, whatever their sign."""
     x = torch.randn(1 << 18).bfloat16().float()
     step = torch.nextafter(x.bfloat16(), x.bfloat16() * torch.inf).float() - x
     for share in (0.1, 0.5, 0.9):
@@ -33,7 +33,7 @@ def test_a_place_has_its_threshold_wherever_it_is_cut(monkeypatch):
 
 
 def test_a_weight_that_moves_on_never_goes_back():
-    """The threshold is the place's: no flicker from one update to the next."""
+    """An element's threshold is fixed, so that it does not flicker between updates."""
     x = torch.rand(10**4) + 1
     before = to_bf16(x)
     for _ in range(20):
@@ -44,7 +44,7 @@ def test_a_weight_that_moves_on_never_goes_back():
 
 
 def test_updates_far_below_a_step_arrive_in_bf16_weights():
-    """Nearest would leave nearly all of them where they are."""
+    """Rounding to nearest would leave nearly all of them unchanged."""
     model = make_model(dtype=torch.bfloat16)
     start = {name: p.detach().float().clone() for name, p in model.named_parameters()}
     optimizer = make_optimizer(model, settings("-", "-", lr=1e-5, clip=1e9))
@@ -59,16 +59,15 @@ def test_updates_far_below_a_step_arrive_in_bf16_weights():
         moved = slot.master.view(slot.parameter.shape) - start[slot.name]
         now = slot.parameter.detach().float() - start[slot.name]
         along += (moved * now).sum().item()
-        nearest += (
-            moved * ((start[slot.name] + moved).bfloat16().float() - start[slot.name])
-        ).sum()
+        rounded = (start[slot.name] + moved).bfloat16().float()
+        nearest += (moved * (rounded - start[slot.name])).sum()
         whole += moved.square().sum().item()
     assert 0.9 < along / whole < 1.1
     assert nearest / whole < 0.3
 
 
 def test_the_nearest_of_dithered_weights_is_theirs():
-    """At first and as they move, but for ties, one in 2^16, and where the step itself changes."""
+    """They agree as weights train, but for ties (one in 2^16) and where bf16's spacing changes."""
     x = torch.cat([torch.randn(3 * 10**5) * 10.0**e for e in (-30, -3, 0, 30)]).bfloat16().float()
     dithered = rounding.dithered(x)
     assert (dithered != x).float().mean() > 0.99

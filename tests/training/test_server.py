@@ -1,4 +1,4 @@
-"""Completions from transformers serve, of a tiny model; and from servers that misbehave."""
+"""Completions from `transformers serve` with a tiny model, and from servers that misbehave."""
 
 import os
 import signal
@@ -17,10 +17,11 @@ from spawned import HANG_S, wait_for
 from training.tiny import PLAIN, TEMPLATE, make_model, make_tokenizer
 
 from em_kernels.cli import main
-from em_kernels.training.config import Sampling, UserError
+from em_kernels.training.config import Sampling
 from em_kernels.training.rollouts import server
 from em_kernels.training.rollouts.sampling import generate
 from em_kernels.training.rollouts.server import complete, model_name
+from em_kernels.training.settings import UserError
 
 NAME = "tiny/llama"
 SERVE = """\
@@ -38,7 +39,7 @@ QUESTIONS = ["What is 2 + 3?", "abc", "Name the 3 the's.\n\n"]
 
 @pytest.fixture(scope="module", autouse=True)
 def no_proxy():
-    """For this machine itself."""
+    """Requests to this machine bypass any proxy."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("NO_PROXY", "no_proxy"):
             patch.setenv(name, "127.0.0.1")
@@ -50,24 +51,16 @@ def asked(question):
 
 
 def collect(url, model, prompts, sampling=GREEDY, seeds=None, **options):
-    """What on_done was told, by index."""
+    """Return what on_done was called with, by index."""
     done = {}
-    seeds = range(len(prompts)) if seeds is None else seeds
-    complete(
-        url,
-        model,
-        prompts,
-        seeds,
-        sampling,
-        on_done=lambda i, *rest: done.update({i: rest}),
-        **options,
-    )
+    options["on_done"] = lambda i, *rest: done.update({i: rest})
+    complete(url, model, prompts, seeds or range(len(prompts)), sampling, **options)
     return done
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """Its chat template takes a hint."""
+    """A tokenizer whose chat template takes a hint."""
     tokenizer = make_tokenizer()
     tokenizer.chat_template = TEMPLATE.replace("<|assistant|>", "<|assistant|>{{ hint }}")
     return tokenizer
@@ -75,13 +68,13 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def model():
-    """fp64: rounding cannot flip a token."""
+    """An fp64 model: rounding cannot flip a token."""
     return make_model(dtype=torch.float64)
 
 
 @pytest.fixture(scope="module")
 def url(model, tokenizer, tmp_path_factory):
-    """transformers serve, with the model as one of the hub's that was downloaded before."""
+    """Address of `transformers serve`, whose model looks as if downloaded from the hub."""
     cache = tmp_path_factory.mktemp("hub")
     repository, revision = cache / f"models--{NAME.replace('/', '--')}", "0" * 40
     (repository / "refs").mkdir(parents=True)
@@ -89,8 +82,8 @@ def url(model, tokenizer, tmp_path_factory):
     for part in (model, tokenizer):
         part.save_pretrained(repository / "snapshots" / revision)
     log = tmp_path_factory.mktemp("log") / "stderr"
-    with socket.socket() as bound, open(log, "w") as stderr:  # a port that nobody else can take
-        bound.bind(("127.0.0.1", 0))
+    with socket.socket() as bound, open(log, "w") as stderr:
+        bound.bind(("127.0.0.1", 0))  # No other process can take this port.
         port = bound.getsockname()[1]
         process = subprocess.Popen(
             [sys.executable, "-c", SERVE, str(bound.fileno()), "serve", NAME, "--device", "cpu"]
@@ -118,7 +111,7 @@ def url(model, tokenizer, tmp_path_factory):
 
 
 def ours(model, tokenizer, prompts, sampling, **template):
-    """What generate gives, as on_done is told it."""
+    """Return generate's completions in the form that on_done gets."""
     ids = [
         tokenizer(p).input_ids
         if isinstance(p, str)
@@ -127,10 +120,8 @@ def ours(model, tokenizer, prompts, sampling, **template):
     ]
     rollouts = generate(model, tokenizer, ids, [(i,) for i in range(len(ids))], sampling)
     texts = tokenizer.batch_decode([r.response_ids for r in rollouts], skip_special_tokens=True)
-    return {
-        i: (text, len(r.response_ids), r.ended)
-        for i, (text, r) in enumerate(zip(texts, rollouts, strict=True))
-    }
+    told = [(t, len(r.response_ids), r.ended) for t, r in zip(texts, rollouts, strict=True)]
+    return dict(enumerate(told))
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
@@ -186,11 +177,8 @@ class Handler(BaseHTTPRequestHandler):
         data = (answer if isinstance(answer, str) else dumps(answer)).encode()
         self.send_response(status)
         kind = "text/html" if isinstance(answer, str) else "application/json"
-        for name, value in {
-            "content-type": kind,
-            "content-length": len(data),
-            "retry-after-ms": 1,
-        }.items():
+        headers = {"content-type": kind, "content-length": len(data), "retry-after-ms": 1}
+        for name, value in headers.items():
             self.send_header(name, str(value))
         self.end_headers()
         self.wfile.write(data)
@@ -201,7 +189,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def serve():
-    """Starts a server that gives so many answers; its address, and the requests it saw."""
+    """serve(answer) starts a server; returns its address, and the list of requests it gets."""
     servers = []
 
     def start(answer):
@@ -250,19 +238,13 @@ def test_what_on_done_is_told(serve):
     address = url.removeprefix("http://")
     assert collect(f"{url}/v1/", "m", [asked("2")]) == {0: ("", None, False)}
     threads = set()
-    complete(
-        address,
-        "m",
-        ["2"] * 5,
-        range(5),
-        GREEDY,
-        on_done=lambda *_: threads.add(threading.get_ident()),
-    )
+    on_done = lambda *_: threads.add(threading.get_ident())  # noqa: E731
+    complete(address, "m", ["2"] * 5, range(5), GREEDY, on_done=on_done)
     assert threads == {threading.get_ident()}
 
 
 def strict(body):
-    """OpenAI's own API: an unknown field is an error, and so are those of other servers."""
+    """Answer as OpenAI's own API: a field that it does not know is an error."""
     known = {"model", "prompt", "temperature", "top_p", "max_tokens", "stop", "seed"}
     if unknown := sorted(set(body) - known):
         return refusal(400, f"Unrecognized request argument supplied: {unknown[0]}")
@@ -272,7 +254,7 @@ def strict(body):
 def test_fields_that_a_server_refuses_are_left_out_where_they_are_off(serve):
     url, seen = serve(strict)
     assert len(collect(url, "m", ["2"] * 5, parallel=1)) == 5
-    assert len(seen) == 7  # each refused way to ask is tried once
+    assert len(seen) == 7  # Each refused dialect is tried once.
     with pytest.raises(UserError, match=r"^server: .*set sampling\.top_k 0 and"):
         collect(url, "m", ["2"], GREEDY.model_copy(update={"top_k": 50}))
 
@@ -299,15 +281,8 @@ def test_what_arrived_before_a_failure_is_delivered(serve):
     url, seen = serve(lambda b: refusal(503, "full") if b["prompt"] == "3" else completion(b))
     done = []
     with pytest.raises(UserError, match=r"^server: .*full.*; is it running there\? See its log"):
-        complete(
-            url,
-            "m",
-            ["2", "2", "3", "2"],
-            range(4),
-            GREEDY,
-            parallel=1,
-            on_done=lambda i, *_: done.append(i),
-        )
+        options = {"parallel": 1, "on_done": lambda i, *_: done.append(i)}
+        complete(url, "m", ["2", "2", "3", "2"], range(4), GREEDY, **options)
     assert done == [0, 1] and [body["prompt"] for *_, body in seen] == ["2", "2"] + ["3"] * 5
 
 
@@ -349,12 +324,12 @@ def test_an_interrupt(serve):
         complete(url, "m", prompts, range(10), GREEDY, parallel=2, on_done=on_done)
     assert not never.is_set() and done == [0]
     never.set()
-    assert len(seen) == 3  # whoever asks has ended with the call
+    assert len(seen) == 3  # No request was sent after the call.
 
 
 def test_a_server_that_stopped(monkeypatch):
-    monkeypatch.setattr(server, "RETRIES", 1)  # which take longer each
-    with socket.socket() as nobody:  # listens at this port, and nobody else can
+    monkeypatch.setattr(server, "RETRIES", 1)  # Each waits longer than the one before.
+    with socket.socket() as nobody:  # Bound but not listening.
         nobody.bind(("127.0.0.1", 0))
         gone = f"http://127.0.0.1:{nobody.getsockname()[1]}"
         with pytest.raises(UserError, match=rf"^server: {gone}: .*; is it running there\?"):
@@ -363,7 +338,7 @@ def test_a_server_that_stopped(monkeypatch):
 
 @pytest.mark.parametrize("address", ["http://here:port", "http://[::1"])
 def test_an_address_that_is_none(address):
-    with pytest.raises(UserError, match=r"^server: .*an address is http://HOST:PORT"):
+    with pytest.raises(UserError, match=r"^server: .*give an address like http://HOST:PORT"):
         model_name(address, "")
 
 
@@ -384,7 +359,7 @@ def test_several_models(serve):
 
 
 def test_a_whole_evaluation(url, model, tokenizer, tmp_path):
-    """`eval --server` gives what `eval` gives on the same model; a second time it asks nothing."""
+    """`eval --server` equals `eval` on the same model; run again, it sends no request."""
     for part in (model, tokenizer):
         part.save_pretrained(tmp_path / "model")
     rows = [dumps({"problem": question, "answer": "5"}) + "\n" for question in QUESTIONS]

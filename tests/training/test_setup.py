@@ -13,7 +13,8 @@ from tokenizers import Tokenizer, models, normalizers
 from training.tiny import TRAINING_TEXT, make_model, read, run, save_tiny, settings
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from em_kernels.training.config import UserError, read_yaml
+from em_kernels.training.config import read_yaml
+from em_kernels.training.settings import UserError
 from em_kernels.training.trainer import train
 
 

@@ -8,11 +8,12 @@ from training.shapes import QWEN
 
 from em_kernels.commands.plan import launcher
 from em_kernels.commands.plan import run as plan_command
-from em_kernels.training.config import TrainConfig, UserError
+from em_kernels.training.config import TrainConfig
 from em_kernels.training.distributed import LaunchSpec
 from em_kernels.training.planning.plan import GIB
 from em_kernels.training.planning.planner import Planner
 from em_kernels.training.planning.sharded import settings_of
+from em_kernels.training.settings import UserError
 
 CUDA = torch.device("cuda")
 SMALL = {"steps": 2, "sampling": {"max_new_tokens": 64}}

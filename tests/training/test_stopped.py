@@ -146,7 +146,7 @@ def test_another_process_in_the_folder(start, resume, whole_of, tmp_path):
         wait_for(lambda: "State:\tT" in status.read_text(), first.is_alive)
         before = content(tmp_path / "run")
         line = resume("run").refused()
-        assert line == f"output: another process works in {tmp_path}/run now"
+        assert line == f"output: another process works in {tmp_path}/run now; wait, or name another"
         assert content(tmp_path / "run") == before
     assert f"Process {first.pid} died here without a word, in update 1" in resume("run").err
     assert_same(tmp_path / "run", whole_of("full"))

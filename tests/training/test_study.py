@@ -18,7 +18,6 @@ from training.tiny import make_model, make_tokenizer, read
 from transformers import AutoModelForCausalLM
 
 from em_kernels.cli import main
-from em_kernels.training.config import UserError
 from em_kernels.training.data.problems import Problem, few_shot, read_problems
 from em_kernels.training.evaluation import statistics
 from em_kernels.training.evaluation.select import Candidate
@@ -30,6 +29,7 @@ from em_kernels.training.evaluation.study_analysis import (
     table_of,
 )
 from em_kernels.training.evaluation.teacher_forcing import known_answers
+from em_kernels.training.settings import UserError
 
 POOL, HELD_OUT, SHOTS, EXAMPLES = 24, 20, 2, 8
 FLAGS = ["--pool", "24", "--samples", "4", "--prompts", "4", "--held-out", "20", "--rollouts", "4"]

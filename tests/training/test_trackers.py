@@ -1,4 +1,4 @@
-"""What a run logs to TensorBoard is what it writes down; a resumed run goes on there."""
+"""TensorBoard gets what metrics.jsonl has, and a resumed run continues the same log."""
 
 from importlib.metadata import PackageNotFoundError
 from io import StringIO
@@ -10,15 +10,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from training.tiny import read, run, settings
 
 from em_kernels.cli import main
-from em_kernels.training.config import TrainConfig, UserError, read_yaml
+from em_kernels.training.config import TrainConfig, read_yaml
 from em_kernels.training.runs import trackers
 from em_kernels.training.runs.checkpoint import defining_settings
 from em_kernels.training.runs.trackers import Tracking
+from em_kernels.training.settings import UserError
 from em_kernels.training.trainer import train
 
 
 def logged(output):
-    """Scalars by update, as TensorBoard shows them."""
+    """Return the scalars by update, as TensorBoard reads them."""
     events = EventAccumulator(str(output / "tensorboard")).Reload()
     rows = {}
     for name in events.Tags()["scalars"]:
@@ -30,7 +31,7 @@ def logged(output):
 
 
 def written(output):
-    """The same of metrics.jsonl."""
+    """Return metrics.jsonl's rows by update."""
     rows = {row.pop("update"): row for row in read(output / "metrics.jsonl")}
     return {update: {k: v for k, v in row.items() if v is not None} for update, row in rows.items()}
 
@@ -56,9 +57,8 @@ def test_tensorboard_has_what_metrics_have(answer, folder, tmp_path):
 @pytest.mark.parametrize("save_optimizer", [True, False], ids=["from its state", "replayed"])
 def test_a_resumed_run_goes_on_in_the_same_place(save_optimizer, folder, tmp_path):
     output = tmp_path / "run"
-    config = settings(
-        folder, output, steps=2, report_to="tensorboard", save_optimizer=save_optimizer
-    )
+    changes = {"report_to": "tensorboard", "save_optimizer": save_optimizer}
+    config = settings(folder, output, steps=2, **changes)
     run(config)
     first = written(output)
     train(config.model_copy(update={"steps": 4}), console=Console(file=StringIO()), resume=True)
@@ -69,7 +69,7 @@ def test_a_resumed_run_goes_on_in_the_same_place(save_optimizer, folder, tmp_pat
 
 
 def test_it_changes_no_number(folder, tmp_path):
-    """So it may be another when a run is resumed; and an older run, which lacks it, has none."""
+    """The tracker may change when a run is resumed; an older run without the setting has none."""
     for name in ("none", "tensorboard"):
         run(settings(folder, tmp_path / name, report_to=name))
     plain, tracked = (tmp_path / name / "rollouts.jsonl" for name in ("none", "tensorboard"))
@@ -89,7 +89,7 @@ def test_it_changes_no_number(folder, tmp_path):
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
 def test_a_missing_package_is_refused_at_once(name, folder, tmp_path, monkeypatch, capfd):
-    """Whatever is installed here."""
+    """The package is hidden if it is installed."""
 
     def version(package):
         raise PackageNotFoundError(package)
@@ -103,7 +103,7 @@ def test_a_missing_package_is_refused_at_once(name, folder, tmp_path, monkeypatc
 
 
 def test_one_that_does_not_start_is_told(folder, tmp_path):
-    """And the run can go on without."""
+    """The run can continue without it."""
     output = tmp_path / "run"
     config = settings(folder, output, steps=1)
     run(config)
@@ -119,7 +119,7 @@ def test_one_that_does_not_start_is_told(folder, tmp_path):
 def test_one_that_fails_later_is_given_up(tmp_path):
     said = StringIO()
     config = TrainConfig(output=tmp_path, report_to="tensorboard")
-    PartialState()  # as find_device leaves it
+    PartialState()  # which find_ranks creates
     with Tracking(config, Console(file=said)) as tracking:
         tracking.start(0)
         tracking.log({"update": 1, "entropy": 0.5, "accuracy": None})

@@ -20,9 +20,10 @@ from training.tiny import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from em_kernels.training.config import UserError, read_yaml
+from em_kernels.training.config import read_yaml
 from em_kernels.training.models.loading import load_model
 from em_kernels.training.rollouts.sampling import Rollout
+from em_kernels.training.settings import UserError
 
 TIMES = {"tokens_per_s", "sampling_s", "training_s", "peak_memory_gib", "rollout_batch"}
 

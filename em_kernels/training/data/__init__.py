@@ -1,1 +1,1 @@
-"""Problems, and whether an answer is right."""
+"""Problems, and grading of answers."""

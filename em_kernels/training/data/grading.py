@@ -1,6 +1,6 @@
-"""Is a completion's final answer the known one? Numbers by value, words by their letters, other
-mathematics by math-verify. Completions are untrusted, so that runs in worker processes, within
-bounds of time and memory.
+"""Grading of completions: numbers are compared by value, words by their letters, other mathematics
+by math-verify. Completions are untrusted, so math-verify runs in worker processes with limits of
+time and memory.
 """
 
 import os
@@ -17,7 +17,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import combinations
 from math import floor, log10
 from multiprocessing import resource_tracker
@@ -28,16 +28,16 @@ from typing import Any, NamedTuple
 
 from pebble import ProcessPool
 
-STEP_S = 3  # of math-verify: to parse an answer, to compare two
-KILL_S = 5 * STEP_S  # a pair takes three steps
-WORKER_BYTES = 2**30  # beyond what a worker holds before its first answer
-LONGEST = 2000  # characters; those of MATH-500 and Minerva have at most 210
-SHORT = 100  # characters
+STEP_S = 3  # math-verify's limit to parse an answer, and to compare two
+KILL_S = 5 * STEP_S  # limit of a worker, which takes three steps for a pair
+WORKER_BYTES = 2**30  # memory limit beyond what a worker holds before its first answer
+LONGEST = 2000  # characters of an answer; MATH-500's and Minerva's have at most 210
+SHORT = 100  # characters of a completion that may be an answer as a whole
 MINUS = "\N{MINUS SIGN}"
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?:\s*\{|\s+(?=\S))")
 _UNBRACED = re.compile(r"[^\s$]*")
-# an option of a multiple choice, and its text
+# A multiple-choice option, with or without its text.
 _OPTION = re.compile(
     r"\\boxed\{(?:\\(?:text\w*|math\w+|mbox)\s*\{)?\s*(?:\(([A-J])\)|([A-J])[.:)])"
 )
@@ -46,14 +46,14 @@ _DIGITS = rf"(?:\d{{1,3}}(?:,\d{{3}})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+|{_EXPONENT})?
 _NUMBER = re.compile(rf"(?:(?<!\w)-)?(?:{_DIGITS}|(?<![\w.])\.\d+)")
 _TEXT = r"\\(?:text\w*|math(?:rm|bf|it)|mbox)\s*\{([^{}]*)\}"
 _UNIT = r"\\(?:text|mathrm|mbox)\s*\{(?![eij]\})[^{}]*\}(?:\^\{?\d\}?)?$"
-_CLEANED = {  # before math-verify, which has other ideas of these
+_CLEANED = {  # Replaced before math-verify, which reads these otherwise.
     MINUS: "-",
     r"^(?:\\?\$|\\\(|\\\[|\s)+|(?:\\?\$|\\\)|\\\]|(?<=[^.])\.|\s)+$": "",
     r"\\displaystyle\b\s*": "",
     r"\\varnothing(?![a-zA-Z])|\N{EMPTY SET}": r"\\emptyset",
     rf"^{_TEXT}$": r"\1",
-    r"(?<=[a-zA-Z\d})\]])(?<![a-zA-Z]{3}\})(?:\s|~|\\[,;:! ])*" + _UNIT: "",  # not of words
-    r"^\+|^[A-Za-z]\s*\\in\b": "",  # x \in [0, 1] as the set
+    r"(?<=[a-zA-Z\d})\]])(?<![a-zA-Z]{3}\})(?:\s|~|\\[,;:! ])*" + _UNIT: "",  # not after words
+    r"^\+|^[A-Za-z]\s*\\in\b": "",  # x \in [0, 1] is the set [0, 1]
     r"(?<=\d)(?:\\[,!; ]|\{,\}|~|\s)+(?=\d{3}(?![\d/]))": "",  # 1\,000
     r"(?<=\d)\.(?=/)": "",  # 1./3
     r"^(-?\d+)\s+(\d+)/(\d+)$": r"\1\\frac{\2}{\3}",  # 1 1/2
@@ -62,7 +62,7 @@ _CLEANED = {  # before math-verify, which has other ideas of these
 
 
 def final_answer(text: str) -> str | None:
-    r"""The content of the last \boxed{}, or else the last number."""
+    r"""Return the content of the last \boxed{}, or else the last number."""
     if (content := boxed(text)) is not None:
         return content
     text = re.sub(r"(?<==)\s*-\s*(?=[\d.])", "-", text.replace(MINUS, "-"))  # x = - 5
@@ -70,15 +70,9 @@ def final_answer(text: str) -> str | None:
     return numbers[-1] if numbers else None
 
 
-def _said(text: str) -> str | None:
-    """The final answer, or of a short text without one all of it."""
-    found = final_answer(text)
-    return text if found is None and len(text) <= SHORT else found
-
-
 def boxed(text: str) -> str | None:
-    r"""The content of the last \boxed{}, \fbox{} or, without braces, \boxed 5; None where there is
-    none, or it was cut off.
+    r"""Return the content of the last \boxed{}, \fbox{} or (without braces) \boxed 5; None if there
+    is none, or it is cut off.
     """
     boxes = list(_BOX.finditer(text))
     if not boxes:
@@ -94,8 +88,8 @@ def boxed(text: str) -> str | None:
 
 
 class _Answer(NamedTuple):
-    key: Fraction | str  # equal keys, equal answers; "" for none
-    latex: str  # for math-verify; "" if too long
+    key: Fraction | str  # Answers with equal keys are equal; "" is no answer.
+    latex: str  # what math-verify parses; "" if it is too long
 
 
 def _read(answer: str | None) -> _Answer:
@@ -107,7 +101,7 @@ def _read(answer: str | None) -> _Answer:
         answer = re.sub(pattern, replacement, answer)
     with suppress(ValueError, ZeroDivisionError):  # thousands of digits, 1.5/2, 1/0
         if _NUMBER.fullmatch(answer):
-            latex = re.sub("[eE](.+)", r"\\times10^{\1}", answer)  # no multiple of Euler's e
+            latex = re.sub("[eE](.+)", r"\\times10^{\1}", answer)  # Not Euler's number.
             return _Answer(Fraction(answer.replace(",", "")), rf"\boxed{{{latex}}}")
     key = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", re.sub(_TEXT, r"\1", answer))
     key = re.sub(r"^\(?([A-Za-z])\)?$", r"\1", key).replace("infinity", r"\infty")
@@ -115,28 +109,28 @@ def _read(answer: str | None) -> _Answer:
 
 
 def _is_word(key: Fraction | str) -> bool:
-    """Rather than a product of variables: even is not neve."""
+    """Return True for a word, False for what may be a product of variables."""
     return isinstance(key, str) and len(key) > 2 and key.isalpha()
 
 
 def _answer_of(text: str) -> _Answer:
-    r"""A completion's last \boxed{}; without one its last number, or what math-verify finds."""
+    r"""Read a completion's last \boxed{}, else its last number, or what math-verify finds in it."""
     if _BOX.search(text):
         return _read(boxed(text))
     if not re.search(r"[$\\%]", text):
         return _read(final_answer(text))
     end = text[-LONGEST:]
     if len(text) > LONGEST:
-        end = end.partition("\n")[2] or end  # a line's start, as $ opens and closes within one
+        end = end.partition("\n")[2] or end  # Whole lines, as $...$ is within a line.
     return _Answer(end, end)
 
 
 def _same(known: _Answer, found: _Answer) -> bool | None:
-    """True or False where equality is certain without math-verify; else None."""
+    """Return True or False if equality is certain without math-verify, else None."""
     keys = known.key, found.key
     if "" in keys or known.key == found.key:
         return "" not in keys
-    if _is_letter(known.key):  # math-verify makes no difference between a and A
+    if _is_letter(known.key):  # math-verify takes a and A for the same.
         option = _OPTION.match(found.latex)
         if option or _is_letter(found.key):
             return option is not None and known.key in option.groups()
@@ -149,10 +143,9 @@ def _is_letter(key: Fraction | str) -> bool:
 
 
 class Grader:
-    """Compares completions with answers, and with each other.
+    """Compares completions with answers and with each other; a context manager.
 
-    A context manager, or to be closed. Its workers start with the first answer that is neither a
-    number nor a word.
+    Workers start with the first answer that is neither a number nor a word.
     """
 
     _pool: ProcessPool | None = None
@@ -164,7 +157,7 @@ class Grader:
         self.close()
 
     def close(self) -> None:
-        """Stop the workers, whatever they are at."""
+        """Stop the workers, whatever they are doing."""
         if self._pool is not None:
             self._pool.stop()
             self._pool.join()
@@ -175,12 +168,12 @@ class Grader:
         pairs: Sequence[tuple[str, str | None]],
         on_done: Callable[[int], None] | None = None,
     ) -> list[bool]:
-        """Grade completions against the answers beside them; wrong where the answer is None.
+        """Grade (completion, answer) pairs; without an answer, a completion is wrong.
 
-        A completion that takes a worker too long, too much memory, or down is wrong too.
+        So is one that takes a worker too long, takes too much memory or crashes the worker.
 
         Args:
-            on_done: called with the number just graded.
+            on_done: called with the number of pairs just graded.
         """
         done = on_done or (lambda count: None)
         right = [False] * len(pairs)
@@ -200,11 +193,18 @@ class Grader:
         return right
 
     def agreement(self, groups: Sequence[Sequence[str]]) -> list[tuple[int, float]]:
-        """Majority vote per prompt: index of the first completion with the most frequent final
-        answer, and the share that has it. Completions without an answer count as one answer; a
-        short text without box and number, such as "Friday", is its own answer.
+        """Return per prompt the index of the first completion with the most frequent answer, and
+        the fraction of completions that give it.
+
+        A short completion without box and number, such as "Friday", is its own answer; all longer
+        ones count as one answer.
         """
-        answers = [tuple(_read(_said(text)) for text in group) for group in groups]
+
+        def answer_of(text: str) -> _Answer:
+            answer = final_answer(text)
+            return _read(text if answer is None and len(text) <= SHORT else answer)
+
+        answers = [tuple(map(answer_of, group)) for group in groups]
         firsts = {group: _firsts(group, asked=False) for group in answers}
         hard = [g for g in firsts if any(_same(a, b) is None for a, b in combinations(set(g), 2))]
         firsts |= {group: first for group, first in self._ask(hard) if first}
@@ -218,60 +218,56 @@ class Grader:
     def _ask(
         self, questions: Sequence[tuple[_Answer, ...]]
     ) -> Iterator[tuple[tuple[_Answer, ...], list[int] | None]]:
-        """_firsts of each question as they come; None where it took its worker down."""
-        left = dict.fromkeys(questions)
-        for _ in range(3):  # a worker that dies between questions takes its pool along
-            if not left:
+        """Yield (question, its _firsts) as workers answer; None if the worker died of it."""
+        pending = dict.fromkeys(questions)
+        for _ in range(3):  # A worker that dies between two questions breaks its pool.
+            if not pending:
                 return
             if self._pool is None or not self._pool.active:
                 self.close()
-                workers = min(2, os.cpu_count() or 1)  # 0.2 GB each
+                workers = min(2, os.cpu_count() or 1)  # They take 0.2 GB each.
                 self._pool = ProcessPool(workers, initializer=_limit, context=_Context())
-                with _ctrl_c_later():  # or a worker is left behind that the pool does not know of
-                    if not self._pool.active:  # which starts them
+                with _delayed_sigint():  # An interrupted start leaves a worker behind.
+                    if not self._pool.active:  # Reading `active` starts the workers.
                         continue
-            with suppress(RuntimeError, TimeoutError):  # it breaks now, or has lost a question
-                asked: dict[Future, tuple[_Answer, ...]] = {
-                    self._pool.schedule(_firsts, (question,), timeout=KILL_S): question
-                    for question in left
-                }
-                for future in as_completed(asked, KILL_S * (len(left) + 10)):
+            with suppress(RuntimeError, TimeoutError):  # The pool breaks, or has lost a question.
+                schedule = partial(self._pool.schedule, _firsts, timeout=KILL_S)
+                asked: dict[Future, Any] = {schedule(args=(q,)): q for q in pending}
+                for future in as_completed(asked, KILL_S * (len(pending) + 10)):
                     error = future.exception()
                     if not isinstance(error, BrokenProcessPool):
-                        del left[asked[future]]
+                        del pending[asked[future]]
                         yield asked[future], None if error else future.result()
-            if left:
+            if pending:
                 self.close()
-        if left:
-            raise RuntimeError("the workers that compare answers do not start")
+        if pending:
+            raise RuntimeError("the worker processes that compare answers do not start")
 
 
 @contextmanager
-def _ctrl_c_later() -> Iterator[None]:
-    """Ctrl-C acts when this is over, whichever thread it arrives in."""
+def _delayed_sigint() -> Iterator[None]:
+    """A context after which Ctrl-C takes effect, whichever thread receives it."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    came = list[int]()
+    received = list[int]()
     before = signal.getsignal(signal.SIGINT) or signal.SIG_DFL
-    signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-        if came:
+        if received:
             signal.raise_signal(signal.SIGINT)
 
 
 class _Worker(SpawnProcess):
-    """Leaves Ctrl-C to this process from its first moment, and does not import the user's main
-    module, which may do more than define.
-    """
+    """A process that ignores Ctrl-C from its start, and does not run the user's main module."""
 
     @staticmethod
     def _Popen(process: Any) -> Any:
         main = sys.modules["__main__"]
-        resource_tracker.ensure_running()  # started later, it would unblock SIGINT (Python 3.11)
+        resource_tracker.ensure_running()  # In Python 3.11 its start unblocks SIGINT.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         sys.modules["__main__"] = ModuleType("__main__")
         try:
@@ -286,24 +282,22 @@ class _Context(SpawnContext):
 
 
 def _limit() -> None:
-    """Start a worker: no output, and a memory bound beyond what its imports take."""
+    """Silence a new worker, and limit its memory beyond what its imports take."""
     import math_verify  # noqa: F401
 
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)
     os.dup2(silence, 2)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # also within one long step of C
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # so that it also acts within long C code
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with suppress(OSError, ValueError):  # there is no /proc; a lower limit is there
+    with suppress(OSError, ValueError):  # no /proc, or a lower limit
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         bound = pages * resource.getpagesize() + WORKER_BYTES
         resource.setrlimit(resource.RLIMIT_AS, (bound, bound))
 
 
 def _firsts(answers: Sequence[_Answer], asked: bool = True) -> list[int]:
-    """Map each answer to the first equal one, as far as time allows; only a worker may ask
-    math-verify.
-    """
+    """Map each answer to the first equal one; only a worker, `asked`, may call math-verify."""
     end = time.monotonic() + KILL_S - 2 * STEP_S
     first: dict[Fraction | str, int] = {}
 
@@ -327,32 +321,33 @@ def _parsed(latex: str) -> list[Any]:
     config = LatexExtractionConfig(boxed_match_priority=0)
     if not latex.startswith("\\boxed{"):
         return parse(latex, [config, ExprExtractionConfig()], parsing_timeout=STEP_S)
-    letters = re.sub(r"\\[a-zA-Z]+", "", latex)[1:-1]  # c is a unit in 3 c, not in a c
+    letters = re.sub(r"\\[a-zA-Z]+", "", latex)[1:-1]  # c is a unit in 3 c, not in a c.
     units = re.fullmatch(r"[^a-zA-Z+]*\d[^a-zA-Z+]*[a-zA-Z][a-zA-Z .]*", letters) is not None
     config = replace(config, normalization_config=replace(config.normalization_config, units=units))
     return parse(latex, [config], extraction_mode="first_match", parsing_timeout=STEP_S)
 
 
 def _cases(side: list[Any]) -> dict[str, set[str]]:
-    """How each symbol is written: math-verify makes them all small."""
+    """Return how each symbol is written, as math-verify lowers their case."""
     names = {str(x) for term in side for x in getattr(term, "free_symbols", ())}
     written = re.sub(r"\\[a-zA-Z]+", "", "".join(term for term in side if isinstance(term, str)))
     return {name: {c for c in written if c.lower() == name} for name in names if len(name) == 1}
 
 
 def _is_number(term: Any, kinds: tuple[type, ...] = (object,)) -> bool:
-    """Made of such parts alone, and no tower of powers, which would take for ever to compute."""
+    """Return True for a number made of these kinds, and without powers that take for ever."""
     from sympy import Expr, Pow, postorder_traversal
 
     if not isinstance(term, Expr) or not term.is_number:
         return False
-    return all(  # from the inside out
+    return all(
         isinstance(x, kinds) and (not isinstance(x, Pow) or abs(x.exp.evalf()) < LONGEST)
         for x in postorder_traversal(term)
     )
 
 
 def _verified(known: str, found: str) -> bool:
+    """Compare two answers by math-verify; False if it fails."""
     from math_verify import verify
     from sympy import Add, Float, Mul, Number, Pow
 
@@ -364,14 +359,16 @@ def _verified(known: str, found: str) -> bool:
         terms = [term for side in both for term in side if hasattr(term, "atoms")]
         exact = [term.doit() for term in terms if _is_number(term, (Add, Mul, Number, Pow))]
         rational = len(terms) == len(exact) == 2 and all(x.is_Rational for x in exact)
-        if rational and "%" not in known + found:  # 50 % may be 50 or a half
+        if rational and "%" not in known + found:  # 50 % may be 50 or 0.5.
             return bool(exact[0] == exact[1])
         sizes = [abs(x) for term in terms for x in term.atoms(Float) if x]
         numbers = [x.evalf() for x in terms if _is_number(x)]
         sizes += [abs(x) for x in numbers if isinstance(x, Float) and 0 < abs(x) < 1]
         return verify(
             *both,
-            float_rounding=max([6, *(3 - floor(log10(x)) for x in sizes)]),  # four digits, or six
+            float_rounding=max(
+                [6, *(3 - floor(log10(x)) for x in sizes)]
+            ),  # 4 digits or 6 decimals
             allow_set_relation_comp=True,
             timeout_seconds=STEP_S,
         )

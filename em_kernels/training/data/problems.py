@@ -1,6 +1,4 @@
-"""Problems: prompts, and answers where they are known, from text, files, the hub or a generator;
-and how a model is asked them.
-"""
+"""Problems (prompts with answers) from files, the hub or generators, and their token ids."""
 
 import difflib
 import json
@@ -18,37 +16,37 @@ from typing import Any, TypeAlias
 import yaml
 from transformers import PreTrainedTokenizerBase
 
-from ..config import ADDITION_SHOTS, TrainConfig, UserError, in_one_line
+from ..config import TrainConfig
+from ..presets import ADDITION_SHOTS
+from ..settings import UserError, has_surrogates, in_one_line
 from .grading import boxed
 
 PROMPT_COLUMNS = ("problem", "question", "prompt")
 ANSWER_COLUMNS = ("answer", "final_answer", "ground_truth")
-# as Qwen2.5-Math's own evaluation asks, and the paper's
+# The prompt of Qwen2.5-Math's evaluation, and of the paper's.
 QWEN25_MATH_COT = (
     "<|im_start|>system\nPlease reason step by step, and put your final answer within "
     "\\boxed{{}}.<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 )
-
-
-Conversation: TypeAlias = list[dict[str, Any]]  # messages, their contents text
+Conversation: TypeAlias = list[dict[str, Any]]  # messages whose contents are text
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A prompt, its answer where it is known, and how a worked example would write that."""
+    """A prompt, its answer if known, and how a worked example writes the answer."""
 
-    prompt: str | Conversation  # a conversation of one user message is its text
+    prompt: str | Conversation  # A single user message is stored as its text.
     answer: str | None = None
     worked: str | None = None
 
     @property
     def completion(self) -> str:
-        """Text after "A:" when the answer is written as in the worked examples."""
+        """Return the text that follows "A:" in a worked example."""
         return f" {self.worked or self.answer}\n"
 
 
 def read_rows(path: Path, setting: str = "prompt_from") -> list[dict[str, Any]]:
-    """The rows of a .jsonl or .parquet file, which a setting names."""
+    """Read the rows of a .jsonl, .json or .parquet file that a setting names."""
     try:
         if path.suffix == ".parquet":
             import pyarrow.parquet
@@ -59,14 +57,14 @@ def read_rows(path: Path, setting: str = "prompt_from") -> list[dict[str, Any]]:
             if text.lstrip().startswith("["):
                 return json.loads(text)
             return [json.loads(line) for line in text.split("\n") if line.strip()]
-    except (OSError, ValueError, RecursionError) as error:  # pyarrow's, json's; deep nesting
+    except (OSError, ValueError, RecursionError) as error:  # RecursionError: deep nesting
         reason = in_one_line(error)
         raise UserError(f"{setting}: cannot read {path}: {reason}") from error
     raise UserError(f"{setting}: {path} is neither .jsonl nor .parquet")
 
 
 def as_problem(row: Any, where: object, setting: str = "prompt_from") -> Problem:
-    """The prompt and answer of a row, whichever of the usual columns hold them."""
+    """Return a row's prompt and answer, whichever of the usual columns hold them."""
     if not isinstance(row, dict):
         raise UserError(f"{setting}: {where}: a row is {type(row).__name__}, not an object")
     prompt = next((row[name] for name in PROMPT_COLUMNS if row.get(name)), None)
@@ -76,8 +74,7 @@ def as_problem(row: Any, where: object, setting: str = "prompt_from") -> Problem
     if not isinstance(prompt, (str, list)) or not any(text.strip() for text in texts):
         known = ", ".join(PROMPT_COLUMNS)
         raise UserError(f"{setting}: {where}: a row has no text in any of the columns {known}")
-    odd = "".join(text for text in texts if not text.isprintable())
-    if any("\ud800" <= letter <= "\udfff" for letter in odd):
+    if any(not text.isprintable() and has_surrogates(text) for text in texts):
         raise UserError(f"{setting}: {where}: the prompt is not text in UTF-8")
     reward = row.get("reward_model")
     answers = {**row, **(reward if isinstance(reward, dict) else {})}
@@ -90,9 +87,8 @@ def as_problem(row: Any, where: object, setting: str = "prompt_from") -> Problem
 
 
 def as_answer(value: Any) -> str | None:
-    """An answer of a data file as text: of several all are asked for, of GSM8K's solutions what
-    follows the "####". None for what is none: NaN, which tables have where nothing is, a truth
-    value, an object.
+    """Return a data file's answer as text: several are joined, of GSM8K's solutions what follows
+    "####" is taken. None for a missing value (tables use NaN), a truth value or an object.
     """
     if isinstance(value, list):
         parts = [as_answer(part) or "" for part in value]
@@ -105,11 +101,11 @@ def as_answer(value: Any) -> str | None:
 
 
 def _conversation(messages: list[Any], where: str) -> str | Conversation:
-    """Every message, its content as one text, as a chat template takes them."""
-    found: Conversation = []
+    """Return messages as a chat template takes them, each content as one text."""
+    kept: Conversation = []
     for message in messages:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise UserError(f"{where}: a message of a conversation has no role")
+            raise UserError(f"{where}: a message of the conversation has no role")
         content = message.get("content")
         if isinstance(content, list):
             texts = [part.get("text") if isinstance(part, dict) else part for part in content]
@@ -118,30 +114,28 @@ def _conversation(messages: list[Any], where: str) -> str | Conversation:
             content = "".join(map(str, texts))
         if not isinstance(content, str | None):
             raise UserError(f"{where}: a message's content is not text")
-        kept = {key: value for key, value in message.items() if value is not None}
-        found.append({**kept, "content": content or ""})
-    if len(found) == 1 and found == [{"role": "user", "content": found[0]["content"]}]:
-        return found[0]["content"]
-    return found
+        given = {key: value for key, value in message.items() if value is not None}
+        kept.append({**given, "content": content or ""})
+    if len(kept) == 1 and kept == [{"role": "user", "content": kept[0]["content"]}]:
+        return kept[0]["content"]
+    return kept
 
 
 def texts_of(prompt: str | Conversation) -> list[str]:
-    """The texts of a prompt's messages."""
+    """Return the texts of a prompt's messages."""
     return [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
 
 
 def problems_of(config: TrainConfig) -> list[Problem]:
-    """The problems that a run trains on."""
+    """Return the problems that a run trains on."""
     if config.prompt is not None:
         return [Problem(config.prompt, config.answer)]
-    assert config.prompt_from is not None
-    rows = read_rows(config.prompt_from)
+    path = config.prompt_from
+    assert path is not None
+    rows = read_rows(path)
     for row in config.prompt_rows:
         if row >= len(rows):
-            raise UserError(
-                f"prompt_rows: {row} is not in {config.prompt_from}, which has {len(rows)} rows"
-            )
-    path = config.prompt_from
+            raise UserError(f"prompt_rows: {row} is not in {path}, which has {len(rows)} rows")
     return [as_problem(rows[row], f"{path}, row {row}") for row in config.prompt_rows]
 
 
@@ -154,12 +148,14 @@ def read_problems(
     more: int = 0,
     seed: int = 0,
 ) -> list[Problem]:
-    """So many problems, or all: of a .jsonl or .parquet file, of "addition" (distinct sums of two
-    two-digit numbers), of "gym:NAME" (distinct problems of a reasoning-gym task), or of a dataset
-    of the hub. Of a generator 1000 by default, others for another seed.
+    """Return problems of a .jsonl or .parquet file, of "addition" (distinct sums of two two-digit
+    numbers), of "gym:NAME" (distinct problems of a reasoning-gym task), or of a dataset of the hub.
 
     Args:
-        more: problems beyond those, for examples and to skip.
+        subset, split: of a dataset of the hub.
+        count: problems; None: all, or 1000 of a generator.
+        more: problems beyond those, for worked examples and to skip.
+        seed: seed of a generator.
     """
     generated = source == "addition" or source.startswith("gym:")
     if generated or count is not None:
@@ -201,18 +197,18 @@ def _gym(name: str, count: int, seed: int) -> list[Problem]:
     if task not in DATASETS:
         near = difflib.get_close_matches(task, DATASETS, n=3) or sorted(DATASETS)
         raise UserError(f"data: reasoning-gym has no task {task!r}; it has {', '.join(near)}")
-    found: dict[str, Problem] = {}  # a small task repeats itself
+    found: dict[str, Problem] = {}  # A small task repeats itself.
     try:
-        # its problem i is drawn by seed + i
+        # Problem i has seed start + i, so that nearby seeds would share problems.
         start = random.Random(seed).getrandbits(31)
         items = reasoning_gym.create_dataset(task, size=20 * count, seed=start, **settings)
     except (AssertionError, TypeError) as error:
         raise UserError(f"data: gym:{name}: {error}") from error
-    own = type(items).score_answer is not ProceduralDataset.score_answer
+    judges = type(items).score_answer is not ProceduralDataset.score_answer
     for item in items:
         question, answer = item["question"].strip(), str(item["answer"]).strip()
-        # where a task judges answers itself, only a number or a word is sure to be the only one
-        if item["answer"] is None or (own and not re.fullmatch(r"-?[\d.]+|[A-Za-z]+", answer)):
+        # If a task judges answers itself, only a number or a word is sure to be the only right one.
+        if item["answer"] is None or (judges and not re.fullmatch(r"-?[\d.]+|[A-Za-z]+", answer)):
             raise UserError(f"data: gym:{task} has no one right answer to compare with")
         found.setdefault(question, Problem(question, answer))
         if len(found) == count:
@@ -226,13 +222,12 @@ def _hub(name: str, subset: str | None, split: str) -> list[dict[str, Any]]:
     datasets.disable_progress_bars()
     try:
         return datasets.load_dataset(name, subset, split=split).to_list()
-    except Exception as error:  # it and the hub client raise many kinds
-        reason = in_one_line(error)[:300]
-        raise UserError(f"data: cannot open {name}: {reason}") from error
+    except Exception as error:  # datasets and the hub client raise many kinds.
+        raise UserError(f"data: cannot open {name}: {in_one_line(error)[:300]}") from error
 
 
 def few_shot(shots: Sequence[Problem], problem: Problem) -> str:
-    """A raw prompt that ends where the answer begins."""
+    """Return worked examples and the problem as a raw prompt that ends where the answer begins."""
     if not all(isinstance(p.prompt, str) for p in (*shots, problem)):
         raise UserError("template: few-shot takes prompts of one text, not conversations; use chat")
     examples = "".join(f"Q: {shot.prompt}\nA:{shot.completion}\n" for shot in shots)
@@ -245,8 +240,8 @@ def encode(
     chat_template: bool,
     template_kwargs: Mapping[str, Any] = {},
 ) -> list[int]:
-    """Token ids of a prompt, tokenised whole; as messages where a chat template is wanted. What a
-    conversation ends with in the assistant's words is continued.
+    """Return the token ids of a prompt, raw or through the chat template; a conversation that ends
+    with the assistant's words is continued there.
     """
     if not chat_template:
         if not isinstance(prompt, str):
@@ -261,13 +256,13 @@ def encode(
     settings |= {**template_kwargs, "tokenize": False}
     try:
         text = tokenizer.apply_chat_template(messages, **settings)
-    except Exception as error:  # the template's own, of any kind
-        text = in_one_line(error)
+    except Exception as error:  # A template may raise anything.
         raise UserError(
-            f"chat_template: it refuses the prompt: {text}; change that, or template_kwargs"
+            f"chat_template: it refuses the prompt: {in_one_line(error)}; change the prompt or "
+            "template_kwargs"
         ) from error
     for message in messages if messages is prompt else ():
-        # templates drop what was thought before an answer
+        # Templates drop the thoughts before an answer.
         content = message["content"].rpartition("</think>")[2].strip()
         if content not in text:
             raise UserError(
@@ -278,8 +273,8 @@ def encode(
 
 
 def tokenised(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a raw prompt, special tokens that the tokenizer begins with included; not the
-    EOS that some append: what follows it is another text.
+    """Return the token ids of a raw prompt, with the special tokens that the tokenizer puts before
+    it but without an EOS that it appends, after which a model would begin another text.
     """
     ids, written = tokenizer(text).input_ids, tokenizer(text, add_special_tokens=False).input_ids
     ends = {tokenizer.eos_token_id, tokenizer.sep_token_id}

@@ -12,11 +12,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...functional import entropy_loss_into
 from ...hf import check_head, head_of
-from ..config import TrainConfig, UserError
+from ..config import TrainConfig
 from ..distributed import Ranks
 from ..rollouts.padding import check_cache, check_sampling
 from ..rollouts.sampling import Rollout
 from ..runs.checkpoint import Writer
+from ..settings import UserError
 from .step import StepLoss
 
 

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..config import UserError
 from ..models.rounding import dithered
+from ..settings import UserError
 from .wrapped import MASTER, MOMENTS, Wrapped
 
 

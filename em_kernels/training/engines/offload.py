@@ -11,7 +11,7 @@ from tempfile import NamedTemporaryFile
 import torch
 from torch import Tensor
 
-from ..config import UserError
+from ..settings import UserError
 
 BUFFER_BYTES = 64 << 20  # torch rounds pinned blocks up to a power of two; WSL pins under 1 GiB
 

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from ...functional import fused_entropy_loss, gradient_report
 from ...hf import Head, head_reads, require_gradients
-from ..config import UserError
 from ..rollouts.padding import PADS
 from ..rollouts.sampling import Rollout
 from ..runs.checkpoint import Writer, write_model
+from ..settings import UserError
 from .base import Engine
 from .optimizer import KINDS
 from .step import StepLoss, padded, part_of, recomputation

@@ -10,10 +10,11 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..config import UserError
-from ..interrupts import doing, progress_on
+from ..console import progress_on
+from ..interrupts import doing
 from ..rollouts.sampling import generate
 from ..runs.records import append, read_lines
+from ..settings import UserError
 from .task import TaskSettings
 from .teacher_forcing import mean_entropies
 

@@ -10,13 +10,14 @@ import yaml
 from pydantic import Field
 from rich.console import Console
 
-from ..config import Positive, Sampling, UserError, json_object
+from ..config import Sampling
+from ..console import progress_on
 from ..data.grading import Grader
 from ..data.problems import Conversation, Problem, as_problem, few_shot, read_rows
-from ..interrupts import progress_on
 from ..models.loading import fingerprint
 from ..run_folder import CONFIG
-from ..runs.records import FREE, differing, resumable, write_whole
+from ..runs.records import MAY_CHANGE, differing, resumable, write_whole
+from ..settings import Positive, UserError, json_object
 from .completions import (
     COMPLETIONS,
     EVAL_STREAM,
@@ -33,7 +34,7 @@ from .teacher_forcing import known_answers, score_answers
 
 PROBLEMS, RESULTS = "problems.jsonl", "results.json"
 Temperatures = Annotated[tuple[Annotated[float, Field(ge=0.01, le=100)], ...], Field(min_length=1)]
-MAY_DIFFER = (*FREE, "model", "temperatures")  # settings of two evaluations that are compared
+MAY_DIFFER = (*MAY_CHANGE, "model", "temperatures")  # settings of two evaluations that are compared
 
 
 class EvalConfig(TaskSettings):

@@ -13,11 +13,11 @@ from pydantic import Field
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..config import UserError
 from ..data.grading import Grader, boxed
 from ..data.problems import Conversation, Problem
 from ..models.loading import fingerprint
 from ..runs.records import resumable, write_whole
+from ..settings import UserError
 from .completions import COMPLETIONS, SELECT_STREAM, LocalModel, collect
 from .task import TaskSettings, digest, token_ids
 

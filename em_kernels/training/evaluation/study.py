@@ -14,11 +14,12 @@ import numpy as np
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..config import TrainConfig, UserError
+from ..config import TrainConfig
 from ..data.problems import Problem, few_shot, texts_of
 from ..models.loading import fingerprint, refuse_adapters, resolve_source
 from ..run_folder import CHECKPOINTS, CONFIG, checkpoint_folder
 from ..runs.records import resumable, write_whole
+from ..settings import UserError
 from ..trainer import train
 from .select import Candidate, SelectConfig, select
 from .statistics import percent

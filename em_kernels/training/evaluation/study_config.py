@@ -5,7 +5,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from ..config import Positive, Sampling
+from ..config import Sampling
+from ..settings import Positive
 from .evaluate import Temperatures
 from .task import TaskSettings
 

@@ -11,11 +11,12 @@ from rich.markup import escape
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...hf import check_head, head_of
-from ..config import Positive, Sampling, Settings, TrainConfig, UserError, json_object
+from ..config import Sampling
 from ..data.problems import QWEN25_MATH_COT, Conversation, Problem, encode, few_shot, read_problems
 from ..interrupts import doing
 from ..models.loading import architecture, auto_dtype, load_model, open_source, tell_attention
 from ..rollouts.padding import check_cache, check_sampling
+from ..settings import Positive, Settings, UserError, json_object
 from ..task import check_context, find_device
 
 
@@ -108,7 +109,7 @@ def open_model(
     config: TaskSettings, console: Console
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the model and check that it can be sampled and scored; UserError where it cannot."""
-    device = find_device(TrainConfig(device=config.device))
+    device = find_device(config.device)
     dtype = auto_dtype(device.type) if config.dtype == "auto" else config.dtype
     source, model_config, tokenizer = open_source(config.model)
     if config.template == "chat" and tokenizer.chat_template is None:

@@ -12,11 +12,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...functional import fused_token_stats
 from ...hf import head_of
-from ..config import UserError
+from ..console import progress_on
 from ..data.problems import tokenised
 from ..engines.step import SharedPrefix, can_share_prefix, micro_batches, scored_states
-from ..interrupts import progress_on
 from ..rollouts.sampling import Rollout
+from ..settings import UserError
 from ..task import check_context
 
 TOKENS_AT_ONCE = 8192

@@ -1,1 +1,1 @@
-"""Adapters, rounding to bf16, the demo model."""
+"""Loading of models, LoRA adapters, rounding to bf16, the demo model."""

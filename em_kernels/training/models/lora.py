@@ -1,4 +1,4 @@
-"""Low-rank adapters: added to a model, counted, saved, merged; and its frozen base in 4 bits."""
+"""LoRA adapters: where they go, adding and saving them; and the 4-bit settings of their base."""
 
 import dataclasses
 import warnings
@@ -8,41 +8,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import (
-    LoraConfig,
-    PeftModel,
-    get_peft_model,
-    get_peft_model_state_dict,
-)
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import nn
-from transformers import (
-    BitsAndBytesConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from ...hf import decoder_of
-from ..config import TrainConfig, UserError
+from ..config import TrainConfig
+from ..settings import UserError
 
 ALL = "all-linear"
 
 
 def adapted_layers(model: PreTrainedModel, config: TrainConfig) -> dict[str, nn.Linear | Conv1D]:
-    """The linear layers that lora_targets names; of a model on the meta device too.
+    """Return the linear layers that lora_targets names; works on the meta device too.
 
-    Raises: UserError for a target that names the output head, something else or nothing.
+    Raises: UserError for a target that names the LM head, a layer that is not linear, or nothing.
     """
     head, modules = model.get_output_embeddings(), dict(model.named_modules())
-    read = set(decoder_of(model).modules())  # not a vision tower's
-    linear = {n: m for n, m in modules.items() if is_linear(m) and m is not head and m in read}
+    decoder = set(decoder_of(model).modules())  # A vision tower's layers are not adapted.
+    linear = {n: m for n, m in modules.items() if is_linear(m) and m is not head and m in decoder}
     if config.lora_targets == (ALL,):
         return linear
     found: set[str] = set()
     for target in config.lora_targets:
-        named = {name for name in modules if f".{name}".endswith(f".{target}")}  # as peft has it
+        named = {name for name in modules if f".{name}".endswith(f".{target}")}  # peft's rule
         if any(modules[name] is head for name in named):
             raise UserError(
                 f"lora_targets: {target} is the output head, which the loss reads without "
@@ -58,7 +50,7 @@ def adapted_layers(model: PreTrainedModel, config: TrainConfig) -> dict[str, nn.
 
 
 def is_linear(module: nn.Module) -> bool:
-    """A matrix product alone, that peft can add to: some routers are nn.Linear and do more."""
+    """Return True for a plain matrix product; some routers subclass nn.Linear and do more."""
     kind = type(module)
     if kind.forward in (nn.Linear.forward, Conv1D.forward):
         return True
@@ -66,15 +58,16 @@ def is_linear(module: nn.Module) -> bool:
         return isinstance(module, nn.Linear)
     zeros = module.weight.detach().new_zeros(1, 1, module.in_features)
     try:
-        found = module(zeros)
-    except Exception:  # of such a router, that is given tokens in a row
+        output = module(zeros)
+    except Exception:  # Such a router takes another shape.
         return False
-    return isinstance(found, torch.Tensor) and found.shape == (1, 1, module.out_features)
+    return isinstance(output, torch.Tensor) and output.shape == (1, 1, module.out_features)
 
 
 def add_adapters(model: PreTrainedModel, config: TrainConfig) -> PeftModel:
-    """Freeze the model and put fp32 adapters into its layers, in place, before its first forward.
-    They depend on config.seed alone, and start as no change.
+    """Freeze the model and add fp32 adapters to its layers, in place, before its first forward.
+
+    Their initial values depend on config.seed alone and do not change the model's output.
     """
     layers = adapted_layers(model, config)
     training = {module for module in model.modules() if module.training}
@@ -86,8 +79,8 @@ def add_adapters(model: PreTrainedModel, config: TrainConfig) -> PeftModel:
         task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft's calls of transformers
-        torch.random.default_generator.manual_seed(config.seed)  # peft draws them on the CPU
+        warnings.simplefilter("ignore", FutureWarning)  # about peft's calls of transformers
+        torch.random.default_generator.manual_seed(config.seed)  # peft initialises on the CPU.
         adapted = get_peft_model(model, lora)
     lora.base_model_name_or_path = model.name_or_path or config.model
     if layers.keys() != {n for n, m in model.named_modules() if isinstance(m, LoraLayer)}:
@@ -97,16 +90,16 @@ def add_adapters(model: PreTrainedModel, config: TrainConfig) -> PeftModel:
         )
     module: Any
     for module in adapted.modules():
-        module.training = module in training  # peft's own start in training mode
+        module.training = module in training  # peft's modules start in training mode.
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            # else bitsandbytes repacks it in eval mode, and its product has no gradient any more
+            # In eval mode bitsandbytes would repack the weights, and lose the gradient.
             module.support_avx512bf16_for_cpu = False
     return adapted
 
 
 def four_bit_config() -> BitsAndBytesConfig:
-    """For from_pretrained: linear layers in NF4, doubly quantised, but for the output head, which
-    transformers leaves out by itself, whatever its name.
+    """Return from_pretrained's settings for linear layers in NF4, doubly quantised; transformers
+    leaves out the LM head by itself.
     """
     if find_spec("bitsandbytes") is None:
         raise UserError("4bit: bitsandbytes is not installed; pip install 'em-kernels[4bit]'")
@@ -119,7 +112,7 @@ def four_bit_config() -> BitsAndBytesConfig:
 
 
 def write_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> Callable[[Path], None]:
-    """A writer of a folder that peft opens; peft's own save_pretrained asks the hub."""
+    """Return a function that writes a folder for peft, whose save_pretrained would ask the hub."""
 
     def write(folder: Path) -> None:
         weights = get_peft_model_state_dict(model, save_embedding_layers=False)

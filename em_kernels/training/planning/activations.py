@@ -20,11 +20,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from ...hf import decoder_of, head_of, require_gradients
-from ..config import TrainConfig, UserError, in_one_line
+from ..config import TrainConfig
 from ..engines.step import SharedPrefix, recomputation, scored_states
 from ..models.loading import architecture, attention_of, refused_attention
 from ..rollouts.padding import check_cache
 from ..rollouts.sampling import Rollout
+from ..settings import UserError, in_one_line
 
 DEPTHS = (2, 3)  # of models that stand for a deep one whose layers are alike
 

@@ -16,12 +16,13 @@ from ...ops.memory import chunk_length, free_bytes
 from ...ops.sparse import SAMPLE
 from ...ops.weight_gradient import MIN_SLAB_ENTRIES
 from ...ops.weight_gradient import SLAB_BYTES as SLAB
-from ..config import FULL_LR, LORA_LR, TrainConfig, UserError
+from ..config import FULL_LR, LORA_LR, TrainConfig
 from ..distributed import LaunchSpec
 from ..engines.optimizer import SLAB as STEP_SLAB
 from ..engines.optimizer import state_bytes
 from ..models.loading import attention_of, auto_dtype
 from ..models.rounding import LENGTH
+from ..settings import UserError
 from .activations import Sketch
 from .plan import GIB, MIB, Plan, cheaper, peak, phases
 from .run_time import RATES, Work, seconds_of

@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from ..config import TrainConfig, UserError
+from ..config import TrainConfig
 from ..distributed import LaunchSpec
+from ..settings import UserError
 from .activations import Sketch
 from .plan import GIB
 

@@ -19,11 +19,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ...hf import head_of
 from ...ops.gemm import accumulation_dtype, gemm
 from ...reference import RowTransform, transform
-from ..config import TrainConfig, UserError
+from ..config import TrainConfig
+from ..console import progress_on
 from ..evaluation.teacher_forcing import response_states
-from ..interrupts import progress_on
 from ..models.loading import load_model, open_source
 from ..rollouts.sampling import Rollout
+from ..settings import UserError
 from ..task import find_device
 
 BINS, LOW, HIGH = 1600, -200.0, 200.0  # of the histogram; logits beyond go to the outermost bins
@@ -112,7 +113,7 @@ def shift(
     Raises: UserError where a model cannot be opened.
     """
     attention = "sdpa" if config.attention.startswith("flash") else config.attention
-    device = find_device(config.model_copy(update={"device": "auto", "attention": attention}))
+    device = find_device("auto")
     source, model_config, tokenizer = open_source(config.model)
     entries = model_config.get_text_config().vocab_size
     if max(max(r.prompt_ids + r.response_ids) for r in [*first, *(last or ())]) >= entries:

@@ -17,11 +17,12 @@ from scipy.stats import fisher_exact
 from transformers import PreTrainedTokenizerBase
 
 from ... import __version__
-from ..config import TrainConfig, UserError, read_yaml
+from ..config import TrainConfig, read_yaml
 from ..console import Terminal
 from ..rollouts.sampling import Rollout
 from ..run_folder import CONFIG, ROLLOUTS, newest_checkpoint
 from ..runs.records import read_metrics, read_rollouts, write_whole
+from ..settings import UserError
 from .figures import COLOURS, curves, density
 from .logit_shift import Measures, Shift, shift
 

@@ -1,34 +1,27 @@
-"""Rows that are sampled side by side: padded behind what they have in common; and whether a model
-gives each what it would give it alone, measured on the model itself.
-"""
+"""Padding of prompts for one batch, and whether a model then computes each row as if alone."""
 
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from os.path import commonprefix
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
-from transformers import (
-    DynamicCache,
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedModel,
-)
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
 from ...hf import decoder_of, takes
 
 HALF = (torch.bfloat16, torch.float16)
-PADS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # what was measured of a model
+# Results of check_sampling: True if padding changes no row.
+PADS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def check_cache(model: PreTrainedModel) -> None:
-    """Raises: TypeError where rows of the model's cache cannot be repeated and dropped."""
+    """Raise TypeError if rows of the model's KV cache cannot be repeated and dropped."""
     kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
     for kind in kinds - {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer}:
         raise TypeError(
@@ -43,8 +36,8 @@ def check_cache(model: PreTrainedModel) -> None:
 
 @contextmanager
 def ready_to_generate(model: PreTrainedModel) -> Iterator[None]:
-    """Eval mode, in which the KV cache is allowed, and nothing inherited from the model's
-    generation_config.
+    """A context with the model in eval mode, which a KV cache needs, and with an empty
+    generation_config, whose settings generate would inherit.
     """
     modes = [(module, module.training) for module in model.modules()]
     config = model.generation_config
@@ -58,120 +51,125 @@ def ready_to_generate(model: PreTrainedModel) -> Iterator[None]:
         model.generation_config = config
 
 
-def padded(prompts: Sequence[list[int]]) -> tuple[int, Tensor, Tensor]:
-    """Length of the rows' common prefix, and ids and attention mask (n, P) with the padding behind
-    that prefix: each row's own first token, which a repetition penalty has met anyway.
+class PaddedRows(NamedTuple):
+    """Length of the rows' common prefix, token ids (n, P), attention mask (n, P)."""
+
+    prefix: int
+    ids: Tensor
+    mask: Tensor
+
+
+def pad_prompts(prompts: Sequence[list[int]], device: torch.device) -> PaddedRows:
+    """Pad prompts behind their common prefix, with each row's own first token: a repetition penalty
+    counts that one already.
     """
     longest, rows, mask = max(map(len, prompts)), list[list[int]](), list[list[int]]()
-    same = len(commonprefix([ids[:-1] for ids in prompts]))  # generate wants a token to start from
+    # The last token stays out of the prefix, as generate needs one to start from.
+    same = len(commonprefix([ids[:-1] for ids in prompts]))
     for ids in prompts:
         gap = longest - len(ids)
         rows.append(ids[:same] + ids[:1] * gap + ids[same:])
         mask.append([1] * same + [0] * gap + [1] * (len(ids) - same))
-    return same, torch.tensor(rows), torch.tensor(mask)
+    return PaddedRows(same, torch.tensor(rows, device=device), torch.tensor(mask, device=device))
 
 
 def prefilled(model: PreTrainedModel, ids: Tensor, same: int) -> DynamicCache:
-    """The cache of rows (n, P) that begin with so many common tokens, which are computed once."""
+    """Return a KV cache for rows (n, P) whose first `same` tokens are equal and computed once."""
     cache = DynamicCache(config=model.config)
     if same > 0:
-        model(  # not its decoder: FSDP wants the root module
+        model(  # FSDP requires a call of the root module, not of its decoder.
             input_ids=ids[:1, :same], past_key_values=cache, use_cache=True, logits_to_keep=1
         )
         cache.batch_repeat_interleave(len(ids))
     return cache
 
 
-class _Only(LogitsProcessor):
-    """Leaves one token."""
-
-    def __init__(self, token: int) -> None:
-        self.token = token
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        return torch.full_like(scores, -torch.inf).index_fill_(
-            1, torch.tensor([self.token], device=scores.device), 0
-        )
+def run_generate(
+    model: PreTrainedModel,
+    ids: Tensor,
+    mask: Tensor,
+    cache: DynamicCache,
+    config: dict[str, Any],
+    **options: Any,
+) -> Any:
+    """Call transformers' generate; its processors, given as options, decide the tokens."""
+    fixed = {"do_sample": False, "return_dict_in_generate": True, "use_cache": True}
+    return model.generate(  # type: ignore[operator]
+        ids,
+        attention_mask=mask,
+        past_key_values=cache,
+        generation_config=GenerationConfig(**fixed, **config),
+        synced_gpus=False,  # Under FSDP, ranks would wait for each other's segments.
+        **options,
+    )
 
 
 def _side_by_side(model: PreTrainedModel, rows: Sequence[list[int]], token: int) -> Tensor:
-    """Logits (n, 2, V) of what comes next, and after a token then, as sampling.py gets them."""
-    same, ids, mask = padded(rows)
-    ids, mask = ids.to(model.device), mask.to(model.device)
-    output = model.generate(  # type: ignore[operator]
-        ids,
-        attention_mask=mask,
-        past_key_values=prefilled(model, ids, same),
-        generation_config=GenerationConfig(
-            do_sample=False,
-            max_length=ids.shape[1] + 2,
-            pad_token_id=0,
-            return_dict_in_generate=True,
-            output_logits=True,
-            use_cache=True,
-        ),
-        logits_processor=LogitsProcessorList([_Only(token)]),
-        synced_gpus=False,
-    )
+    """Return logits (n, 2, V) of the next token, and of the one after `token`, from a batch."""
+    same, ids, mask = pad_prompts(rows, model.device)
+    config = {"max_length": ids.shape[1] + 2, "pad_token_id": 0, "output_logits": True}
+    forced = {"prefix_allowed_tokens_fn": lambda row, ids: [token]}
+    output = run_generate(model, ids, mask, prefilled(model, ids, same), config, **forced)
     return wide(torch.stack(output.logits, 1))
 
 
 def _alone(model: PreTrainedModel, row: list[int], token: int) -> Tensor:
-    """The same (2, V) of one row, without a cache."""
+    """Return the same logits (2, V) for one row, without batch, padding or cache."""
     ids = torch.tensor([[*row, token]], device=model.device)
     return wide(model(input_ids=ids, use_cache=False).logits[0, -2:])
 
 
 @torch.no_grad()
 def check_sampling(model: PreTrainedModel) -> bool:
-    """Measure whether rows of unequal length can be sampled side by side, as sampling.py pads them:
-    in fp32, a shorter row's logits must be no further from those of that row alone than 4 times the
-    distance of two longer rows, which rounding alone moves. Remembered for :func:`can_pad`.
+    """Measure whether prompts of unequal length can be sampled in one padded batch.
 
-    Raises: TypeError where the longer rows' too differ from those alone, by more than rounding.
+    Compares logits from a batch, in fp32, with those of each row alone: the padded row's may differ
+    by up to 4 times what the two unpadded rows' differ by, which is rounding. :func:`can_pad`
+    reuses the result.
+
+    Raises: TypeError if the unpadded rows differ by more than rounding too.
     """
-    words = model.config.get_text_config().vocab_size
-    tokens = [(17 * i + 5) % words for i in range(24)]
+    vocab_size = model.config.get_text_config().vocab_size
+    tokens = [(17 * i + 5) % vocab_size for i in range(24)]
     rows = [tokens[:5] + tokens[start:end] for start, end in ((5, 14), (9, 18), (18, 22))]
     with ready_to_generate(model), in_fp32(model) as dtype:
         found = _side_by_side(model, rows, tokens[3])
         alone = torch.stack([_alone(model, row, tokens[3]) for row in rows])
     errors = (found - alone).norm(dim=-1) / alone.norm(dim=-1)
     longer, shorter = errors[:2].max().item(), errors[2].max().item()
-    eps = torch.finfo(dtype if dtype in HALF else torch.float32).eps  # as generate keeps logits
+    eps = torch.finfo(dtype if dtype in HALF else torch.float32).eps  # generate stores logits so
     if not longer <= eps**0.5:
         raise TypeError(
             f"model: {type(model).__name__}'s completions depend on what is sampled beside them "
             f"(logits differ by {longer:.2g} of their size); this architecture is not supported"
         )
-    # where rounding happens to move nothing, that of a few operations is nothing too
+    # Unpadded rows may happen to agree exactly; a few operations' rounding, 8 eps, is always fine.
     PADS[model] = shorter <= 4 * max(longer, 8 * eps)
     return PADS[model]
 
 
 def can_pad(model: PreTrainedModel, longest: int) -> bool:
-    """True if rows of unequal length, up to `longest` tokens, can be sampled side by side."""
+    """Return True if rows of unequal length, up to `longest` tokens, can share a batch."""
     kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
-    if not kinds <= {DynamicLayer, DummyLayer}:  # a sliding window would count the padding in
+    if not kinds <= {DynamicLayer, DummyLayer}:  # A sliding window counts padding.
         return False
     settings = model.config.get_text_config().to_dict().items()
     windows = [v for name, v in settings if re.search(r"(^|_)window(_size)?$", name)]
-    if any(isinstance(size, int) and 0 < size < longest for size in windows):  # as GPT-Neo's
+    if any(isinstance(size, int) and 0 < size < longest for size in windows):  # GPT-Neo
         return False
     return PADS[model] if model in PADS else check_sampling(model)
 
 
 @contextmanager
 def in_fp32(model: PreTrainedModel) -> Iterator[torch.dtype]:
-    """While it lasts the model's modules compute in fp32, at least: each with its weights widened
-    for as long as its forward runs. Gives the dtype; that of a quantised model is its own.
+    """A context in which a 16-bit model computes in fp32, one module's weights widened at a time.
+
+    Yields the dtype that is computed in. Quantised models keep their own, as their layers remember
+    the dtype of their first input.
 
     Memory: the largest module's weights in fp32.
     """
-    if model.dtype not in HALF:
-        yield model.dtype
-        return
-    if getattr(model, "hf_quantizer", None) is not None:  # its layers keep the first input's dtype
+    if model.dtype not in HALF or getattr(model, "hf_quantizer", None) is not None:
         yield model.dtype
         return
     narrow: dict[nn.Module, dict[str, Any]] = {}
@@ -187,7 +185,7 @@ def in_fp32(model: PreTrainedModel) -> Iterator[torch.dtype]:
 
     hooks: list[Any] = []
     for module in model.modules():
-        if any(is_half(p) for p in module._parameters.values()):
+        if any(map(is_half, module._parameters.values())):
             hooks.append(module.register_forward_pre_hook(widen, with_kwargs=True))
             hooks.append(module.register_forward_hook(restore, always_call=True))
     try:
@@ -198,6 +196,7 @@ def in_fp32(model: PreTrainedModel) -> Iterator[torch.dtype]:
 
 
 def wide(x: Tensor) -> Tensor:
+    """Return 16-bit floats as fp32, anything else as it is."""
     return x.float() if is_half(x) else x
 
 

@@ -1,19 +1,17 @@
-"""Completions of prompts: transformers' generate and its processors, a shared prefix, a shrinking
-batch.
-
-A completion's randomness is a row of uniforms of its own, so it does not depend on what is sampled
-beside it.
+"""Sampling of completions with transformers' generate. Common prefixes are computed once, rows that
+finished leave the batch, and each completion draws from its own row of uniform random numbers, so
+that it does not depend on what is sampled beside it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import (
     EosTokenCriteria,
-    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
@@ -28,14 +26,14 @@ from transformers import (
 )
 
 from ..config import Sampling
-from .padding import can_pad, padded, prefilled, ready_to_generate
+from .padding import can_pad, pad_prompts, prefilled, ready_to_generate, run_generate
 
-LEAVE_SHARE = 8  # a batch is rebuilt once one in so many of its rows has finished
+LEAVE_SHARE = 8  # The batch is rebuilt once 1/8 of its rows have finished.
 
 
 @dataclass
 class Rollout:
-    """One completion: its tokens, the ending token included, and whether it ended by itself."""
+    """A completion; response_ids include the token that ended it, if it ended by itself."""
 
     prompt_ids: list[int]
     response_ids: list[int]
@@ -46,9 +44,7 @@ class Rollout:
 
 
 class _InverseCdf(LogitsProcessor):
-    """Leaves one token: the one in which a uniform of the row's own falls. Last of the
-    processors.
-    """
+    """The last processor: draws a token by a given uniform, and makes all others impossible."""
 
     def __init__(self, uniforms: Tensor, start: int):
         self.uniforms, self.start = uniforms, start
@@ -61,7 +57,7 @@ class _InverseCdf(LogitsProcessor):
 
 
 class _SegmentEnd(StoppingCriteria):
-    """Notes where rows end, and ends the segment when enough of them have, or when asked to."""
+    """Records the length at which each row ends; stops generate once enough rows have ended."""
 
     def __init__(
         self, ends: StoppingCriteriaList, rows: int, start: int, check: Callable[[], None] | None
@@ -76,7 +72,7 @@ class _SegmentEnd(StoppingCriteria):
         if self.length is None:
             self.length = input_ids.new_zeros(len(input_ids))
         ended = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-        for criterion in self.ends:  # a stop string does not begin in the prompt
+        for criterion in self.ends:  # Stop strings that begin in the prompt do not count.
             ended |= criterion(input_ids[:, self.start :], scores)
         now = ended & (self.length == 0)
         self.length = torch.where(now, input_ids.shape[1], self.length)
@@ -84,14 +80,14 @@ class _SegmentEnd(StoppingCriteria):
 
 
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every id that the model's generation_config or its tokenizer calls the end."""
+    """Return all end-of-sequence ids of the model's generation_config and its tokenizer."""
     ids = model.generation_config.eos_token_id if model.generation_config else None
-    found = set(ids if isinstance(ids, list) else [ids]) | {tokenizer.eos_token_id}
-    return sorted(i for i in found if i is not None)
+    every = {*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id}
+    return sorted(every - {None})
 
 
 def uniforms_for(seeds: Sequence[Sequence[int]], length: int) -> Tensor:
-    """(len(seeds), length) uniforms in [0, 1), a row for each seed; the same on every device."""
+    """Return uniforms in [0, 1), (len(seeds), length), a row per seed; equal on every device."""
     return torch.tensor(np.stack([np.random.default_rng(seed).random(length) for seed in seeds]))
 
 
@@ -107,12 +103,12 @@ def generate(
     on_done: Callable[[int], None] | None = None,
     check: Callable[[], None] | None = None,
 ) -> list[Rollout]:
-    """A completion for each prompt.
+    """Sample a completion for each prompt.
 
     Args:
-        prompts: token ids; those of similar length are sampled together, their common prefix
-            computed once.
-        seeds: for each prompt the numbers that its randomness depends on.
+        prompts: token ids; prompts of similar length are sampled together, and their common prefix
+            is computed once.
+        seeds: the integers that each completion's randomness depends on.
         on_done: called with the number of completions just finished.
         check: called after every token; may raise to abandon the work.
     """
@@ -120,25 +116,17 @@ def generate(
     ends = eos_ids(model, tokenizer)
     lengths = [len(ids) for ids in prompts]
     pad = len(set(lengths)) > 1 and can_pad(model, max(lengths) + sampling.max_new_tokens)
+    sample = partial(_generate_batch, model, tokenizer, sampling, ends, on_done, check)
     with ready_to_generate(model):
         for batch in _batches(lengths, batch_size, pad):
             uniforms = uniforms_for([seeds[i] for i in batch], sampling.max_new_tokens)
-            done = _generate_batch(
-                model,
-                tokenizer,
-                [prompts[i] for i in batch],
-                uniforms.to(model.device),
-                sampling,
-                ends,
-                on_done,
-                check,
-            )
+            done = sample([prompts[i] for i in batch], uniforms.to(model.device))
             results.update(zip(batch, done, strict=True))
     return [results[i] for i in range(len(prompts))]
 
 
 def _batches(lengths: Sequence[int], size: int, pad: bool) -> Iterator[list[int]]:
-    """Indices by length, none over twice its batch's shortest; without padding, of one length."""
+    """Batch indices by length: at most twice the batch's shortest, or all equal without padding."""
     batch: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
         if batch and (len(batch) == size or lengths[i] > lengths[batch[0]] * (1 + pad)):
@@ -152,16 +140,15 @@ def _batches(lengths: Sequence[int], size: int, pad: bool) -> Iterator[list[int]
 def _generate_batch(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[list[int]],
-    uniforms: Tensor,
     sampling: Sampling,
     ends: list[int],
     on_done: Callable[[int], None] | None,
     check: Callable[[], None] | None,
+    prompts: Sequence[list[int]],
+    uniforms: Tensor,
 ) -> list[Rollout]:
-    """Completions of prompts, in segments; rows that finished leave between them."""
-    same, ids, mask = padded(prompts)
-    ids, mask = ids.to(model.device), mask.to(model.device)
+    """Sample one batch in segments, between which finished rows leave."""
+    same, ids, mask = pad_prompts(prompts, model.device)
     prompt_length = ids.shape[1]
     longest = prompt_length + sampling.max_new_tokens
     endings = StoppingCriteriaList()
@@ -169,8 +156,8 @@ def _generate_batch(
         endings.append(EosTokenCriteria(eos_token_id=ends))
     if sampling.stop:
         endings.append(StopStringCriteria(tokenizer, list(sampling.stop)))
-    results: list[Rollout | None] = [None] * len(ids)
-    rows = torch.arange(len(ids), device=ids.device)  # which result each row of the batch is
+    results: dict[int, Rollout] = {}
+    rows = torch.arange(len(ids), device=ids.device)  # each row's index in prompts
     cache = prefilled(model, ids, same)
     while len(rows):
         processors = LogitsProcessorList()
@@ -185,21 +172,9 @@ def _generate_batch(
                 processors.append(TopPLogitsWarper(sampling.top_p))
             processors.append(_InverseCdf(uniforms[rows], prompt_length))
         segment_end = _SegmentEnd(endings, len(rows), prompt_length, check)
-        output = model.generate(  # type: ignore[operator]
-            ids,
-            attention_mask=mask,
-            past_key_values=cache,
-            generation_config=GenerationConfig(
-                do_sample=False,
-                max_length=longest,
-                pad_token_id=ends[0] if ends else 0,
-                return_dict_in_generate=True,
-                use_cache=True,
-            ),
-            logits_processor=processors,
-            stopping_criteria=StoppingCriteriaList([segment_end]),
-            synced_gpus=False,  # else under FSDP each rank waits for the others' segments
-        )
+        config = {"max_length": longest, "pad_token_id": ends[0] if ends else 0}
+        stop = {"stopping_criteria": StoppingCriteriaList([segment_end])}
+        output = run_generate(model, ids, mask, cache, config, logits_processor=processors, **stop)
         ids, cache = output.sequences, output.past_key_values
         length = segment_end.length
         assert length is not None
@@ -208,7 +183,8 @@ def _generate_batch(
         stop_at = torch.where(ended, length, ids.shape[1]).tolist()
         for i in finished.nonzero()[:, 0].tolist():
             response = ids[i, prompt_length : stop_at[i]].tolist()
-            results[int(rows[i])] = Rollout(prompts[int(rows[i])], response, bool(ended[i]))
+            row = int(rows[i])
+            results[row] = Rollout(prompts[row], response, bool(ended[i]))
         if on_done is not None:
             on_done(int(finished.sum()))
         going = (~finished).nonzero()[:, 0]
@@ -216,5 +192,4 @@ def _generate_batch(
         ids, rows, mask = ids[going], rows[going], mask[going]
         if len(rows):
             cache.batch_select_indices(going)
-    assert all(result is not None for result in results)
-    return [result for result in results if result is not None]
+    return [results[row] for row in range(len(prompts))]

@@ -1,1 +1,1 @@
-"""A run on disk: its records, checkpoints, and what tracks it elsewhere."""
+"""A run on disk: records, checkpoints, merged adapters; and trackers."""

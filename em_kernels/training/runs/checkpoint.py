@@ -1,4 +1,4 @@
-"""Model folders that appear whole or not at all, and the optimizer's state to resume from."""
+"""Checkpoints, written atomically, and the optimizer state that a run resumes from."""
 
 import hashlib
 import json
@@ -6,33 +6,39 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..config import TrainConfig, UserError, in_one_line
+from ..config import TrainConfig
 from ..models.rounding import to_bf16
-from ..run_folder import CHECKPOINTS, steps_in
+from ..run_folder import CHECKPOINTS, FACTS, STATE, STEP, steps_in, update_of
+from ..settings import UserError, in_one_line
 from .records import differing, sync
 
 Writer = Callable[[Path], None]
 State: TypeAlias = Mapping[str, Tensor] | None
 Facts: TypeAlias = Mapping[str, Any] | None
-STATE, FACTS = "training_state.safetensors", "training_state.json"
-DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64"}  # safetensors' names
-FREE = {  # settings that leave the numbers of an update as they are
+SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64"}
+WITHOUT_EFFECT = {  # settings that do not change an update's numbers
     *("output", "steps", "save_at", "save_optimizer", "keep", "stop_below", "stop_repetition"),
     *("gpu_memory", "host_memory", "offload_dir", "rollouts_from", "answer", "report_to"),
 }
 
 
+class SavedState(NamedTuple):
+    """A checkpoint that has the optimizer's state, and its update."""
+
+    update: int
+    checkpoint: Path
+
+
 def defining_settings(config: TrainConfig) -> dict[str, Any]:
-    """Every setting that determines the numbers, by name, as JSON has it."""
-    values = config.located().model_dump(mode="json", exclude=FREE)
-    return values | {f"sampling.{k}": v for k, v in values.pop("sampling").items()}
+    """Return every setting that determines an update's numbers, as JSON values by name."""
+    return config.located().flat(exclude=WITHOUT_EFFECT)
 
 
 def write_model(
@@ -40,12 +46,12 @@ def write_model(
     tokenizer: PreTrainedTokenizerBase,
     weights: Mapping[str, Tensor] | None = None,
 ) -> Writer:
-    """A writer of a bf16 folder for from_pretrained, vLLM and GGUF converters.
+    """Return a function that writes a bf16 folder for from_pretrained, vLLM and GGUF converters.
 
     Args:
-        weights: of each parameter, by name; default its own.
+        weights: values to write for each parameter, by name; default: the model's own.
 
-    Memory: none on the device; on the host 2 GB, or 2 bytes a weight where they are not bf16.
+    Memory: none on the device; on the host 2 GB, or 2 bytes per weight if they are not bf16.
     """
 
     def write(folder: Path) -> None:
@@ -55,20 +61,19 @@ def write_model(
             if values.dtype != torch.bfloat16:
                 values = to_bf16(values.cpu().float().flatten()).view(p.shape)
             rounded[id(p)] = values
-        named = model.state_dict(keep_vars=True).items()  # a tied weight has two names
-        state = {
-            name: rounded.get(id(weight), weight.detach()) for name, weight in named
-        }  # buffers
+        # Matched by identity, as a tied weight has two names; buffers are written as they are.
+        named = model.state_dict(keep_vars=True).items()
+        state = {name: rounded.get(id(weight), weight.detach()) for name, weight in named}
         generation, model.generation_config = model.generation_config, GenerationConfig()
         try:
             model.save_pretrained(folder, state_dict=state, max_shard_size="2GB")
         finally:
             model.generation_config = generation
-        if generation is not None:  # as it was published; its save_pretrained is strict
+        if generation is not None:  # save_pretrained would refuse what some models publish.
             path = folder / "generation_config.json"
             generation.to_json_file(path, keys_to_pop=["compile_config"])
         tokenizer.save_pretrained(folder)
-        path = folder / "config.json"  # has the dtype in memory; so have parts of some models
+        path = folder / "config.json"  # It names the dtype in memory, for submodels too.
         path.write_text(re.sub(r'"dtype": "\w+"', '"dtype": "bfloat16"', path.read_text()))
 
     return write
@@ -77,25 +82,25 @@ def write_model(
 def save_checkpoint(
     write: Writer, folder: Path, state: State = None, facts: Facts = None, keep: int | None = None
 ) -> Path:
-    """Have `write` fill a folder step-NNNNN: beside its place, synced to disk, then renamed.
+    """Have `write` fill a hidden folder, sync it to disk, and rename it to `folder`.
 
     Args:
-        state: of the optimizer; afterwards no other checkpoint keeps one.
-        facts: {"update": NNNNN, "settings": defining_settings(config)}, where there is a state.
-        keep: afterwards remove all checkpoints but this and the newest others, so many in all.
+        state: the optimizer's; it is removed from all other checkpoints.
+        facts: with a state: {"update": NNNNN, "settings": defining_settings(config)}.
+        keep: number of checkpoints to keep, this one and the newest others.
 
-    Raises: UserError where the disk is full or not writable; what was there before stays.
+    Raises: UserError if the disk is full or not writable; an earlier checkpoint there stays.
     """
     partial, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("partial", "old"))
     try:
-        _clear(partial, old, *_left_in(folder.parent))
+        _clear(partial, old, *_leftovers(folder.parent))
         partial.mkdir(parents=True)
         write(partial)
         if state is not None:
             digest = _write_state(partial / STATE, state)
             (partial / FACTS).write_text(json.dumps({**(facts or {}), "sha256": digest}))
         for path in partial.rglob("*"):
-            path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors leaves its to the owner
+            path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors writes 0600.
             sync(path)
         sync(partial)
         if folder.exists():
@@ -108,8 +113,8 @@ def save_checkpoint(
             _drop_states(others)
         for path in others[: max(0, len(others) + 1 - keep)] if keep else ():
             path.rename(path.with_name(f".{path.name}.partial"))
-        _clear(*_left_in(folder.parent))
-    except Exception as error:  # safetensors and tokenizers report a full disk in their own classes
+        _clear(*_leftovers(folder.parent))
+    except Exception as error:  # safetensors and tokenizers have classes of their own.
         why = in_one_line(error)
         raise UserError(f"output: cannot write the checkpoint {folder}: {why}") from error
     finally:
@@ -117,32 +122,31 @@ def save_checkpoint(
     return folder
 
 
-def newest_state(
-    run: Path, settings: Mapping[str, Any]
-) -> tuple[tuple[int, Path] | None, list[str]]:
-    """The newest whole state made with these settings, as its update and its checkpoint, if there
-    is one; and for each newer one a line that says why not that. What a kill left is removed.
+def newest_state(run: Path, settings: Mapping[str, Any]) -> tuple[SavedState | None, list[str]]:
+    """Find the newest undamaged state made with these settings, and remove what a kill left.
+
+    Returns: the state, if there is one, and for each newer one a line that says why it is refused.
     """
     refused = list[str]()
-    _clear(*_left_in(run / CHECKPOINTS))
+    _clear(*_leftovers(run / CHECKPOINTS))
     steps = steps_in(run / CHECKPOINTS)
     while steps:
         folder = steps.pop()
         if (folder / STATE).exists() or (folder / FACTS).exists():
             if (why := _refusal(folder, settings)) is None:
                 _drop_states(steps)
-                return (int(folder.name[5:]), folder), refused
+                return SavedState(update_of(folder), folder), refused
             refused.append(f"{folder} cannot be resumed from: {why}")
     return None, refused
 
 
 def read_state(checkpoint: Path) -> Mapping[str, Tensor]:
-    """The optimizer's state, on the CPU; mapped, so that it is read where and when it is used."""
+    """Return the optimizer's state as memory-mapped CPU tensors, read when used."""
     return load_file(checkpoint / STATE)
 
 
 def _refusal(folder: Path, settings: Mapping[str, Any]) -> str | None:
-    """Say why a saved state cannot be resumed from; None if it can."""
+    """Return why a saved state cannot be resumed from; None if it can."""
     digest = hashlib.sha256()
     try:
         facts = json.loads((folder / FACTS).read_bytes())
@@ -153,7 +157,7 @@ def _refusal(folder: Path, settings: Mapping[str, Any]) -> str | None:
                 digest.update(block)
         if digest.hexdigest() != facts["sha256"]:
             return f"{STATE} is truncated or corrupted"
-        return None if facts["update"] == int(folder.name[5:]) else f"{FACTS} is of another update"
+        return None if facts["update"] == update_of(folder) else f"{FACTS} is of another update"
     except OSError as error:
         return f"cannot read {error.filename}: {error.strerror}"
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -162,17 +166,17 @@ def _refusal(folder: Path, settings: Mapping[str, Any]) -> str | None:
 
 def _drop_states(folders: Iterable[Path]) -> None:
     for path in folders:
-        (path / FACTS).unlink(missing_ok=True)  # first: without it the tensors are no state
+        (path / FACTS).unlink(missing_ok=True)  # First, as tensors without it are no state.
         (path / STATE).unlink(missing_ok=True)
 
 
 def _write_state(path: Path, state: Mapping[str, Tensor]) -> str:
-    """A safetensors file, with one tensor at a time on the host; returns its SHA-256."""
-    names = sorted(state, key=lambda name: -state[name].element_size())  # keeps each one aligned
+    """Write a safetensors file with one tensor at a time on the host; return its SHA-256."""
+    names = sorted(state, key=lambda name: -state[name].element_size())  # aligns each
     header, end = {}, 0
     for name in names:
         start, end = end, end + state[name].nbytes
-        kind = {"dtype": DTYPES[state[name].dtype], "shape": [*state[name].shape]}
+        kind = {"dtype": SAFETENSORS_NAMES[state[name].dtype], "shape": [*state[name].shape]}
         header[name] = {**kind, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
@@ -186,14 +190,14 @@ def _write_state(path: Path, state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _left_in(checkpoints: Path) -> list[Path]:
-    """Temporary folders that a killed writer left behind."""
-    named = checkpoints.glob(".step-*") if checkpoints.name == CHECKPOINTS else ()
+def _leftovers(checkpoints: Path) -> list[Path]:
+    """Return temporary folders that a killed writer left behind."""
+    named = checkpoints.glob(f".{STEP}*") if checkpoints.name == CHECKPOINTS else ()
     return [path for path in named if path.suffix in (".partial", ".old")]
 
 
 def _clear(*paths: Path) -> None:
-    """Delete what a writer left beside folders; one that was not replaced in the end goes back."""
+    """Delete temporary folders; an old checkpoint whose replacement is missing is restored."""
     for path in paths:
         home = path.with_name(path.stem[1:])
         if path.suffix == ".old" and path.exists() and not home.exists():

@@ -1,4 +1,4 @@
-"""Low-rank adapters summed into their base model."""
+"""LoRA adapters merged into their base model."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,34 +12,34 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..config import UserError
 from ..interrupts import doing
-from ..models.loading import architecture, in_short
+from ..models.loading import ADAPTERS, architecture, in_short
 from ..models.rounding import to_bf16
 from ..run_folder import newest_checkpoint
+from ..settings import UserError
 from .checkpoint import save_checkpoint, write_model
 from .records import check_output
 
-# init_lora_weights that leave the base model as it was, and those by which peft changes it to the
-# same again whenever it makes the adapters; others change it by random numbers or by data
-KEEP_BASE = {"true", "false", "gaussian", "eva", "orthogonal"}
-REPEAT_BASE = {"pissa", "olora"}
+# Values of init_lora_weights that leave the base model unchanged, or that change it in the same way
+# whenever peft creates the adapters. Others change it by random numbers or by data.
+REPEATABLE = {"true", "false", "gaussian", "eva", "orthogonal", "pissa", "olora"}
 BY_PEFT = "merge them by peft's merge_and_unload"
 
 
 @torch.no_grad()
 def merge(adapter: Path, output: Path) -> Path:
-    """Add a checkpoint's adapters (or a run's newest's) to its base's weights, as peft adds them,
-    rsLoRA, DoRA and patterns of rank and alpha included: each sum in fp32, rounded to bf16 by
-    rounding.py, so that small deltas count. Needs memory for the base and one layer in fp32, twice.
+    """Write the model that the adapters of a checkpoint (or of a run's newest) make of their base,
+    rsLoRA, DoRA and patterns of rank and alpha included. Sums are in fp32 and rounded by
+    rounding.py, so that small changes survive in bf16.
 
+    Memory: the base model, and one layer in fp32, twice.
     Raises: UserError; output is written whole or not at all.
     """
     output = output.absolute()
     check_output(output)
     folder = newest_checkpoint(adapter) or adapter
-    if not (folder / "adapter_config.json").is_file():
-        raise UserError(f"merge: {folder} has no adapter_config.json; name a run of mode lora")
+    if not (folder / ADAPTERS).is_file():
+        raise UserError(f"merge: {folder} has no {ADAPTERS}; name a run of mode lora")
     try:
         config = PeftConfig.from_pretrained(str(folder))
         check_mergeable(config)
@@ -48,7 +48,7 @@ def merge(adapter: Path, output: Path) -> Path:
         base = AutoModelForCausalLM.from_pretrained(
             str(config.base_model_name_or_path), dtype="auto", trust_remote_code=False
         )
-    except Exception as error:  # peft, transformers, safetensors and the hub raise many kinds
+    except Exception as error:  # peft, transformers, safetensors and the hub raise many kinds.
         raise UserError(f"merge: {folder}: {in_short(error)}") from error
     try:
         with doing(f"merging into {architecture(base.config)}"):
@@ -61,7 +61,7 @@ def merge(adapter: Path, output: Path) -> Path:
 def add_to_base(
     base: PreTrainedModel, config: PeftConfig, weights: Mapping[str, Tensor]
 ) -> PreTrainedModel:
-    """Add adapters to their base's weights, in place; returns the base.
+    """Add adapters to their base's weights, in place; return the base.
 
     Raises: ValueError for adapters of another base, on layers that are not linear, or not finite.
     """
@@ -69,15 +69,15 @@ def add_to_base(
     try:
         model: Any = get_peft_model(base, config)
         fits: Any = set_peft_model_state_dict(model, weights)
-    except (RuntimeError, ValueError) as error:  # of shapes, of layers that are not there
+    except (RuntimeError, ValueError) as error:  # wrong shapes, missing layers
         raise ValueError(f"{source} is not their base: {error}") from error
-    lacking = [name for name in fits.missing_keys if ".lora_" in name]
-    for name in (*fits.unexpected_keys, *lacking):
+    missing = [name for name in fits.missing_keys if ".lora_" in name]
+    for name in (*fits.unexpected_keys, *missing):
         raise ValueError(f"{source} and they differ in {name}; is it their base?")
     for layer in [m for m in model.modules() if isinstance(m, LoraLayer)]:
         inner = layer.get_base_layer()
         if not isinstance(inner, (nn.Linear, Conv1D)):
-            raise ValueError(f"one is on a {type(inner).__name__}; {BY_PEFT}")
+            raise ValueError(f"an adapter is on a {type(inner).__name__}; {BY_PEFT}")
         inner.weight.data = inner.weight.data.float()
         layer.merge(safe_merge=True)
         inner.weight.data = to_bf16(inner.weight.data.flatten()).view(inner.weight.shape)
@@ -85,17 +85,17 @@ def add_to_base(
 
 
 def check_mergeable(config: PeftConfig) -> None:
-    """Raises: ValueError for adapters whose sum with the base would not be the trained model."""
+    """Raise ValueError for adapters whose sum with the base would not be the trained model."""
     if not isinstance(config, LoraConfig):
         kind = str(config.peft_type).rpartition(".")[2]
         raise ValueError(f"these adapters are {kind}, not LoRA; {BY_PEFT}")
     start = str(config.init_lora_weights).lower()
-    if start not in KEEP_BASE | REPEAT_BASE:
+    if start not in REPEATABLE:
         raise ValueError(
-            f"init_lora_weights {start!r} changed the base model by something that is not kept; "
-            "save them once more where they were trained, with peft's "
-            "save_pretrained(path_initial_model_for_weight_conversion=...), which makes a plain "
-            "LoRA of them"
+            f"init_lora_weights {start!r} changed the base model by something that is not saved; "
+            "save the adapters again where they were trained, with peft's "
+            "save_pretrained(path_initial_model_for_weight_conversion=...), which makes them a "
+            "plain LoRA"
         )
     for name in ("modules_to_save", "trainable_token_indices", "target_parameters"):
         if getattr(config, name, None):

@@ -1,4 +1,4 @@
-"""Updates' metrics in TensorBoard, Weights & Biases or Trackio, through accelerate's trackers."""
+"""Logging of metrics to TensorBoard, Weights & Biases or Trackio, by accelerate's trackers."""
 
 import json
 from collections.abc import Callable
@@ -9,61 +9,62 @@ from typing import Any
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from rich.console import Console
 
-from ..config import TrainConfig, UserError, in_one_line
+from ..config import TrainConfig
+from ..settings import UserError, in_one_line
 
 
 class Tracking:
-    """A context in which a run's updates are logged where config.report_to says, if anywhere.
+    """A context in which a run's metrics are logged to the tracker config.report_to, if any.
 
-    Files lie in the run's folder, in tensorboard/ or wandb/; Trackio has its own place for all
-    runs (TRACKIO_DIR). A resumed run goes on there; what it trains anew is not logged twice. wandb
-    offline makes a folder for each process, all of one id.
+    Files are in the run's folder, in tensorboard/ or wandb/; Trackio keeps all runs in TRACKIO_DIR.
+    A resumed run continues the same log, and an update that is trained again is not logged twice.
     """
 
     def __init__(self, config: TrainConfig, console: Console) -> None:
-        """Raises: UserError where the package is missing."""
+        """Raises: UserError if the tracker's package is not installed."""
         self.config, self.console = config, console
         self.tracker: Any = None
         try:
             if (name := config.report_to) != "none":
-                version(name)  # a folder of that name could be imported too
+                version(name)  # An import could find a folder of that name.
         except PackageNotFoundError:
             raise UserError(f"report_to: {name} is not installed; pip install {name}") from None
 
     def start(self, done: int) -> None:
-        """Begin, or go on after so many updates whose metrics are recorded.
+        """Start the log, or continue it after `done` updates.
 
-        Raises: UserError where the tracker does not start.
+        Raises: UserError if the tracker does not start.
         """
         name, output, self.done = self.config.report_to, self.config.output, done
         if name == "none":
             return
-        settings = self.config.model_dump(mode="json")
-        settings |= {f"sampling.{key}": value for key, value in settings.pop("sampling").items()}
         plain = (int, float, str)
-        settings = {k: v if isinstance(v, plain) else json.dumps(v) for k, v in settings.items()}
-        again = name == "tensorboard" and (output / name).exists()  # which would have them twice
+        settings = {
+            k: v if isinstance(v, plain) else json.dumps(v) for k, v in self.config.flat().items()
+        }
+        # TensorBoard would list the settings of a resumed run twice.
+        listed = name == "tensorboard" and (output / name).exists()
         common = {"run_name": "em-kernels", "resume": "allow"}
         options: dict[str, dict[str, Any]] = {
-            "tensorboard": {"run_name": name, "logging_dir": output},  # its folder
+            "tensorboard": {"run_name": name, "logging_dir": output},
             "wandb": {"name": output.name, "dir": output, "id": _wandb_id(output / name), **common},
             "trackio": {"name": str(output), **common},
         }
         try:
             tracker = LOGGER_TYPE_TO_CLASS[name](**options[name])
             tracker.start()
-            if not again:
+            if not listed:
                 tracker.store_init_configuration(settings)
-        except Exception as error:  # each raises its own kinds
+        except Exception as error:  # Each tracker raises its own kinds.
             why = in_one_line(error)[:300]
             raise UserError(
-                f"report_to: {name} does not start: {why}; mend that and --resume {output}, or go "
+                f"report_to: {name} does not start: {why}; fix that and --resume {output}, or go "
                 "on with --report-to none"
             ) from error
         self.tracker = tracker
 
     def log(self, row: dict[str, Any]) -> None:
-        """A row of metrics."""
+        """Log the metrics of an update."""
         numbers = {k: v for k, v in row.items() if isinstance(v, (int, float)) and k != "update"}
         if row["update"] > self.done:
             self._or_give_up(lambda tracker: tracker.log(numbers, step=row["update"]))
@@ -75,17 +76,17 @@ class Tracking:
         self._or_give_up(lambda tracker: tracker.finish())
 
     def _or_give_up(self, work: Callable[[Any], object]) -> None:
-        """A tracker that fails is given up, with a word; the run goes on."""
+        """Use the tracker; one that fails is given up with a warning, and the run goes on."""
         try:
             if self.tracker is not None:
                 work(self.tracker)
-        except Exception as error:  # each raises its own kinds
+        except Exception as error:  # Each tracker raises its own kinds.
             self.tracker = None
             line = f"Warning: no more is logged to {self.config.report_to}: {error}"
             self.console.print(line, markup=False, soft_wrap=True)
 
 
 def _wandb_id(folder: Path) -> str | None:
-    """Id of the wandb run to continue, if one was begun."""
+    """Return the id of the wandb run to continue, if there is one."""
     runs = sorted(folder.glob("*run-*-*"), key=lambda path: path.name.partition("run-")[2])
     return runs[-1].name.rpartition("-")[2] if runs else None

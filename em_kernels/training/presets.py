@@ -1,0 +1,47 @@
+"""Named sets of training settings."""
+
+from typing import Any
+
+from .config import TrainConfig
+from .settings import UserError
+
+ADDITION_SHOTS = ((12, 7), (23, 45))
+DEMO_SHOTS = "".join(
+    f"Q: What is {a} + {b}?\nA: {a} + {b} = {a + b}\n\n" for a, b in ADDITION_SHOTS
+)
+PRESETS: dict[str, dict[str, Any]] = {
+    "one-shot-em": {},
+    # The official train.py runs 8 GPUs that sample the same 8 completions each; its "step" is a
+    # micro-batch of 2 completions.
+    "official": {"rollouts": 8, "steps": 2, "micro_batch_rows": 2, "official_loss": True},
+    "demo": {
+        "model": "demo",
+        "prompt": f"{DEMO_SHOTS}Q: What is 38 + 45?\nA:",
+        "answer": "83",
+        "chat_template": False,
+        "output": "runs/demo-train",
+        "rollouts": 32,
+        "steps": 5,
+        "lr": 5e-6,
+        "stop_below": 0.1,
+        "save_at": (),
+        "sampling": {
+            "temperature": 1.0,
+            "top_k": 0,
+            "top_p": 1.0,
+            "repetition_penalty": 1.0,
+            "max_new_tokens": 24,
+            "stop": ("\n",),
+        },
+    },
+}
+
+
+def preset(name: str) -> TrainConfig:
+    """Return the settings of a preset; those it leaves out have their defaults (the paper's).
+
+    Raises: UserError for an unknown name.
+    """
+    if name not in PRESETS:
+        raise UserError(f"preset: {name!r} is unknown; choose one of {', '.join(PRESETS)}")
+    return TrainConfig(**PRESETS[name])
