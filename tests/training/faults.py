@@ -162,8 +162,8 @@ def half_text(name, nth):
 
 
 def the(name):
-    """A class or module of the trainer's."""
-    from em_kernels.training import trainer
+    """Return a class or module of the trainer."""
+    from em_kernels.training import run
     from em_kernels.training.engines import optimizer, step
     from em_kernels.training.evaluation import completions
     from em_kernels.training.rollouts import sampling as rollout
@@ -171,7 +171,7 @@ def the(name):
 
     parts = {"checkpoint": checkpoint, "completions": completions, "records": records}
     parts |= {"rollout": rollout, "step": step}
-    parts |= {"trainer": trainer, "optimizer": optimizer, "AdamW": optimizer.MasterAdamW}
+    parts |= {"run": run, "optimizer": optimizer, "AdamW": optimizer.MasterAdamW}
     parts |= {
         "Running": records.Running,
         "SharedPrefix": step.SharedPrefix,
@@ -188,7 +188,7 @@ INSIDE = {  # a write, or what must happen as a whole
     "half of the first metrics": lambda: torn(the("records"), "metrics.jsonl", 1),
     "half of the fourth metrics": lambda: torn(the("records"), "metrics.jsonl", 4),
     "completions not synced": lambda: on(the("records"), "sync", 6),
-    "half of the second model": lambda: on(the("trainer"), "save_checkpoint", 2, half_model),
+    "half of the second model": lambda: on(the("run"), "save_checkpoint", 2, half_model),
     "half of the first state": lambda: torn(the("checkpoint"), "training_state.safetensors", 1, 9),
     "half of the second state": lambda: torn(the("checkpoint"), "training_state.safetensors", 2, 2),
     "half of the second facts": lambda: half_text("training_state.json", 2),
@@ -203,17 +203,17 @@ INSIDE = {  # a write, or what must happen as a whole
 }
 BETWEEN = {
     "nothing yet": lambda: after(the("Running"), "__enter__", 1),
-    "settings": lambda: after(the("trainer"), "write_config", 1),
+    "settings": lambda: after(the("run"), "write_config", 1),
     "token 5 of update 1": lambda: on(the("Ends"), "__call__", 5),
     "token 30": lambda: on(the("Ends"), "__call__", 30),
-    "completions of update 3": lambda: after(the("trainer"), "append", 5),
+    "completions of update 3": lambda: after(the("run"), "append", 5),
     "the second micro-batch of update 1": lambda: on(the("step"), "scored_states", 2),
     "the last micro-batch of update 4": lambda: on(the("SharedPrefix"), "backward", 5),
     "the norm of update 2": lambda: on(the("AdamW"), "norm", 2),
     "the step of update 2": lambda: on(the("AdamW"), "step", 2),
     "the step of update 3, done": lambda: after(the("AdamW"), "step", 3),
-    "the metrics of update 2": lambda: after(the("trainer"), "append", 4),
-    "the first save": lambda: after(the("trainer"), "save_checkpoint", 1),
+    "the metrics of update 2": lambda: after(the("run"), "append", 4),
+    "the first save": lambda: after(the("run"), "save_checkpoint", 1),
     "the end": lambda: on(the("Running"), "__exit__", 1),
 }
 ROOM = (4, 8, 16, 60, 300, 340, 380, 420, 700)  # KiB
@@ -231,16 +231,16 @@ OTHERS = {
     "no memory for the optimizer": lambda: on(the("AdamW"), "__init__", 1, exhaust),
     "no memory in the step": lambda: on(the("AdamW"), "_copy_back", 2 * SLABS, exhaust),
     "full at completions of update 3": lambda: on(
-        the("trainer"), "append", 5, lambda: full("rollouts.jsonl")
+        the("run"), "append", 5, lambda: full("rollouts.jsonl")
     ),
     "full at metrics of update 3": lambda: on(
-        the("trainer"), "append", 6, lambda: full("metrics.jsonl")
+        the("run"), "append", 6, lambda: full("metrics.jsonl")
     ),
     "room for a checkpoint": lambda: on(
-        the("trainer"), "save_checkpoint", 2, lambda: limit(resource.RLIM_INFINITY)
+        the("run"), "save_checkpoint", 2, lambda: limit(resource.RLIM_INFINITY)
     ),
     "full at the second checkpoint": lambda: on(
-        the("trainer"), "save_checkpoint", 2, lambda: full("config.yaml")
+        the("run"), "save_checkpoint", 2, lambda: full("config.yaml")
     ),
     **{
         f"{kib} KiB left": lambda kib=kib: on(the("Running"), "__enter__", 1, size(f"{kib}k"))
@@ -252,12 +252,12 @@ OTHERS = {
     ),  # the plan has one
     "Ctrl-C twice in update 2": lambda: on(the("SharedPrefix"), "backward", 3, twice),
     "Ctrl-C twice in the second save": lambda: on_file(".step-00004.partial", 1, "rename", twice),
-    "Ctrl-C in the first save": lambda: on(the("trainer"), "save_checkpoint", 1, interrupt),
+    "Ctrl-C in the first save": lambda: on(the("run"), "save_checkpoint", 1, interrupt),
     "Ctrl-C at token 5": lambda: on(the("Ends"), "__call__", 5, interrupt),
     # of evaluations and studies
     "5 completions": lambda: after(the("completions"), "append", 5),
     "held after 5 completions": lambda: on(the("completions"), "append", 5, None, hold),
-    "update 1 of the second run of two": lambda: after(the("trainer"), "append", 6),
+    "update 1 of the second run of two": lambda: after(the("run"), "append", 6),
     # of what is printed
     "nobody reads stdout": lambda: unread(1),
     "nobody reads stderr": lambda: unread(2),

@@ -141,7 +141,7 @@ def processes(plan):
 def engine_facts(config):
     """What each process finds by itself."""
     ranks, stop = find_ranks(config), StopRequest()
-    engine = engine_of(ranks.world.engine)(make_model(), make_tokenizer(), config, ranks)
+    engine = engine_of(ranks.launch.engine)(make_model(), make_tokenizer(), config, ranks)
     ended = [Rollout([5, 6], [0], True)] * 3  # whose only token the official loss leaves out
     loss, norm = engine.forward_backward(ended, 40, stop.check), engine.norm()
     parts = [name for name, m in engine.model.named_modules() if isinstance(m, FSDPModule)]

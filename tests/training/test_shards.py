@@ -12,15 +12,15 @@ from em_kernels.training.config import TrainConfig, UserError
 from em_kernels.training.distributed import LaunchSpec
 from em_kernels.training.planning.plan import GIB
 from em_kernels.training.planning.planner import Planner
-from em_kernels.training.planning.sharded import settings_of
+from em_kernels.training.planning.sharded import sharded_settings
 
 CUDA = torch.device("cuda")
 SMALL = {"steps": 2, "sampling": {"max_new_tokens": 64}}
 
 
-def plan(world, **changes):
+def plan(launch, **changes):
     asked = {"model": "m", "prompt": "p", "gpu_memory": 40, "host_memory": 480, **SMALL, **changes}
-    return Planner(TrainConfig(**asked), QWEN["1.5B"], 128, CUDA, world=world).choose()
+    return Planner(TrainConfig(**asked), QWEN["1.5B"], 128, CUDA, launch=launch).choose()
 
 
 def test_replicas_divide_completions_and_the_host():
@@ -58,9 +58,9 @@ def test_engines_divide_state(engine):
         ({"offload_dir": "x"}, "offload_dir"),
     ],
 )
-def test_settings_of_another_engine_are_refused(changes, name):
+def test_sharded_settings_another_engine_are_refused(changes, name):
     with pytest.raises(UserError, match=f"^{name}: "):
-        settings_of(TrainConfig(**changes), "fsdp2")
+        sharded_settings(TrainConfig(**changes), "fsdp2")
 
 
 def test_remedies_are_of_the_engine():

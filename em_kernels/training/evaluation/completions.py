@@ -21,6 +21,7 @@ from ..data.problems import QWEN25_MATH_COT, Conversation, Problem, encode, few_
 from ..engines.step import SharedPrefix, can_share_prefix, micro_batches, scored_states
 from ..interrupts import doing, progress_on
 from ..models.loading import architecture, auto_dtype, load_model, open_source, tell_attention
+from ..out_of_memory import halve_until_it_fits
 from ..rollouts.padding import check_cache, check_sampling
 from ..rollouts.sampling import Rollout, generate
 from ..runs.records import append, read_lines
@@ -144,28 +145,31 @@ class Local(NamedTuple):
     ) -> None:
         """Completions in batches of similar length, the longest first."""
         keys, size = sorted(keys, key=lambda key: -len(self.prompts[key[0]])), self.batch_size
+
+        def sample(size: int) -> tuple[list[Rollout], Sequence[float | None]]:
+            rollouts = generate(
+                self.model,
+                self.tokenizer,
+                [self.prompts[i] for i, _ in keys[:size]],
+                [(self.seed, i, k, self.stream) for i, k in keys[:size]],
+                self.sampling,
+                batch_size=size,
+            )
+            if not self.with_entropy:
+                return rollouts, [None] * len(rollouts)
+            temperature = self.sampling.temperature or 1.0
+            return rollouts, mean_entropies(self.model, rollouts, temperature)
+
+        def on_retry(smaller: int) -> None:
+            nonlocal size
+            size = smaller
+
         while keys:
-            batch, prompts = keys[:size], [self.prompts[i] for i, _ in keys[:size]]
             try:
-                rollouts = generate(
-                    self.model,
-                    self.tokenizer,
-                    prompts,
-                    [(self.seed, i, k, self.stream) for i, k in batch],
-                    self.sampling,
-                    batch_size=size,
-                )
-                entropies: Sequence[float | None] = [None] * len(batch)
-                if self.with_entropy:
-                    entropies = mean_entropies(
-                        self.model, rollouts, self.sampling.temperature or 1.0
-                    )
+                rollouts, entropies = halve_until_it_fits(sample, size, 1, on_retry)
             except torch.OutOfMemoryError:
-                if size == 1:
-                    raise UserError("batch_size: out of memory with 1") from None
-                torch.cuda.empty_cache()
-                size //= 2
-                continue
+                raise UserError("batch_size: out of memory with 1") from None
+            batch = keys[:size]
             texts = self.tokenizer.batch_decode(
                 [r.response_ids for r in rollouts], skip_special_tokens=True
             )
