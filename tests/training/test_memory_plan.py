@@ -1,4 +1,4 @@
-"""The plan against known arithmetic, to the byte, and against recorded runs."""
+"""Plans against known arithmetic, to the byte, and against the recorded memory of real runs."""
 
 import itertools
 from types import SimpleNamespace
@@ -35,7 +35,7 @@ def config(**changes):
 
 @pytest.fixture(scope="module", params=QWEN)
 def model(request):
-    """A planner of a 24 GB card and 96 GB, and known figures."""
+    """Return a planner for a 24 GB card and 96 GB of RAM, and known figures of the model."""
     planner = Planner(config(gpu_memory=22.5, host_memory=89.4), QWEN[request.param], 128, CUDA)
     figures = {
         "7B": (7_615_616_512, 14.19, 113.5, 200_704, 57_344, 608_256),
@@ -258,7 +258,7 @@ def test_planning_for_a_gpu_without_one():
 
 
 def recorded(function):
-    """Bytes in memory after each change; whatever was allocated before does not count."""
+    """Return each allocation and the bytes in memory after it; earlier allocations do not count."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
     events = profiler.profiler.kineto_results.events()
@@ -303,8 +303,8 @@ def test_activations_to_the_byte(kind, dtype, options, shared, recompute):
             begun.backward()
 
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a CPU's attention takes memory for each
-    try:  # oneDNN packs weights anew for some CPUs
+    torch.set_num_threads(1)  # a CPU's attention takes memory for each thread thread
+    try:  # oneDNN would repack weights on some CPUs
         with recomputation(model, recompute), torch.backends.mkldnn.flags(enabled=False):
             _, live = recorded(step)
     finally:
@@ -330,9 +330,9 @@ def test_head(words, width, states, chunk, trained):
 
 
 @pytest.mark.skipif(bf16_isa() == 0, reason="this CPU multiplies no bf16")
-@pytest.mark.parametrize("states", [20, 33, 50, 300])  # in a chunk, in four, in more
+@pytest.mark.parametrize("states", [20, 33, 50, 300])  # one chunk, four, more
 def test_head_on_a_gpu_where_dy_of_chunks_waits(states, monkeypatch):
-    """The loop as a GPU runs it, in the memory of this machine: within the plan and the budget."""
+    """Run the GPU's loop on the CPU: its memory stays within the plan and the budget."""
     words, width, chunk = 20000, 64, 1 << 22
     shape = {**SMALL, "vocab_size": words, "hidden_size": width}
     model_config = AutoConfig.for_model("llama", **shape)
@@ -376,7 +376,7 @@ RUNS = {
     [n if n in ("tied", "lora") else pytest.param(n, marks=pytest.mark.slow) for n in RUNS],
 )
 def test_whole_runs_within_5_percent(name, tmp_path, monkeypatch):
-    """From the second update on; what stays, and the most that comes beside it."""
+    """Memory from the second update on: what stays, and the peak of what comes and goes."""
     kind, tied, changes = RUNS[name]
     shape = {"hidden_size": 192, "intermediate_size": 500, "num_hidden_layers": 4}
     source = tiny.save_tiny(tmp_path / "model", kind, tied=tied, **shape)
@@ -387,7 +387,7 @@ def test_whole_runs_within_5_percent(name, tmp_path, monkeypatch):
         chat_template=False,
         **{"micro_batch": 120, "rollout_batch": 6, **changes},
     )
-    monkeypatch.setattr(rounding, "_noise", {})  # of other tests
+    monkeypatch.setattr(rounding, "_noise", {})  # earlier tests have filled it
     plan = []
     update = run_module.Run.update
 
@@ -414,7 +414,7 @@ def test_whole_runs_within_5_percent(name, tmp_path, monkeypatch):
 
 
 def test_the_demo_is_planned_as_it_is(demo):
-    """From a config that stands in the code, as nothing is fetched for a plan."""
+    """A plan uses the architecture that stands in the code, and fetches nothing."""
     planned = ModelMemory(open_config("demo"), torch.float32).sizes
     model, _ = demo
     assert planned.weight_bytes == sum(p.nbytes for p in model.parameters())

@@ -1,4 +1,4 @@
-"""Plans of one of several processes."""
+"""Plans for one of several processes."""
 
 import json
 
@@ -34,7 +34,7 @@ def test_replicas_divide_completions_and_the_host():
 
 @pytest.mark.parametrize("engine", ["fsdp2", "deepspeed"])
 def test_engines_divide_state(engine):
-    trained = 1_543_714_304  # of Qwen2.5-1.5B, its head tied
+    trained = 1_543_714_304  # parameters of Qwen2.5-1.5B, whose head is tied
     plans = {ranks: plan(LaunchSpec(ranks, ranks, engine), gpu_memory=80) for ranks in (2, 8)}
     for ranks, found in plans.items():
         assert found.device["master"] == 4 * trained // ranks

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..config import TrainConfig
 from .activations import ModelMemory
@@ -18,22 +18,13 @@ MAX_SAMPLED_ROWS = 256  # a step of more rows takes a GPU as long per token, and
 SHORT_ROWS = 8
 
 
-class BatchSizes(NamedTuple):
-    """Batch sizes of one rank, and an update's work with them."""
-
-    settings: dict[str, Any]  # the settings that they complete
-    passing: dict[str, int]  # bytes by component that come and go
-    efficient: bool
-    completions: int
-    prompt_tokens: int  # computed in an update
-    micro_batches: int
-    shared_prompts: int  # each has a backward of its own
-    cache_bytes: int  # of a completion's keys and values
-
-
 @dataclass
-class BatchSizer:
-    """Chooses the batch sizes that a config leaves "auto", for one of so many ranks."""
+class BatchSizes:
+    """One rank's batch sizes: the largest with which what comes and goes fits into `room` bytes.
+
+    settings: those that they complete. passing: bytes by component that come and go. efficient:
+    larger batches would hardly be faster. The rest says how much work an update is.
+    """
 
     config: TrainConfig
     model: ModelMemory
@@ -41,83 +32,78 @@ class BatchSizer:
     ranks: int
     cuda: bool
     chunk_bytes: int  # of logits that are held at a time
+    room: int
 
     def __post_init__(self) -> None:
         config = self.config
         self.new_tokens = config.sampling.max_new_tokens
         self.completions = -(-config.rollouts // self.ranks)
-        self.prompts = 1 if config.prompt_from is None else len(config.prompt_rows)
-        per_prompt = -(-self.completions // self.prompts)
+        prompts = 1 if config.prompt_from is None else len(config.prompt_rows)
+        per_prompt = -(-self.completions // prompts)
         self.shared = config.share_prefix and self.model.can_share_prefix and per_prompt > 1
         together = per_prompt if self.shared else self.completions
         self.max_rows = min(together, config.micro_batch_rows or self.completions)
         self.row_tokens = self.new_tokens + (0 if self.shared else self.prompt_tokens)
-
-    def choose(self, room: int) -> BatchSizes:
-        """Choose the largest sizes with which what comes and goes fits into so many bytes."""
-        config, settings, target = self.config, dict[str, Any](), self.config.micro_batch
-        if target == "auto":
-            target = TARGET_TOKENS["cuda" if self.cuda else "cpu"]
-        target_rows = rows = max(1, min(self.max_rows, target // self.row_tokens))
-        recompute = config.gradient_checkpointing
-        if recompute == "auto":
-            enough = min(target_rows, -(-ENOUGH_TOKENS // self.row_tokens))
-            recompute = room <= 0 or peak(self._most(enough, False)) > room
-        if config.micro_batch == "auto":
-            rows = self._fitting_rows(target_rows, recompute, room)
-            settings["micro_batch"] = rows * self.row_tokens
-        if SHORT_ROWS * rows < self.max_rows:
-            settings["micro_batch_rows"] = SHORT_ROWS * rows
-        each = completion_bytes(config, self.model, self.prompt_tokens, self.cuda)
-        if config.rollout_batch == "auto":
-            limit = min(self.completions, MAX_SAMPLED_ROWS, room // sum(each.values()))
-            sampled = settings["rollout_batch"] = _even(self.completions, max(1, limit))
-        else:
-            sampled = min(self.completions, config.rollout_batch)
-        passing = {name: size * sampled for name, size in each.items()}
-        passing |= self._most(rows, recompute)
+        self.settings: dict[str, Any] = {}
+        rows, target_rows = self._choose_micro_batch()
+        sampled = self._choose_rollout_batch()
+        self.passing |= self._most(rows)
         if config.chunk_bytes is None and config.mode == "offload" and self.cuda:
             # Each chunk may send a gradient of the whole head to the host: chunks are as large as
             # the memory that the backward needs later allows.
-            spare = self.chunk_bytes + phases(passing)["backward"] - phases(passing)["head"]
+            spare = self.chunk_bytes + phases(self.passing)["backward"]
+            spare -= phases(self.passing)["head"]
             self.chunk_bytes = max(self.chunk_bytes, 1 << max(0, spare.bit_length() - 1))
-            passing |= self._most(rows, recompute)
-        settings |= {"gradient_checkpointing": recompute, "chunk_bytes": self.chunk_bytes}
+            self.passing |= self._most(rows)
+        self.settings["chunk_bytes"] = self.chunk_bytes
         enough_tokens = min(target_rows * self.row_tokens, EFFICIENT_TOKENS)
-        efficient = rows * self.row_tokens >= enough_tokens
-        efficient = efficient and sampled >= min(self.completions, EFFICIENT_ROWS)
-        prompts, micro_batches = self.completions, -(-self.completions // rows)
-        if self.shared:
-            prompts, micro_batches = self.prompts, -(-self.max_rows // rows) * self.prompts
-        return BatchSizes(
-            settings,
-            passing,
-            efficient,
-            self.completions,
-            self.prompt_tokens * prompts,
-            micro_batches,
-            self.prompts if self.shared else 0,
-            each["KV cache"],
-        )
+        enough_sampled = min(self.completions, EFFICIENT_ROWS)
+        self.efficient = rows * self.row_tokens >= enough_tokens and sampled >= enough_sampled
+        self.micro_batches = -(-self.completions // rows)
+        self.shared_prompts, self.computed_prompts = 0, self.completions
+        if self.shared:  # each shared prompt has a backward of its own
+            self.micro_batches = -(-self.max_rows // rows) * prompts
+            self.shared_prompts = self.computed_prompts = prompts
 
-    def _fitting_rows(self, target_rows: int, recompute: bool, room: int) -> int:
-        def full_length(rows: int) -> int:
-            return peak(self._passing(rows, self.new_tokens, recompute))
+    def _choose_micro_batch(self) -> tuple[int, int]:
+        """Return its rows, and as many as would be best."""
+        config, target = self.config, self.config.micro_batch
+        if target == "auto":
+            target = TARGET_TOKENS["cuda" if self.cuda else "cpu"]
+        target_rows = rows = max(1, min(self.max_rows, target // self.row_tokens))
+        self.recompute = config.gradient_checkpointing is True
+        if config.gradient_checkpointing == "auto":
+            enough = min(target_rows, -(-ENOUGH_TOKENS // self.row_tokens))
+            self.recompute = self.room <= 0 or peak(self._most(enough)) > self.room
+        if config.micro_batch == "auto":
+            rows = self._largest(lambda n: self._passing(n, self.new_tokens), target_rows)
+            if peak(self._most(rows)) > self.room:
+                rows = self._largest(self._most, rows)
+            while rows > 1 and peak(self._most(rows)) > self.room:
+                rows = rows * 3 // 4
+            rows = _even(self.max_rows, rows)
+            self.settings["micro_batch"] = rows * self.row_tokens
+        if SHORT_ROWS * rows < self.max_rows:
+            self.settings["micro_batch_rows"] = SHORT_ROWS * rows
+        self.settings["gradient_checkpointing"] = self.recompute
+        return rows, target_rows
 
-        def most(rows: int) -> int:
-            return peak(self._most(rows, recompute))
+    def _choose_rollout_batch(self) -> int:
+        """Return how many completions are sampled side by side."""
+        each = completion_bytes(self.config, self.model, self.prompt_tokens, self.cuda)
+        if self.config.rollout_batch == "auto":
+            limit = min(self.completions, MAX_SAMPLED_ROWS, self.room // sum(each.values()))
+            sampled = self.settings["rollout_batch"] = _even(self.completions, max(1, limit))
+        else:
+            sampled = min(self.completions, self.config.rollout_batch)
+        self.cache_bytes = each["KV cache"]
+        self.passing = {name: size * sampled for name, size in each.items()}
+        return sampled
 
-        rows = _largest(full_length, target_rows, room)
-        if most(rows) > room:
-            rows = _largest(most, rows, room)
-        while rows > 1 and most(rows) > room:
-            rows = rows * 3 // 4
-        return _even(self.max_rows, rows)
-
-    def _passing(self, rows: int, new_tokens: int, recompute: bool) -> dict[str, int]:
+    def _passing(self, rows: int, new_tokens: int) -> dict[str, int]:
         """Return the bytes of a micro-batch by component."""
         config, model = self.config, self.model
-        found = model.activations(rows, self.prompt_tokens, new_tokens, self.shared, recompute)
+        found = model.activations(rows, self.prompt_tokens, new_tokens, self.shared, self.recompute)
         head = head_bytes(config, model, found.head_rows, self.chunk_bytes, self.cuda)
         unpacked = 2 * model.largest_linear if config.four_bit else 0  # a layer in 16 bits
         return {
@@ -126,7 +112,7 @@ class BatchSizer:
             "recompute, gradients": found.peak - found.after_forward + unpacked,
         }
 
-    def _most(self, rows: int, recompute: bool) -> dict[str, int]:
+    def _most(self, rows: int) -> dict[str, int]:
         """Return the bytes of the micro-batch that needs most: of full-length completions, or of
         short ones, which are more rows, each with the shared prompt's keys and values.
         """
@@ -135,23 +121,24 @@ class BatchSizer:
         short = max(2, rows * self.new_tokens // widest)
         if self.shared and short < self.new_tokens:
             shapes.append((widest, short))
-        return max((self._passing(*shape, recompute) for shape in shapes), key=peak)
+        return max((self._passing(*shape) for shape in shapes), key=peak)
+
+    def _largest(self, components: Callable[[int], dict[str, int]], most: int) -> int:
+        """Return up to `most` rows, at least 1, whose components fit into the room. Interpolates
+        between 1 row and `most`: activations are convex in the rows, so it is seldom too many.
+        """
+        if most == 1 or self.room <= 0:
+            return 1
+        last = peak(components(most))
+        if last <= self.room:
+            return most
+        first = peak(components(1))
+        if first >= self.room:
+            return 1
+        slope = (last - first) / (most - 1)
+        return max(1, min(most - 1, 1 + int((self.room - first) / slope)))
 
 
 def _even(total: int, size: int) -> int:
     """Return the size of as many batches as `size` makes of a total, all of them alike."""
     return -(-total // -(-total // size))
-
-
-def _largest(need: Callable[[int], int], most: int, room: int) -> int:
-    """Return up to `most` rows, at least 1, that need no more than the room. Interpolates between 1
-    row and `most`: activations are convex in the rows, so the result is seldom too large.
-    """
-    if most == 1 or room <= 0:
-        return 1
-    if need(most) <= room:
-        return most
-    if need(1) >= room:
-        return 1
-    slope = (need(most) - need(1)) / (most - 1)
-    return max(1, min(most - 1, 1 + int((room - need(1)) / slope)))

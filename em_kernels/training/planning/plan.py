@@ -115,31 +115,32 @@ def peak(device: Mapping[str, int]) -> int:
 def cheaper(config: TrainConfig, cuda: bool, engine: str = "replicas") -> dict[str, dict[str, Any]]:
     """Return flags that save memory, the cheapest first, each with the settings that it changes."""
     half = max(1, config.sampling.max_new_tokens // 2)
-    flags: dict[str, dict[str, Any]] = {}
-    if config.micro_batch != "auto":
-        flags["--micro-batch auto"] = {"micro_batch": "auto"}
-    if config.rollout_batch != "auto":
-        flags["--rollout-batch auto"] = {"rollout_batch": "auto"}
-    if config.gradient_checkpointing is False:
-        flags["--gradient-checkpointing True"] = {"gradient_checkpointing": True}
-    if config.moments == "fp32":
-        flags["--moments bf16"] = {"moments": "bf16"}
-    if config.gradients == "fp32":
-        flags["--gradients bf16"] = {"gradients": "bf16"}
+    flags: dict[str, dict[str, Any]] = {
+        "--micro-batch auto": {"micro_batch": "auto"},
+        "--rollout-batch auto": {"rollout_batch": "auto"},
+        "--gradient-checkpointing True": {"gradient_checkpointing": True},
+        "--moments bf16": {"moments": "bf16"},
+        "--gradients bf16": {"gradients": "bf16"},
+    }
     if config.mode == "full" and cuda:
         flags["--mode offload"] = {"mode": "offload"}
     if config.mode != "lora" and config.offload_dir is None:
-        change = {"mode": "offload", "offload_dir": config.output / "offload"}
-        flags["--mode offload --offload-dir DIR"] = change
+        folder = config.output / "offload"
+        flags["--mode offload --offload-dir DIR"] = {"mode": "offload", "offload_dir": folder}
     if half > 1:
         shorter = config.sampling.model_copy(update={"max_new_tokens": half})
         flags[f"--max-new-tokens {half}"] = {"sampling": shorter}
+    lora = {"offload_dir": None, "mode": "lora"}
     if config.mode != "lora":
-        flags["--mode lora"] = {"offload_dir": None, "mode": "lora"}
+        flags["--mode lora"] = lora
     if cuda and not config.four_bit:
-        change = {"offload_dir": None, "mode": "lora", "four_bit": True}
-        flags["--mode lora --4bit"] = change
-    if engine != "replicas":  # these engines have one mode and one precision
-        fixed = {"mode", "moments", "gradients"}
-        flags = {flag: change for flag, change in flags.items() if not fixed & change.keys()}
-    return flags
+        flags["--mode lora --4bit"] = {**lora, "four_bit": True}
+    # What is "auto" already takes the cheaper value by itself. An engine that shards the model has
+    # one mode and one precision.
+    fixed = set() if engine == "replicas" else {"mode", "moments", "gradients"}
+    return {
+        flag: change
+        for flag, change in flags.items()
+        if not fixed & change.keys()
+        and any(getattr(config, name) not in ("auto", value) for name, value in change.items())
+    }

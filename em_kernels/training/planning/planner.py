@@ -18,7 +18,7 @@ from ..engines.optimizer import SLAB
 from ..models.loading import attention_of, auto_dtype
 from ..models.rounding import LENGTH
 from .activations import ModelMemory
-from .batch_sizes import BatchSizer
+from .batch_sizes import BatchSizes
 from .components import (
     CONTEXT_BYTES,
     FRAGMENTED_SHARE,
@@ -197,8 +197,9 @@ class Planner:
         room = self.device_limit - sum(device.values())
         room = int(room / (1 + FRAGMENTED_SHARE)) if cuda else room
         chunk = config.chunk_bytes or default_chunk_bytes(model, self.device_limit, cuda)
-        sizer = BatchSizer(config, model, self.prompt_tokens, self.launch.ranks, cuda, chunk)
-        batches = sizer.choose(room)
+        batches = BatchSizes(
+            config, model, self.prompt_tokens, self.launch.ranks, cuda, chunk, room
+        )
         slab = min(SLAB, trained)
         rounding = 2 * slab + 4 * min(LENGTH, slab) if device.get("master") else 0
         copied = not cuda and not lora and model.itemsize == 4

@@ -7,7 +7,7 @@ from .plan import Rates
 
 
 def update_seconds(
-    config: TrainConfig, model: ModelMemory, work: BatchSizes, rates: Rates
+    config: TrainConfig, model: ModelMemory, batches: BatchSizes, rates: Rates
 ) -> dict[str, float]:
     """Return an update's seconds by phase, an upper bound: each completion has full length."""
     new, sizes, itemsize = config.sampling.max_new_tokens, model.sizes, model.itemsize
@@ -15,10 +15,10 @@ def update_seconds(
     read = matrices * itemsize
     if config.four_bit:  # half a byte each is unpacked to memory, and that is read again
         read += sizes.linear_parameters * 5 // 2
-    steps = new * -(-work.completions // int(config.rollout_batch))
+    steps = new * -(-batches.completions // int(config.rollout_batch))
     # A cache grows from nothing, and its rows end at different times: three quarters on average.
-    fetched = steps * read + work.completions * new * work.cache_bytes * 3 // 4
-    produced = work.completions * new * 2 * matrices
+    fetched = steps * read + batches.completions * new * batches.cache_bytes * 3 // 4
+    produced = batches.completions * new * 2 * matrices
     seconds = {
         "sampling": max(
             fetched / rates.bandwidth, produced / rates.flops, steps * model.layers / rates.layers
@@ -27,12 +27,13 @@ def update_seconds(
     flops = (4 if config.mode == "lora" else 6) * matrices
     if config.gradient_checkpointing:
         flops += 2 * (matrices - model.vocab_size * model.hidden_size)
-    seconds["training"] = (work.completions * new + work.prompt_tokens) * flops / rates.flops
+    tokens = batches.completions * new + batches.prompt_tokens * batches.computed_prompts
+    seconds["training"] = tokens * flops / rates.flops
     gradient_bytes = 2 if config.gradients == "bf16" else 4
     state_bytes = 4 + 2 * (2 if config.moments == "bf16" else 4)  # master and both moments
     adamw_bytes = trained * (2 * state_bytes + gradient_bytes)
     if config.mode == "offload":
-        backwards = work.micro_batches + work.shared_prompts
+        backwards = batches.micro_batches + batches.shared_prompts
         added_up = trained * (itemsize + 2 * gradient_bytes)
         seconds["gradients to host"] = backwards * max(
             trained * itemsize / rates.pcie, added_up / rates.host
