@@ -1,6 +1,7 @@
 """Train a model by One-shot Entropy Minimization."""
 
 from contextlib import closing
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
@@ -18,6 +19,14 @@ from .run import Run, TrainResult
 from .runs.records import Running, check_output
 from .runs.trackers import Tracking
 from .task import Task, load_task
+
+
+class Prepared(NamedTuple):
+    """Everything that a run starts from."""
+
+    config: TrainConfig  # as asked; the plan has it with nothing left "auto"
+    task: Task
+    plan: Plan
 
 
 def train(
@@ -47,8 +56,7 @@ def train(
     console = console or Terminal(stderr=True)
     if not ranks.is_main:
         console = Console(quiet=True)
-    held = 0 if model is None else sum(p.nbytes for p in model.parameters())
-    config, task, plan = ranks.from_main(lambda: _prepare(config, resume, ranks, held, console))
+    config, task, plan = ranks.from_main(lambda: _prepare(config, model, resume, ranks, console))
     run = Run(config, plan, task, console, ranks)
     try:
         run.load(model)
@@ -86,8 +94,12 @@ def train(
 
 
 def _prepare(
-    config: TrainConfig, resume: bool, ranks: Ranks, held: int, console: Console
-) -> tuple[TrainConfig, Task, Plan]:
+    config: TrainConfig,
+    model: PreTrainedModel | None,
+    resume: bool,
+    ranks: Ranks,
+    console: Console,
+) -> Prepared:
     """Resolve settings, task and plan; write nothing."""
     if resume:
         config = recorded_settings(config)
@@ -102,8 +114,9 @@ def _prepare(
         no_template = "The tokenizer has no chat template: the prompt is used as it is."
         console.print(no_template, soft_wrap=True)
     longest = max(map(len, task.prompts))
+    loaded_bytes = 0 if model is None else sum(p.nbytes for p in model.parameters())
     what = f"planning memory of {architecture(task.model_config)}"
     with console.status("planning memory"), doing(what):
-        plan = resolve(config, task.model_config, longest, ranks.device, held, ranks.launch)
+        plan = resolve(config, task.model_config, longest, ranks.device, loaded_bytes, ranks.launch)
     plan.config.check_complete()
-    return config, task, plan
+    return Prepared(config, task, plan)

@@ -120,7 +120,9 @@ def test_a_token_that_the_model_does_not_have(folder, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.add_tokens(["<new>"])
     tokenizer.save_pretrained(model)
-    with pytest.raises(UserError, match=r"prompt: has token 267 \('<new>'\), the model 267 words"):
+    with pytest.raises(
+        UserError, match=r"prompt: has token 267 \('<new>'\), the model's vocabulary 267 entries"
+    ):
         run(settings(model, tmp_path / "run", prompt="a <new> one"))
     assert not (tmp_path / "run").exists()
 

@@ -82,6 +82,14 @@ class _LiveBytes(TorchDispatchMode):
         return peak
 
 
+class _MeasuredPrefix(NamedTuple):
+    """A shared prompt, and the memory of its backward."""
+
+    key: tuple[int, bool]  # its tokens, whether activations are recomputed
+    prefix: SharedPrefix
+    peaks: tuple[int, int]
+
+
 class _FakeModel:
     """A model of fake tensors; lora: the settings of its adapters."""
 
@@ -110,7 +118,7 @@ class _FakeModel:
             self._add_adapters(lora)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.live = _LiveBytes(self.model)
-        self.prefix: tuple[tuple[int, bool], SharedPrefix, tuple[int, int]] | None = None
+        self.measured_prefix: _MeasuredPrefix | None = None
 
     def _add_adapters(self, lora: TrainConfig) -> None:
         from peft import LoraConfig, inject_adapter_in_model
@@ -160,19 +168,20 @@ class _FakeModel:
 
     def _prefix(self, key: tuple[int, bool] | None) -> tuple[SharedPrefix | None, tuple[int, int]]:
         """Return the prompt's prefix, kept until another is asked for, and its backward's peaks."""
-        if self.prefix is not None and self.prefix[0] != key:
-            self.prefix = None
+        if self.measured_prefix is not None and self.measured_prefix.key != key:
+            self.measured_prefix = None
         if key is None:
             return None, (0, 0)
-        if self.prefix is None:
+        if self.measured_prefix is None:
             prefix = SharedPrefix(self.model, [0] * key[0])
             self.live.take_peak()
             for leaf in prefix.leaves:
                 leaf.grad = torch.zeros_like(leaf) if leaf.requires_grad else None
             peaks = self._backward_peaks(prefix.backward)
             del prefix, leaf
-            self.prefix = key, SharedPrefix(self.model, [0] * key[0]), peaks
-        return self.prefix[1:]
+            again = SharedPrefix(self.model, [0] * key[0])
+            self.measured_prefix = _MeasuredPrefix(key, again, peaks)
+        return self.measured_prefix.prefix, self.measured_prefix.peaks
 
     def _backward_peaks(self, backward: Callable[[], object]) -> tuple[int, int]:
         """Return the peak until all layers have their gradients, and the peak of what follows: the

@@ -20,10 +20,10 @@ SHORT_ROWS = 8
 
 @dataclass
 class BatchSizes:
-    """One rank's batch sizes: the largest with which what comes and goes fits into `room` bytes.
+    """One rank's batch sizes: the largest whose passing memory fits into `room` bytes.
 
-    settings: those that they complete. passing: bytes by component that come and go. efficient:
-    larger batches would hardly be faster. The rest says how much work an update is.
+    settings: the sizes, for the config. passing: their bytes by component. efficient: larger ones
+    would hardly be faster. The other attributes say how much work an update is.
     """
 
     config: TrainConfig
@@ -47,14 +47,14 @@ class BatchSizes:
         self.settings: dict[str, Any] = {}
         rows, target_rows = self._choose_micro_batch()
         sampled = self._choose_rollout_batch()
-        self.passing |= self._most(rows)
+        self.passing |= self._worst_case(rows)
         if config.chunk_bytes is None and config.mode == "offload" and self.cuda:
             # Each chunk may send a gradient of the whole head to the host: chunks are as large as
             # the memory that the backward needs later allows.
             spare = self.chunk_bytes + phases(self.passing)["backward"]
             spare -= phases(self.passing)["head"]
             self.chunk_bytes = max(self.chunk_bytes, 1 << max(0, spare.bit_length() - 1))
-            self.passing |= self._most(rows)
+            self.passing |= self._worst_case(rows)
         self.settings["chunk_bytes"] = self.chunk_bytes
         enough_tokens = min(target_rows * self.row_tokens, EFFICIENT_TOKENS)
         enough_sampled = min(self.completions, EFFICIENT_ROWS)
@@ -66,7 +66,7 @@ class BatchSizes:
             self.shared_prompts = self.computed_prompts = prompts
 
     def _choose_micro_batch(self) -> tuple[int, int]:
-        """Return its rows, and as many as would be best."""
+        """Choose the rows of a micro-batch; return them and the rows that would be efficient."""
         config, target = self.config, self.config.micro_batch
         if target == "auto":
             target = TARGET_TOKENS["cuda" if self.cuda else "cpu"]
@@ -74,12 +74,12 @@ class BatchSizes:
         self.recompute = config.gradient_checkpointing is True
         if config.gradient_checkpointing == "auto":
             enough = min(target_rows, -(-ENOUGH_TOKENS // self.row_tokens))
-            self.recompute = self.room <= 0 or peak(self._most(enough)) > self.room
+            self.recompute = self.room <= 0 or peak(self._worst_case(enough)) > self.room
         if config.micro_batch == "auto":
             rows = self._largest(lambda n: self._passing(n, self.new_tokens), target_rows)
-            if peak(self._most(rows)) > self.room:
-                rows = self._largest(self._most, rows)
-            while rows > 1 and peak(self._most(rows)) > self.room:
+            if peak(self._worst_case(rows)) > self.room:
+                rows = self._largest(self._worst_case, rows)
+            while rows > 1 and peak(self._worst_case(rows)) > self.room:
                 rows = rows * 3 // 4
             rows = _even(self.max_rows, rows)
             self.settings["micro_batch"] = rows * self.row_tokens
@@ -89,7 +89,7 @@ class BatchSizes:
         return rows, target_rows
 
     def _choose_rollout_batch(self) -> int:
-        """Return how many completions are sampled side by side."""
+        """Choose and return how many completions are sampled side by side."""
         each = completion_bytes(self.config, self.model, self.prompt_tokens, self.cuda)
         if self.config.rollout_batch == "auto":
             limit = min(self.completions, MAX_SAMPLED_ROWS, self.room // sum(each.values()))
@@ -112,7 +112,7 @@ class BatchSizes:
             "recompute, gradients": found.peak - found.after_forward + unpacked,
         }
 
-    def _most(self, rows: int) -> dict[str, int]:
+    def _worst_case(self, rows: int) -> dict[str, int]:
         """Return the bytes of the micro-batch that needs most: of full-length completions, or of
         short ones, which are more rows, each with the shared prompt's keys and values.
         """
@@ -123,20 +123,20 @@ class BatchSizes:
             shapes.append((widest, short))
         return max((self._passing(*shape) for shape in shapes), key=peak)
 
-    def _largest(self, components: Callable[[int], dict[str, int]], most: int) -> int:
-        """Return up to `most` rows, at least 1, whose components fit into the room. Interpolates
-        between 1 row and `most`: activations are convex in the rows, so it is seldom too many.
+    def _largest(self, components: Callable[[int], dict[str, int]], max_rows: int) -> int:
+        """Return up to `max_rows` rows, at least 1, that fit into the room. Interpolates
+        between 1 row and `max_rows`: activations are convex in the rows, so it is seldom too many.
         """
-        if most == 1 or self.room <= 0:
+        if max_rows == 1 or self.room <= 0:
             return 1
-        last = peak(components(most))
+        last = peak(components(max_rows))
         if last <= self.room:
-            return most
+            return max_rows
         first = peak(components(1))
         if first >= self.room:
             return 1
-        slope = (last - first) / (most - 1)
-        return max(1, min(most - 1, 1 + int((self.room - first) / slope)))
+        slope = (last - first) / (max_rows - 1)
+        return max(1, min(max_rows - 1, 1 + int((self.room - first) / slope)))
 
 
 def _even(total: int, size: int) -> int:

@@ -83,8 +83,8 @@ class Plan:
     def problems(self) -> list[str]:
         limits = {"device": self.device_limit, "host": self.host_limit}
         return [
-            f"{size / GIB:.2f} GiB of {side} memory are missing (of "
-            f"{(limits[side] + size) / GIB:.2f}, {limits[side] / GIB:.2f} are there)"
+            f"{size / GIB:.2f} GiB of {side} memory are missing (it needs "
+            f"{(limits[side] + size) / GIB:.2f}, {limits[side] / GIB:.2f} are available)"
             for side, size in self.missing.items()
         ]
 

@@ -41,14 +41,14 @@ def resolve(
     model_config: PreTrainedConfig,
     prompt_tokens: int,
     device: torch.device,
-    held: int = 0,
+    loaded_bytes: int = 0,
     launch: LaunchSpec = ONE_PROCESS,
 ) -> Plan:
     """Return the plan of a run, its settings complete.
 
     Raises: UserError where nothing fits: what is missing, and what would help, cheapest first.
     """
-    planner = Planner(config, model_config, prompt_tokens, device, held=held, launch=launch)
+    planner = Planner(config, model_config, prompt_tokens, device, 0, loaded_bytes, launch)
     plan = planner.choose()
     if not plan.fits:
         help = f"try {', or '.join(plan.remedies)}" if plan.remedies else "take a smaller model"
@@ -72,7 +72,7 @@ class Planner:
 
     Args:
         download: bytes to download; None: all weights, in the dtype that the config names.
-        held: bytes of the model that are on the device already.
+        loaded_bytes: those of the model that are on the device already.
         launch: the run's processes; the plan is of one of them.
 
     Raises: UserError for settings that the launch's engine does not support.
@@ -85,7 +85,7 @@ class Planner:
         prompt_tokens: int,
         device: torch.device,
         download: int | None = 0,
-        held: int = 0,
+        loaded_bytes: int = 0,
         launch: LaunchSpec = ONE_PROCESS,
     ) -> None:
         self.model_config, self.prompt_tokens = model_config, prompt_tokens
@@ -97,7 +97,7 @@ class Planner:
             config = config.model_copy(update={"dtype": auto_dtype(device.type)})
         self.config, self.dtype = config, getattr(torch, config.dtype)
         if config.host_memory is None:
-            limit = free_host_bytes() // launch.on_machine + (0 if self.cuda else held)
+            limit = free_host_bytes() // launch.on_machine + (0 if self.cuda else loaded_bytes)
         else:
             limit = int(config.host_memory * GIB) // launch.on_machine
         self.device_limit = self.host_limit = limit
@@ -105,7 +105,7 @@ class Planner:
             self.device_limit = int(config.gpu_memory * GIB)
         elif self.cuda and torch.cuda.is_available():
             # Asking creates the context; its libraries are loaded later.
-            self.device_limit = free_bytes(device) + held + CONTEXT_BYTES - LIBRARIES_BYTES
+            self.device_limit = free_bytes(device) + loaded_bytes + CONTEXT_BYTES - LIBRARIES_BYTES
         elif self.cuda:
             raise UserError("gpu_memory: torch sees no CUDA GPU; give the GiB of one to plan for")
         self.models: dict[tuple | None, ModelMemory] = {}
