@@ -94,11 +94,7 @@ def train(
 
 
 def _prepare(
-    config: TrainConfig,
-    model: PreTrainedModel | None,
-    resume: bool,
-    ranks: Ranks,
-    console: Console,
+    config: TrainConfig, model: PreTrainedModel | None, resume: bool, ranks: Ranks, console: Console
 ) -> Prepared:
     """Resolve settings, task and plan; write nothing."""
     if resume:
