@@ -50,7 +50,8 @@ class Bounce:
             part = slice(start, min(start + rows, len(source)))
             host = self._next(source[part])
             arrived = self._copy(host, source[part])
-            self.busy[self.turn] = self.thread.submit(_empty, arrived, put, part, host).result
+            job = self.thread.submit(_put_when_arrived, arrived, put, part, host)
+            self.busy[self.turn] = job.result
         if self.side is not None and reused:
             torch.cuda.current_stream(source.device).wait_stream(self.side)
 
@@ -63,7 +64,7 @@ class Bounce:
         with torch.cuda.stream(self.side):
             host.copy_(source, non_blocking=True)
             source.record_stream(self.side)  # keeps its memory until it is copied
-            return _marked(self.side)
+            return _waiter_for(self.side)
 
     def send(self, target: Tensor, values: Tensor) -> None:
         """Copy host values, at most a buffer, into a target, in the order of the current stream."""
@@ -71,7 +72,7 @@ class Bounce:
         host.copy_(values)  # casts
         target.copy_(host, non_blocking=True)
         if target.is_cuda:
-            self.busy[self.turn] = _marked(torch.cuda.current_stream(target.device))
+            self.busy[self.turn] = _waiter_for(torch.cuda.current_stream(target.device))
 
     def wait(self) -> None:
         """Wait until the host has everything, and the buffers are free."""
@@ -82,12 +83,12 @@ class Bounce:
         self.thread.shutdown()
 
 
-def _empty(arrived: Callable, put: Callable, part: slice, host: Tensor) -> None:
+def _put_when_arrived(arrived: Callable, put: Callable, part: slice, host: Tensor) -> None:
     arrived()
     put(part, host)
 
 
-def _marked(stream: torch.cuda.Stream) -> Callable[[], object]:
+def _waiter_for(stream: torch.cuda.Stream) -> Callable[[], object]:
     """Return a function that waits, asleep, for the stream's work so far."""
     return stream.record_event(torch.cuda.Event(blocking=True)).synchronize
 

@@ -16,6 +16,7 @@ from ..models.rounding import to_bf16
 from .offload import Bounce, zeros_in_files
 
 SLAB = 1 << 21  # elements; the fastest of 2^20, 2^21, 2^22 (2-core CPU), and fits a buffer in fp64
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of moments, gradients in settings
 KINDS = ("master", "exp_avg", "exp_avg_sq", "gradient")
 NORM_ROW = 256  # elements summed in fp32: a CPU's norm of 2^24 at once is wrong by 8e-4
 

@@ -9,7 +9,7 @@ from ...hf import head_of, require_gradients
 from ..rollouts.sampling import Rollout
 from ..runs.checkpoint import Writer, write_model
 from .base import Engine
-from .optimizer import MasterAdamW, adamw_options
+from .optimizer import PRECISIONS, MasterAdamW, adamw_options
 from .step import StepLoss, can_share_prefix, entropy_step
 
 
@@ -34,15 +34,14 @@ class Replicas(Engine):
         self.head = head_of(model)
         if config.share_prefix and not can_share_prefix(model):
             self.config = config.model_copy(update={"share_prefix": False})
-        dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
         offload = config.mode == "offload"
         self.optimizer = MasterAdamW(
             model.named_parameters(),
             **adamw_options(config),
             clip=config.clip,
             device=torch.device("cpu") if offload else self.ranks.device,
-            moments=dtypes[config.moments],
-            gradients=dtypes[config.gradients],
+            moments=PRECISIONS[config.moments],
+            gradients=PRECISIONS[config.gradients],
             folder=config.offload_dir if offload else None,
         )
 

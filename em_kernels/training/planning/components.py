@@ -10,7 +10,7 @@ from ...ops.inputs import chunk_length
 from ...ops.sparse import SAMPLE
 from ..config import TrainConfig
 from ..engines.offload import BUFFER_BYTES
-from ..engines.optimizer import SLAB, state_bytes
+from ..engines.optimizer import PRECISIONS, SLAB, state_bytes
 from ..models.rounding import LENGTH
 from .activations import ModelMemory
 from .plan import GIB, MIB
@@ -34,8 +34,6 @@ STATISTICS_BYTES = 132  # a token
 CHOICE_BYTES = 36  # a vocabulary entry, where the columns that need a gradient are chosen
 GREEDY_BYTES, PLAIN_BYTES, TOP_K_BYTES, TOP_P_BYTES = 16, 24, 28, 34  # a vocabulary entry
 CUDA_SORT_BYTES = 24  # a vocabulary entry: keys and indices once more, in a GPU's sort (estimated)
-
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class FixedBytes(NamedTuple):

@@ -14,7 +14,7 @@ from ...ops.free_memory import free_host_bytes
 from ...ops.inputs import free_bytes
 from ..config import FULL_LR, LORA_LR, TrainConfig, UserError
 from ..distributed import LaunchSpec
-from ..engines.optimizer import SLAB
+from ..engines.optimizer import PRECISIONS, SLAB
 from ..models.loading import attention_of, auto_dtype
 from ..models.rounding import LENGTH
 from .activations import ModelMemory
@@ -24,7 +24,6 @@ from .components import (
     FRAGMENTED_SHARE,
     LIBRARIES_BYTES,
     NOISE_BYTES,
-    PRECISIONS,
     SMALL_STATE_BYTES,
     default_chunk_bytes,
     fixed_bytes,

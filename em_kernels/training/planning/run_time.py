@@ -1,6 +1,7 @@
 """Estimate an update's seconds from the rates of a machine."""
 
 from ..config import TrainConfig
+from ..engines.optimizer import PRECISIONS
 from .activations import ModelMemory
 from .batch_sizes import BatchSizes
 from .plan import Rates
@@ -29,8 +30,8 @@ def update_seconds(
         flops += 2 * (matrices - model.vocab_size * model.hidden_size)
     tokens = batches.completions * new + batches.prompt_tokens * batches.computed_prompts
     seconds["training"] = tokens * flops / rates.flops
-    gradient_bytes = 2 if config.gradients == "bf16" else 4
-    state_bytes = 4 + 2 * (2 if config.moments == "bf16" else 4)  # master and both moments
+    gradient_bytes = PRECISIONS[config.gradients].itemsize
+    state_bytes = 4 + 2 * PRECISIONS[config.moments].itemsize  # master and both moments
     adamw_bytes = trained * (2 * state_bytes + gradient_bytes)
     if config.mode == "offload":
         backwards = batches.micro_batches + batches.shared_prompts
