@@ -1,6 +1,6 @@
-"""What docs/memory.md shows of `em-kernels plan`, between its markers; run, writes it anew.
+"""Write the plans in docs/memory.md, between its markers, anew.
 
-From the models' shapes alone: a folder with the config.json of each stands in for the hub's.
+Needs the models' shapes only: folders with a config.json each stand in for the hub's models.
 """
 
 import io
@@ -25,7 +25,7 @@ from benchmarks.gpu_24gb import save_task
 
 PAGE = Path(__file__).with_name("memory.md")
 MODEL = "Qwen/Qwen2.5-Math-"
-MACHINES = {  # GiB that can be used: of the card, of the host
+MACHINES = {  # usable GiB of the card and of the host
     "laptop, 8 GB card, 32 GB of RAM": (7.2, 29),
     "laptop, 12 GB card, 32 GB": (11, 29),
     "laptop, 16 GB card, 64 GB": (15, 60),
@@ -47,17 +47,17 @@ ENGINES = {  # name, optimizer's state on the host
     "ZeRO-2, state on the host": ("deepspeed", True),
 }
 SIZES = ("7B", "1.5B")
-SHOWN = "24 GB card, 64 GB"  # in full, for the first size
+SHOWN = "24 GB card, 64 GB"  # the machine whose plan of the first size is printed in full
 
 
 class Shared(Planner):
-    """What was found of a model's shapes serves every machine."""
+    """A planner whose measurements of a model serve every machine."""
 
     known: dict[str, dict] = {}
 
-    def sketch(self, config: TrainConfig):  # noqa: ANN201
-        self.sketches = self.known.setdefault(self.config.model, {})
-        return super().sketch(config)
+    def model_memory(self, config: TrainConfig):  # noqa: ANN201
+        self.models = self.known.setdefault(self.config.model, {})
+        return super().model_memory(config)
 
 
 def command(model: str) -> str:
@@ -82,7 +82,7 @@ def cell(plan: Plan, chosen: bool) -> str:
 
 
 def table(model: str, machines: Sequence[str]) -> list[str]:
-    """Lines of Markdown: the header and a row a machine."""
+    """Return lines of Markdown: a header and a row for each machine."""
     config = open_config(model)
     rows, header = [], ""
     for name in machines:
@@ -97,15 +97,15 @@ def table(model: str, machines: Sequence[str]) -> list[str]:
 
 
 def several(model: str) -> list[str]:
-    """Lines of Markdown: what a process needs where there are several."""
+    """Return lines of Markdown: what one of several processes needs, by engine."""
     config = open_config(model)
     rows = [f"| | {' | '.join(ENGINES)} |", "|" + "---|" * (len(ENGINES) + 1)]
     for name, (gpu, host, cards) in SEVERAL.items():
         cells = []
         for engine, on_host in ENGINES.values():
             asked = TrainConfig(model=model, gpu_memory=gpu, host_memory=host)
-            world = LaunchSpec(cards, cards, engine, on_host)
-            plan = Shared(asked, config, 128, torch.device("cuda"), world=world).choose()
+            launch = LaunchSpec(cards, cards, engine, on_host)
+            plan = Shared(asked, config, 128, torch.device("cuda"), launch=launch).choose()
             what = f"`{plan.name}` " if engine == "replicas" and plan.fits else ""
             cells.append(what + cell(plan, False))
         rows.append(f"| {name} | {' | '.join(cells)} |")
@@ -114,7 +114,7 @@ def several(model: str) -> list[str]:
 
 @contextmanager
 def folders() -> Iterator[None]:
-    """Work where the models' names are folders' with a config.json."""
+    """Work in a folder in which the models' names are folders with a config.json."""
     here = os.getcwd()
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
@@ -127,7 +127,7 @@ def folders() -> Iterator[None]:
 
 
 def text() -> str:
-    """All that stands between the markers."""
+    """Return what stands between the markers."""
     lines = ["", command(MODEL + SIZES[0]), ""]
     for size in SIZES:
         lines += [f"{MODEL}{size}:", "", *table(MODEL + size, list(MACHINES)), ""]

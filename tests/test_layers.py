@@ -37,14 +37,15 @@ commands
 training.report
 training.evaluation
 training.trainer
+training.run
 training.planning
-training.engines training.task
+training.engines training.task training.resume
 training.runs
 training.distributed training.models
 training.rollouts training.data
 training.presets
 training.config
-training.settings training.interrupts training.console training.run_folder
+training.settings training.interrupts training.console training.run_folder training.out_of_memory
 hf hf_trainer trl
 functional losses
 ops.torch_library

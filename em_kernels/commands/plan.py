@@ -1,4 +1,4 @@
-"""`em-kernels plan`: what a run needs, and whether this machine or another has it."""
+"""`em-kernels plan`: the memory, disk and time that a run needs, and whether a machine has them."""
 
 import argparse
 import json
@@ -16,6 +16,7 @@ from ..training.config import TrainConfig
 from ..training.console import Terminal
 from ..training.distributed import ENGINES, LaunchSpec
 from ..training.interrupts import doing
+from ..training.models.demo_model import ARCHITECTURE
 from ..training.models.loading import architecture, in_short
 from ..training.planning.plan import GIB, PHASES, Plan, phases
 from ..training.planning.planner import Planner
@@ -23,14 +24,14 @@ from ..training.settings import UserError
 from ..training.task import check_context
 from .flags import as_flags, train_settings
 
-HELP = """Nothing but the model's config.json is read: --model may also name that file. More flags:
---prompt-tokens N, of the prompt's length (128); --json, everything as JSON; --ranks N, of as many
-processes on a machine, with --engine fsdp2 or deepspeed where these divide the model, and --on-host
-where they keep the optimizer's state there.
+HELP = """Reads nothing but the model's config.json; --model may also name that file. More flags:
+--prompt-tokens N, the prompt's length (128); --json, everything as JSON; --ranks N, so many
+processes on one machine, with --engine fsdp2 or deepspeed if these shard the model, and --on-host
+if they keep the optimizer's state in host memory.
 
-For another machine: --gpu-memory and --host-memory take GiB, of which a card sold with 24 GB has 22
-to 23.5, and no GPU need be here. Example: em-kernels plan --model Qwen/Qwen2.5-Math-7B
---gpu-memory 22.5 --host-memory 89"""
+For another machine: --gpu-memory and --host-memory take GiB; a card sold with 24 GB has 22 to 23.5.
+No GPU is needed here. Example: em-kernels plan --model Qwen/Qwen2.5-Math-7B --gpu-memory 22.5
+--host-memory 89"""
 CAUTION = (
     "Entropy minimisation is sensitive to the prompt and the seed; a plan promises that a run "
     "fits, not that the model gets better."
@@ -39,78 +40,71 @@ PINNED = ("mode", "four_bit", "offload_dir", "moments", "gradients")
 
 
 def run(arguments: list[str]) -> int:
-    """Print what a run needs; 0 if the chosen mode fits, 1 if it does not."""
-    before = argparse.ArgumentParser(prog="em-kernels plan", add_help=False, allow_abbrev=False)
-    before.add_argument("--json", action="store_true")
-    before.add_argument("--prompt-tokens", type=int, default=128)
-    before.add_argument("--ranks", type=int, default=1)
-    before.add_argument("--engine", choices=ENGINES, default=ENGINES[0])
-    before.add_argument("--on-host", action="store_true")
-    known, rest = before.parse_known_args(arguments)
+    """Print what a run needs; return 0 if the chosen mode fits, 1 if it does not."""
+    parser = argparse.ArgumentParser(prog="em-kernels plan", add_help=False, allow_abbrev=False)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--prompt-tokens", type=int, default=128)
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--engine", choices=ENGINES, default=ENGINES[0])
+    parser.add_argument("--on-host", action="store_true")
+    known, rest = parser.parse_known_args(arguments)
     config, _ = train_settings("plan", rest, HELP)
     for name in ("prompt_tokens", "ranks"):
         if getattr(known, name) < 1:
             raise UserError(f"{name}: must be at least 1")
     if known.on_host and known.engine == ENGINES[0]:
         raise UserError("on_host: goes with an engine; replicas have --mode offload")
-    world = LaunchSpec(known.ranks, known.ranks, known.engine, known.on_host)
+    launch = LaunchSpec(known.ranks, known.ranks, known.engine, known.on_host)
     model_config = open_config(config.model)
-    longest = known.prompt_tokens, config.sampling.max_new_tokens
-    check_context(model_config, *longest, "prompt_tokens: are", "lower it")
-    there = torch.cuda.is_available() or config.gpu_memory is not None
-    device = torch.device("cuda" if config.device != "cpu" and there else "cpu")
-    if config.device == "cuda":
-        device = torch.device("cuda")
+    tokens, new_tokens = known.prompt_tokens, config.sampling.max_new_tokens
+    check_context(model_config, tokens, new_tokens, "prompt_tokens: are", "lower it")
+    cuda = config.device == "cuda" or (
+        config.device == "auto" and (torch.cuda.is_available() or config.gpu_memory is not None)
+    )
+    device = torch.device("cuda" if cuda else "cpu")
     what = f"planning memory of {architecture(model_config)}"
     with Terminal(stderr=True).status("running the model's shapes"), doing(what):
         download = download_bytes(config.model)
-        planner = Planner(config, model_config, known.prompt_tokens, device, download, world=world)
+        planner = Planner(config, model_config, tokens, device, download, launch=launch)
         modes, chosen = planner.modes(), planner.choose()
-    command = shlex.join([*launcher(world), "train", *as_flags(command_of(config, chosen))])
+    command = shlex.join([*launcher(launch), "train", *as_flags(command_of(config, chosen))])
     if known.json:
         plans = [as_json(plan) for plan in modes]
         found = {"modes": plans, "chosen": as_json(chosen), "command": command, "note": CAUTION}
         print(json.dumps(found, indent=2))
     else:
         show(Terminal(), modes, chosen, command)
-        if world.ranks > 1:
-            print(f"All of this is of one of {world.ranks} processes on one machine.")
+        if launch.ranks > 1:
+            print(f"Everything above is for one of {launch.ranks} processes on one machine.")
     return 0 if chosen.fits else 1
 
 
-def launcher(world: LaunchSpec) -> list[str]:
-    """The words that a launch command begins with."""
-    if world == LaunchSpec():
+def launcher(launch: LaunchSpec) -> list[str]:
+    """Return the beginning of the command that launches these processes."""
+    if launch == LaunchSpec():
         return ["em-kernels"]
     options = {
-        "replicas": ["--multi_gpu"] if world.ranks > 1 else [],
+        "replicas": ["--multi_gpu"] if launch.ranks > 1 else [],
         "fsdp2": ["--use_fsdp", "--fsdp_version", "2"],
         "deepspeed": ["--use_deepspeed", "--zero_stage", "2"],
-    }[world.engine]
-    if world.on_host and world.engine == "fsdp2":
+    }[launch.engine]
+    if launch.on_host and launch.engine == "fsdp2":
         options += ["--fsdp_offload_params", "true"]
-    elif world.on_host:
+    elif launch.on_host:
         options += ["--offload_optimizer_device", "cpu"]
-    count = ["--num_processes", str(world.ranks)]
+    count = ["--num_processes", str(launch.ranks)]
     return ["accelerate", "launch", *count, *options, "-m", "em_kernels.cli"]
 
 
 def open_config(model: str) -> PreTrainedConfig:
-    """Raises: UserError where there is none."""
+    """Open the config of what the setting `model` names, which may also be a config.json.
+
+    Raises: UserError where there is none.
+    """
     if not model:
         raise UserError('model: missing; name a hub id, a local folder, a config.json, or "demo"')
     if model == "demo":
-        return LlamaConfig(
-            hidden_size=576,
-            intermediate_size=1536,
-            num_hidden_layers=30,
-            num_attention_heads=9,
-            num_key_value_heads=3,
-            vocab_size=49152,
-            max_position_embeddings=8192,
-            tie_word_embeddings=True,
-            dtype="float32",
-        )
+        return LlamaConfig(**ARCHITECTURE)
     path = Path(model).expanduser()
     if model.startswith((".", "/", "~")) and not path.exists():
         raise UserError(f"model: there is no {model}")
@@ -121,7 +115,7 @@ def open_config(model: str) -> PreTrainedConfig:
 
 
 def download_bytes(model: str) -> int | None:
-    """Bytes of weights to download; 0 if they are here, None if the hub does not tell."""
+    """Return the bytes of weights to download: 0 if they are here, None if the hub cannot say."""
     from huggingface_hub import HfApi, try_to_load_from_cache
 
     if model == "demo" or Path(model).expanduser().exists():
@@ -137,7 +131,9 @@ def download_bytes(model: str) -> int | None:
 
 
 def command_of(config: TrainConfig, chosen: Plan) -> TrainConfig:
-    """The user's settings, with what the plan chose that changes the result or where it is kept."""
+    """Return the user's settings with those choices of the plan that change the result, or where
+    it is kept.
+    """
     changes: dict[str, Any] = {name: getattr(chosen.config, name) for name in PINNED}
     path = Path(config.model)
     if path.suffix == ".json":
@@ -148,17 +144,21 @@ def command_of(config: TrainConfig, chosen: Plan) -> TrainConfig:
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
-    """Bytes and seconds."""
-    found = {**vars(plan), "config": plan.config.model_dump(mode="json")}
-    found["rates"] = plan.rates._asdict()
+    """Return a plan as JSON has it, in bytes and seconds."""
     names = ("name", "fits", "problems", "device_total", "host_total", "run_seconds")
-    return {name: getattr(plan, name) for name in names} | {"phases": phases(plan.device)} | found
+    return {
+        **{name: getattr(plan, name) for name in names},
+        "phases": phases(plan.device),
+        **vars(plan),
+        "config": plan.config.model_dump(mode="json"),
+        "rates": plan.rates._asdict(),
+    }
 
 
 def show(console: Console, modes: list[Plan], chosen: Plan, command: str) -> None:
-    """The table of modes, what the chosen one is made of, and its command."""
-    one = not chosen.host
-    columns = ["mode", "memory" if one else "device", "host", "disk", "micro-batch", "rollouts"]
+    """Print a table of the modes, the components of the chosen one, and its command."""
+    shared = not chosen.host  # on a CPU, where host and device share their memory
+    columns = ["mode", "memory" if shared else "device", "host", "disk", "micro-batch", "rollouts"]
     table = Table(*columns, "update", "run", "fits", title=f"{chosen.config.model}: GiB, minutes")
     for plan in modes:
         sizes = [plan.device_total, plan.host_total, sum(plan.disk.values()) + plan.download]
@@ -172,29 +172,39 @@ def show(console: Console, modes: list[Plan], chosen: Plan, command: str) -> Non
             "yes" if plan.fits else "no",
         )
     console.print(table)
-    parts = Table(f"mode {chosen.name}", "GiB", "", title="What it is made of")
-    for name, size in chosen.device.items():
-        when = [phase for phase, members in PHASES.items() if name in members]
-        text = f"in {' and '.join(when)}" if when else "" if one else "device"
-        if size >= GIB // 1000:
-            parts.add_row(name, f"{size / GIB:.2f}", text)
-    for where, elsewhere in (("host", chosen.host), ("disk", chosen.disk)):
-        for name, size in elsewhere.items():
+    parts = Table(f"mode {chosen.name}", "GiB", "", title="Components")
+    always = "" if shared else "device"
+    for where, components in (
+        (always, chosen.device),
+        ("host", chosen.host),
+        ("disk", chosen.disk),
+    ):
+        for name, size in components.items():
+            when = [phase for phase, members in PHASES.items() if name in members]
             if size >= GIB // 1000:
-                parts.add_row(name, f"{size / GIB:.2f}", where)
+                place = f"in {' and '.join(when)}" if when else where
+                parts.add_row(name, f"{size / GIB:.2f}", place)
     console.print(parts)
     say = partial(console.print, soft_wrap=True, highlight=False, markup=False)
-    there = f"memory {chosen.device_limit / GIB:.1f} GiB"
-    say("There:", there if one else f"device {there}, host {chosen.host_limit / GIB:.1f} GiB")
-    often = ", ".join(f"{name} {s:.1f}" for name, s in chosen.seconds.items())
-    once = ", ".join(f"{name} {s:.1f}" for name, s in chosen.once.items())
-    new, r = chosen.config.sampling.max_new_tokens, chosen.rates
-    say(f"Seconds of an update, at most, of {new} new tokens each: {often}. Once: {once}.")
+    limits, r = f"memory {chosen.device_limit / GIB:.1f} GiB", chosen.rates
+    machine = "two cores of a processor"
+    if not shared:
+        limits = f"device {limits}, host {chosen.host_limit / GIB:.1f} GiB"
+        machine = "a 24 GB card such as an RTX 3090 or 4090"
+    each, once = (
+        ", ".join(f"{name} {s:.1f}" for name, s in seconds.items())
+        for seconds in (chosen.seconds, chosen.once)
+    )
+    say(f"Available: {limits}")
     say(
-        f"As {r.flops / 1e12:g} TFLOP/s, {r.bandwidth / 1e9:g} GB/s of device memory, "
-        f"{r.pcie / 1e9:g} to the host, {r.host / 1e9:g} in AdamW there, {r.disk / 1e9:g} of disk, "
-        f"{r.download / 1e9:g} of download, {r.layers:g} layers/s when sampling: "
-        + ("two cores of a processor." if one else "a 24 GB card such as an RTX 3090 or 4090.")
+        "Seconds of an update in which all completions reach "
+        f"{chosen.config.sampling.max_new_tokens} tokens: {each}. Once: {once}."
+    )
+    say(
+        f"Assuming {machine}: {r.flops / 1e12:g} TFLOP/s, {r.bandwidth / 1e9:g} GB/s of device "
+        f"memory, {r.pcie / 1e9:g} between host and device, {r.host / 1e9:g} in AdamW on the host, "
+        f"{r.disk / 1e9:g} of disk, {r.download / 1e9:g} of download; {r.layers:g} layers/s in "
+        "sampling."
     )
     if chosen.fits:
         say(f"Mode {chosen.name} fits. To run it:\n\n{command}\n")

@@ -45,8 +45,10 @@ class Sampling(Settings):
 
 
 class TrainConfig(Settings):
-    """One-shot Entropy Minimization: sample completions of one prompt, then minimise the entropy of
-    their next-token distributions. The defaults are the paper's (arXiv 2505.20282).
+    """Settings of a One-shot Entropy Minimization run.
+
+    Completions of one prompt are sampled, then the entropy of their next-token distributions is
+    minimised. The defaults are the paper's (arXiv 2505.20282).
     """
 
     model: str = ""

@@ -1,5 +1,5 @@
-"""A run's processes, one a device: which this one is, who holds what, and what they tell each
-other. They are started by `accelerate launch` or torchrun; one process is the special case.
+"""A run's processes, one a device, started by `accelerate launch` or torchrun, and what they tell
+each other; one process is the special case.
 """
 
 import os
@@ -21,50 +21,44 @@ from .settings import UserError
 
 T = TypeVar("T")
 ENGINES = ("replicas", "fsdp2", "deepspeed")
-PATIENCE = timedelta(hours=2)  # of ranks, while one writes or reads; NCCL's own is ten minutes
+TIMEOUT = timedelta(hours=2)  # while rank 0 reads or writes; NCCL's own is ten minutes
 
 
 class LaunchSpec(NamedTuple):
-    """A run's processes.
+    """A run's processes, and who holds weights and optimizer.
 
-    on_machine: how many share one host's memory.
-    engine: who holds weights and optimizer. replicas: every rank all of them, and gradients are
-        added up (what accelerate calls MULTI_GPU or MULTI_CPU); fsdp2: each a part of both;
-        deepspeed: weights whole, of gradients and optimizer a part (ZeRO 2).
-    on_host: its state is in host memory, as the engine's own settings have it.
+    engine: replicas: every rank holds all, and gradients are added up (accelerate's MULTI_GPU or
+        MULTI_CPU); fsdp2: each rank a part of both; deepspeed: the weights, and a part of gradients
+        and optimizer (ZeRO 2).
     """
 
     ranks: int = 1
-    on_machine: int = 1
+    on_machine: int = 1  # ranks that share a host's memory
     engine: str = "replicas"
-    on_host: bool = False
+    on_host: bool = False  # the engine keeps the optimizer's state in host memory
 
 
 class Ranks:
-    """The processes of a run, as one of them sees them.
-
-    index, count: of this process (its rank), and of all.
-    device: this process's, with its index.
-    """
+    """A run's processes, as one of them sees them: its rank is `index`, one of `count`."""
 
     def __init__(self, accelerator: Accelerator, device: torch.device) -> None:
         self.accelerator, self.device = accelerator, device
-        there = dist.is_initialized()
-        # accelerate's own count is 1 where DeepSpeed runs on CPUs
-        self.index, self.count = (dist.get_rank(), dist.get_world_size()) if there else (0, 1)
+        several = dist.is_initialized()
+        # accelerate's own count is 1 where DeepSpeed runs on CPUs.
+        self.index, self.count = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
         state: Any = accelerator.state
         self.plugin: Any = None  # accelerate's settings of the engine
         engine, on_host = "replicas", False
         if accelerator.distributed_type == DistributedType.DEEPSPEED:
             engine, self.plugin = "deepspeed", state.deepspeed_plugin
             on_host = self.plugin.offload_optimizer_device != "none"
-        elif there and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        elif several and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
             engine = "fsdp2"
             self.plugin = getattr(state, "fsdp_plugin", None) or FullyShardedDataParallelPlugin()
-            state.fsdp_plugin = self.plugin  # which accelerate has on GPUs alone
+            state.fsdp_plugin = self.plugin  # accelerate sets it on GPUs only
             on_host = type(self.plugin.cpu_offload).__name__ == "CPUOffloadPolicy"
         on_machine = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        self.world = LaunchSpec(self.count, on_machine, engine, on_host)
+        self.launch = LaunchSpec(self.count, on_machine, engine, on_host)
 
     @property
     def is_main(self) -> bool:
@@ -72,29 +66,29 @@ class Ranks:
         return self.index == 0
 
     def describe(self) -> dict[str, Any]:
-        """Settings of the launch that change the last digits; empty for one process."""
-        if self.world == LaunchSpec():
+        """Return the launch's settings that change the last digits; nothing for one process."""
+        if self.launch == LaunchSpec():
             return {}
-        return {"ranks": self.count, "engine": self.world.engine}
+        return {"ranks": self.count, "engine": self.launch.engine}
 
     def gather(self, value: T) -> list[T]:
-        """Each rank's, in order; the same list on all."""
-        found: list[Any] = [value] * self.count
+        """Return each rank's value, in order; the same list on all."""
+        values: list[Any] = [value] * self.count
         if self.count > 1:
-            dist.all_gather_object(found, value)
-        return found
+            dist.all_gather_object(values, value)
+        return values
 
     def total(self, values: Sequence[float]) -> list[float]:
-        """Sums over the ranks, the same bits on all."""
+        """Return sums over the ranks, the same bits on all."""
         return [sum(column) for column in zip(*self.gather(list(values)), strict=True)]
 
     def add_up(self, values: torch.Tensor) -> torch.Tensor:
-        """The ranks' sum, in place where the devices allow."""
+        """Return the sum over the ranks, in place if the values are on this rank's device."""
         if self.count == 1:
             return values
-        there = values.to(self.device)
-        dist.all_reduce(there)
-        return there.to(values.device)
+        total = values.to(self.device)
+        dist.all_reduce(total)
+        return total.to(values.device)
 
     def from_main(self, make: Callable[[], T]) -> T:
         """Make something on rank 0 and share it with every rank. If that raises a UserError, the
@@ -102,52 +96,50 @@ class Ranks:
         """
         if self.count == 1:
             return make()
-        found: list[Any] = [None]
+        made: list[Any] = [None]
         if self.is_main:
             try:
-                found = [make()]
+                made = [make()]
             except (UserError, Interrupted) as error:
-                found = [error]
-        dist.broadcast_object_list(found)
-        if isinstance(found[0], UserError):
-            self.refuse(found[0])
-        if isinstance(found[0], BaseException):
-            raise found[0]
-        return found[0]
+                made = [error]
+        dist.broadcast_object_list(made)
+        if isinstance(made[0], UserError):
+            self.refuse(made[0])
+        if isinstance(made[0], BaseException):
+            raise made[0]
+        return made[0]
 
     @contextmanager
     def on_main(self, context: AbstractContextManager[T]) -> Iterator[T | None]:
-        """A context that rank 0 enters; where it cannot, all end."""
+        """Enter a context on rank 0 and yield its value there; where that fails, all ranks end."""
         with ExitStack() as stack:
-            found: list[T] = []
-            self.from_main(lambda: found.append(stack.enter_context(context)))
-            yield found[0] if found else None
+            entered: list[T] = []
+            self.from_main(lambda: entered.append(stack.enter_context(context)))
+            yield entered[0] if entered else None
 
     def refuse(self, error: UserError) -> NoReturn:
-        """Raise what every rank has found, on rank 0; the others wait for it to say so, as the
-        launcher ends all when one ends.
-        """
+        """Raise on rank 0 an error that all ranks found, and exit on the others."""
         if not self.is_main:
-            time.sleep(5)
+            time.sleep(5)  # The launcher ends all when one ends: rank 0 prints the error first.
             raise SystemExit(2)
         raise error
 
     def together(self, work: Callable[[], T]) -> T:
-        """work(); where it raises Interrupted on one rank, that is raised on all."""
+        """Return work(); where it raises Interrupted on one rank, raise that on all."""
         if self.count == 1:
             return work()
-        found: list[T] = []
+        done: list[T] = []
         with suppress(Interrupted):
-            found.append(work())
-        if not all(self.gather(bool(found))):
+            done.append(work())
+        if not all(self.gather(bool(done))):
             raise Interrupted("interrupted")
-        return found[0]
+        return done[0]
 
 
 def find_ranks(device: str, rollouts: int | None = None) -> Ranks:
     """Find the processes that accelerate or torchrun has started.
 
-    Raises: UserError where it asks for what cannot work.
+    Raises: UserError for a launch that is not supported.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device: cuda was asked for, but torch sees no CUDA GPU; use auto or cpu")
@@ -155,22 +147,20 @@ def find_ranks(device: str, rollouts: int | None = None) -> Ranks:
         raise UserError("parallelism_config: is not supported; leave it out of accelerate's")
     on_cpu = device == "cpu" or not torch.cuda.is_available()
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
-    cpu = on_cpu and not deepspeed  # accelerate has no DeepSpeed where it is told of CPUs
-    make = partial(Accelerator, cpu=cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
+    cpu = on_cpu and not deepspeed  # with cpu=True accelerate leaves DeepSpeed out
+    make = partial(Accelerator, cpu=cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)])
     try:
         accelerator = make()
-    except ValueError:  # this process has made one of another device
+    except ValueError:  # this process has made an Accelerator for another device
         AcceleratorState._reset_state(reset_partial_state=True)
         accelerator = make()
     except ImportError as error:
         raise UserError(f"deepspeed: {error}") from error
-    except NotImplementedError as error:  # of cards and drivers without peer-to-peer
+    except NotImplementedError as error:  # cards and drivers without peer-to-peer
         raise UserError(f"device: {error}") from error
-    ranks = Ranks(
-        accelerator,
-        accelerator.device if on_cpu else torch.device("cuda", torch.cuda.current_device()),
-    )
-    stage, engine = getattr(ranks.plugin, "zero_stage", 2), ranks.world.engine
+    gpu = None if on_cpu else torch.device("cuda", torch.cuda.current_device())
+    ranks = Ranks(accelerator, gpu or accelerator.device)
+    stage, engine = getattr(ranks.plugin, "zero_stage", 2), ranks.launch.engine
     if device == "cpu" and torch.cuda.is_available() and engine != "replicas":
         hide = "hide it: CUDA_VISIBLE_DEVICES=''"
         ranks.refuse(UserError(f"device: cpu: {engine} takes the GPU where there is one; {hide}"))
@@ -185,5 +175,5 @@ def find_ranks(device: str, rollouts: int | None = None) -> Ranks:
     if rollouts is not None and rollouts < ranks.count:
         few = f"{rollouts} are fewer than the {ranks.count} processes"
         ranks.refuse(UserError(f"rollouts: {few}; raise it"))
-    ranks.gather(None)  # NCCL has its memory before a plan asks what is free
+    ranks.gather(None)  # NCCL takes its memory before a plan asks what is free
     return ranks

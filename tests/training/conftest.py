@@ -18,7 +18,7 @@ def tokenizer():
 
 @pytest.fixture
 def exact_model():
-    """fp64: rounding cannot flip a token."""
+    """Make a model in fp64, in which rounding cannot flip a token."""
     return make_model(dtype=torch.float64)
 
 
@@ -29,7 +29,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def demo():
-    """The 135M model and its tokenizer; a skip would hide a broken conversion."""
+    """Return the 135M model and its tokenizer; a skip would hide a broken conversion."""
     folder = fetch_demo()
     model = AutoModelForCausalLM.from_pretrained(folder)
     return model, AutoTokenizer.from_pretrained(folder)
@@ -37,7 +37,7 @@ def demo():
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory):
-    """Of llama with tied weights (True) and untied ones (False), and of falcon."""
+    """Save llama with tied (True) and untied (False) weights, and falcon."""
     home = tmp_path_factory.mktemp("models")
     found = {tied: save_tiny(home / str(tied), tied=tied) for tied in (True, False)}
     return {**found, "falcon": save_tiny(home / "falcon", "falcon")}
@@ -45,13 +45,13 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(params=NAMES)
 def evaluation(request, tmp_path):
-    """The path of an evaluation file, and the number of its rows."""
+    """Return the path of an evaluation file, and the number of its rows."""
     return evaluation_file(request.param, tmp_path)
 
 
 @pytest.fixture
 def start(folder, tmp_path):
-    """start(name, *points, **settings) runs a new run there."""
+    """Return start(name, *points, **settings), which starts a new run in that folder."""
 
     def start(name, *points, **changes):
         config = settings(folder, tmp_path / name, **{**BASE, **changes})
@@ -74,7 +74,7 @@ def resume(tmp_path):
 
 @pytest.fixture(scope="session")
 def whole_of(folder, tmp_path_factory):
-    """The folder of a mode's run that was never stopped."""
+    """Return a function that gives the folder of a mode's run that was never stopped."""
     found = {}
 
     def whole_of(mode):

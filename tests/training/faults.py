@@ -1,4 +1,4 @@
-"""What happens to a training process at named points: kills, torn writes, no memory, no room."""
+"""Faults at named points of a training process: kills, torn writes, no memory, no disk."""
 
 import os
 import resource
@@ -16,7 +16,7 @@ def die():
 
 
 def on(owner, name, nth, first=die, then=None):
-    """At the nth call: first(), then the call itself, then then()."""
+    """Make the nth call of a function run first(), then itself, then then()."""
     real, calls = getattr(owner, name), count(1)
 
     def call(*args, **kwargs):
@@ -35,7 +35,7 @@ def after(owner, name, nth):
 
 
 def torn(module, file_name, nth, writes=1):
-    """The nth time that a module opens this file to write, it dies halfway through a write."""
+    """Die halfway through a write, the nth time that a module opens this file to write."""
     opened = count(1)
 
     class Half:
@@ -64,21 +64,21 @@ def torn(module, file_name, nth, writes=1):
 
 
 def limit(size, action=signal.SIG_DFL):
-    """Of a file: the write that goes beyond fails, or the kernel kills in the middle of it."""
+    """Limit a file's size: the write beyond fails, or the kernel kills the process in it."""
     signal.signal(signal.SIGXFSZ, action)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
 def full(name):
-    """No room for more than 10 bytes of this file, nor for any that is larger."""
+    """Leave no room for 10 more bytes of this file, nor for any larger file."""
     path = Path(f"run/{name}")
-    os.ftruncate(2, 0)  # a file itself
+    os.ftruncate(2, 0)  # stderr is a file, too
     limit((path.stat().st_size if path.exists() else 0) + 10, signal.SIG_IGN)
 
 
 def no_memory(module, name, tokens_of, tokens, nth=1):
-    """From the nth call on, for more tokens than so many."""
+    """Make a function run out of memory from the nth call on, for more than so many tokens."""
     real, calls = getattr(module, name), count(1)
 
     def call(*args, **kwargs):
@@ -90,7 +90,7 @@ def no_memory(module, name, tokens_of, tokens, nth=1):
 
 
 def no_memory_for_a_gradient():
-    """Once, when one has arrived and is to be added; it is left behind."""
+    """Run out of memory once, while a gradient is added: it stays behind."""
     on(the("AdamW"), "add", 30, exhaust)
 
 
@@ -118,23 +118,23 @@ def twice():
 
 
 def hold():
-    """Tell whoever waits, and do nothing until a signal comes."""
+    """Tell the test that this point is reached, and wait for a signal."""
     Path("held").touch()
     while True:
         signal.pause()
 
 
 def unread(number):
-    """A pipe whose reader has gone before the first byte."""
+    """Make a standard stream a pipe that nobody reads."""
     reader, writer = os.pipe()
     os.close(reader)
     os.dup2(writer, number)
     anew = open(number, "w", closefd=False)  # noqa: SIM115
-    setattr(sys, ("stdin", "stdout", "stderr")[number], anew)  # the one before took it for a file
+    setattr(sys, ("stdin", "stdout", "stderr")[number], anew)  # the old object expects a file
 
 
 def on_file(name, nth, method, first=die, then=None):
-    """At the nth call of a method of a Path with this name."""
+    """Make the nth call of a method of a Path with this name run first() and then()."""
     real, calls = getattr(Path, method), count(1)
 
     def call(path, *args, **kwargs):
@@ -162,8 +162,8 @@ def half_text(name, nth):
 
 
 def the(name):
-    """A class or module of the trainer's."""
-    from em_kernels.training import trainer
+    """Return a class or module of the trainer."""
+    from em_kernels.training import run
     from em_kernels.training.engines import optimizer, step
     from em_kernels.training.evaluation import completions
     from em_kernels.training.rollouts import sampling as rollout
@@ -171,7 +171,7 @@ def the(name):
 
     parts = {"checkpoint": checkpoint, "completions": completions, "records": records}
     parts |= {"rollout": rollout, "step": step}
-    parts |= {"trainer": trainer, "optimizer": optimizer, "AdamW": optimizer.MasterAdamW}
+    parts |= {"run": run, "optimizer": optimizer, "AdamW": optimizer.MasterAdamW}
     parts |= {
         "Running": records.Running,
         "SharedPrefix": step.SharedPrefix,
@@ -180,15 +180,15 @@ def the(name):
     return parts[name]
 
 
-# Two saves (after updates 2 and 4), 4 updates of 6 completions, a file's n-th use counted from 1.
-INSIDE = {  # a write, or what must happen as a whole
+# Runs have 4 updates of 6 completions, and two saves (after 2 and 4); uses of a file count from 1.
+INSIDE = {  # in the middle of a write, or of something that must happen as a whole
     "half of the settings": lambda: half_text(".config.yaml.partial", 1),
     "half of the first completions": lambda: torn(the("records"), "rollouts.jsonl", 1),
     "half of the third completions": lambda: torn(the("records"), "rollouts.jsonl", 3),
     "half of the first metrics": lambda: torn(the("records"), "metrics.jsonl", 1),
     "half of the fourth metrics": lambda: torn(the("records"), "metrics.jsonl", 4),
     "completions not synced": lambda: on(the("records"), "sync", 6),
-    "half of the second model": lambda: on(the("trainer"), "save_checkpoint", 2, half_model),
+    "half of the second model": lambda: on(the("run"), "save_checkpoint", 2, half_model),
     "half of the first state": lambda: torn(the("checkpoint"), "training_state.safetensors", 1, 9),
     "half of the second state": lambda: torn(the("checkpoint"), "training_state.safetensors", 2, 2),
     "half of the second facts": lambda: half_text("training_state.json", 2),
@@ -203,17 +203,17 @@ INSIDE = {  # a write, or what must happen as a whole
 }
 BETWEEN = {
     "nothing yet": lambda: after(the("Running"), "__enter__", 1),
-    "settings": lambda: after(the("trainer"), "write_config", 1),
+    "settings": lambda: after(the("run"), "write_config", 1),
     "token 5 of update 1": lambda: on(the("Ends"), "__call__", 5),
     "token 30": lambda: on(the("Ends"), "__call__", 30),
-    "completions of update 3": lambda: after(the("trainer"), "append", 5),
+    "completions of update 3": lambda: after(the("run"), "append", 5),
     "the second micro-batch of update 1": lambda: on(the("step"), "scored_states", 2),
     "the last micro-batch of update 4": lambda: on(the("SharedPrefix"), "backward", 5),
     "the norm of update 2": lambda: on(the("AdamW"), "norm", 2),
     "the step of update 2": lambda: on(the("AdamW"), "step", 2),
     "the step of update 3, done": lambda: after(the("AdamW"), "step", 3),
-    "the metrics of update 2": lambda: after(the("trainer"), "append", 4),
-    "the first save": lambda: after(the("trainer"), "save_checkpoint", 1),
+    "the metrics of update 2": lambda: after(the("run"), "append", 4),
+    "the first save": lambda: after(the("run"), "save_checkpoint", 1),
     "the end": lambda: on(the("Running"), "__exit__", 1),
 }
 ROOM = (4, 8, 16, 60, 300, 340, 380, 420, 700)  # KiB
@@ -231,16 +231,16 @@ OTHERS = {
     "no memory for the optimizer": lambda: on(the("AdamW"), "__init__", 1, exhaust),
     "no memory in the step": lambda: on(the("AdamW"), "_copy_back", 2 * SLABS, exhaust),
     "full at completions of update 3": lambda: on(
-        the("trainer"), "append", 5, lambda: full("rollouts.jsonl")
+        the("run"), "append", 5, lambda: full("rollouts.jsonl")
     ),
     "full at metrics of update 3": lambda: on(
-        the("trainer"), "append", 6, lambda: full("metrics.jsonl")
+        the("run"), "append", 6, lambda: full("metrics.jsonl")
     ),
     "room for a checkpoint": lambda: on(
-        the("trainer"), "save_checkpoint", 2, lambda: limit(resource.RLIM_INFINITY)
+        the("run"), "save_checkpoint", 2, lambda: limit(resource.RLIM_INFINITY)
     ),
     "full at the second checkpoint": lambda: on(
-        the("trainer"), "save_checkpoint", 2, lambda: full("config.yaml")
+        the("run"), "save_checkpoint", 2, lambda: full("config.yaml")
     ),
     **{
         f"{kib} KiB left": lambda kib=kib: on(the("Running"), "__enter__", 1, size(f"{kib}k"))
@@ -249,26 +249,26 @@ OTHERS = {
     "stopped": lambda: on(the("AdamW"), "norm", 1, stop),
     "Ctrl-C in update 2": lambda: on(
         the("SharedPrefix"), "backward", 3, interrupt
-    ),  # the plan has one
+    ),  # planning has called it once
     "Ctrl-C twice in update 2": lambda: on(the("SharedPrefix"), "backward", 3, twice),
     "Ctrl-C twice in the second save": lambda: on_file(".step-00004.partial", 1, "rename", twice),
-    "Ctrl-C in the first save": lambda: on(the("trainer"), "save_checkpoint", 1, interrupt),
+    "Ctrl-C in the first save": lambda: on(the("run"), "save_checkpoint", 1, interrupt),
     "Ctrl-C at token 5": lambda: on(the("Ends"), "__call__", 5, interrupt),
-    # of evaluations and studies
+    # In evaluations and studies:
     "5 completions": lambda: after(the("completions"), "append", 5),
     "held after 5 completions": lambda: on(the("completions"), "append", 5, None, hold),
-    "update 1 of the second run of two": lambda: after(the("trainer"), "append", 6),
-    # of what is printed
+    "update 1 of the second run of two": lambda: after(the("run"), "append", 6),
+    # In what is printed:
     "nobody reads stdout": lambda: unread(1),
     "nobody reads stderr": lambda: unread(2),
 }
 POINTS = {**INSIDE, **BETWEEN, **OTHERS}
 SLAB = 1 << 12  # elements
-SLABS = 6  # of an update of the whole model
+SLABS = 6  # in an update of the model
 
 
 def half_model():
-    limit(4000)  # less than any of the models, more than its other files by then
+    limit(4000)  # less than the weights, more than the files that are written before them
 
 
 def main_of(arguments):
@@ -278,7 +278,7 @@ def main_of(arguments):
 
 
 def life(arguments, log, changes, threads=1):
-    """Of a child: one command."""
+    """Run one command in a child process, with faults."""
     os.chdir(Path(log).parent)
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(f"{log}.{name}", os.O_CREAT | os.O_RDWR | os.O_TRUNC | os.O_APPEND), number)

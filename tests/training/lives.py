@@ -1,4 +1,4 @@
-"""Runs in processes of their own, to their end, and whether they left the same."""
+"""Commands in processes of their own, and comparison of the folders that they leave."""
 
 import multiprocessing
 import os
@@ -10,13 +10,13 @@ from spawned import HANG_S
 from training.faults import life
 from training.tiny import PLAIN, read
 
-CHILDREN = multiprocessing.get_context("forkserver")  # of a process that has no threads yet
+CHILDREN = multiprocessing.get_context("forkserver")  # forks a process that has no threads
 CHILDREN.set_forkserver_preload(
     ["em_kernels.cli", "em_kernels.training.trainer", "em_kernels.training.models.lora", "tyro"]
     + ["transformers.models.llama.modeling_llama", "training.tiny", "math_verify"]
 )
 TIMES = {"tokens_per_s", "sampling_s", "training_s", "peak_memory_gib", "planned_memory_gib"}
-ENDS = PLAIN.model_copy(update={"stop": ("a", "b", "c", "d", "e", "1")})  # of all lengths
+ENDS = PLAIN.model_copy(update={"stop": ("a", "b", "c", "d", "e", "1")})  # of any length
 BASE = {"steps": 4, "save_at": (2,), "micro_batch": 20, "sampling": ENDS, "save_optimizer": True}
 MODES = {
     "full": {},
@@ -42,7 +42,7 @@ class Ended:
         assert "Traceback" not in self.err, self.err
 
     def refused(self):
-        """The one line of an error."""
+        """Check that the command was refused with one line, and return it."""
         assert self.code == 2 and self.out == "", (self.code, self.err)
         lines = [line for line in self.err.splitlines() if "em-kernels train: error: " in line]
         assert [self.err.splitlines()[-1]] == lines
@@ -50,7 +50,7 @@ class Ended:
 
 
 def begin(arguments, log, *changes, threads=1):
-    """A command's process, which works in the folder of its log."""
+    """Start a command's process, which works in the folder of its log."""
     child = CHILDREN.Process(target=life, args=([*map(str, arguments)], str(log), changes, threads))
     child.start()
     return child
@@ -89,7 +89,7 @@ def assert_same(run, whole):
 
 
 def check(mode, points, start, resume, whole_of, tmp_path):
-    """Killed at each point in turn, and then left alone."""
+    """Kill a run at each point in turn, and resume it to the end."""
     whole = whole_of(mode)
     ended = start("run", points[0], **MODES[mode])
     for point in [*points[1:], None]:

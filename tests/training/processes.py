@@ -40,12 +40,12 @@ from em_kernels.training.rollouts.sampling import Rollout  # noqa: E402
 from em_kernels.training.trainer import train  # noqa: E402
 
 EXAMPLES = TESTS.parent / "examples"
-ENDS = PLAIN.model_copy(update={"stop": ("a", "b", "c", "d", "e", "1")})  # of all lengths
+ENDS = PLAIN.model_copy(update={"stop": ("a", "b", "c", "d", "e", "1")})  # of any length
 BASE = {"steps": 3, "rollouts": 9, "micro_batch": 40, "sampling": ENDS, "save_optimizer": True}
 APART = {**BASE, "share_prefix": False}
 BF16 = {**APART, "dtype": "bfloat16", "lr": 1e-5}
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-RUNS = {  # of an engine, by name: folder's weights tied, settings
+RUNS = {  # by engine and name: whether the model's weights are tied, settings
     "replicas": {
         "plain": (True, BASE),
         "bf16": (True, {**BASE, "moments": "bf16", "gradients": "bf16", "steps": 1}),
@@ -66,7 +66,7 @@ RUNS = {  # of an engine, by name: folder's weights tied, settings
 
 
 def launched(launcher, *command, where, timeout=HANG_S, **env):
-    """A finished command of a launcher, two processes of one thread each."""
+    """Run a launcher's command to its end, two processes of one thread each."""
     command = [f"{Path(sys.executable).parent}/{launcher[0]}", *launcher[1:], *map(str, command)]
     env = {**environment(hidden="cuda" not in command), **env}
     with subprocess.Popen(
@@ -88,7 +88,7 @@ def launched(launcher, *command, where, timeout=HANG_S, **env):
 
 def environment(hidden=True):
     path = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
-    gpus = {"CUDA_VISIBLE_DEVICES": ""} if hidden else {}  # FSDP and DeepSpeed would take them
+    gpus = {"CUDA_VISIBLE_DEVICES": ""} if hidden else {}  # FSDP and DeepSpeed would use them
     return {**os.environ, **gpus, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
 
 
@@ -97,7 +97,7 @@ def torchrun():
 
 
 def run_all(engine, folders, home, timeout=3 * HANG_S, **env):
-    """Each of an engine's runs, in a folder of its name; alone/ has the same by one process. One is
+    """Run each of an engine's runs in a folder of its name, and in alone/ by one process. One is
     also stopped after two updates and taken up.
 
     The first samples for itself. The others replay what one process has sampled, as some other
@@ -124,7 +124,7 @@ def to_json(asked):
 
 
 def processes(plan):
-    """What torchrun runs: each of the runs, in turn; one whose folder is there is taken up."""
+    """Run each run in turn, under torchrun; resume one whose folder exists."""
     torch.set_num_threads(1)
     for name, folder, asked in json.loads(Path(plan).read_text()):
         config = settings(folder, Path(name), **asked)
@@ -135,17 +135,17 @@ def processes(plan):
         Path(f"{name}.{rank}.txt").write_text(console.file.getvalue())
     config = settings(folder, Path("none"), **{**APART, "official_loss": True})
     Path(f"engine.{rank}.json").write_text(json.dumps(engine_facts(config)))
-    torch.distributed.destroy_process_group()  # or its threads may outlive the interpreter
+    torch.distributed.destroy_process_group()  # its threads might outlive the interpreter
 
 
 def engine_facts(config):
-    """What each process finds by itself."""
+    """Return what each process observes of its engine."""
     ranks, stop = find_ranks(config.device, config.rollouts), StopRequest()
-    engine = engine_of(ranks.world.engine)(make_model(), make_tokenizer(), config, ranks)
-    ended = [Rollout([5, 6], [0], True)] * 3  # whose only token the official loss leaves out
+    engine = engine_of(ranks.launch.engine)(make_model(), make_tokenizer(), config, ranks)
+    ended = [Rollout([5, 6], [0], True)] * 3  # the official loss leaves out their only token
     loss, norm = engine.forward_backward(ended, 40, stop.check), engine.norm()
     parts = [name for name, m in engine.model.named_modules() if isinstance(m, FSDPModule)]
-    stop.requested = ranks.index == 1  # by one alone
+    stop.requested = ranks.index == 1  # on one rank alone
     told = False
     try:
         ranks.together(stop.check)
@@ -156,7 +156,7 @@ def engine_facts(config):
 
 
 def left(run):
-    """Metrics, and masters, moments and saved weights after the last update."""
+    """Return a run's metrics, and masters, moments and saved weights after its last update."""
     metrics = read(run / "metrics.jsonl")
     last = run / "checkpoints" / f"step-{len(metrics):05d}"
     files = ["training_state.safetensors", *(p.name for p in last.glob("*model*.safetensors"))]
@@ -164,7 +164,7 @@ def left(run):
 
 
 def alone(folders, output, tied, asked, sums=None):
-    """The same run in this process; with `sums`, a seed, its products are added up otherwise."""
+    """Train in this process; `sums` is a seed with which products are added up in another order."""
     if "offload_dir" in asked:
         asked = {**asked, "offload_dir": str(output.with_name(f"{output.name}-state"))}
     threads = torch.get_num_threads()
@@ -178,24 +178,24 @@ def alone(folders, output, tied, asked, sums=None):
 
 
 def in_other_orders(engine, name, folders, home, tmp_path):
-    """One of the engine's runs by one process again: the same completions, in other micro-batches
+    """Repeat a run in one process: the same completions, in other micro-batches
     and with the terms of products added up otherwise.
     """
     tied, asked = RUNS[engine][name]
     asked, found = replayed(asked, home / "alone" / name), []
     for seed, micro_batch in ((1, 20), (2, 80)):
-        if "micro_batch_rows" not in asked:  # the official loss is another in other micro-batches
+        if "micro_batch_rows" not in asked:  # the official loss depends on its micro-batches
             asked["micro_batch"] = micro_batch
         found.append(alone(folders, tmp_path / f"{name}-{seed}", tied, asked, seed))
     return found
 
 
 class Distances(NamedTuple):
-    """How far one run is from another, each as a share of the other's own number."""
+    """Distances of one run from another, each relative to the other's number."""
 
     entropy: float
     grad_norm: float
-    master: float  # of how far the weights have moved
+    master: float  # relative to how far the weights have moved
     exp_avg: float
     exp_avg_sq: float
 
@@ -204,7 +204,7 @@ METRICS, TENSORS = Distances._fields[:2], Distances._fields[2:]
 
 
 def distances(found, expected, start):
-    """Between what `left` gives of two runs that began with the same weights."""
+    """Compare what `left` returns of two runs that began with the same weights."""
     shares = []
     for name in METRICS:
         pairs = zip(found[0], expected[0], strict=True)
@@ -220,14 +220,14 @@ def of_kind(kind, state):
 
 
 def norm(of, start):
-    """Of the differences; what start has not began as zero."""
+    """Return the L2 norm of the change from start; tensors that start lacks began as zero."""
     assert of
     return sum((x.double() - start.get(n, 0)).square().sum().item() for n, x in of.items()) ** 0.5
 
 
 def assert_same_run(found, expected, others, tied, half=False):
-    """Both went through the same updates, no further apart than FAR times what runs of one process
-    are that add up in other orders, on this very machine.
+    """Check that two runs made the same updates: no further apart than FAR times as far as runs of
+    one process that add up in other orders, on this machine.
 
     Args:
         others: those runs.
@@ -244,16 +244,16 @@ def assert_same_run(found, expected, others, tied, half=False):
     start = {f"master.{n}": p.detach() for n, p in make_model(tied=tied).named_parameters()}
     masters = of_kind("master", state)
     for name, x in weights.items():
-        if (master := masters.get(f"master.{name}")) is not None:  # an adapter's has another name
+        if (master := masters.get(f"master.{name}")) is not None:  # an adapter has another name
             assert torch.equal(x, master.bfloat16() if half else saved(master)), name
-    if half:  # they lie off by what they were dithered
+    if half:  # their masters start dithered
         start = {name: x.bfloat16().float() for name, x in start.items()}
         off = {name: dithered(x.flatten()).view(x.shape) - x for name, x in start.items()}
         state = {n: x - off[n] if n in off else x for n, x in state.items()}
     spread = [distances(other, expected, start) for other in others]
     ours = distances((found[0], [state, weights]), expected, start)._asdict()
     moved = norm(of_kind("master", expected_state), start)
-    floors = dict.fromkeys(ours, 2**-22)  # fp32 has no more digits
+    floors = dict.fromkeys(ours, 2**-22)  # the precision of fp32
     floors["master"] += len(found[0]) * 2**-24 * norm(masters, {}) / moved
     for name, value in ours.items():
         allowed = FAR * max(getattr(each, name) for each in spread) + floors[name]
@@ -270,7 +270,7 @@ def flags(folder, output, *more):
 
 
 def example_run(example, folder, where, **env):
-    """Of a file in examples/, with two processes."""
+    """Run an example's configuration with two processes."""
     options = ["--config_file", EXAMPLES / f"{example}.yaml", "--main_process_port", "0"]
     command = ("-m", "em_kernels.cli", "train", *flags(folder, "run"))
     return launched(

@@ -1,4 +1,4 @@
-"""Models to plan for, by their configs: Qwen2.5's, and small ones."""
+"""Configs of models to plan for: Qwen2.5, and small ones."""
 
 from transformers import AutoConfig, Qwen2Config
 

@@ -25,7 +25,7 @@ OFFLOAD = {
 
 @pytest.fixture(scope="module")
 def deepspeed(tmp_path_factory):
-    """Environment of a launcher that runs it on CPUs; what it compiles lies apart."""
+    """Return the environment of a launcher on CPUs, with a folder of its own for compiled code."""
     if find_spec("deepspeed") is None:
         pytest.skip("no deepspeed: DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed")
     home = tmp_path_factory.mktemp("deepspeed")

@@ -1,4 +1,4 @@
-"""What fails in the middle of a run leaves what was finished."""
+"""Failures in the middle of a run keep what was finished."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def test_gradient_that_is_not_finite(finished, folder, tmp_path):
 
     def overflow(module, inputs, outputs):
         calls.append(module)
-        return (inputs[0] * torch.inf,) if len(calls) > 2 * finished else None  # and the prompt's
+        return (inputs[0] * torch.inf,) if len(calls) > 2 * finished else None  # and the prompt
 
     model.model.layers[0].mlp.register_full_backward_hook(overflow)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
@@ -38,7 +38,7 @@ def test_out_of_memory_keeps_what_was_finished_and_names_the_remedies(finished, 
 
     def exhaust(module, inputs, outputs):
         calls.append(module)
-        if len(calls) > 2 * finished:  # and the prompt's
+        if len(calls) > 2 * finished:  # and the prompt
             raise torch.OutOfMemoryError
 
     model.model.layers[0].mlp.register_full_backward_hook(exhaust)

@@ -1,4 +1,4 @@
-"""Free memory of a machine, and within the limits of control groups; the disk that a run takes."""
+"""Free memory of a machine, with and without control groups; a run's disk."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def cgroup(folder, limit, used, cache, version):
 
 @pytest.fixture
 def machine(tmp_path):
-    """/proc and /sys/fs/cgroup, of 1000 KiB available."""
+    """Make /proc and /sys/fs/cgroup of a machine with 1000 KiB available."""
     proc, cgroups = tmp_path / "proc", tmp_path / "cgroup"
     (proc / "self").mkdir(parents=True)
     cgroups.mkdir()
@@ -48,7 +48,7 @@ def test_the_tightest_group_counts(machine, version):
     cgroup(root / "a/b", 1 << 60, 100_000, 0, version)
     assert free_host_bytes(*machine) == 1000 << 10
     cgroup(root / "a", 500_000, 300_000, 40_000, version)
-    assert free_host_bytes(*machine) == 240_000  # what files fill can be had
+    assert free_host_bytes(*machine) == 240_000  # the file cache can be reclaimed
     cgroup(root / "a/b", 400_000, 390_000, 0, version)
     assert free_host_bytes(*machine) == 10_000
     cgroup(root / "a/b", 400_000, 500_000, 0, version)

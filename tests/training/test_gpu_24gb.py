@@ -26,7 +26,7 @@ def test_shapes_are_the_models(size, count, tmp_path):
     config = AutoConfig.from_pretrained(tmp_path)
     assert parameters(config) == count
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    assert tokenizer.eos_token_id == config.vocab_size  # No logit can choose it.
+    assert tokenizer.eos_token_id == config.vocab_size  # no token that the model can sample
     assert len(tokenizer("a b" * 7).input_ids) == 21
 
 

@@ -19,7 +19,7 @@ def lines(path):
 
 
 def long(folder, output, *options):
-    """The command of a run that would take hours."""
+    """Return the command of a run that would take hours."""
     asked = ["train", "--model", str(folder), "--prompt", "What is 2 + 3?", "--device", "cpu"]
     asked += ["--output", str(output), "--steps", "100000", "--save-at", "100000"]
     return [*asked, "--rollouts", "4", "--max-new-tokens", "8", *options]
@@ -32,7 +32,7 @@ def assert_opens(checkpoint):
 
 
 def assert_left(output, code, out, err):
-    """The last finished update, and its name as the only thing that is said of it."""
+    """Check that the last finished update is saved, and named in the one error line."""
     assert code == 130 and out == ""
     updates = lines(output / "metrics.jsonl")
     checkpoint = output / "checkpoints" / f"step-{updates:05d}"
@@ -41,11 +41,11 @@ def assert_left(output, code, out, err):
     assert last == f"interrupted; {checkpoint} holds the last update"
     assert "Traceback" not in err
     assert_opens(checkpoint)
-    assert lines(output / "rollouts.jsonl") in (4 * updates, 4 * updates + 4)  # one was sampled
+    assert lines(output / "rollouts.jsonl") in (4 * updates, 4 * updates + 4)  # sampled, too
 
 
 def test_ctrl_c_leaves_the_last_finished_update(folder, tmp_path):
-    """An interpreter of its own, as a shell starts it."""
+    """Start an interpreter of its own, as a shell does."""
     output = tmp_path / "run"
     process = subprocess.Popen(
         [sys.executable, "-m", "em_kernels.cli", *long(folder, output)],
@@ -83,7 +83,7 @@ def test_two_signals_exit_too(points, folder, tmp_path):
 
 
 def test_a_signal_before_the_first_update(folder, tmp_path):
-    """While it samples; update 1 alone would take minutes."""
+    """A signal while it samples update 1, which would take minutes."""
     output = tmp_path / "run"
     asked = long(folder, output, "--rollouts", "30000")
     ended = command(asked, tmp_path / "log", "Ctrl-C at token 5")

@@ -1,4 +1,4 @@
-"""accelerate launch and torchrun: what they are given and say; signals and deaths."""
+"""accelerate launch and torchrun: examples, refusals, signals, deaths."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from em_kernels.training.settings import UserError
 
 @pytest.mark.parametrize(
     ("example", "engine", "model"),
-    [slow("2-gpus", "replicas", True), slow("8-gpus-fsdp2", "fsdp2", "falcon")],  # its layers are h
+    [slow("2-gpus", "replicas", True), slow("8-gpus-fsdp2", "fsdp2", "falcon")],  # layers named h
 )
 def test_examples(folders, tmp_path, example, engine, model):
     code, out, err = example_run(example, folders[model], tmp_path)
@@ -71,7 +71,7 @@ ENGINES = [pytest.param({}, id="replicas"), pytest.param(FSDP2, id="fsdp2", mark
 
 @pytest.fixture(params=ENGINES)
 def running(request, folders, tmp_path):
-    """A job of many updates that has finished some, and its folder."""
+    """Start a long job, and yield it with its folder once it has finished three updates."""
     command = [f"{Path(sys.executable).parent}/torchrun", *torchrun()[1:], "-m", "em_kernels.cli"]
     command += ["train", *flags(folders[True], "run", "--steps", "100000", "--save-at", "100000")]
     env, metrics = {**environment(), **request.param}, tmp_path / "run" / "metrics.jsonl"
@@ -92,7 +92,7 @@ def running(request, folders, tmp_path):
 
 
 def rank_of(job, rank):
-    """Its process."""
+    """Return the process id of a rank."""
     for status in Path("/proc").glob("[0-9]*/environ"):
         try:
             words = status.read_bytes().split(b"\0")
@@ -112,7 +112,7 @@ def test_a_rank_that_dies_ends_the_job_with_its_name(running):
     said = (home / "said").read_text()
     root = said[said.index("Root Cause") :]
     assert "rank      : 1 " in root and f"-9 (pid: {pid})" in root
-    # what was recorded is whole
+    # The records are whole.
     config = TrainConfig(output=home / "run")
     rows = read(config.output / "metrics.jsonl")
     assert [row["update"] for row in rows] == list(range(1, len(rows) + 1)) and len(rows) >= 3
@@ -124,7 +124,7 @@ def test_a_rank_that_dies_ends_the_job_with_its_name(running):
 )
 def test_a_signal_leaves_the_last_finished_update(running, everyone):
     job, home = running
-    if everyone:  # as a terminal does: each process, and the launcher passes it on once more
+    if everyone:  # a terminal signals each process, and the launcher passes it on once more
         os.killpg(job.pid, signal.SIGINT)
     else:
         os.kill(job.pid, signal.SIGTERM)

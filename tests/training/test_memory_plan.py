@@ -1,4 +1,4 @@
-"""The plan against known arithmetic, to the byte, and against recorded runs."""
+"""Plans against known arithmetic, to the byte, and against the recorded memory of real runs."""
 
 import itertools
 from types import SimpleNamespace
@@ -15,12 +15,13 @@ from em_kernels.functional import entropy_loss_into
 from em_kernels.ops import chunked, inputs
 from em_kernels.ops.gemm import bf16_isa
 from em_kernels.ops.weight_gradient import StreamedWeightGrad
-from em_kernels.training import trainer
+from em_kernels.training import run as run_module
 from em_kernels.training.config import Sampling, TrainConfig
 from em_kernels.training.engines.step import SharedPrefix, recomputation, scored_states
 from em_kernels.training.models import rounding
-from em_kernels.training.planning import planner as memory
-from em_kernels.training.planning.activations import Sketch
+from em_kernels.training.planning import planner
+from em_kernels.training.planning.activations import ModelMemory
+from em_kernels.training.planning.components import fixed_bytes, head_bytes, logit_row_bytes
 from em_kernels.training.planning.plan import GIB, phases
 from em_kernels.training.planning.planner import Planner, resolve
 from em_kernels.training.rollouts.sampling import Rollout
@@ -35,7 +36,7 @@ def config(**changes):
 
 @pytest.fixture(scope="module", params=QWEN)
 def model(request):
-    """A planner of a 24 GB card and 96 GB, and known figures."""
+    """Return a planner for a 24 GB card and 96 GB of RAM, and known figures of the model."""
     planner = Planner(config(gpu_memory=22.5, host_memory=89.4), QWEN[request.param], 128, CUDA)
     figures = {
         "7B": (7_615_616_512, 14.19, 113.5, 200_704, 57_344, 608_256),
@@ -52,12 +53,12 @@ def model(request):
 def always(planner, **changes):
     complete = {"dtype": "bfloat16", "moments": "fp32", "gradients": "fp32", **changes}
     asked = planner.config.model_copy(update=complete)
-    return planner._always(asked, planner.sketch(asked))
+    return fixed_bytes(asked, planner.model_memory(asked), planner.cuda)
 
 
 def test_weights_and_state_to_the_byte(model):
-    sizes = model.planner.sketch(config()).sizes
-    assert sizes.weights == 2 * model.count and sizes.trained == model.count
+    sizes = model.planner.model_memory(config()).sizes
+    assert sizes.weight_bytes == 2 * model.count and sizes.trained_parameters == model.count
     device, host, _ = always(model.planner, mode="full", gradients="bf16")
     assert device["weights"] / GIB == pytest.approx(model.weights, abs=0.005)
     names = ("weights", "master", "moments", "gradients")
@@ -74,14 +75,13 @@ def test_weights_and_state_to_the_byte(model):
 
 
 def test_activations_and_cache_to_the_byte(model):
-    sketch = model.planner.sketch(config())
+    memory = model.planner.model_memory(config())
     rows, prompt, new = 3, 40, 25
-    few, more = (net.run(rows, prompt, new, False, True)[1] for net in sketch.nets)
+    few, more = (net.run(rows, prompt, new, False, True)[1] for net in memory.models)
     a_layer = more - few
-    assert a_layer * sketch.layers == model.kept * rows * (prompt + new - 1)
-    assert sketch.cache_bytes(640) == 640 * model.cache
-    on_cpu = Planner(config(), QWEN[model.name], 128, CPU)
-    assert on_cpu._logit_bytes(sketch) == model.logits
+    assert a_layer * memory.layers == model.kept * rows * (prompt + new - 1)
+    assert memory.cache_bytes(640) == 640 * model.cache
+    assert logit_row_bytes(memory, cuda=False) == model.logits
 
 
 only_7b = pytest.mark.parametrize("model", ["7B"], indirect=True)
@@ -156,18 +156,18 @@ SHORT = {"sampling": {"max_new_tokens": 40}}
 
 
 @pytest.fixture(autouse=True, scope="module")
-def sketches():
-    """Plans of the same model share its sketch, which takes seconds and depends on nothing else."""
-    kept, real = {}, memory.Sketch
+def measurements():
+    """Measure each model once: that takes seconds and depends on nothing else."""
+    kept, real = {}, planner.ModelMemory
 
-    def sketch(model_config, *others):
+    def measured(model_config, *others):
         key = [model_config.to_json_string(use_diff=False)]
         key += [(x.lora_rank, x.lora_targets) if isinstance(x, TrainConfig) else x for x in others]
         key = tuple(key)
         return kept.get(key) or kept.setdefault(key, real(model_config, *others))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory, "Sketch", sketch)
+        patch.setattr(planner, "ModelMemory", measured)
         yield
 
 
@@ -259,7 +259,7 @@ def test_planning_for_a_gpu_without_one():
 
 
 def recorded(function):
-    """Bytes in memory after each change; whatever was allocated before does not count."""
+    """Return each allocation and the bytes in memory after it; earlier allocations do not count."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
     events = profiler.profiler.kineto_results.events()
@@ -281,11 +281,11 @@ def recorded(function):
 def test_activations_to_the_byte(kind, dtype, options, shared, recompute):
     attention = "eager" if kind == "gemma2" else "sdpa"
     model_config = AutoConfig.for_model(kind, **SMALL, **options)
-    sketch = Sketch(model_config, dtype, attention)
-    assert sketch.can_share == (kind != "gemma2")  # not with a sliding window
-    assert 0 < sketch.largest < sketch.sizes.linear
+    memory = ModelMemory(model_config, dtype, attention)
+    assert memory.can_share_prefix == (kind != "gemma2")  # not with a sliding window
+    assert 0 < memory.largest_linear < memory.sizes.linear_parameters
     rows, prompt, new = 4, 20, 40
-    found = sketch.run(rows, prompt, new, shared, recompute)
+    found = memory.activations(rows, prompt, new, shared, recompute)
     model = AutoModelForCausalLM.from_config(
         model_config, dtype=dtype, attn_implementation=attention
     ).eval()
@@ -297,15 +297,15 @@ def test_activations_to_the_byte(kind, dtype, options, shared, recompute):
         begun = SharedPrefix(model, batch[0].prompt_ids) if shared else None
         states = scored_states(model, batch, begun, False)
         states = states if begun is None else torch.cat([begun.last, states])
-        assert len(states) == found.states
+        assert len(states) == found.head_rows
         states.backward(torch.zeros_like(states))
         del states
         if begun is not None:
             begun.backward()
 
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a CPU's attention takes memory for each
-    try:  # oneDNN packs weights anew for some CPUs
+    torch.set_num_threads(1)  # a CPU's attention takes memory for each thread thread
+    try:  # oneDNN would repack weights on some CPUs
         with recomputation(model, recompute), torch.backends.mkldnn.flags(enabled=False):
             _, live = recorded(step)
     finally:
@@ -319,8 +319,8 @@ def test_head(words, width, states, chunk, trained):
     shape = {**SMALL, "vocab_size": words, "hidden_size": width}
     model_config = AutoConfig.for_model("llama", **shape)
     asked = config(dtype="float32", mode="full" if trained else "lora", grad_tolerance=0)
-    planner = Planner(asked, model_config, 1, CPU)
-    planned = planner._head(asked, Sketch(model_config, torch.float32), states, 1 << chunk)
+    memory = ModelMemory(model_config, torch.float32)
+    planned = head_bytes(asked, memory, states, 1 << chunk, cuda=False)
     hidden, weight = torch.randn(states, width), torch.randn(words, width)
     sink = (lambda words, values: None) if trained else None
     mask = torch.ones(states, dtype=torch.float64)
@@ -331,16 +331,16 @@ def test_head(words, width, states, chunk, trained):
 
 
 @pytest.mark.skipif(bf16_isa() == 0, reason="this CPU multiplies no bf16")
-@pytest.mark.parametrize("states", [20, 33, 50, 300])  # in a chunk, in four, in more
+@pytest.mark.parametrize("states", [20, 33, 50, 300])  # one chunk, four, more
 def test_head_on_a_gpu_where_dy_of_chunks_waits(states, monkeypatch):
-    """The loop as a GPU runs it, in the memory of this machine: within the plan and the budget."""
+    """Run the GPU's loop on the CPU: its memory stays within the plan and the budget."""
     words, width, chunk = 20000, 64, 1 << 22
     shape = {**SMALL, "vocab_size": words, "hidden_size": width}
     model_config = AutoConfig.for_model("llama", **shape)
     changes = {"dtype": "bfloat16", "grad_tolerance": 0, "gpu_memory": 8.0, "host_memory": 8.0}
     asked = config(mode="full", **changes)
-    planner = Planner(asked, model_config, 1, CUDA)
-    planned = planner._head(asked, Sketch(model_config, torch.bfloat16), states, chunk)
+    memory = ModelMemory(model_config, torch.bfloat16)
+    planned = head_bytes(asked, memory, states, chunk, cuda=True)
     monkeypatch.setattr(inputs.HeadInputs, "dy_has_own_buffer", True)
     monkeypatch.setattr(chunked, "TILE", 8)
     hidden, weight = (torch.randn(n, width, dtype=torch.bfloat16) for n in (states, words))
@@ -377,7 +377,7 @@ RUNS = {
     [n if n in ("tied", "lora") else pytest.param(n, marks=pytest.mark.slow) for n in RUNS],
 )
 def test_whole_runs_within_5_percent(name, tmp_path, monkeypatch):
-    """From the second update on; what stays, and the most that comes beside it."""
+    """Memory from the second update on: what stays, and the peak of what comes and goes."""
     kind, tied, changes = RUNS[name]
     shape = {"hidden_size": 192, "intermediate_size": 500, "num_hidden_layers": 4}
     source = tiny.save_tiny(tmp_path / "model", kind, tied=tied, **shape)
@@ -388,9 +388,9 @@ def test_whole_runs_within_5_percent(name, tmp_path, monkeypatch):
         chat_template=False,
         **{"micro_batch": 120, "rollout_batch": 6, **changes},
     )
-    monkeypatch.setattr(rounding, "_noise", {})  # of other tests
+    monkeypatch.setattr(rounding, "_noise", {})  # earlier tests have filled it
     plan = []
-    update = trainer._Run.update
+    update = run_module.Run.update
 
     def marked(run, number, stop):
         if number == 2:
@@ -398,7 +398,7 @@ def test_whole_runs_within_5_percent(name, tmp_path, monkeypatch):
             torch.empty(MARK, dtype=torch.uint8)
         update(run, number, stop)
 
-    monkeypatch.setattr(trainer._Run, "update", marked)
+    monkeypatch.setattr(run_module.Run, "update", marked)
     dtype = getattr(torch, asked.dtype)
 
     def whole():
@@ -415,9 +415,9 @@ def test_whole_runs_within_5_percent(name, tmp_path, monkeypatch):
 
 
 def test_the_demo_is_planned_as_it_is(demo):
-    """From a config that stands in the code, as nothing is fetched for a plan."""
-    planned = Sketch(open_config("demo"), torch.float32).sizes
+    """A plan uses the architecture that stands in the code, and fetches nothing."""
+    planned = ModelMemory(open_config("demo"), torch.float32).sizes
     model, _ = demo
-    assert planned.weights == sum(p.nbytes for p in model.parameters())
+    assert planned.weight_bytes == sum(p.nbytes for p in model.parameters())
     for name in ("hidden_size", "num_hidden_layers", "num_key_value_heads", "vocab_size"):
         assert getattr(open_config("demo"), name) == getattr(model.config, name)

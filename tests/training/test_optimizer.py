@@ -1,4 +1,4 @@
-"""The update against torch.optim.AdamW after clip_grad_norm_; where the state lies changes nothing.
+"""Updates against torch.optim.AdamW after clip_grad_norm_, wherever the state is kept.
 
 The way through the pinned buffers and their thread is forced on the CPU; the copies that a GPU
 makes are in tests/gpu.
@@ -34,7 +34,7 @@ NO_CLIP = 1e9
 
 
 def run_torch(model, numbers, clip, norms=None, fused=True):
-    """The same with fp32 copies of the weights where they are bf16; clipped with these norms, or
+    """Run the updates in torch, with fp32 copies of bf16 weights; clip with these norms, or
     with torch's own.
     """
     masters = [p.detach().clone() for p in model.parameters() if p.requires_grad]
@@ -65,7 +65,7 @@ def run_torch(model, numbers, clip, norms=None, fused=True):
 
 @pytest.fixture
 def small(monkeypatch):
-    """Slabs end inside parameters; three rows fill a buffer."""
+    """Make slabs end inside parameters, and three rows fill a buffer."""
     monkeypatch.setattr(optimizer, "SLAB", 45)
     monkeypatch.setattr(offload, "BUFFER_BYTES", 3 * 32 * 4)
 
@@ -104,7 +104,7 @@ def test_clips_as_torch():
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_tied_weights(dtype):
-    """Of embedding and head: one gradient, after both."""
+    """Embedding and head share one gradient, complete after both."""
     model = make_model(dtype=dtype, tied=True)
 
     def loss(update, micro_batch):
@@ -143,7 +143,7 @@ def test_where_the_state_lies(where, dtype, moments, gradients, slabs, tmp_path,
 
 @pytest.mark.parametrize("dtype", [FP32, FP64, BF16])
 def test_slabs_end_inside_parameters(dtype, small):
-    """Vectors end elsewhere than in torch's own, and round otherwise."""
+    """SIMD vectors end elsewhere than in torch's own update, and round otherwise."""
     model = Net(dtype)
     reference = copy.deepcopy(model)
     norms = run(model, make(model, 0.5), range(4))
@@ -155,7 +155,7 @@ def test_slabs_end_inside_parameters(dtype, small):
 
 
 def test_bf16_moments():
-    """What they change of ten updates; measured 0.2% here, with bf16 gradients 0.4%."""
+    """bf16 moments change ten updates by 0.2% here, with bf16 gradients by 0.4%."""
     changes = []
     for moments, gradients in [(FP32, FP32), (BF16, FP32), (BF16, BF16)]:
         model = make_model()
@@ -177,7 +177,7 @@ def test_bf16_moments():
 
 @pytest.mark.parametrize("gradients", [FP32, BF16])
 def test_norm(gradients):
-    """Where torch's own has four digits."""
+    """The norm of a long parameter, of which torch's own has four correct digits."""
     parameter = nn.Parameter(torch.zeros(2**22 + 77))
     model = nn.ParameterDict({"large": parameter, "none": nn.Parameter(torch.ones(5))})
     ours = make(model, gradients=gradients)
@@ -199,7 +199,7 @@ def test_words(order, dtype, bounce, small):
     dense = torch.randn(32, 40, dtype=dtype).t()  # not contiguous
     index = torch.randperm(40)[:17]
     expected, expected_bias = torch.zeros(40, 32), torch.zeros(40)
-    for update in range(2):  # the second must not see the first
+    for update in range(2):  # the second must not see the first one's gradient one's gradient
         expected.zero_(), expected_bias.zero_()
         if order == "dense first":
             ours.add(parameter, dense)
@@ -210,7 +210,7 @@ def test_words(order, dtype, bounce, small):
             part = rows[: len(torch.arange(40)[words])].normal_()
             ours.add(parameter, part.to(dtype) if update else part, words)
             expected[words] += part.to(dtype) if update else part
-            part.fill_(torch.nan)  # ours to overwrite
+            part.fill_(torch.nan)  # the caller may overwrite it
         one = torch.randn(17)
         ours.add(bias, one, index)
         expected_bias[index] += one
@@ -286,7 +286,7 @@ def test_clear():
     ours.clear()
     assert run(model, ours, [0, 2]) == run(other, same, [0, 2])
     assert_same(weights(model), weights(other))
-    ours.step(ours.norm())  # of nothing
+    ours.step(ours.norm())  # without any gradient
     assert_same(ours.state(), same.state())
 
 

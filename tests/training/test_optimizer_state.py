@@ -1,4 +1,4 @@
-"""The optimizer's state: saved and loaded, its bytes, its files, and disks without room."""
+"""The optimizer's state: saved, loaded, its bytes, its files, and full disks."""
 
 import resource
 from pathlib import Path
@@ -32,7 +32,7 @@ def test_state_continues(dtype, moments, files, tmp_path):
     with torch.no_grad():
         other.words.fill_(7)
     again = make(other, moments=moments)
-    backwards(other, 5)  # forgotten
+    backwards(other, 5)  # load() forgets this gradient
     again.load(load_file(tmp_path / "state.safetensors"))
     assert_same(weights(model), weights(other))
     assert run(model, ours, [3, 4]) == run(other, again, [3, 4])
@@ -85,7 +85,7 @@ def test_state_bytes(dtype, moments, gradients, files, tmp_path):
 
 
 def taken(into):
-    """Bytes that an optimizer made resident, of a process that has freed nothing before."""
+    """Put the bytes that an optimizer makes resident, in a process that has freed nothing yet."""
 
     def resident():
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
@@ -111,7 +111,7 @@ def test_memory_is_taken_at_the_start():
 def test_files_leave_nothing(tmp_path):
     model = Net()
     ours = make(model, folder=tmp_path / "deep" / "folder")
-    assert not list((tmp_path / "deep" / "folder").iterdir())  # they live unnamed, and
+    assert not list((tmp_path / "deep" / "folder").iterdir())  # the files are unlinked, and mapped
     mapped = Path("/proc/self/maps").read_text()
     for kind in ("master", "exp_avg", "exp_avg_sq"):
         assert f"{tmp_path}/deep/folder/{kind}." in mapped

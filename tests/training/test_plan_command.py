@@ -1,4 +1,4 @@
-"""The plan as a command: its table, and flags that train as it says."""
+"""The plan command: its table, and the train command that it prints."""
 
 import json
 import shlex
@@ -24,7 +24,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def wide(monkeypatch):
-    """Tables are as wide as they need, whatever the terminal."""
+    """Let tables take the width that they need, whatever the terminal."""
     monkeypatch.setenv("COLUMNS", "200")
 
 

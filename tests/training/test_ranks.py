@@ -20,11 +20,11 @@ from training.processes import (
 )
 from training.tiny import settings
 
-from em_kernels.training.engines.step import part_of, scored
+from em_kernels.training.engines.step import rank_share, scored_positions
 from em_kernels.training.rollouts.sampling import Rollout
 from em_kernels.training.trainer import train
 
-# FSDP2's runs are launched by themselves, which takes as long as all of the replicas'.
+# FSDP2 needs a launch of its own, which takes as long as all runs of the replicas.
 ENGINES = pytest.mark.parametrize(
     ("engine", "env"),
     [("replicas", {}), pytest.param("fsdp2", FSDP2, marks=pytest.mark.slow)],
@@ -33,7 +33,7 @@ ENGINES = pytest.mark.parametrize(
 
 @pytest.fixture(scope="module")
 def by_engine(tmp_path_factory, folders):
-    """A function: the folder in which an engine's runs lie, and its words to each process."""
+    """Return a function that gives the folder of an engine's runs, with each process's output."""
     found = {}
 
     def runs(engine, **env):
@@ -101,7 +101,7 @@ def test_every_rank_knows_the_run_and_one_speaks(by_engine):
 
 
 def test_another_number_of_processes_replays(by_engine, folders, tmp_path):
-    """The state is of two; one process trains again on the completions, to rounding."""
+    """One process cannot use the state of two; it trains again on the recorded completions."""
     import shutil
 
     shutil.copytree(by_engine("replicas") / "again", tmp_path / "again")
@@ -124,7 +124,7 @@ def test_every_token_counts_once(count, official):
     rollouts = [Rollout([1, 2, 3], list(range(1, 2 + i % 7)), bool(i % 2)) for i in range(13)]
     asked = {**APART, "official_loss": official, "micro_batch_rows": 2 if official else None}
     config = settings("none", "none", **asked)
-    parts = [part_of(rollouts, config, 20, index, count) for index in range(count)]
+    parts = [rank_share(rollouts, config, 20, index, count) for index in range(count)]
     batches = [[b for _, group in part.work for b in group] for part in parts]
     given = [id(rollout) for own in batches for batch in own for rollout in batch]
     assert sorted(given) == sorted(map(id, rollouts))
@@ -133,8 +133,8 @@ def test_every_token_counts_once(count, official):
         tokens / parts[0].divisor(tokens, official)
         for own in batches
         for batch in own
-        if (tokens := sum(len(scored(r, official)) for r in batch))
+        if (tokens := sum(len(scored_positions(r, official)) for r in batch))
     ]
     assert sum(weights) == pytest.approx(1)
     sizes = [sum(map(len, (r for b in own for r in b))) for own in batches]
-    assert max(sizes) <= min(sizes) + 10 or official  # by length, in turns
+    assert max(sizes) <= min(sizes) + 10 or official  # dealt in turn, by length

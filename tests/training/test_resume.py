@@ -1,4 +1,4 @@
-"""Whole runs killed at named points, and what the next process makes of what they left."""
+"""Runs killed at named points, and resumed."""
 
 import os
 import shutil
@@ -53,7 +53,7 @@ def test_modes_and_two_kills(mode, points, start, resume, whole_of, tmp_path):
     check(mode, points, start, resume, whole_of, tmp_path)
 
 
-# A run that goes on otherwise
+# Resumed with other settings, or after damage
 
 
 @pytest.mark.parametrize("mode", [slow("full"), "replay"])
@@ -71,7 +71,7 @@ def test_a_finished_run_is_left_alone(mode, resume, whole_of, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["full", "replay"])
 def test_more_steps(mode, start, resume, whole_of, tmp_path):
-    """They stay, for a run that is killed once more."""
+    """A resumed run records its new number of steps, for the next one to resume."""
     assert start("run", **{**MODES[mode], "steps": 2}).code == 0
     ended = resume("run", "--steps", "4", points=["half of the first completions"])
     assert ended.code == -signal.SIGKILL
@@ -138,7 +138,7 @@ def test_a_damaged_state_is_named_and_the_completions_replayed(start, resume, wh
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["metrics.jsonl", "rollouts.jsonl"])
 def test_records_that_were_cut_are_made_again(name, resume, whole_of, tmp_path):
-    """A damaged line, and what follows, as its message says; the state is of a later update."""
+    """Remove a damaged line and what follows, as the message says; the state is newer."""
     shutil.copytree(whole_of("full"), tmp_path / "run")
     path = tmp_path / "run" / name
     lines = path.read_bytes().splitlines(True)

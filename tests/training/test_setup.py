@@ -1,4 +1,4 @@
-"""What a run starts from, and what it refuses to, with nothing written."""
+"""Inputs of a run, and refusals before anything is written."""
 
 import json
 import shutil
@@ -54,7 +54,7 @@ def test_weights_of_another_shape(tmp_path):
 
 
 def test_code_of_a_model_is_not_run(tmp_path, monkeypatch):
-    """Nor does it ask on the terminal."""
+    """A model's own code is refused without asking on the terminal."""
     model = save_tiny(tmp_path / "model")
     path = model / "config.json"
     values = {**json.loads(path.read_text()), "model_type": "its_own"}
@@ -67,7 +67,7 @@ def test_code_of_a_model_is_not_run(tmp_path, monkeypatch):
 
 
 def test_attention_that_the_model_has(tmp_path):
-    """The usual one, or else eager, and it says so; what is asked for by name is refused."""
+    """auto falls back to eager and says so; an attention asked for by name is refused."""
     model = save_tiny(tmp_path / "model", "bloom", n_layer=2, n_head=4)
     text = StringIO()
     config = settings(model, tmp_path / "run", steps=1, attention="auto")
@@ -109,7 +109,7 @@ def test_without_a_chat_template_the_prompt_is_raw_and_it_says_so(folder, tmp_pa
 @pytest.mark.parametrize("target, said", [("lm_head", "is the output head"), ("wq", "names no")])
 def test_lora_target_is_refused_before_weights_are_read(target, said, tmp_path):
     model = save_tiny(tmp_path / "model", tied=False)
-    (model / "model.safetensors").write_bytes(b"")  # would be found broken
+    (model / "model.safetensors").write_bytes(b"")  # broken, if it were read
     config = settings(model, tmp_path / "run", mode="lora", lora_targets=(target,))
     with pytest.raises(UserError, match=f"lora_targets: {target} {said}"):
         run(config)
@@ -121,13 +121,15 @@ def test_a_token_that_the_model_does_not_have(folder, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.add_tokens(["<new>"])
     tokenizer.save_pretrained(model)
-    with pytest.raises(UserError, match=r"prompt: has token 267 \('<new>'\), the model 267 words"):
+    with pytest.raises(
+        UserError, match=r"prompt: has token 267 \('<new>'\), the model's vocabulary 267 entries"
+    ):
         run(settings(model, tmp_path / "run", prompt="a <new> one"))
     assert not (tmp_path / "run").exists()
 
 
 def test_a_run_goes_on_when_its_template_tells_another_day(folder, tmp_path):
-    """As Llama's does; here it is another after a microsecond."""
+    """The template tells the time, as Llama's tells the day."""
     model = shutil.copytree(folder, tmp_path / "model")
     template = model / "chat_template.jinja"
     template.write_text("{{ strftime_now('%f') }}" + template.read_text())

@@ -1,4 +1,4 @@
-"""Plans of one of several processes."""
+"""Plans for one of several processes."""
 
 import json
 
@@ -12,16 +12,16 @@ from em_kernels.training.config import TrainConfig
 from em_kernels.training.distributed import LaunchSpec
 from em_kernels.training.planning.plan import GIB
 from em_kernels.training.planning.planner import Planner
-from em_kernels.training.planning.sharded import settings_of
+from em_kernels.training.planning.sharded import sharded_settings
 from em_kernels.training.settings import UserError
 
 CUDA = torch.device("cuda")
 SMALL = {"steps": 2, "sampling": {"max_new_tokens": 64}}
 
 
-def plan(world, **changes):
+def plan(launch, **changes):
     asked = {"model": "m", "prompt": "p", "gpu_memory": 40, "host_memory": 480, **SMALL, **changes}
-    return Planner(TrainConfig(**asked), QWEN["1.5B"], 128, CUDA, world=world).choose()
+    return Planner(TrainConfig(**asked), QWEN["1.5B"], 128, CUDA, launch=launch).choose()
 
 
 def test_replicas_divide_completions_and_the_host():
@@ -35,7 +35,7 @@ def test_replicas_divide_completions_and_the_host():
 
 @pytest.mark.parametrize("engine", ["fsdp2", "deepspeed"])
 def test_engines_divide_state(engine):
-    trained = 1_543_714_304  # of Qwen2.5-1.5B, its head tied
+    trained = 1_543_714_304  # parameters of Qwen2.5-1.5B, whose head is tied
     plans = {ranks: plan(LaunchSpec(ranks, ranks, engine), gpu_memory=80) for ranks in (2, 8)}
     for ranks, found in plans.items():
         assert found.device["master"] == 4 * trained // ranks
@@ -59,9 +59,9 @@ def test_engines_divide_state(engine):
         ({"offload_dir": "x"}, "offload_dir"),
     ],
 )
-def test_settings_of_another_engine_are_refused(changes, name):
+def test_sharded_settings_another_engine_are_refused(changes, name):
     with pytest.raises(UserError, match=f"^{name}: "):
-        settings_of(TrainConfig(**changes), "fsdp2")
+        sharded_settings(TrainConfig(**changes), "fsdp2")
 
 
 def test_remedies_are_of_the_engine():

@@ -1,4 +1,4 @@
-"""Loss and gradient of an update against plain torch in fp64, however it is cut."""
+"""Loss and gradient of an update against plain torch in fp64, for any split into micro-batches."""
 
 import pytest
 import torch
@@ -28,14 +28,14 @@ ROLLOUTS = [  # one prompt of one token; EOS (0) inside a prompt and at ends; a 
 
 
 def plain_entropies(model, rollout, temperature):
-    """At every position (T,), from full logits."""
+    """Return the entropy at every position (T,), from full logits."""
     ids = torch.tensor([rollout.prompt_ids + rollout.response_ids])
     logp = (model(ids).logits[0].double() / temperature).log_softmax(-1)
     return -(logp.exp() * logp).sum(-1)
 
 
 def plain_loss(model, rollouts, temperature=1.0):
-    """Mean over the response tokens; the logits at t are token t + 1's."""
+    """Return the mean over the response tokens; the logits at t predict token t + 1."""
     found = [plain_entropies(model, r, temperature)[len(r.prompt_ids) - 1 : -1] for r in rollouts]
     return torch.cat(found).mean()
 
@@ -60,7 +60,7 @@ MODELS = {
     "softcap": ("gemma2", {"head_dim": 8, "query_pre_attn_scalar": 8}),
     "scaled": ("cohere", {"logit_scale": 0.25}),
 }
-TOLERANCE = 1e-6  # transformers' norms round to fp32, another sum's gradient to another number
+TOLERANCE = 1e-6  # transformers' norms round to fp32
 
 
 @pytest.mark.parametrize("micro_batch", [10**6, 14, 1])
@@ -78,7 +78,7 @@ def test_loss_and_gradient(name, share, micro_batch, tmp_path):
 
 
 def many_rollouts(count):
-    """Of two prompts, lengths all over the place."""
+    """Make rollouts of two prompts and many lengths."""
     generator = torch.Generator().manual_seed(count)
     return [
         Rollout(
@@ -128,7 +128,7 @@ def test_official_loss(tmp_path):
 
 
 def test_prompts_are_computed_once(tmp_path):
-    """And not at all where every rollout has its own."""
+    """A prompt is computed once, and not apart where only one rollout has it."""
     model = make_model()
     lengths = []
     model.model.layers[0].register_forward_pre_hook(
@@ -159,7 +159,7 @@ def test_who_can_share():
 
 
 def test_a_cache_that_gives_other_states_is_not_shared():
-    """As a model would whose positions do not follow the cache."""
+    """Positions that ignore the cache, as some model's might, forbid sharing."""
     model = make_model()
     rotary = model.model.rotary_emb.forward
     model.model.rotary_emb.forward = lambda x, position_ids: rotary(
@@ -207,7 +207,7 @@ def allocations(function):
 def test_full_logits_and_their_weights_gradient_are_never_made(dtype, tmp_path):
     words = 8192
     model = make_model(vocab_size=words, tied=False, dtype=dtype)
-    model.model.embed_tokens.requires_grad_(False)  # its gradient is one tensor
+    model.model.embed_tokens.requires_grad_(False)  # its gradient would be one large tensor
     rollouts = [Rollout([5] * 10, [6 + i] * 40, False) for i in range(16)]
     calls = []
     model.lm_head.register_forward_hook(lambda *args: calls.append(args))
@@ -216,7 +216,7 @@ def test_full_logits_and_their_weights_gradient_are_never_made(dtype, tmp_path):
     arguments = model, head_of(model), rollouts, config, optimizer, 10**6, lambda: None
     largest = max(allocations(lambda: entropy_step(*arguments)))
     assert not calls
-    assert largest <= words * 32 * 4  # a slab of 64 MiB holds the whole here
+    assert largest <= words * 32 * 4  # one slab of at most 64 MiB holds it all
     naive = allocations(
         lambda: model(torch.tensor([r.prompt_ids + r.response_ids for r in rollouts]))
     )
@@ -233,5 +233,5 @@ def test_real_model(demo, tmp_path):
     truth = plain_gradients(model, expected)
     assert loss.entropy == pytest.approx(expected.item(), rel=1e-5)
     error = sum((ours[name] - truth[name]).square().sum() for name in truth)
-    # in fp32 dhidden, a sum over all words, is exact to 7e-5, eager's too; truth's softmax is fp64
+    # fp32 dhidden, a sum over the vocabulary, is exact to 7e-5, as is eager's; the truth is fp64.
     assert error < (2e-4) ** 2 * sum(gradient.square().sum() for gradient in truth.values())

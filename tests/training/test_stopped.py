@@ -1,4 +1,4 @@
-"""Runs stopped otherwise than by a kill, which go on: no memory, full disks, signals."""
+"""Runs that run out of memory or disk, or get a signal, and are resumed."""
 
 import os
 import shutil
@@ -16,7 +16,7 @@ OUT_OF_MEMORY = "memory for 40 tokens from update 2 on"
 
 @pytest.mark.slow
 def test_less_memory_than_planned(start, resume, tmp_path):
-    """The same numbers to rounding; and the sizes that were found are those of a resumed run."""
+    """Numbers are the same to rounding; a resumed run keeps the smaller sizes."""
     auto = {"micro_batch": "auto", "rollout_batch": "auto", "save_optimizer": False}
     assert start("plain", **auto).code == 0
     ended = start("whole", OUT_OF_MEMORY, **auto)
@@ -35,7 +35,7 @@ def test_less_memory_than_planned(start, resume, tmp_path):
 
 @pytest.mark.slow
 def test_less_memory_before_the_state(start, resume, tmp_path):
-    """The update after the state begins with the size that the one before it ended with; and may
+    """The update after the saved state begins with the size that the one before ended with, and may
     halve it again.
     """
     auto = {"micro_batch": "auto", "save_at": (3,)}
@@ -53,7 +53,7 @@ def test_less_memory_before_the_state(start, resume, tmp_path):
 
 
 def test_no_memory_for_a_gradient_that_has_arrived(start, tmp_path):
-    """It is not counted twice."""
+    """The retry does not count that gradient twice."""
     auto = {"micro_batch": "auto", "steps": 2}
     assert start("plain", **auto).code == 0
     ended = start("run", "no memory for a gradient", **auto)
@@ -82,7 +82,7 @@ def test_no_memory_to_start(start, tmp_path):
 
 @pytest.mark.slow
 def test_no_memory_left_to_free(start, resume, whole_of, tmp_path):
-    """In the middle of the weights' step, say; the run goes on elsewhere."""
+    """Out of memory in the middle of the weights' step: another process resumes the run."""
     line = start("run", "no memory in the step").refused()
     assert line.startswith("out of memory with micro_batch 20, rollout_batch 64; --resume ")
     assert "--resume " + f"{tmp_path}/run goes on; use --micro-batch auto, " in line
@@ -117,7 +117,7 @@ def test_a_full_disk_stops_it(mode, points, start, resume, whole_of, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("kib", ROOM)
 def test_a_disk_that_others_fill(kib, start, resume, whole_of, tmp_path):
-    """So that so much is left, once the run has begun."""
+    """Others leave so many KiB once the run has begun."""
     disk = tmp_path / "run"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=9m", "none", str(disk)]

@@ -20,7 +20,7 @@ from em_kernels.training.rollouts.sampling import generate
 
 
 def test_default_tolerance_is_reported(tmp_path):
-    """In the metrics; with gradients close to the exact ones."""
+    """Check the shares in the metrics, and gradients close to the exact ones."""
     model = make_model(initializer_range=1.0)
     found = {}
     for tolerance in (0.0, TrainConfig().grad_tolerance):
@@ -39,7 +39,7 @@ def test_default_tolerance_is_reported(tmp_path):
 
 @pytest.mark.slow
 def test_tolerance_does_not_change_training(demo):
-    """Ten updates of the real model with and without, from the same completions."""
+    """Ten updates of the real model with and without a tolerance, on the same completions."""
     model, tokenizer = demo
     start = {name: x.detach().clone() for name, x in model.named_parameters()}
     config = settings(

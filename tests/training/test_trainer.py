@@ -1,4 +1,4 @@
-"""Updates against plain torch in fp64; replays; what a run leaves."""
+"""Updates against plain torch in fp64, repeated runs, and a run's folder."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ def weights_of(folder):
 @pytest.mark.parametrize("clip", [0.05, 1e6], ids=["clipped", "not clipped"])
 @pytest.mark.parametrize("kind, tied", [("llama", True), ("qwen2", False)])
 def test_updates_are_a_plain_torch_loop(kind, tied, clip, folder, tmp_path):
-    """Several prompts of different length; the tokens replayed from rollouts.jsonl."""
+    """Replay the tokens of rollouts.jsonl, of prompts of different length, in plain torch."""
     pool = tmp_path / "pool.jsonl"
     texts = ["What is 2 + 3?", "Hello", "the abc\n\nthe"]
     pool.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
@@ -102,7 +102,7 @@ def test_same_settings_same_run_other_seed_another(folder, tmp_path):
 
 
 def test_a_model_trained_twice_is_its_own_afterwards(folder, tmp_path):
-    """No run of before takes its gradients."""
+    """An earlier run's hooks no longer take the model's gradients."""
     model = make_model()
     run(settings(folder, tmp_path / "a"), model)
     fresh = run(settings(folder, tmp_path / "b", steps=1), make_model()).metrics[0]["entropy"]

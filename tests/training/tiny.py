@@ -1,4 +1,4 @@
-"""Random models of 267 words and their tokenizer: small enough to compute everything plainly."""
+"""Random models with 267 vocabulary entries, and their tokenizer, for plain computation."""
 
 import json
 from io import StringIO
@@ -31,7 +31,7 @@ SHAPE = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": CONTEXT,
-    "initializer_range": 0.3,  # wide enough for a distribution that is not flat
+    "initializer_range": 0.3,  # wide enough that distributions are not flat
     "bos_token_id": None,
     "eos_token_id": 0,
     "pad_token_id": 2,
@@ -39,7 +39,7 @@ SHAPE = {
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Bytes and a few merges, two of which hold a newline."""
+    """Make a tokenizer of bytes and a few merges, two of which hold a newline."""
     words = [*SPECIAL, *sorted(ByteLevel.alphabet()), *("".join(pair) for pair in MERGES)]
     tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, MERGES))
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
@@ -55,7 +55,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(kind="llama", *, tied=True, dtype=torch.float32, **settings):
-    """A random model of a transformers architecture, the same one every time."""
+    """Make a random model of a transformers architecture, the same one every time."""
     torch.manual_seed(0)
     shape = {**SHAPE, "vocab_size": len(make_tokenizer()), "tie_word_embeddings": tied, **settings}
     config = AutoConfig.for_model(kind, **shape)
@@ -63,7 +63,7 @@ def make_model(kind="llama", *, tied=True, dtype=torch.float32, **settings):
 
 
 def save_tiny(folder: Path, kind="llama", **settings) -> Path:
-    """A folder that from_pretrained opens."""
+    """Save a random model and its tokenizer, and return the folder."""
     make_model(kind, **settings).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
@@ -74,7 +74,7 @@ PLAIN = Sampling(temperature=1, top_k=0, top_p=1, repetition_penalty=1, max_new_
 
 def settings(folder, output, **changes):
     base = {"prompt": TRAINING_TEXT, "steps": 2, "rollouts": 6, "sampling": PLAIN, "lr": 1e-3}
-    base["grad_tolerance"] = 0.0  # what is compared with plain torch is exact
+    base["grad_tolerance"] = 0.0  # exact, as plain torch is
     base |= {"mode": "full", "moments": "fp32", "gradients": "fp32", "micro_batch": 4096}
     base |= {
         "rollout_batch": 64,
@@ -109,18 +109,18 @@ def make_optimizer(model, config):
 
 
 def loss_and_gradients(model, rollouts, config, micro_batch=10**6):
-    """Of one update, by parameter."""
+    """Return the loss and, by parameter, the gradients of one update."""
     optimizer = make_optimizer(model, config)
     loss = entropy_step(
         model, head_of(model), rollouts, config, optimizer, micro_batch, lambda: None
     )
-    gradients = {s.name: s.gradient.view(s.parameter.shape) for s in optimizer._held()}
+    gradients = {s.name: s.gradient.view(s.parameter.shape) for s in optimizer._with_gradient()}
     optimizer.close()
     return loss, gradients
 
 
 def rounded(weight):
-    """As a checkpoint has it."""
+    """Round a weight to bf16 as a checkpoint does."""
     return to_bf16(weight.detach().float().flatten()).view(weight.shape)
 
 

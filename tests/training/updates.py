@@ -1,4 +1,4 @@
-"""A net with all kinds of parameters, their optimizer, and updates of theirs."""
+"""A small net with all kinds of parameters, its optimizer and its updates."""
 
 import torch
 from torch import nn
@@ -12,7 +12,7 @@ ADAMW = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
 
 
 class Net(nn.Module):
-    """Matrices, vectors, a scalar; something frozen, something that every other update leaves."""
+    """Matrices, vectors, a scalar, a frozen parameter, and one that every other update skips."""
 
     def __init__(self, dtype=FP32):
         super().__init__()
@@ -46,7 +46,7 @@ def backwards(model, update):
 
 
 def run(model, ours, numbers):
-    """Norms of these updates."""
+    """Run these updates, and return their norms."""
     norms = []
     for update in numbers:
         backwards(model, update)

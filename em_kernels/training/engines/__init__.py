@@ -1,11 +1,11 @@
-"""Engines: who holds a model's weights and its optimizer's state, and adds gradients up."""
+"""Engines: they hold a model's weights and optimizer, and compute its updates."""
 
 from .base import Engine
 
 
 def engine_of(kind: str) -> type[Engine]:
-    """The engine that a LaunchSpec names."""
-    if kind == "fsdp2":  # torch's part of it takes a second to import
+    """Return the engine that a LaunchSpec names."""
+    if kind == "fsdp2":  # imports seconds of torch, accelerate or DeepSpeed only where needed
         from .fsdp2 import Fsdp2
 
         return Fsdp2

@@ -1,6 +1,6 @@
-"""Who holds a model's weights and its optimizer's state on how many ranks, and adds up gradients.
+"""The interface of an engine, which holds a model's weights and optimizer on one or more ranks.
 
-All compute the same update: clip, AdamW on fp32 masters, the mean over the tokens of all ranks.
+All engines compute the same update: the mean over all ranks' tokens, clip, AdamW on fp32 masters.
 """
 
 from abc import ABC, abstractmethod
@@ -22,12 +22,9 @@ from .step import StepLoss
 
 
 class Engine(ABC):
-    """A model in training. Every rank makes the same calls.
+    """A model in training. Every rank makes the same calls."""
 
-    retries: a rank that runs out of memory may do its part again, alone.
-    """
-
-    retries = False
+    retries = False  # a rank that runs out of memory may compute its share again, alone
 
     def __init__(
         self,
@@ -37,58 +34,57 @@ class Engine(ABC):
         ranks: Ranks,
     ) -> None:
         self.model, self.tokenizer, self.config, self.ranks = model.eval(), tokenizer, config, ranks
-        self.prepare()  # eval: no dropout
+        self.prepare()
 
     def check_model(self) -> bool:
-        """Check the model; true if rows of unequal length may be sampled side by side.
+        """Check the model; return True if prompts of unequal length may be sampled side by side.
 
-        Raises: UserError where the loss would not be of the model's own distribution, or what is
-            sampled not its own.
+        Raises: UserError where loss or samples would not be of the model's own distribution.
         """
         try:
             head = head_of(self.model)
             check_head(self.model, head)
             check_cache(self.model)
-            token = head.weight.new_zeros(1, head.weight.shape[1])
             weight, chunk_bytes = head.weight.detach(), self.config.chunk_bytes
-            entropy_loss_into(None, token, weight, chunk_bytes=chunk_bytes)  # chunk_bytes
+            token = weight.new_zeros(1, weight.shape[1])
+            entropy_loss_into(None, token, weight, chunk_bytes=chunk_bytes)  # checks its arguments
             return check_sampling(self.model)
         except (TypeError, ValueError) as error:
             raise UserError(str(error)) from error
 
     @abstractmethod
     def prepare(self) -> None:
-        """Make the optimizer; whatever does not suit is refused."""
+        """Make the optimizer; raise UserError for a model or settings that do not suit."""
 
     def gathered_weights(self) -> AbstractContextManager[object]:
-        """In it each rank may call the model by itself."""
+        """Return a context in which each rank may call the model by itself."""
         return nullcontext()
 
     @abstractmethod
     def forward_backward(
         self, rollouts: Sequence[Rollout], micro_batch: int, check: Callable[[], None]
     ) -> StepLoss:
-        """This rank's part of the gradient, anew, and of the loss."""
+        """Compute this rank's share of the gradient anew, and return its share of the loss."""
 
     @abstractmethod
     def norm(self) -> float:
-        """Global L2 norm of the gradient of all ranks."""
+        """Return the global L2 norm of all ranks' gradient."""
 
     @abstractmethod
     def step(self, norm: float) -> None:
-        """Update the weights, the gradient's norm() clipped; forget the gradient."""
+        """Update the weights with the clipped gradient, whose norm() this is, and forget it."""
 
     @abstractmethod
     def state(self) -> Mapping[str, Tensor]:
-        """As MasterAdamW has it, whole, on rank 0."""
+        """Return what MasterAdamW.state() does, whole, on rank 0."""
 
     @abstractmethod
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Continue from a state(), given whole on every rank."""
+        """Continue from a state(), which every rank is given whole."""
 
     @abstractmethod
     def writer(self) -> Writer:
-        """A writer that fills a folder with the model, on rank 0."""
+        """Return a writer that fills a folder with the model, on rank 0."""
 
     def close(self) -> None:  # noqa: B027
-        """Leave the model to itself."""
+        """Release the model."""

@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO 2 through accelerate: every rank has the weights, and a part of the rest."""
+"""DeepSpeed ZeRO 2 through accelerate."""
 
 from collections.abc import Mapping
 
@@ -11,9 +11,7 @@ from .wrapped import MASTER, MOMENTS, Wrapped
 
 
 class DeepSpeed(Wrapped):
-    """Each rank has the weights, and of gradients and AdamW's state a part, on the device or the
-    host (ZeRO 2).
-    """
+    """Each rank holds the weights, and a part of gradients and AdamW's state, on device or host."""
 
     def wrap(self) -> None:
         settings = self.ranks.plugin.deepspeed_config
@@ -24,7 +22,7 @@ class DeepSpeed(Wrapped):
                     "weight_decay are settings of the run"
                 )
         settings.update(
-            train_micro_batch_size_per_gpu=1,  # which nothing reads
+            train_micro_batch_size_per_gpu=1,  # required, and read by nothing
             gradient_accumulation_steps=1,
             gradient_clipping=self.config.clip,
             bf16={"enabled": self.config.dtype == "bfloat16"},
@@ -68,14 +66,15 @@ class DeepSpeed(Wrapped):
     def load(self, state: Mapping[str, Tensor]) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state
 
-        with torch.enable_grad():  # the moments are there after a first step; what it does goes
-            nothing = torch.stack([p.sum() for p in self.model.parameters()]).sum() * 0
-            self.backward(nothing, last=True)
+        # DeepSpeed makes the moments in a first step, whose effect is overwritten below.
+        with torch.enable_grad():
+            zero = torch.stack([p.sum() for p in self.model.parameters()]).sum() * 0
+            self.backward(zero, last=True)
             self.root.step()
         for name, p in self.model.named_parameters():
             self._set(p, state[f"{MASTER}.{name}"].to(p.device))
             for kind in MOMENTS:
                 safe_set_full_optimizer_state(p, state[f"{kind}.{name}"].to(p.device), kind)
             self.updates = int(state[f"step.{name}"])
-        for slot in self.optimizer.optimizer.state.values():  # a tensor of torch's, or a number
-            slot["step"] = slot["step"] * 0 + self.updates
+        for slot in self.optimizer.optimizer.state.values():
+            slot["step"] = slot["step"] * 0 + self.updates  # keeps its type, tensor or number

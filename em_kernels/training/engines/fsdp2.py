@@ -1,4 +1,4 @@
-"""FSDP2 through accelerate: every rank holds a part of each weight, gradient and moment."""
+"""FSDP2 through accelerate."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,20 +18,21 @@ from .wrapped import MASTER, MOMENTS, Wrapped
 
 
 class Fsdp2(Wrapped):
-    """Each rank has a part of every weight, gradient and moment."""
+    """Each rank holds a part of every weight, gradient and moment."""
 
     def wrap(self) -> None:
         plugin = self.ranks.plugin
-        # else the launcher's default, none, which gathers the layers all at once
+        # The launcher's default, no policy, would gather all layers at once.
         plugin.auto_wrap_policy = plugin.auto_wrap_policy or transformer_auto_wrap_policy
         half = self.config.dtype == "bfloat16"
         plugin.mixed_precision_policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if half else None, reduce_dtype=torch.float32
         )
-        self.model.float()  # its parts are the masters
+        self.model.float()  # the sharded weights are the masters
         with torch.no_grad():
+            # FSDP2 rounds masters to the nearest bf16; without dither it would undo small updates.
             for p in self.model.parameters() if half else ():
-                p.copy_(dithered(p.flatten()).view(p.shape))  # or ten updates would be rounded off
+                p.copy_(dithered(p.flatten()).view(p.shape))
         self.root = fsdp2_prepare_model(self.ranks.accelerator, self.model)
         self.model = self.root
         self.reshards = plugin.reshard_after_forward
@@ -39,7 +40,7 @@ class Fsdp2(Wrapped):
 
     @contextmanager
     def gathered_weights(self) -> Iterator[None]:
-        """Every weight is on every rank, which so need not wait for the others' completions."""
+        """Gather the weights, so that ranks sample without waiting for each other."""
         parts: list[Any] = [m for m in self.model.modules() if isinstance(m, FSDPModule)]
         for part in parts:
             part.set_reshard_after_forward(False, recurse=False)

@@ -1,4 +1,4 @@
-"""Memory beyond the GPU's: a way to the host and back through pinned buffers, and mapped files."""
+"""Memory beyond the GPU's: transfers through pinned buffers, and state in memory-mapped files."""
 
 import os
 import shutil
@@ -23,7 +23,7 @@ class Bounce:
         on_gpu = device.type == "cuda"
         self.side = torch.cuda.Stream(device) if on_gpu else None
         self.thread = ThreadPoolExecutor(max_workers=1)
-        self.busy: list[Callable[[], object]] = [lambda: None] * 2  # each waits for a buffer's use
+        self.busy: list[Callable[[], object]] = [lambda: None] * 2  # waits until a buffer is free
         self.turn = 0
         try:
             self.buffers = [self._buffer(on_gpu) for _ in range(2)]
@@ -42,39 +42,40 @@ class Bounce:
         return self.buffers[self.turn][: like.nbytes].view(like.dtype).view(like.shape)
 
     def fetch(self, source: Tensor, put: Callable[[slice, Tensor], None], reused: bool) -> None:
-        """Call put(part, source[part] on the host) in the thread, for parts of a contiguous source
-        in turn. Returns before; where the source is reused, the current stream will wait.
+        """Copy a contiguous source to the host by parts, and call put(part, host copy) for each in
+        the thread. Returns at once; where the source is reused, the current stream will wait.
         """
         rows = max(1, BUFFER_BYTES // max(1, source[:1].nbytes))
         for start in range(0, len(source), rows):
             part = slice(start, min(start + rows, len(source)))
             host = self._next(source[part])
             arrived = self._copy(host, source[part])
-            self.busy[self.turn] = self.thread.submit(_empty, arrived, put, part, host).result
+            job = self.thread.submit(_put_when_arrived, arrived, put, part, host)
+            self.busy[self.turn] = job.result
         if self.side is not None and reused:
             torch.cuda.current_stream(source.device).wait_stream(self.side)
 
     def _copy(self, host: Tensor, source: Tensor) -> Callable[[], object]:
-        """Returns what waits for the copy."""
+        """Start a copy, and return a function that waits for it."""
         if self.side is None:
             host.copy_(source)
             return lambda: None
         self.side.wait_stream(torch.cuda.current_stream(source.device))
         with torch.cuda.stream(self.side):
             host.copy_(source, non_blocking=True)
-            source.record_stream(self.side)  # dropped now, its memory stays until it is copied
-            return _marked(self.side)
+            source.record_stream(self.side)  # keeps its memory until it is copied
+            return _waiter_for(self.side)
 
     def send(self, target: Tensor, values: Tensor) -> None:
-        """target.copy_(values of the host), at most a buffer; ordered as the current stream is."""
+        """Copy host values, at most a buffer, into a target, in the order of the current stream."""
         host = self._next(target)
         host.copy_(values)  # casts
         target.copy_(host, non_blocking=True)
         if target.is_cuda:
-            self.busy[self.turn] = _marked(torch.cuda.current_stream(target.device))
+            self.busy[self.turn] = _waiter_for(torch.cuda.current_stream(target.device))
 
     def wait(self) -> None:
-        """Until the host has everything, and the buffers are free."""
+        """Wait until the host has everything, and the buffers are free."""
         for done in self.busy:
             done()
 
@@ -82,24 +83,24 @@ class Bounce:
         self.thread.shutdown()
 
 
-def _empty(arrived: Callable, put: Callable, part: slice, host: Tensor) -> None:
+def _put_when_arrived(arrived: Callable, put: Callable, part: slice, host: Tensor) -> None:
     arrived()
     put(part, host)
 
 
-def _marked(stream: torch.cuda.Stream) -> Callable[[], object]:
-    """Waits, asleep, for what the stream has been given so far."""
+def _waiter_for(stream: torch.cuda.Stream) -> Callable[[], object]:
+    """Return a function that waits, asleep, for the stream's work so far."""
     return stream.record_event(torch.cuda.Event(blocking=True)).synchronize
 
 
 def zeros_in_files(
     folder: Path, kinds: Mapping[str, Sequence[tuple[int, torch.dtype]]]
 ) -> dict[str, list[Tensor]]:
-    """Zeros (n,) for each (n, dtype), in a mapped file a kind.
+    """Return zeros (n,) for each (n, dtype), in a mapped file for each kind.
 
     Raises: UserError where the folder cannot hold them.
     """
-    # each starts at a multiple of 8 bytes, whatever the dtypes
+    # Rounded up to 4 elements, so that each tensor starts at a multiple of 8 bytes.
     lengths = {kind: [-(-n // 4) * 4 * d.itemsize for n, d in kinds[kind]] for kind in kinds}
     need = sum(map(sum, lengths.values()))
     remedy = "choose another folder, or leave it out to use memory"
@@ -109,14 +110,14 @@ def zeros_in_files(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free
-        if need > free:  # asked first, as a reservation that fails has filled the disk
+        if need > free:  # checked first: a reservation that fails has filled the disk
             sizes = f"{need / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
             raise UserError(f"offload_dir: {folder} needs {sizes}; {remedy}")
         for kind, tensors in kinds.items():
-            # unlinked when mapped, which on Linux leaves nothing after any kind of end
+            # Unlinked once it is mapped: on Linux the file goes with the process, however it ends.
             with NamedTemporaryFile(dir=folder, prefix=f"{kind}.") as file:
                 size = sum(lengths[kind])
-                os.posix_fallocate(file.fileno(), 0, size)  # sparse, a full disk is a SIGBUS
+                os.posix_fallocate(file.fileno(), 0, size)  # else a full disk is a SIGBUS later
                 arena = torch.from_file(file.name, shared=True, size=size, dtype=torch.uint8)
             parts = zip(arena.split(lengths[kind]), tensors, strict=True)
             zeros[kind] = [part[: n * d.itemsize].view(d) for part, (n, d) in parts]

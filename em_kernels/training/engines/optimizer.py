@@ -1,21 +1,24 @@
-"""AdamW on fp32 masters, whose state lies on the model's device, on the host, or in files."""
+"""AdamW on fp32 masters, with its state on the model's device, on the host, or in files."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from ..config import TrainConfig
 from ..distributed import Ranks
 from ..models.rounding import to_bf16
 from .offload import Bounce, zeros_in_files
 
-SLAB = 1 << 21  # elements, of 2^20, 2^21, 2^22 the fastest (2-core CPU); fp64 must fit a buffer
+SLAB = 1 << 21  # elements; the fastest of 2^20, 2^21, 2^22 (2-core CPU), and fits a buffer in fp64
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of moments, gradients in settings
 KINDS = ("master", "exp_avg", "exp_avg_sq", "gradient")
-NORM_ROW = 256  # elements; longer ones lose digits: on a CPU 2^24 at once are wrong by 8e-4
+NORM_ROW = 256  # elements summed in fp32: a CPU's norm of 2^24 at once is wrong by 8e-4
 
 
 def state_bytes(
@@ -26,8 +29,10 @@ def state_bytes(
     gradients: torch.dtype,
     master_is_parameter: bool,
 ) -> dict[str, int]:
-    """Bytes of the masters, both moments and gradients of parameters with so many elements each,
-    of weight_bytes an element.
+    """Return the bytes of masters, both moments and gradients.
+
+    Args:
+        numels: elements of each parameter, whose dtype has weight_bytes.
     """
     count, exact = sum(numels), weight_bytes == 8
     return {
@@ -37,9 +42,15 @@ def state_bytes(
     }
 
 
+def adamw_options(config: TrainConfig) -> dict[str, Any]:
+    """Return the keyword arguments that AdamW takes of the settings."""
+    names = ("lr", "betas", "eps", "weight_decay")
+    return {name: getattr(config, name) for name in names}
+
+
 @dataclass(eq=False)
 class _Slot:
-    """A parameter and its state, flat."""
+    """A parameter and its flattened state."""
 
     name: str
     parameter: nn.Parameter
@@ -48,7 +59,7 @@ class _Slot:
     exp_avg_sq: Tensor
     gradient: Tensor
     steps: int = 0
-    held: bool = False  # gradient holds something of this update
+    has_gradient: bool = False  # of this update
 
     def weights(self) -> Tensor:
         return self.parameter.detach().view(-1)
@@ -57,20 +68,19 @@ class _Slot:
 class MasterAdamW:
     """torch.optim.AdamW after clip_grad_norm_, on fp32 masters of the parameters.
 
-    A backward adds each gradient here and leaves parameter.grad None. A parameter that got none is
-    skipped. fp64 parameters have all their state in fp64.
+    A backward adds each gradient here and leaves parameter.grad None. A parameter without a
+    gradient is skipped. fp64 parameters have all their state in fp64.
 
     Args:
-        parameters: (name, parameter) pairs; what does not require a gradient is left out.
+        parameters: (name, parameter) pairs; frozen parameters are left out.
         clip: largest global gradient norm.
-        device: of the state; the model's, or the CPU. A parameter that is fp32 there already is
-            its own master.
-        moments, gradients: dtypes of what is kept, float32 or bfloat16.
-        folder: masters and moments are in unnamed files there; device is the CPU.
+        device: of the state; the model's, or the CPU. An fp32 parameter on it is its own master.
+        moments, gradients: dtypes in which they are kept, float32 or bfloat16.
+        folder: keep masters and moments in unnamed files there; device is the CPU.
 
-    Precision: with float32 that of torch. bfloat16 moments, rounded at each update, changed ten
-    updates by 0.2% (relative L2 distance of the weights' change), with bfloat16 gradients by 0.4%;
-    of a wider model by 0.2% and 0.7%.
+    Precision: in float32 that of torch. bfloat16 moments, rounded at each update, changed the
+    weights' change of ten updates by 0.2% (relative L2 distance), with bfloat16 gradients 0.4%; for
+    a wider model 0.2% and 0.7%.
 
     Raises: UserError where the folder cannot hold the files.
     """
@@ -100,12 +110,12 @@ class MasterAdamW:
         dtypes = dict(zip(KINDS, (torch.float32, moments, moments, gradients), strict=True))
         sizes: dict[str, list[tuple[int, torch.dtype]]] = {kind: [] for kind in KINDS}
         for p in names:
-            own = folder is not None or p.device.type != device.type or p.dtype.itemsize < 4
+            apart = folder is not None or p.device.type != device.type or p.dtype.itemsize < 4
             for kind, dtype in dtypes.items():
-                n = p.numel() if own or kind != "master" else 0  # its own master
+                n = p.numel() if apart or kind != "master" else 0
                 sizes[kind].append((n, p.dtype if p.dtype == torch.float64 else dtype))
         mapped = zeros_in_files(folder, {kind: sizes[kind] for kind in KINDS[:3]}) if folder else {}
-        # written, not only asked for: a host that lacks the memory fails here
+        # zero_() makes a host that lacks the memory fail here, and not in the first update.
         state = [
             mapped.get(kind) or [torch.empty(n, dtype=d, device=device).zero_() for n, d in s]
             for kind, s in sizes.items()
@@ -114,7 +124,7 @@ class MasterAdamW:
         for slot in slots:
             if len(slot.master) == slot.parameter.numel():
                 slot.master.copy_(slot.weights())
-            else:
+            else:  # the parameter is its own master
                 slot.master = slot.weights()
         self._slots: dict[Tensor, _Slot] = dict(zip(names, slots, strict=True))
         away = [p.device for p in names if p.device.type != device.type]
@@ -128,31 +138,30 @@ class MasterAdamW:
         parameter.grad = None
 
     @torch.no_grad()
-    def add(self, parameter: Tensor, gradient: Tensor, words: slice | Tensor | None = None) -> None:
+    def add(self, parameter: Tensor, gradient: Tensor, rows: slice | Tensor | None = None) -> None:
         """Add to the gradient of a parameter.
 
         Args:
-            gradient: shaped as the parameter, and ours from now on; or some of its rows, the
-                caller's again (on the current stream) when this returns.
-            words: which rows, as a slice or int64 indices; from a GPU to the host, indices wait for
-                the stream.
+            gradient: of the parameter's shape, which the optimizer keeps; or of some of its rows,
+                which the caller may reuse (on the current stream) when this returns.
+            rows: a slice or int64 indices; from a GPU to the host, indices wait for the stream.
 
         Raises: TypeError for a sparse gradient.
         """
         slot = self._slots[parameter]
         if gradient.is_sparse:
             raise TypeError(f"{slot.name}: its gradient is sparse; only dense ones are supported")
-        first, slot.held = not slot.held, True
+        first, slot.has_gradient = not slot.has_gradient, True
         target, index = slot.gradient, None
-        if words is not None:
+        if rows is not None:
             if first:
                 target.zero_()
                 first = False
             target = target.view(parameter.shape)
-            if isinstance(words, slice):
-                target = target[words].view(-1)
+            if isinstance(rows, slice):
+                target = target[rows].view(-1)
             else:
-                target, index = target.view(len(target), -1), words.to(target.device)
+                target, index = target.view(len(target), -1), rows.to(target.device)
         shape = target.shape if index is None else (len(index), target.shape[1])
         source = gradient.contiguous().view(shape)
 
@@ -167,15 +176,15 @@ class MasterAdamW:
                     into.add_(slab)
 
         if self._bounce is None and first and source.dtype == target.dtype:
-            slot.gradient = source  # spares a copy; what was there is as large, and goes
+            slot.gradient = source  # no copy; the tensor that it replaces is as large
         elif self._bounce is None:
             put(slice(None), source)
         else:
-            self._bounce.fetch(source, put, reused=words is not None)
+            self._bounce.fetch(source, put, reused=rows is not None)
 
     def _wide(self, parts: list[tuple[_Slot, slice]], kind: str, row: int) -> list[Tensor]:
-        """The parts of a kind of state in their masters' dtype; rounded ones as copies in a row of
-        the scratch memory.
+        """Return the parts of a kind of state in their masters' dtype: where that is wider, copies
+        in a row of the scratch memory.
         """
         found, start = [], 0
         for slot, part in parts:
@@ -188,14 +197,16 @@ class MasterAdamW:
 
     @torch.no_grad()
     def add_up(self, ranks: Ranks) -> None:
-        """Add the gradients of all ranks, the same bits on each."""
+        """Sum the gradients over the ranks, with the same bits on each."""
         slots = list(self._slots.values())
         self._wait()
-        for slot, *held in zip(slots, *ranks.gather([slot.held for slot in slots]), strict=True):
-            if any(held) and not slot.held:
-                slot.held = True
+        for slot, *anywhere in zip(
+            slots, *ranks.gather([slot.has_gradient for slot in slots]), strict=True
+        ):
+            if any(anywhere) and not slot.has_gradient:
+                slot.has_gradient = True
                 slot.gradient.zero_()
-        for parts in _slabs(slot for slot in slots if slot.held):
+        for parts in _slabs(slot for slot in slots if slot.has_gradient):
             kept = [slot.gradient[part] for slot, part in parts]
             wide = [x.to(slot.master.dtype) for x, (slot, _) in zip(kept, parts, strict=True)]
             sums = ranks.add_up(torch.cat(wide)).split([len(x) for x in kept])
@@ -203,18 +214,18 @@ class MasterAdamW:
 
     @torch.no_grad()
     def norm(self) -> float:
-        """Global L2 norm of what was added since the last update, to 3e-8 of it."""
+        """Return the gradient's global L2 norm, to a relative 3e-8."""
         squares = [torch.zeros((), dtype=torch.float64, device=self.device)]
-        for parts in _slabs(self._held()):
+        for parts in _slabs(self._with_gradient()):
             squares += [square_sum(values) for values in self._wide(parts, "gradient", 0)]
         return torch.stack(squares).sum().sqrt().item()
 
     @torch.no_grad()
     def step(self, norm: float) -> None:
-        """Update with what was added, whose norm() this is, and forget it."""
+        """Update with the gradient, whose norm() this is, and forget it."""
         coefficient = min(1.0, self.clip / (norm + 1e-6))
-        held = self._held()
-        for parts in _slabs(held):
+        slots = self._with_gradient()
+        for parts in _slabs(slots):
             masters = [slot.master[part] for slot, part in parts]
             grads = self._wide(parts, "gradient", 0)
             if coefficient < 1:
@@ -230,7 +241,7 @@ class MasterAdamW:
                     slot.exp_avg[part].copy_(m)
                     slot.exp_avg_sq[part].copy_(v)
             self._copy_back(parts)
-        for slot in held:
+        for slot in slots:
             slot.steps += 1
         self.clear()
 
@@ -246,59 +257,59 @@ class MasterAdamW:
             else:
                 weights.copy_(master)
 
-    def _held(self) -> list[_Slot]:
-        """Parameters that got a gradient, once all of it is there."""
+    def _with_gradient(self) -> list[_Slot]:
+        """Wait for all gradients, and return the parameters that have one."""
         self._wait()
-        return [slot for slot in self._slots.values() if slot.held]
+        return [slot for slot in self._slots.values() if slot.has_gradient]
 
     def _wait(self) -> None:
         if self._bounce is not None:
             self._bounce.wait()
 
     def clear(self) -> None:
-        """Forget what was added, and what a backward that failed has left."""
+        """Forget the gradient, and what a backward that failed has left."""
         self._wait()
         for slot in self._slots.values():
-            slot.held, slot.parameter.grad = False, None
+            slot.has_gradient, slot.parameter.grad = False, None
 
     def state(self) -> dict[str, Tensor]:
-        """Masters, moments (no copies) and step counts: master.NAME, exp_avg.NAME, exp_avg_sq.NAME,
-        step.NAME.
+        """Return masters, moments (no copies) and step counts, as master.NAME, exp_avg.NAME,
+        exp_avg_sq.NAME and step.NAME.
         """
         self._wait()
-        found = {}
+        state = {}
         for slot in self._slots.values():
             for kind in KINDS[:3]:
-                found[f"{kind}.{slot.name}"] = getattr(slot, kind).view(slot.parameter.shape)
-            found[f"step.{slot.name}"] = torch.tensor(slot.steps)
-        return found
+                state[f"{kind}.{slot.name}"] = getattr(slot, kind).view(slot.parameter.shape)
+            state[f"step.{slot.name}"] = torch.tensor(slot.steps)
+        return state
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Continue from a state(), its masters in the parameters; what was added is forgotten.
+        """Continue from a state(), with its masters in the parameters and no gradient.
 
         Raises: ValueError, with nothing changed, for a name that is missing, unknown, or of another
         shape.
         """
-        own = self.state()
-        for name in [*own, *state]:
+        current = self.state()
+        for name in [*current, *state]:
             if name not in state:
                 raise ValueError(f"{name}: missing from the optimizer's state")
-            if name not in own:
+            if name not in current:
                 raise ValueError(f"{name}: in the optimizer's state, but not of this model")
-            if own[name].shape != state[name].shape:
-                shapes = f"{tuple(state[name].shape)}, the model's {tuple(own[name].shape)}"
+            if current[name].shape != state[name].shape:
+                shapes = f"{tuple(state[name].shape)}, the model's {tuple(current[name].shape)}"
                 raise ValueError(f"{name}: the optimizer's state has shape {shapes}")
         self.clear()
-        for name, tensor in own.items():
+        for name, tensor in current.items():
             tensor.copy_(state[name])
         for slot in self._slots.values():
-            slot.steps = int(own[f"step.{slot.name}"])
+            slot.steps = int(current[f"step.{slot.name}"])
         for parts in _slabs(self._slots.values()):
             self._copy_back(parts)
 
     def close(self) -> None:
-        """Leave the parameters' gradients to themselves."""
+        """Stop taking the parameters' gradients."""
         for hook in self._hooks:
             hook.remove()
         if self._bounce is not None:
@@ -306,7 +317,7 @@ class MasterAdamW:
 
 
 def square_sum(values: Tensor) -> Tensor:
-    """Sum of squares of a (n,) tensor, in fp64."""
+    """Return the sum of squares of a (n,) tensor, in fp64."""
     rows = values[: len(values) // NORM_ROW * NORM_ROW].view(-1, NORM_ROW)
     norms = [torch.linalg.vector_norm(rows, dim=1)]
     norms.append(torch.linalg.vector_norm(values[rows.numel() :])[None])
@@ -314,7 +325,7 @@ def square_sum(values: Tensor) -> Tensor:
 
 
 def _slabs(slots: Iterable[_Slot]) -> Iterator[list[tuple[_Slot, slice]]]:
-    """All their elements, in lists of at most SLAB; small parameters go together."""
+    """Yield all elements of some parameters in lists of at most SLAB; small ones share a list."""
     parts: list[tuple[_Slot, slice]] = []
     room = SLAB
     for slot in slots:

@@ -1,4 +1,4 @@
-"""Every rank holds the whole model, in the trainer's own optimizer."""
+"""The engine in which every rank holds the whole model, with the trainer's own optimizer."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -9,20 +9,20 @@ from ...hf import head_of, require_gradients
 from ..rollouts.sampling import Rollout
 from ..runs.checkpoint import Writer, write_model
 from .base import Engine
-from .optimizer import MasterAdamW
+from .optimizer import PRECISIONS, MasterAdamW, adamw_options
 from .step import StepLoss, can_share_prefix, entropy_step
 
 
 class Replicas(Engine):
-    """Each rank has all of it, in the trainer's own optimizer; gradients are added up once an
-    update. One process is the special case.
+    """Each rank holds the whole model and optimizer; gradients are added up once an update. One
+    process is the special case.
     """
 
     retries = True
 
     def prepare(self) -> None:
         model, config = self.model, self.config
-        if config.mode == "lora":  # before any forward, see there
+        if config.mode == "lora":  # add_adapters comes before any forward
             from ..models.lora import add_adapters, write_adapter  # peft takes seconds
 
             self.write = write_adapter(add_adapters(model, config), self.tokenizer)
@@ -34,35 +34,24 @@ class Replicas(Engine):
         self.head = head_of(model)
         if config.share_prefix and not can_share_prefix(model):
             self.config = config.model_copy(update={"share_prefix": False})
-        assert config.lr is not None
-        dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+        offload = config.mode == "offload"
         self.optimizer = MasterAdamW(
             model.named_parameters(),
-            lr=config.lr,
-            betas=config.betas,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
+            **adamw_options(config),
             clip=config.clip,
-            device=torch.device("cpu") if config.mode == "offload" else self.ranks.device,
-            moments=dtypes[config.moments],
-            gradients=dtypes[config.gradients],
-            folder=config.offload_dir if config.mode == "offload" else None,
+            device=torch.device("cpu") if offload else self.ranks.device,
+            moments=PRECISIONS[config.moments],
+            gradients=PRECISIONS[config.gradients],
+            folder=config.offload_dir if offload else None,
         )
 
     def forward_backward(
         self, rollouts: Sequence[Rollout], micro_batch: int, check: Callable[[], None]
     ) -> StepLoss:
         self.optimizer.clear()
+        model, head, rank = self.model, self.head, (self.ranks.index, self.ranks.count)
         return entropy_step(
-            self.model,
-            self.head,
-            rollouts,
-            self.config,
-            self.optimizer,
-            micro_batch,
-            check,
-            self.ranks.index,
-            self.ranks.count,
+            model, head, rollouts, self.config, self.optimizer, micro_batch, check, *rank
         )
 
     def norm(self) -> float:

@@ -1,5 +1,5 @@
-"""The loss of one update and its gradients: micro-batches, the prompt computed once for all of
-them, activations recomputed, the head's gradient handed on in slabs.
+"""One update's loss and gradients: micro-batches behind a prompt that is computed once, activations
+recomputed, the head's gradient handed on in slabs.
 """
 
 import sys
@@ -26,19 +26,19 @@ class StepLoss(NamedTuple):
     """Loss statistics of one update, over its scored tokens."""
 
     entropy: float  # mean, in nats
-    active_share: float  # of the vocabulary that the head's backward multiplied
-    dropped_share: float  # of the mass of the logits' gradient, where any was left out
+    active_share: float  # of the vocabulary: entries that the head's backward multiplied
+    dropped_share: float  # of the mass of the logits' gradient: what grad_tolerance left out
 
 
-class _Kept(DynamicLayer):
-    """A prompt's keys and values, with their graph."""
+class _PromptLayer(DynamicLayer):
+    """Keeps the prompt's keys and values of one layer, with their autograd graph."""
 
     length = 0
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:  # a recomputation comes a second time
+        if not self.is_initialized:  # recomputation calls this a second time
             self.keys, self.values, self.is_initialized = key_states, value_states, True
             self.length = key_states.shape[-2]
         return key_states, value_states
@@ -47,8 +47,8 @@ class _Kept(DynamicLayer):
         return self.length
 
 
-class _Before(DynamicLayer):
-    """Prepends the prompt's keys and values to each row's own, which are not kept."""
+class _ContinuedLayer(DynamicLayer):
+    """Prepends the prompt's keys and values to those of each row, which it does not keep."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         super().__init__()
@@ -65,15 +65,15 @@ class _Before(DynamicLayer):
 class SharedPrefix:
     """A prompt's last hidden state, keys and values, computed once for all rows that continue it.
 
-    The rows' backwards end here; their gradients are added up in fp32, and backward() takes them
-    through the prompt at last: in one backward the engine would hold each weight's gradient of the
-    rows until that of the prompt came, all weights' at a time.
+    The rows' backwards end at `leaves`, which add up their gradients in fp32; backward() then takes
+    those through the prompt, once. A single backward through rows and prompt would hold the rows'
+    gradients of all weights until the prompt's arrive.
     """
 
     def __init__(self, model: PreTrainedModel, ids: Sequence[int]) -> None:
         self.model, self.length = model, len(ids)
         cache = DynamicCache(config=model.config)
-        kept: list[Any] = [_Kept() for _ in cache.layers]
+        kept: list[Any] = [_PromptLayer() for _ in cache.layers]
         cache.layers = kept
         states = hidden_states(model, torch.tensor([ids], device=model.device), cache)
         if any(layer.keys is None for layer in kept):
@@ -84,24 +84,24 @@ class SharedPrefix:
         self.outputs: list[Any] = [states[:, -1]]
         for layer in kept:
             self.outputs += [layer.keys, layer.values]
-            layer.keys = layer.values = None  # else checkpoint's frames hold a graph unused
+            layer.keys = layer.values = None  # checkpoint's frames would keep the graph alive
         self.leaves = [x.detach() for x in self.outputs]
         for i, x in enumerate(self.outputs):
-            if x.requires_grad:  # of adapters on some layers only, those before them have none
+            if x.requires_grad:  # not so below the first layer that has an adapter
                 wide = torch.promote_types(x.dtype, torch.float32)
                 self.leaves[i] = x.detach().to(wide).requires_grad_()
 
     @property
     def last(self) -> Tensor:
-        """Hidden state (1, D) that scores the first token of a response."""
+        """Return the hidden state (1, D) that scores the first token of a response."""
         return self.leaves[0].to(self.outputs[0].dtype)
 
     def continued(self, ids: Tensor) -> Tensor:
-        """Hidden states (B, T, D) of rows (B, T) that come after it."""
+        """Return hidden states (B, T, D) of rows (B, T) that continue the prompt."""
         pairs = zip(self.leaves[1:], self.outputs[1:], strict=True)
-        wide = [leaf.to(x.dtype).expand(len(ids), -1, -1, -1) for leaf, x in pairs]
+        kv = [leaf.to(x.dtype).expand(len(ids), -1, -1, -1) for leaf, x in pairs]
         cache = DynamicCache(config=self.model.config)
-        cache.layers = [_Before(k, v) for k, v in zip(wide[::2], wide[1::2], strict=True)]
+        cache.layers = [_ContinuedLayer(k, v) for k, v in zip(kv[::2], kv[1::2], strict=True)]
         return hidden_states(self.model, ids, cache)
 
     def backward(self) -> None:
@@ -109,72 +109,74 @@ class SharedPrefix:
         pairs = zip(self.outputs, self.leaves, strict=True)
         reached = [(x, leaf.grad.to(x.dtype)) for x, leaf in pairs if leaf.grad is not None]
         if reached:
-            torch.autograd.backward([x for x, _ in reached], [gradient for _, gradient in reached])
+            outputs, gradients = zip(*reached, strict=True)
+            torch.autograd.backward(outputs, gradients)
 
 
 @torch.no_grad()
 def can_share_prefix(model: PreTrainedModel) -> bool:
-    """True if continuing a SharedPrefix gives the model's own states; not with sliding windows."""
+    """Return True if continuing a SharedPrefix gives the model's own hidden states; models with
+    sliding windows cannot.
+    """
     if {type(layer) for layer in DynamicCache(config=model.config).layers} != {DynamicLayer}:
         return False
-    ids = (
-        torch.arange(2, 26, device=model.device).view(2, 12)
-        % model.config.get_text_config().vocab_size
-    )
+    vocab_size = model.config.get_text_config().vocab_size
+    ids = torch.arange(2, 26, device=model.device).view(2, 12) % vocab_size
     ids[:, :6] = ids[0, :6]
     expected = hidden_states(model, ids)[:, 6:].float()
     found = SharedPrefix(model, ids[0, :6].tolist()).continued(ids[:, 6:])
     errors = (found.float() - expected).norm(dim=-1) / expected.norm(dim=-1)
-    # rounding alone, of another batch size, moves single tokens of a real model by 1e-3 in fp32
+    # Another batch size rounds otherwise: single tokens of a real model move by 1e-3 in fp32.
     return bool(errors.median() <= 0.02)
 
 
 @contextmanager
 def recomputation(model: PreTrainedModel, on: bool) -> Iterator[None]:
-    """Layers keep only their input for the backward. Not transformers' own way, which takes the
-    prompt's keys and values from them.
+    """Recompute each layer's activations in the backward. transformers' own gradient checkpointing
+    would drop the KV cache, and with it the shared prompt.
     """
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-    for layer in layers if on else ():
+    layers = [m for m in model.modules() if on and isinstance(m, GradientCheckpointingLayer)]
+    for layer in layers:
         layer.forward = partial(  # type: ignore[method-assign]
             checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
         )
     try:
         yield
     finally:
-        for layer in layers if on else ():
+        for layer in layers:
             del layer.forward
 
 
-def scored(rollout: Rollout, official: bool) -> range:
-    """Positions whose logits count: the state at t scores token t + 1. The official train.py takes
-    those of the response's own tokens, EOS left out.
+def scored_positions(rollout: Rollout, official: bool) -> range:
+    """Return the positions whose logits count: the state at t scores token t + 1. The official
+    train.py takes the positions of the response's own tokens, without EOS.
     """
     start, end = len(rollout.prompt_ids), len(rollout)
     return range(start, end - rollout.ended) if official else range(start - 1, end - 1)
 
 
-def by_prompt(
-    rollouts: Sequence[Rollout], share: bool
-) -> list[tuple[Sequence[int] | None, list[Rollout]]]:
-    """Prompts that are computed once and their rollouts; the others together, under None."""
+Groups: TypeAlias = list[tuple[Sequence[int] | None, list[Rollout]]]
+
+
+def by_prompt(rollouts: Sequence[Rollout], share: bool) -> Groups:
+    """Group rollouts by prompts that are worth computing once; the others together, under None."""
     if not share:
         return [(None, list(rollouts))]
     groups: dict[tuple[int, ...], list[Rollout]] = {}
     for rollout in rollouts:
         groups.setdefault(tuple(rollout.prompt_ids), []).append(rollout)
-    found: list[tuple[Sequence[int] | None, list[Rollout]]] = [
-        (ids, group) for ids, group in groups.items() if len(group) > 1
-    ]
+    shared: Groups = [(ids, group) for ids, group in groups.items() if len(group) > 1]
     alone = [group[0] for group in groups.values() if len(group) == 1]
-    return found + ([(None, alone)] if alone else [])
+    return [*shared, (None, alone)] if alone else shared
 
 
 def micro_batches(
     rollouts: Sequence[Rollout], tokens: int, computed: int = 0, rows: int | None = None
 ) -> Iterator[list[Rollout]]:
-    """The rollouts in turn, in batches whose padded size, less the `computed` first tokens of each,
-    stays within a number of tokens; of so many rows at most.
+    """Yield the rollouts in order, in batches of at most so many padded tokens and rows.
+
+    Args:
+        computed: first tokens of each rollout that do not count.
     """
     batch: list[Rollout] = []
     for rollout in rollouts:
@@ -187,13 +189,13 @@ def micro_batches(
         yield batch
 
 
-def padded(
+def padded_ids(
     batch: Sequence[Rollout], first: int, official: bool, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Their ids (B, T) from column `first` on, and of their flattened positions those that are
-    scored. Padding is on the right, where causal attention never looks.
+    """Return token ids (B, T) from column `first` on, and indices of the scored positions among the
+    flattened ones. Padding is on the right, where causal attention never looks.
     """
-    spans = [scored(rollout, official) for rollout in batch]
+    spans = [scored_positions(rollout, official) for rollout in batch]
     columns = max(span.stop for span in spans) - first
     rows: list[list[int]] = []
     index: list[int] = []
@@ -208,9 +210,9 @@ def padded(
 def scored_states(
     model: PreTrainedModel, batch: Sequence[Rollout], prompt: SharedPrefix | None, official: bool
 ) -> Tensor:
-    """Hidden states (n, D) at the scored positions; where there is a prompt, at those behind it."""
+    """Return hidden states (n, D) at the scored positions, without those of a shared prompt."""
     first = 0 if prompt is None else prompt.length
-    ids, index = padded(batch, first, official, model.device)
+    ids, index = padded_ids(batch, first, official, model.device)
     if ids.shape[1] == 0:
         assert prompt is not None
         return prompt.last[:0]
@@ -218,26 +220,26 @@ def scored_states(
     return states.flatten(0, 1)[index]
 
 
-Work: TypeAlias = list[tuple[Sequence[int] | None, list[list[Rollout]]]]  # micro-batches, by prompt
+Work: TypeAlias = list[tuple[Sequence[int] | None, list[list[Rollout]]]]  # micro-batches by prompt
 
 
 class RankShare(NamedTuple):
-    """A rank's of an update."""
+    """One rank's share of an update."""
 
     work: Work
-    tokens: int  # scored, of all ranks
-    batches: int  # that score any, of all ranks
+    tokens: int  # scored, on all ranks
+    batches: int  # that score any token, on all ranks
     rounds: int  # micro-batches of the rank that has most
 
     def divisor(self, tokens: int, official: bool) -> int:
-        """Divisor of each token's entropy in a micro-batch that scores this many tokens."""
+        """Return what each token's entropy is divided by in a micro-batch with so many of them."""
         return tokens * self.batches if official else self.tokens
 
 
-def part_of(
+def rank_share(
     rollouts: Sequence[Rollout], config: TrainConfig, micro_batch: int, index: int, count: int
 ) -> RankShare:
-    """Assign rollouts of all lengths to one rank; the token mean spans all ranks."""
+    """Return the share of rank `index` of `count`; the token mean spans all ranks."""
     official, rows = config.official_loss, config.micro_batch_rows
 
     def work_of(rollouts: Sequence[Rollout], tokens: int) -> Work:
@@ -246,16 +248,31 @@ def part_of(
             for ids, group in by_prompt(rollouts, config.share_prefix)
         ]
 
-    if official:  # its mean is of the micro-batches' means: these are dealt, in the given order
+    if official:  # The loss is a mean over micro-batches, so their order and content are fixed.
         work = work_of(rollouts, sys.maxsize)
         works: list[Work] = [[(ids, b[i::count]) for ids, b in work] for i in range(count)]
-    else:  # by length: little padding, ranks alike
+    else:  # Sorting by length keeps padding small and the ranks' work alike.
         rollouts = sorted(rollouts, key=len)
         works = [work_of(rollouts[i::count], micro_batch) for i in range(count)]
     batches = [[batch for _, group in work for batch in group] for work in works]
-    counts = [sum(len(scored(r, official)) for r in batch) for own in batches for batch in own]
-    own = [(ids, group) for ids, group in works[index] if group]
-    return RankShare(own, sum(counts), sum(n > 0 for n in counts), max(map(len, batches)))
+    tokens = [
+        sum(len(scored_positions(rollout, official)) for rollout in batch)
+        for rank_batches in batches
+        for batch in rank_batches
+    ]
+    mine = [(ids, group) for ids, group in works[index] if group]
+    return RankShare(mine, sum(tokens), sum(n > 0 for n in tokens), max(map(len, batches)))
+
+
+def loss_options(config: TrainConfig, head: Head) -> dict[str, Any]:
+    """Return the keyword arguments of the fused entropy losses, but for the mask."""
+    return {
+        "reduction": "sum",
+        "temperature": config.temperature,
+        "grad_tolerance": config.grad_tolerance,
+        "chunk_bytes": config.chunk_bytes,
+        **head.arguments(),
+    }
 
 
 def entropy_step(
@@ -272,19 +289,23 @@ def entropy_step(
     """Add the gradient of the mean entropy over all scored tokens to the optimizer's.
 
     Args:
-        rollouts: of the update, all of them.
+        rollouts: all of the update.
         config: with nothing "auto" left.
         micro_batch: tokens of one forward and backward.
-        check: called before each; may raise to abandon the work.
-        index, count: of this rank, and of all: only its part is computed, and returned.
+        check: called before each micro-batch; may raise to abandon the work.
+        index, count: this rank of so many; computes and returns its share only.
     """
-    official = config.official_loss
-    part = part_of(rollouts, config, micro_batch, index, count)
-    sink = partial(_add_rows, optimizer, head.weight) if head.weight.requires_grad else None
+    official, weight, options = config.official_loss, head.weight, loss_options(config, head)
+    share = rank_share(rollouts, config, micro_batch, index, count)
     mean, reports = 0.0, torch.zeros(2)
+
+    def add_rows(vocab_indices: slice | Tensor, gradient: Tensor) -> None:
+        optimizer.add(weight, gradient, vocab_indices)
+
     with recomputation(model, config.gradient_checkpointing is True):
-        for ids, batches in part.work:
+        for ids, batches in share.work:
             prompt = None if ids is None else SharedPrefix(model, ids)
+            # All first tokens are scored by the prompt's last state, in the first micro-batch.
             firsts = 0 if prompt is None or official else sum(map(len, batches))
             for batch in batches:
                 check()
@@ -296,29 +317,16 @@ def entropy_step(
                     firsts = 0
                 elif len(states) == 0:
                     continue
+                mask = (weights / share.divisor(len(states), official)).to(states.device)
                 loss, dstates, dbias, report = entropy_loss_into(
-                    sink,
-                    states,
-                    head.weight,
-                    reduction="sum",
-                    mask=(weights / part.divisor(len(states), official)).to(states.device),
-                    temperature=config.temperature,
-                    grad_tolerance=config.grad_tolerance,
-                    chunk_bytes=config.chunk_bytes,
-                    **head.arguments(),
+                    add_rows if weight.requires_grad else None, states, weight, mask=mask, **options
                 )
                 if dbias is not None:
                     assert head.bias is not None
                     optimizer.add(head.bias, dbias)
                 states.backward(dstates)
                 mean += loss.item()
-                reports += torch.stack(report).cpu() * (weights.sum() / part.tokens)
+                reports += torch.stack(report).cpu() * (weights.sum() / share.tokens)
             if prompt is not None:
                 prompt.backward()
     return StepLoss(mean, *reports.tolist())
-
-
-def _add_rows(
-    optimizer: MasterAdamW, weight: Tensor, words: slice | Tensor, values: Tensor
-) -> None:
-    optimizer.add(weight, values, words)

@@ -1,4 +1,4 @@
-"""Engines of libraries: FSDP2 and DeepSpeed hold the model, through accelerate."""
+"""Engines in which a library, FSDP2 or DeepSpeed through accelerate, holds the model."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -14,8 +14,8 @@ from ..rollouts.sampling import Rollout
 from ..runs.checkpoint import Writer, write_model
 from ..settings import UserError
 from .base import Engine
-from .optimizer import KINDS
-from .step import StepLoss, padded, part_of, recomputation
+from .optimizer import KINDS, adamw_options
+from .step import StepLoss, loss_options, padded_ids, rank_share, recomputation
 
 MASTER, *MOMENTS = KINDS[:3]
 
@@ -23,21 +23,18 @@ MASTER, *MOMENTS = KINDS[:3]
 class Wrapped(Engine):
     """A library holds the model and torch's AdamW; a forward of its root module is the loss."""
 
-    root: Any  # what is called
+    root: Any  # the module to call
     optimizer: Any
     updates = 0
 
     def prepare(self) -> None:
-        pads = self.ranks.from_main(self.check_model)  # where weights are, whatever loads
+        pads = self.ranks.from_main(self.check_model)  # other ranks may not have the weights yet
         require_gradients(self.model)
-        frozen = next((n for n, p in self.model.named_parameters() if not p.requires_grad), None)
-        if frozen is not None:
-            self.ranks.refuse(
-                UserError(
-                    f"model: {frozen} is no part of the language model and stays as it is; this "
-                    "engine trains all of a model: use one process, or torchrun without FSDP"
-                )
-            )
+        frozen = [n for n, p in self.model.named_parameters() if not p.requires_grad]
+        if frozen:
+            why = f"model: {frozen[0]} is no part of the language model and stays as it is"
+            remedy = "use one process, or torchrun without FSDP"
+            self.ranks.refuse(UserError(f"{why}; this engine trains all of a model: {remedy}"))
         self.wrap()
         PADS[self.model] = pads
 
@@ -47,86 +44,69 @@ class Wrapped(Engine):
 
     @abstractmethod
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Backward of one micro-batch; gradients are averaged over the ranks."""
+        """Add one micro-batch's gradients, averaged over the ranks."""
 
     @abstractmethod
     def full(self, kind: str, parameter: Tensor) -> Tensor:
-        """The full fp32 master, or a full moment, of a parameter."""
+        """Gather the fp32 master, or a moment, of a parameter."""
 
     def adamw(self) -> torch.optim.AdamW:
-        config = self.config
-        assert config.lr is not None
-        return torch.optim.AdamW(
-            self.model.parameters(),
-            lr=config.lr,
-            betas=config.betas,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-        )
+        return torch.optim.AdamW(self.model.parameters(), **adamw_options(self.config))
 
     def forward_backward(
         self, rollouts: Sequence[Rollout], micro_batch: int, check: Callable[[], None]
     ) -> StepLoss:
         config, ranks = self.config, self.ranks
-        part = part_of(rollouts, config, micro_batch, ranks.index, ranks.count)
-        batches = [batch for _, group in part.work for batch in group]
-        seen: list[tuple[int, Tensor, Tensor]] = []  # tokens, loss, report
+        share = rank_share(rollouts, config, micro_batch, ranks.index, ranks.count)
+        batches = [batch for _, group in share.work for batch in group]
+        losses, reports = list[Tensor](), list[Tensor]()
 
-        def read(hidden: Tensor, head: Head) -> Tensor:
+        def loss_of(hidden: Tensor, head: Head) -> Tensor:
             states = hidden.flatten(0, 1)[index]
-            tokens = len(states) if len(seen) < len(batches) else 0
-            # made here: FSDP would round what a module is given to bf16
-            weights = states.new_zeros(len(states), dtype=torch.float64)
-            weights[:tokens] = 1 / max(1, part.divisor(tokens, config.official_loss))
-            loss = fused_entropy_loss(
-                states,
-                head.weight,
-                reduction="sum",
-                mask=weights,
-                temperature=config.temperature,
-                grad_tolerance=config.grad_tolerance,
-                chunk_bytes=config.chunk_bytes,
-                **head.arguments(),
-            )
-            seen.append((tokens, loss.detach(), torch.stack(gradient_report(loss))))
+            tokens = len(states) if len(losses) < len(batches) else 0
+            # The mask is made here, as FSDP would round a module's argument to bf16.
+            mask = states.new_zeros(len(states), dtype=torch.float64)
+            mask[:tokens] = 1 / max(1, share.divisor(tokens, config.official_loss))
+            options = loss_options(config, head)
+            loss = fused_entropy_loss(states, head.weight, mask=mask, **options)
+            losses.append(loss.detach())
+            reports.append(tokens / max(1, share.tokens) * torch.stack(gradient_report(loss)))
             return loss
 
         with (
             recomputation(self.model, config.gradient_checkpointing is True),
-            head_reads(self.root, read),
+            head_reads(self.root, loss_of),
         ):
-            for i in range(part.rounds):  # as many on every rank; beyond its own, of weight 0
+            # Every rank makes as many calls; beyond its own micro-batches, with a mask of zeros.
+            for i in range(share.rounds):
                 ranks.together(check)
                 batch = batches[i] if i < len(batches) else rollouts[:1]
-                ids, index = padded(batch, 0, config.official_loss, ranks.device)
+                ids, index = padded_ids(batch, 0, config.official_loss, ranks.device)
                 loss = self.root(input_ids=ids, use_cache=False)
-                self.backward(loss * ranks.count, i + 1 == part.rounds)
-        mean = sum(loss.item() for _, loss, _ in seen)
-        scored = max(1, part.tokens)
-        reports = sum(tokens / scored * report.cpu() for tokens, _, report in seen)
-        assert isinstance(reports, Tensor)
-        return StepLoss(mean, *reports.tolist())
+                self.backward(loss * ranks.count, i + 1 == share.rounds)
+        report = sum((report.cpu() for report in reports), torch.zeros(2))
+        return StepLoss(sum(loss.item() for loss in losses), *report.tolist())
 
     def state(self) -> Mapping[str, Tensor]:
-        found = {f"{MASTER}.{name}": tensor for name, tensor in self._all(MASTER).items()}
-        for kind in MOMENTS:
-            found |= {f"{kind}.{name}": tensor for name, tensor in self._all(kind).items()}
+        state: dict[str, Tensor] = {}
+        for kind in (MASTER, *MOMENTS):
+            state |= {f"{kind}.{name}": tensor for name, tensor in self._gather(kind).items()}
         for name, _ in self.model.named_parameters():
-            found[f"step.{name}"] = torch.tensor(self.updates)
-        return found
+            state[f"step.{name}"] = torch.tensor(self.updates)
+        return state
 
     def writer(self) -> Writer:
-        weights = self._all(MASTER)
-        if self.config.dtype == "bfloat16":  # as it computes
+        weights = self._gather(MASTER)
+        if self.config.dtype == "bfloat16":  # the weights that it computes with
             weights = {name: weight.bfloat16() for name, weight in weights.items()}
         return write_model(self.model, self.tokenizer, weights)
 
     @torch.no_grad()
-    def _all(self, kind: str) -> dict[str, Tensor]:
-        """By parameter, in host memory of rank 0; nothing on the others."""
-        found = {}
+    def _gather(self, kind: str) -> dict[str, Tensor]:
+        """Gather a kind of state into rank 0's host memory; the other ranks get nothing."""
+        gathered = {}
         for name, parameter in self.model.named_parameters():
-            whole = self.full(kind, parameter)
+            tensor = self.full(kind, parameter)
             if self.ranks.is_main:
-                found[name] = whole.cpu()
-        return found
+                gathered[name] = tensor.cpu()
+        return gathered

@@ -3,6 +3,7 @@ on where it was.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..console import progress_on
 from ..interrupts import doing
+from ..out_of_memory import halve_until_it_fits
 from ..rollouts.sampling import generate
 from ..runs.records import append, read_lines
 from ..settings import UserError
@@ -53,21 +55,25 @@ class LocalModel(NamedTuple):
         """Sample in batches of similar length, longest prompts first."""
         keys = sorted(keys, key=lambda key: -len(self.prompts[key[0]]))
         size = self.task.batch_size
-        while keys:
-            try:
-                on_done(self._sample(keys[:size]))
-            except torch.OutOfMemoryError:
-                if size == 1:
-                    raise UserError(
-                        "batch_size: out of memory with 1; lower sampling.max_new_tokens, or take "
-                        "a smaller model"
-                    ) from None
-                torch.cuda.empty_cache()
-                size //= 2
-            else:
-                keys = keys[size:]
 
-    def _sample(self, keys: Sequence[Key]) -> list[Completion]:
+        def on_retry(smaller: int) -> None:
+            nonlocal size
+            size = smaller
+
+        while keys:
+            size = min(size, len(keys))
+            sample = partial(self._sample, keys)
+            try:
+                on_done(halve_until_it_fits(sample, size, 1, on_retry))
+            except torch.OutOfMemoryError:
+                raise UserError(
+                    "batch_size: out of memory with 1; lower sampling.max_new_tokens, or take a "
+                    "smaller model"
+                ) from None
+            keys = keys[size:]
+
+    def _sample(self, keys: Sequence[Key], count: int) -> list[Completion]:
+        keys = keys[:count]
         sampling = self.task.sampled()
         prompts = [self.prompts[problem] for problem, _ in keys]
         seeds = [(self.task.seed, *key, self.stream) for key in keys]

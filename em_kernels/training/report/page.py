@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import jinja2
 import numpy as np
-import torch
 from rich.console import Console
 from scipy.stats import fisher_exact
 from transformers import PreTrainedTokenizerBase
@@ -19,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from ... import __version__
 from ..config import TrainConfig, read_yaml
 from ..console import Terminal
+from ..out_of_memory import is_out_of_memory
 from ..rollouts.sampling import Rollout
 from ..run_folder import CONFIG, ROLLOUTS, newest_checkpoint
 from ..runs.records import read_metrics, read_rollouts, write_whole
@@ -195,7 +195,7 @@ def shift_of(run: Run, models: bool, console: Console) -> tuple[Shift | None, st
     except UserError as error:
         return None, str(error)
     except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+        if is_out_of_memory(error):
             return None, "out of memory"
         raise
 

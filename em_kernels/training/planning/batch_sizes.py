@@ -1,0 +1,144 @@
+"""Choose one rank's batch sizes: micro-batch, completions sampled side by side, logits chunk."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ..config import TrainConfig
+from .activations import ModelMemory
+from .components import completion_bytes, head_bytes
+from .plan import peak, phases
+
+# Estimates, not yet measured on a GPU.
+TARGET_TOKENS = {"cuda": 16384, "cpu": 1024}  # a larger micro-batch is no more efficient
+ENOUGH_TOKENS = 4096  # recompute only where a micro-batch of this size would not fit without
+EFFICIENT_TOKENS, EFFICIENT_ROWS = 2048, 16  # of a micro-batch; sampled side by side
+MAX_SAMPLED_ROWS = 256  # a step of more rows takes a GPU as long per token, and a CPU longer
+# Cap: short completions may pack up to 8x as many rows into a micro-batch.
+SHORT_ROWS = 8
+
+
+@dataclass
+class BatchSizes:
+    """One rank's batch sizes: the largest whose passing memory fits into `room` bytes.
+
+    settings: the sizes, for the config. passing: their bytes by component. efficient: larger ones
+    would hardly be faster. The other attributes say how much work an update is.
+    """
+
+    config: TrainConfig
+    model: ModelMemory
+    prompt_tokens: int
+    ranks: int
+    cuda: bool
+    chunk_bytes: int  # of logits that are held at a time
+    room: int
+
+    def __post_init__(self) -> None:
+        config = self.config
+        self.new_tokens = config.sampling.max_new_tokens
+        self.completions = -(-config.rollouts // self.ranks)
+        prompts = 1 if config.prompt_from is None else len(config.prompt_rows)
+        per_prompt = -(-self.completions // prompts)
+        self.shared = config.share_prefix and self.model.can_share_prefix and per_prompt > 1
+        together = per_prompt if self.shared else self.completions
+        self.max_rows = min(together, config.micro_batch_rows or self.completions)
+        self.row_tokens = self.new_tokens + (0 if self.shared else self.prompt_tokens)
+        self.settings: dict[str, Any] = {}
+        rows, target_rows = self._choose_micro_batch()
+        sampled = self._choose_rollout_batch()
+        self.passing |= self._worst_case(rows)
+        if config.chunk_bytes is None and config.mode == "offload" and self.cuda:
+            # Each chunk may send a gradient of the whole head to the host: chunks are as large as
+            # the memory that the backward needs later allows.
+            spare = self.chunk_bytes + phases(self.passing)["backward"]
+            spare -= phases(self.passing)["head"]
+            self.chunk_bytes = max(self.chunk_bytes, 1 << max(0, spare.bit_length() - 1))
+            self.passing |= self._worst_case(rows)
+        self.settings["chunk_bytes"] = self.chunk_bytes
+        enough_tokens = min(target_rows * self.row_tokens, EFFICIENT_TOKENS)
+        enough_sampled = min(self.completions, EFFICIENT_ROWS)
+        self.efficient = rows * self.row_tokens >= enough_tokens and sampled >= enough_sampled
+        self.micro_batches = -(-self.completions // rows)
+        self.shared_prompts, self.computed_prompts = 0, self.completions
+        if self.shared:  # each shared prompt has a backward of its own
+            self.micro_batches = -(-self.max_rows // rows) * prompts
+            self.shared_prompts = self.computed_prompts = prompts
+
+    def _choose_micro_batch(self) -> tuple[int, int]:
+        """Choose the rows of a micro-batch; return them and the rows that would be efficient."""
+        config, target = self.config, self.config.micro_batch
+        if target == "auto":
+            target = TARGET_TOKENS["cuda" if self.cuda else "cpu"]
+        target_rows = rows = max(1, min(self.max_rows, target // self.row_tokens))
+        self.recompute = config.gradient_checkpointing is True
+        if config.gradient_checkpointing == "auto":
+            enough = min(target_rows, -(-ENOUGH_TOKENS // self.row_tokens))
+            self.recompute = self.room <= 0 or peak(self._worst_case(enough)) > self.room
+        if config.micro_batch == "auto":
+            rows = self._largest(lambda n: self._passing(n, self.new_tokens), target_rows)
+            if peak(self._worst_case(rows)) > self.room:
+                rows = self._largest(self._worst_case, rows)
+            while rows > 1 and peak(self._worst_case(rows)) > self.room:
+                rows = rows * 3 // 4
+            rows = _even(self.max_rows, rows)
+            self.settings["micro_batch"] = rows * self.row_tokens
+        if SHORT_ROWS * rows < self.max_rows:
+            self.settings["micro_batch_rows"] = SHORT_ROWS * rows
+        self.settings["gradient_checkpointing"] = self.recompute
+        return rows, target_rows
+
+    def _choose_rollout_batch(self) -> int:
+        """Choose and return how many completions are sampled side by side."""
+        each = completion_bytes(self.config, self.model, self.prompt_tokens, self.cuda)
+        if self.config.rollout_batch == "auto":
+            limit = min(self.completions, MAX_SAMPLED_ROWS, self.room // sum(each.values()))
+            sampled = self.settings["rollout_batch"] = _even(self.completions, max(1, limit))
+        else:
+            sampled = min(self.completions, self.config.rollout_batch)
+        self.cache_bytes = each["KV cache"]
+        self.passing = {name: size * sampled for name, size in each.items()}
+        return sampled
+
+    def _passing(self, rows: int, new_tokens: int) -> dict[str, int]:
+        """Return the bytes of a micro-batch by component."""
+        config, model = self.config, self.model
+        found = model.activations(rows, self.prompt_tokens, new_tokens, self.shared, self.recompute)
+        head = head_bytes(config, model, found.head_rows, self.chunk_bytes, self.cuda)
+        unpacked = 2 * model.largest_linear if config.four_bit else 0  # a layer in 16 bits
+        return {
+            "activations": found.after_forward,
+            "logits chunk": head,
+            "recompute, gradients": found.peak - found.after_forward + unpacked,
+        }
+
+    def _worst_case(self, rows: int) -> dict[str, int]:
+        """Return the bytes of the micro-batch that needs most: of full-length completions, or of
+        short ones, which are more rows, each with the shared prompt's keys and values.
+        """
+        shapes = [(rows, self.new_tokens)]
+        widest = min(self.max_rows, SHORT_ROWS * rows)
+        short = max(2, rows * self.new_tokens // widest)
+        if self.shared and short < self.new_tokens:
+            shapes.append((widest, short))
+        return max((self._passing(*shape) for shape in shapes), key=peak)
+
+    def _largest(self, components: Callable[[int], dict[str, int]], max_rows: int) -> int:
+        """Return up to `max_rows` rows, at least 1, that fit into the room. Interpolates
+        between 1 row and `max_rows`: activations are convex in the rows, so it is seldom too many.
+        """
+        if max_rows == 1 or self.room <= 0:
+            return 1
+        last = peak(components(max_rows))
+        if last <= self.room:
+            return max_rows
+        first = peak(components(1))
+        if first >= self.room:
+            return 1
+        slope = (last - first) / (max_rows - 1)
+        return max(1, min(max_rows - 1, 1 + int((self.room - first) / slope)))
+
+
+def _even(total: int, size: int) -> int:
+    """Return the size of as many batches as `size` makes of a total, all of them alike."""
+    return -(-total // -(-total // size))

@@ -1,0 +1,133 @@
+"""Memory and disk of a run by component: what always stays, the head's loss, sampling."""
+
+from typing import NamedTuple
+
+import torch
+
+from ...ops.memory import chunk_length
+from ...ops.sparse import SAMPLE
+from ...ops.weight_gradient import MIN_SLAB_ENTRIES
+from ...ops.weight_gradient import SLAB_BYTES as HEAD_SLAB_BYTES
+from ..config import TrainConfig
+from ..engines.offload import BUFFER_BYTES
+from ..engines.optimizer import PRECISIONS, SLAB, state_bytes
+from ..models.rounding import LENGTH
+from .activations import ModelMemory
+from .plan import GIB, MIB
+
+# Estimates for CUDA, until a GPU has run the trainer.
+CONTEXT_BYTES = GIB // 2  # CUDA's context, libraries' workspaces included
+LIBRARIES_BYTES = 256 * MIB  # of the context: libraries that the first kernels load
+PROCESS_BYTES = GIB  # of the host beside a GPU: torch and CUDA's libraries
+FRAGMENTED_SHARE = 0.05  # of memory that comes and goes, lost between the allocator's blocks
+# Sizes that the code of this library and of transformers sets.
+STAGING_BYTES = 2 * BUFFER_BYTES  # offload.Bounce
+SCRATCH_BYTES = 3 * 4 * SLAB  # MasterAdamW: three rows of fp32
+NOISE_BYTES = 4 * LENGTH  # rounding.to_bf16
+WRITTEN_BYTES = 2 * GIB  # a model is written in shards of 2 GB
+LOADED_BYTES = 5 * GIB  # a published model comes in shards of at most 5 GB
+CHUNK_BYTES = 256 * MIB  # the default of chunk_bytes
+SMALL_STATE_BYTES = 8 * GIB  # of the optimizer, which save_optimizer "auto" saves
+# Measured as the peaks of `entropy_loss_into` and of `generate` with its logits processors under
+# torch.profiler on a CPU; the same for vocabularies of 50,000 and 150,000, for 8 and 16 rows.
+STATISTICS_BYTES = 132  # a token
+CHOICE_BYTES = 36  # a vocabulary entry, where the columns that need a gradient are chosen
+GREEDY_BYTES, PLAIN_BYTES, TOP_K_BYTES, TOP_P_BYTES = 16, 24, 28, 34  # a vocabulary entry
+CUDA_SORT_BYTES = 24  # a vocabulary entry: keys and indices once more, in a GPU's sort (estimated)
+
+
+class FixedBytes(NamedTuple):
+    """Bytes that stay all the time, by component."""
+
+    device: dict[str, int]
+    host: dict[str, int]
+    disk: dict[str, int]
+
+
+def fixed_bytes(config: TrainConfig, model: ModelMemory, cuda: bool) -> FixedBytes:
+    """Return what stays in the memory of a rank that holds the whole model."""
+    sizes = model.sizes
+    device = {"weights": sizes.weight_bytes, "buffers": sizes.buffer_bytes}
+    if config.four_bit:  # beside the 4 bits: a byte's scale for 64 weights, a float's for 64 * 256
+        linear = sizes.linear_parameters
+        packed = linear // 2 + linear // 64 + linear // (64 * 256) * 4
+        device["weights"] += packed - linear * model.itemsize
+    if config.mode == "lora":
+        device["adapters"] = sizes.trained_bytes
+    offload, folder = config.mode == "offload" and cuda, config.offload_dir is not None
+    itemsize = sizes.trained_bytes // sizes.trained_parameters
+    state = state_bytes(
+        [sizes.trained_parameters],
+        weight_bytes=itemsize,
+        moments=PRECISIONS[config.moments],
+        gradients=PRECISIONS[config.gradients],
+        master_is_parameter=itemsize == 4 and not offload and not folder,
+    )
+    disk = {f"{n} (offload)": state.pop(n) for n in ("master", "moments") if folder}
+    state["scratch"] = SCRATCH_BYTES + (NOISE_BYTES if itemsize < 4 else 0)
+    if not cuda:
+        return FixedBytes({**device, **state}, {}, disk)
+    host = {"process": PROCESS_BYTES, "saving": min(WRITTEN_BYTES, sizes.weight_bytes)}
+    if offload:
+        host |= {**state, "staging": STAGING_BYTES}
+    else:
+        device |= state
+    # A shard that is being loaded has gone before the rest comes.
+    shard = min(LOADED_BYTES, sizes.weight_bytes)
+    host["loading"] = max(0, shard - sum(host.values()) + PROCESS_BYTES)
+    return FixedBytes({**device, "context": CONTEXT_BYTES}, host, disk)
+
+
+def logit_row_bytes(model: ModelMemory, cuda: bool) -> int:
+    """Return bytes per token: fp32 logits; on a GPU also their gradient, and the next chunk's
+    logits.
+    """
+    return model.vocab_size * (4 + (4 + model.itemsize) * cuda)
+
+
+def default_chunk_bytes(model: ModelMemory, device_limit: int, cuda: bool) -> int:
+    """Return a power of two that memory allows, or at least the bytes of two rows of logits."""
+    allowed = min(CHUNK_BYTES, device_limit // 64)
+    return max(2 * logit_row_bytes(model, cuda), 1 << max(0, allowed.bit_length() - 1))
+
+
+def head_bytes(
+    config: TrainConfig, model: ModelMemory, states: int, chunk_bytes: int, cuda: bool
+) -> int:
+    """Return the bytes of `entropy_loss_into` on so many hidden states: logits, fp32 dhidden, a
+    slab of the head's gradient; with a tolerance also the columns that a chunk chose (at most half
+    of all) or a sample of the others.
+    """
+    vocab_size, hidden_size, itemsize = model.vocab_size, model.hidden_size, model.itemsize
+    device, row = torch.device("cuda" if cuda else "cpu"), logit_row_bytes(model, cuda)
+    rows = chunk_length(states, row, max(row, chunk_bytes), device)
+    total = rows * row
+    if cuda and not config.grad_tolerance:  # the dy of chunks that wait fills the budget
+        total = min(states * vocab_size * (4 + itemsize), chunk_bytes)
+    total += states * (hidden_size * 4 + STATISTICS_BYTES)
+    if config.mode != "lora":
+        total += min(HEAD_SLAB_BYTES, vocab_size * hidden_size * 4)
+    if config.grad_tolerance:
+        column = rows * 8 + hidden_size * itemsize
+        slab = max(MIN_SLAB_ENTRIES, min(HEAD_SLAB_BYTES, chunk_bytes) // column)
+        chosen = min(vocab_size // 2, slab) * column
+        sample = min(SAMPLE, vocab_size) * hidden_size * itemsize
+        total += max(chosen, sample) + CHOICE_BYTES * vocab_size
+    return total
+
+
+def completion_bytes(
+    config: TrainConfig, model: ModelMemory, prompt_tokens: int, cuda: bool
+) -> dict[str, int]:
+    """Return the bytes of one completion while it is sampled."""
+    sampling, length = config.sampling, prompt_tokens + config.sampling.max_new_tokens
+    per_entry = GREEDY_BYTES
+    if sampling.temperature:
+        per_entry = TOP_K_BYTES if sampling.top_k else PLAIN_BYTES
+        if sampling.top_p < 1:
+            per_entry = TOP_P_BYTES + CUDA_SORT_BYTES * cuda
+    cache = model.cache_bytes(length)
+    grown_layer = cache // (2 * model.layers)  # a layer's keys are copied to add a token
+    ids = 8 * (3 * length + sampling.max_new_tokens)
+    logits = model.vocab_size * (per_entry + model.itemsize)
+    return {"KV cache": cache, "next tokens": logits + grown_layer + ids}

@@ -1,0 +1,293 @@
+"""One run: sample, minimise the entropy of what was sampled, record it; resume, save, fail."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress, TaskID
+from transformers import PreTrainedModel
+
+from ..ops.free_memory import peak_memory_gib
+from .config import TrainConfig
+from .console import progress_on, update_line
+from .data.grading import Grader
+from .distributed import Ranks
+from .engines import engine_of
+from .engines.step import StepLoss
+from .interrupts import Interrupted, StopRequest, doing
+from .models.loading import architecture, load_model, tell_attention
+from .out_of_memory import halve_until_it_fits, is_out_of_memory
+from .planning.components import CONTEXT_BYTES
+from .planning.plan import Plan, cheaper
+from .resume import StoppedRun, find_stopped_run
+from .rollouts.sampling import Rollout, generate
+from .run_folder import METRICS, ROLLOUTS, checkpoint_folder
+from .runs.checkpoint import defining_settings, read_state, save_checkpoint
+from .runs.records import append, check_output, cut_off, repetition, replayable, write_config
+from .settings import UserError
+from .task import Task
+
+T = TypeVar("T")
+
+
+@dataclass
+class TrainResult:
+    """Result of a run: its folder, its last checkpoint, one row of metrics per update."""
+
+    output: Path
+    checkpoint: Path | None = None
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Run:
+    """A run in progress: its engine, its records, its checkpoints."""
+
+    def __init__(
+        self, asked: TrainConfig, plan: Plan, task: Task, console: Console, ranks: Ranks
+    ) -> None:
+        self.asked, self.config, self.plan = asked, plan.config, plan
+        self.task, self.console, self.ranks = task, console, ranks
+        self.prompt_index = [i % len(task.prompts) for i in range(plan.config.rollouts)]
+        self.result, self.grader = TrainResult(asked.output), Grader()
+        self.recorded: dict[int, list[Rollout]] = {}  # completions to replay, by update
+        self.stopped = StoppedRun()  # where this run resumes
+        self.sizes = {name: getattr(plan.config, name) for name in ("micro_batch", "rollout_batch")}
+        self.is_whole = True  # the weights are those of a finished update
+        if ranks.device.type == "cuda":
+            # The limit is on torch's allocator: an error is better than a desktop without memory,
+            # or than WSL's slow way through the host's.
+            total = torch.cuda.get_device_properties(ranks.device).total_memory
+            share = min(1.0, (plan.device_limit - CONTEXT_BYTES) / total)
+            torch.cuda.set_per_process_memory_fraction(share, ranks.device)
+
+    def load(self, model: PreTrainedModel | None) -> None:
+        """Load model and engine; refuse what does not suit before anything is written."""
+        config, task, ranks = self.config, self.task, self.ranks
+        if (source := config.rollouts_from) is not None:
+            self.recorded = ranks.from_main(lambda: self._completions_in(source))
+            if len(self.recorded) < config.steps:
+                raise UserError(
+                    f"rollouts_from: {source} holds {len(self.recorded)} whole updates of "
+                    f"{config.steps}; lower steps"
+                )
+        name = architecture(task.model_config)
+        if model is None:
+            # FSDP2 moves its parts to the device one after another.
+            device = torch.device("cpu") if ranks.launch.engine == "fsdp2" else ranks.device
+            with doing(f"loading {name}"), self.console.status(escape(f"loading {config.model}")):
+                model = load_model(
+                    task.source,
+                    config.dtype,
+                    config.attention,
+                    device,
+                    four_bit=config.four_bit,
+                    named=config.model,
+                )
+        tell_attention(self.asked.attention, model, self.console)
+        with doing(f"preparing {name}"):
+            self.engine = engine_of(ranks.launch.engine)(model, task.tokenizer, config, ranks)
+        if self.engine.config != config:
+            why = "The prompt is computed in every row: this model's cache asks it."
+            self.console.print(why, soft_wrap=True)
+            self.config = self.engine.config
+
+    def _completions_in(self, run: Path) -> dict[int, list[Rollout]]:
+        """Read a run's completions of this task's prompts, by update."""
+        prompts = [self.task.prompts[i] for i in self.prompt_index]
+        vocab_size = self.task.model_config.get_text_config().vocab_size
+        return replayable(run, prompts, vocab_size, self.config.sampling.max_new_tokens)
+
+    def start(self, resume: bool) -> None:
+        """Begin the folder; or restore the newest whole state, and what was sampled after it."""
+        if not resume:
+            self.ranks.from_main(self._begin)
+            return
+        output = self.config.output
+        self.stopped = stopped = self.ranks.from_main(
+            lambda: find_stopped_run(
+                self.config, self._completions_in(output), self._defining(), self.console
+            )
+        )
+        # The recorded sizes may have been "auto", and may be halved again.
+        self.asked = self.asked.model_copy(update=dict.fromkeys(self.sizes, "auto"))
+        self.recorded |= stopped.completions
+        self.result.checkpoint = stopped.checkpoint
+        self.result.metrics = list(stopped.metrics[: stopped.update])
+        if stopped.has_state and stopped.checkpoint is not None:
+            self.engine.load(read_state(stopped.checkpoint))
+        self._take_recorded_sizes(stopped.update)
+        more = len(stopped.completions) - stopped.update
+        self.console.print(
+            f"Going on after update {stopped.update}; {more} more are trained anew on their "
+            "recorded completions.",
+            soft_wrap=True,
+        )
+
+    def _take_recorded_sizes(self, update: int) -> None:
+        """Use the batch sizes with which this update was trained before the stop."""
+        for row in self.stopped.metrics:
+            if row["update"] == update:
+                self.sizes |= {name: row[name] for name in self.sizes if name in row}
+
+    def _begin(self) -> None:
+        check_output(self.config.output)  # again: now the folder is locked to other processes
+        write_config(self.config.output, self.config.located())
+
+    def _defining(self) -> dict[str, Any]:
+        return defining_settings(self.config) | self.ranks.describe()
+
+    def update(self, update: int, stop: StopRequest) -> None:
+        """Sample completions and record them; compute the gradient; step; record the metrics."""
+        config, ranks, start = self.config, self.ranks, time.perf_counter()
+        self._take_recorded_sizes(update)
+        with progress_on(self.console) as progress:
+            title = f"update {update}/{config.steps}"
+            bar = progress.add_task(f"{title} sampling", total=config.rollouts // ranks.count)
+            rollouts = self.recorded.get(update) or self._sample(update, stop, progress, bar)
+            sampled = time.perf_counter()
+            accuracy = ranks.from_main(lambda: self._record(update, rollouts, stop))
+            progress.update(bar, description=f"{title} training", completed=0)
+            loss = self._forward_backward(rollouts, stop)
+            norm = self.engine.norm()
+            if not math.isfinite(norm):
+                raise UserError(f"lr: the gradient of update {update} is not finite; lower it")
+            self.is_whole = False
+            self.engine.step(norm)
+        end = time.perf_counter()
+        tokens, count = sum(len(r.response_ids) for r in rollouts), len(rollouts)
+        row = {
+            "update": update,
+            **loss._asdict(),
+            "accuracy": accuracy,
+            "grad_norm": norm,
+            "tokens": tokens,
+            "mean_length": tokens / count,
+            "ended": sum(rollout.ended for rollout in rollouts) / count,
+            "repetition": sum(repetition(r.response_ids) for r in rollouts) / count,
+            "tokens_per_s": tokens / (end - start),
+            "sampling_s": sampled - start,
+            "training_s": end - sampled,
+            "peak_memory_gib": max(ranks.gather(peak_memory_gib(ranks.device))),
+            "planned_memory_gib": self.plan.allocated / 2**30,
+            **self.sizes,
+        }
+        if update > len(self.stopped.metrics):
+            ranks.from_main(lambda: append(config.output / METRICS, [row]))
+        self.result.metrics.append(row)
+        self.is_whole = True
+        self.console.print(update_line(row, config.steps), soft_wrap=True)
+        if warning := cut_off(rollouts):
+            self.console.print(warning, soft_wrap=True)
+
+    def _sample(
+        self, update: int, stop: StopRequest, progress: Progress, bar: TaskID
+    ) -> list[Rollout]:
+        """Sample an update's completions, each rank its share."""
+        config, ranks = self.config, self.ranks
+        indices = range(ranks.index, config.rollouts, ranks.count)
+
+        def sample(batch_size: int) -> list[Rollout]:
+            progress.reset(bar, total=len(indices))
+            return generate(
+                self.engine.model,
+                self.task.tokenizer,
+                [self.task.prompts[self.prompt_index[i]] for i in indices],
+                [(config.seed, update, i) for i in indices],
+                config.sampling,
+                batch_size=batch_size,
+                on_done=lambda count: progress.advance(bar, count),
+                check=stop.check,
+            )
+
+        with self.engine.gathered_weights():
+            mine = ranks.together(lambda: self._fitting("rollout_batch", sample, 1))
+        shares = ranks.gather(mine)
+        return [shares[i % ranks.count][i // ranks.count] for i in range(config.rollouts)]
+
+    def _forward_backward(self, rollouts: Sequence[Rollout], stop: StopRequest) -> StepLoss:
+        """Compute the gradient and the loss of all ranks."""
+
+        def work(micro_batch: int) -> StepLoss:
+            return self.engine.forward_backward(rollouts, micro_batch, stop.check)
+
+        smallest = max(len(rollout.response_ids) for rollout in rollouts)
+        if self.config.official_loss or not self.engine.retries:
+            smallest = self.sizes["micro_batch"]  # another size is another loss, or not possible
+        part = self.ranks.together(lambda: self._fitting("micro_batch", work, smallest))
+        return StepLoss(*self.ranks.total(part))
+
+    def _fitting(self, name: str, work: Callable[[int], T], smallest: int) -> T:
+        """Return work(size); halve a size that the user left "auto" where memory runs out."""
+
+        def on_retry(size: int) -> None:
+            self.sizes[name] = size
+            self.console.print(f"Out of memory: once more with {name} {size}.", soft_wrap=True)
+
+        size = self.sizes[name]
+        smallest = smallest if getattr(self.asked, name) == "auto" else size
+        return halve_until_it_fits(work, size, smallest, on_retry)
+
+    def _record(self, update: int, rollouts: Sequence[Rollout], stop: StopRequest) -> float | None:
+        """Grade the completions and write them down; return their accuracy."""
+        responses = [rollout.response_ids for rollout in rollouts]
+        texts = self.task.tokenizer.batch_decode(responses, skip_special_tokens=True)
+        answers = [self.task.problems[i].answer for i in self.prompt_index]
+        right = self.grader.grade(list(zip(texts, answers, strict=True)), lambda _: stop.check())
+        records = [
+            {
+                "update": update,
+                "index": index,
+                "prompt_ids": rollout.prompt_ids,
+                "response_ids": rollout.response_ids,
+                "ended": rollout.ended,
+                "correct": None if answers[index] is None else right[index],
+                "text": text,
+            }
+            for index, (rollout, text) in enumerate(zip(rollouts, texts, strict=True))
+        ]
+        if update > len(self.stopped.completions):
+            append(self.config.output / ROLLOUTS, records)
+        graded = [right[i] for i, answer in enumerate(answers) if answer is not None]
+        return sum(graded) / len(graded) if graded else None
+
+    def save(self) -> None:
+        """Save a checkpoint of the last update, unless there is one."""
+        update = len(self.result.metrics)
+        folder = checkpoint_folder(self.config.output, update)
+        if folder == self.result.checkpoint:
+            return
+        with self.console.status(escape(f"writing {folder}")):
+            state = self.engine.state() if self.config.save_optimizer else None
+            facts = {"update": update, "settings": self._defining()}
+            write, keep = self.engine.writer(), self.config.keep
+            self.ranks.from_main(lambda: save_checkpoint(write, folder, state, facts, keep=keep))
+        self.result.checkpoint = folder
+
+    def failed(self, error: BaseException) -> BaseException:
+        """Save the last finished update, and return the error to raise."""
+        kept = "no update yet"
+        if self.result.metrics:
+            kept = f"--resume {self.config.output} goes on"
+        # Saving needs all ranks; only an interruption is known to have reached every one.
+        together = self.ranks.count == 1 or isinstance(error, Interrupted)
+        if self.result.metrics and self.is_whole and together:
+            try:
+                self.save()
+                kept = f"{self.result.checkpoint} holds the last update"
+            except UserError as full:
+                error = full
+        if isinstance(error, (Interrupted, UserError)):
+            return type(error)(f"{error}; {kept}")
+        if is_out_of_memory(error):
+            sizes = ", ".join(f"{name} {size}" for name, size in self.sizes.items())
+            asked = {name: getattr(self.asked, name) for name in self.sizes}
+            config = self.config.model_copy(update=asked)
+            remedies = ", ".join(cheaper(config, self.ranks.device.type == "cuda"))
+            return UserError(f"out of memory with {sizes}; {kept}; use {remedies}")
+        return error
