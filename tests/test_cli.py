@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from importlib.metadata import version
+from unittest import mock
 
 import huggingface_hub.constants
 import pytest
@@ -48,13 +49,14 @@ def test_unknown_command(arguments, capfd):
 
 @pytest.mark.parametrize("package", ["tyro", "accelerate", "pydantic"])
 def test_missing_package_is_named(package, monkeypatch, capfd):
-    for room in ("training", "commands"):  # put back, as the modules are
-        monkeypatch.setattr(em_kernels, room, getattr(em_kernels, room))
+    for folder in ("training", "commands"):  # restored, as the modules are
+        monkeypatch.setattr(em_kernels, folder, getattr(em_kernels, folder))
     below = ("em_kernels.training", "em_kernels.commands.")
-    for name in [name for name in sys.modules if name.startswith(below)]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, package, None)
-    line = refused(["train", *PROMPT], capfd)
+    with mock.patch.dict(sys.modules):  # also forgets what is imported meanwhile
+        for name in [name for name in sys.modules if name.startswith(below)]:
+            del sys.modules[name]
+        sys.modules[package] = None
+        line = refused(["train", *PROMPT], capfd)
     assert f"{package} is not installed; pip install 'em-kernels[train,eval,gym]'" in line
 
 
