@@ -1,5 +1,5 @@
-"""Wheel (manylinux) and sdist of the last commit, into dist/; what they hold; and each at work in
-an empty environment outside the checkout. Needs a package registry: make dist-check
+"""make dist-check: build wheel (manylinux) and sdist of the last commit into dist/, check what they
+hold, and try each in an empty environment outside the checkout. Needs a package registry.
 """
 
 import io
@@ -49,7 +49,7 @@ def run(folder: Path, *command: str | Path) -> None:
 
 
 def build(folder: Path) -> tuple[Path, Path]:
-    """The wheel by way of the sdist."""
+    """Build the sdist, and the wheel from it; return wheel and sdist."""
     archive = subprocess.run(["git", "archive", "HEAD"], cwd=ROOT, check=True, capture_output=True)
     with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as tracked:
         tracked.extractall(folder, filter="data")
@@ -101,7 +101,7 @@ def compare(archive: Path, inside: set[str], expected: set[str]) -> None:
 
 
 def environment(folder: Path) -> Path:
-    """Where the programs of a new one are."""
+    """Create a virtual environment; return the folder of its programs."""
     venv.create(folder, with_pip=True)
     return folder / "bin"
 

@@ -13,7 +13,7 @@ HANG_S = 300  # only ends what hangs: a busy CPU makes everything ten times slow
 
 
 def wait_for(condition, alive=lambda: True):
-    """Poll until the condition is true, and return it; whoever is to make it true must be alive."""
+    """Poll until the condition is true, and return it; fail if alive() is not."""
     end = time.monotonic() + HANG_S
     while not (found := condition()):
         assert alive(), "the process that is waited for has ended"
@@ -42,7 +42,7 @@ def running(pid):
 
 
 def group_of(leader):
-    """The running processes of a process group."""
+    """Return the running processes of a process group."""
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         try:

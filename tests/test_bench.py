@@ -49,7 +49,7 @@ def refused(capfd, *arguments):
     [(576, 49152), pytest.param(896, 151936, marks=pytest.mark.slow)],
 )
 def test_lm_like_is_calibrated(hidden_size, vocab_size):
-    """On the figures of SmolLM2-135M's own text, which a larger vocabulary keeps."""
+    """The figures are those of SmolLM2-135M on its own text, with a larger vocabulary too."""
     found = inputs.figures(inputs.lm_like(1024, hidden_size, vocab_size))
     stated = inputs.STATED
     assert found.entropy_half == pytest.approx(stated.entropy_half, rel=0.25)
@@ -85,12 +85,12 @@ def test_inputs_do_not_depend_on_threads(monkeypatch):
 @pytest.mark.parametrize("task", measure.TASKS)
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_truth_agrees_with_stable_eager_in_fp64(task, softcap, monkeypatch):
-    """So with every word and token sampled, and more tokens than one chunk of the truth."""
+    """Every vocabulary entry and token is sampled, and the truth takes more than one chunk."""
     monkeypatch.setattr(measure, "SAMPLE", 400)
     mine = case("stable-eager", task=task, softcap=softcap, dtype="float64")
     problem = measure.make_problem(mine)
     true = measure.truth(mine, problem)["entropy"]
-    monkeypatch.setattr(torch.Tensor, "float", lambda x: x)  # the provider's fp32 copy
+    monkeypatch.setattr(torch.Tensor, "float", lambda x: x)  # no fp32 copy in the provider
     loss = measure.call(PROVIDERS["stable-eager"], mine, problem)
     assert max(measure.errors(true, loss, problem).values()) < 1e-12
 
@@ -106,7 +106,7 @@ def test_truth_of_cross_entropy():
 
 
 def test_a_wrong_provider_shows_its_error(monkeypatch):
-    """The official formula where its 1e-12 matters, and one that forgets the temperature."""
+    """A provider that forgets the temperature is reported as wrong, without time and memory."""
     mine = case(dtype="bfloat16")
     true = measure.truth(mine, measure.make_problem(mine))
     right = measure.measure(mine, true)
@@ -254,7 +254,7 @@ if "benchmarks.measure" in sys.orig_argv and Path("device.json").exists():
 
 
 def test_ctrl_c_keeps_what_was_measured(tmp_path):
-    """While the second provider is measured, which would never end."""
+    """Ctrl-C comes while the second provider is measured, which would never end."""
     (tmp_path / "sitecustomize.py").write_text(HELD)  # Python imports it when it starts
     run = [sys.executable, "-m", "benchmarks", *TINY, "--results", "device.json"]
     process = subprocess.Popen(

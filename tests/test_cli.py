@@ -91,7 +91,7 @@ def contents(folder):
 
 
 def refused(arguments, capfd):
-    """The one line on stderr of a command that exits with 2."""
+    """Return the one line on stderr of a command that exits with 2."""
     capfd.readouterr()
     assert main(arguments) == 2
     stdout, stderr = capfd.readouterr()
@@ -244,8 +244,8 @@ def test_unknown_command(arguments, capfd):
 
 @pytest.mark.parametrize("package", ["tyro", "accelerate", "pydantic"])
 def test_missing_package_is_named(package, monkeypatch, capfd):
-    for room in ("training", "commands"):  # put back, as the modules are
-        monkeypatch.setattr(em_kernels, room, getattr(em_kernels, room))
+    for part in ("training", "commands"):  # restored afterwards, like the modules
+        monkeypatch.setattr(em_kernels, part, getattr(em_kernels, part))
     below = ("em_kernels.training", "em_kernels.commands.")
     for name in [name for name in sys.modules if name.startswith(below)]:
         monkeypatch.delitem(sys.modules, name)
@@ -255,7 +255,7 @@ def test_missing_package_is_named(package, monkeypatch, capfd):
 
 
 def run(*arguments, cwd, stdout=subprocess.PIPE):
-    """A finished process of the command line, with an interpreter of its own."""
+    """Run the command line in a process of its own; return it when it has ended."""
     command = [sys.executable, "-m", "em_kernels.cli", *arguments]
     return subprocess.run(
         command, cwd=cwd, stdin=subprocess.DEVNULL, stdout=stdout, stderr=subprocess.PIPE, text=True
@@ -263,7 +263,7 @@ def run(*arguments, cwd, stdout=subprocess.PIPE):
 
 
 def test_as_a_process(place, tmp_path):
-    """Nothing but our own lines on stderr; the checkpoint on stdout."""
+    """stderr holds only our own lines, stdout the checkpoint."""
     output = tmp_path / "run"
     done = run("train", "--model", "model", *PROMPT, *SHORT, "--output", output, cwd=place)
     assert (done.returncode, done.stdout) == (0, f"{output}/checkpoints/step-00001\n")
@@ -273,7 +273,7 @@ def test_as_a_process(place, tmp_path):
 
 
 def test_a_model_that_the_hub_would_have(tmp_path, monkeypatch, capfd):
-    """One line, and not those of the libraries that look for it."""
+    """The error is one line of ours, without those of the libraries that look for the model."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
     line = refused(["train", "--model", "no/such-model", *PROMPT, *SHORT], capfd)
@@ -367,7 +367,7 @@ def test_help_of_each_command(command, flag, capfd):
 
 
 def shown(arguments, capfd):
-    """A command's help on a terminal that breaks no word, its frames and line ends left out."""
+    """Return a command's help as one line, without frames and broken words."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
         patch.setenv("COLUMNS", "200")
         main([*arguments, "--help"])
@@ -375,7 +375,7 @@ def shown(arguments, capfd):
 
 
 def help_of(command, config, capfd):
-    """The help of a command, which tells every setting."""
+    """Return the help of a command; check that it names every setting."""
     text = shown([command], capfd)
     for name in [*config.model_fields, *Sampling.model_fields]:
         flag = {"four_bit": "4bit"}.get(name, name.replace("_", "-"))
@@ -435,7 +435,7 @@ def test_other_commands_refuse_unknown_flags(name, capfd):
     ],
 )
 def test_what_nobody_has_foreseen(command, where, doing, at, tmp_path, monkeypatch, capfd):
-    """One line says what was being done, and of which architecture; --debug shows where."""
+    """An unforeseen error: one line says what was being done, on which architecture."""
 
     def broken(*args, **kwargs):
         raise ZeroDivisionError("of\nnothing")
@@ -479,12 +479,12 @@ def test_demo_refuses_what_train_refuses(at, capfd):
 
 
 def test_ctrl_c_before_training(at, tmp_path, capfd):
-    """While it waits for a prompt that nobody writes."""
+    """Ctrl-C comes while the command waits for a prompt that nobody writes."""
     os.mkfifo(pipe := tmp_path / "pipe.jsonl")
     waiting, ended = threading.main_thread().ident, threading.Event()
 
     def interrupt():
-        with open(pipe, "w"):  # when it has been opened to be read
+        with open(pipe, "w"):  # waits until main() opens it to read
             signal.pthread_kill(waiting, signal.SIGINT)
             ended.wait()
 

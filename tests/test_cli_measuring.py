@@ -1,4 +1,4 @@
-"""Choosing and measuring by commands: what their help tells, what they refuse."""
+"""The commands select, eval, study and report: what their help tells, what they refuse."""
 
 import re
 
@@ -68,7 +68,7 @@ def test_values_that_are_refused(arguments, said, tmp_path, monkeypatch, capfd):
 
 @pytest.mark.parametrize("equals", [True, False])
 def test_a_file_of_prompts_takes_the_place_of_a_prompt(equals, tmp_path):
-    """And the other way; what is given twice is refused later."""
+    """A prompt on the command line also replaces a file; both at once are refused later."""
     given = ["--prompt-from=rows.jsonl"] if equals else ["--prompt-from", "rows.jsonl"]
     config, resume = settings("train", ["--preset", "demo", *given], "")
     found = config.model_dump(exclude={"prompt", "answer", "prompt_from"})

@@ -1,4 +1,4 @@
-"""make gpu, as a dry run: its parts, their limits, what is kept, what is told."""
+"""make gpu as a dry run: its parts, their time limits, what is kept, what is printed."""
 
 import json
 import multiprocessing
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def proof(*arguments):
-    """A dry run, as make gpu starts it."""
+    """Run make gpu's program, dry, as make starts it; return the finished process."""
     command = [sys.executable, "-m", "benchmarks.gpu_proof", "--dry-run", *arguments]
     alone = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     return subprocess.run(
@@ -34,8 +34,9 @@ def proof(*arguments):
 
 
 def forked(arguments, log, change):
-    """Of a child that has imported torch and has no threads yet: a dry run whose parts are forked
-    too.
+    """Do a dry run whose parts are forks too, in a child with torch imported and no threads yet.
+
+    Its output goes to files beginning with `log`.
     """
     os.chdir(Path(log).parent)
     for number, name in ((1, "stdout"), (2, "stderr")):
@@ -51,7 +52,7 @@ def as_it_is(fork):
 
 
 def dry(home, *arguments, change=as_it_is):
-    """Exit code and stdout of a dry run."""
+    """Return exit code and output of a dry run."""
     log = home / "log"
     child = CHILDREN.Process(target=forked, args=([*map(str, arguments)], str(log), change))
     child.start()
@@ -63,16 +64,14 @@ def dry(home, *arguments, change=as_it_is):
 
 
 def endless(fork):
-    """The chunks' part never ends, and has the least time."""
+    """Make the part tune-chunks endless, with a limit of 0.1 s."""
     part = gpu_proof.PARTS["tune-chunks"]
     endless = part._replace(seconds=0.1, run=lambda run: signal.pause())
     gpu_proof.PARTS["tune-chunks"] = endless
 
 
 def test_parts_are_kept_and_cut_short(tmp_path):
-    """The first time one part is done; then the other takes too long; then there is no time at all
-    for it; then it is done.
-    """
+    """Four runs: one part is done; the other takes too long; it has no time at all; it is done."""
     path = tmp_path / "proof.json"
     names = ["--part", "environment", "tune-chunks", "--results", path]
     code, told = dry(tmp_path, *names[:2], *names[3:])
@@ -100,7 +99,7 @@ def test_parts_are_kept_and_cut_short(tmp_path):
 
 
 def out_of_time(fork):
-    """A part's time is over at once."""
+    """End each part's time at once."""
 
     class Process(fork.Process):
         def join(self, timeout=None):
@@ -110,7 +109,7 @@ def out_of_time(fork):
 
 
 def out_of_time_at_work(fork):
-    """A part's time is over when its first process is at work, which would never end."""
+    """End a part's time when its first process, which would never end, is at work."""
     Path("sitecustomize.py").write_text(  # Python imports it when it starts
         "import os, pathlib, signal, sys\n"
         "if 'benchmarks.measure' in sys.orig_argv:\n"
@@ -169,7 +168,7 @@ def offered():
 
 
 def test_a_page_of_whatever_was_done(tmp_path):
-    """Tests alone; and nothing but a part that could not run."""
+    """A page of a part that could not run, and one of tests alone."""
     path = tmp_path / "proof.json"
     store.merge(path, "cpu", "proof", {"environment": {"skipped": "stopped after 1 s"}})
     assert "stopped" not in report.page([path], [])
@@ -187,7 +186,7 @@ def test_settings_are_put_back():
 
 
 def test_a_wrong_setting_is_found():
-    """By values: one that drops a column, one that writes NaN, one that is right."""
+    """Wrong values are found: a 0 or a NaN in place of the largest; right ones pass."""
     problem = tuning.row_problem(3, 700, "cpu")
     for name in tuning.FIELDS:
         true = [x.clone() for x in problem.launch(portable, name)]
@@ -204,7 +203,7 @@ def test_the_smallest_chunk_that_is_as_fast():
 
 
 def test_the_suite_is_asked_for_what_exists():
-    """Names of shapes, tasks, inputs and providers; a GPU is not there to measure them on."""
+    """Shapes, tasks, inputs and providers that make gpu names exist; nothing is measured here."""
     for one in gpu_proof.SUITE:
         options = suite.parse([*one.split(), "--device", "cpu"])
         cases = list(suite.cases_of(options))
@@ -219,7 +218,7 @@ def test_every_file_of_gpu_tests_is_part_of_it():
 
 @pytest.mark.slow
 def test_every_gpu_test_is_part_of_it():
-    """By the rows fixture too."""
+    """Tests that the fixture `rows` marks as gpu are included."""
     tests = ROOT / "tests"
     asked = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "gpu", tests]
     listed = subprocess.run(asked, capture_output=True, text=True, cwd=ROOT).stdout
@@ -244,9 +243,7 @@ def test_junit_reports_are_counted():
 
 
 def test_a_failed_part_is_kept_until_it_is_done_again(tmp_path):
-    """A run of it that is cut short tells less; it comes after what was not tried. The program as
-    make starts it.
-    """
+    """A later run that is cut short does not replace a failure, and untried parts come first."""
     path = tmp_path / "proof.json"
     for row in ({"skipped": "no"}, {"failed": 1, "failures": {"a": "b"}}, {"skipped": "stopped"}):
         store.merge(path, "cpu", "proof", {"environment": row})

@@ -1,6 +1,6 @@
 """Bugs that other libraries had, each on the input that shows it.
 
-Elsewhere: words beyond the vocabulary (verl #2656, #2899) and rows of negative logits only (verl
+Elsewhere: logits beyond the vocabulary (verl #2656, #2899) and rows of negative logits only (verl
 #7439) in test_hard_inputs.py; adapters on the head in test_hf.py.
 """
 
@@ -28,7 +28,7 @@ ALL_LOSSES = pytest.mark.parametrize("loss", LOSSES)
 @ALL_LOSSES
 @pytest.mark.parametrize("trained", [(0, 1), (0,), (1,)])
 def test_entropy_alone_has_its_gradient(loss, trained):
-    """TRL #6625 (silently zero); and backwards of entropy alone, of a frozen weight."""
+    """TRL #6625: it was silently zero. Also with hidden or weight frozen."""
     inputs = draw(7, 16, 300)[:2]
     ours = [x.detach().requires_grad_(i in trained) for i, x in enumerate(inputs)]
     wide = leaves(*inputs, dtype=torch.float64)
@@ -42,7 +42,7 @@ def test_entropy_alone_has_its_gradient(loss, trained):
 
 
 def test_entropy_bonus_is_not_dropped():
-    """TRL #5595, #6140: loss and gradient must change with the bonus, and by the bonus's own."""
+    """TRL #5595, #6140: a bonus must change loss and gradient by its own."""
     hidden, weight, _, targets = draw(7, 16, 300)
 
     def gradients(bonus):
@@ -73,7 +73,7 @@ def test_gradients_of_near_uniform_rows(loss, dtype):
 @pytest.mark.usefixtures("rows")
 @ALL_LOSSES
 def test_bias_counts(loss):
-    """Cut Cross-Entropy #52, in the loss and in all three gradients."""
+    """Cut Cross-Entropy #52: the bias must count in the loss and in all three gradients."""
     inputs = draw(7, 16, 300)[:3]
     wide = leaves(*inputs, dtype=torch.float64)
     ours, truth = LOSSES[loss](*inputs[:2], bias=inputs[2]), entropy_of(*wide).sum()
@@ -99,7 +99,7 @@ def test_dweight_of_many_chunks_is_summed_in_fp32(loss):
 @needs_extension
 @ALL_LOSSES
 def test_memory_is_the_users(loss):
-    """Liger #1414, #1439, #1472: each default chunk was too large for somebody."""
+    """The peak follows chunk_bytes. Liger #1414, #1439, #1472: no default suited everybody."""
     n, d, v = 256, 16, 4096
     inputs = draw(n, d, v)[:2]
     needed = sum(x.nbytes for x in inputs) + 40 * n * 4
@@ -118,7 +118,7 @@ def test_memory_is_the_users(loss):
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("upstream", ["ones", "signs", "zeros", "one token"])
 def test_any_upstream_per_token(upstream, frozen):
-    """Others assume ones, or that nobody freezes the head."""
+    """Other libraries assume an upstream of ones, or a head that is trained."""
     *inputs, targets = draw(9, 16, 300)
     inputs = inputs[:2]
     factors = {

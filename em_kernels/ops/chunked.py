@@ -21,7 +21,7 @@ from .inputs import GradMask, HeadInputs, StatsOutput, scale_upstream
 from .memory import TILE, chunk_length, large_empty
 from .weight_gradient import WeightGradCallback
 
-# (statistics of n tokens, positions) -> losses (n,), their derivatives by each statistic
+# (statistics of n tokens, their positions) -> losses (n,), derivatives by each statistic
 PerToken = Callable[[TokenStats, slice | Tensor], tuple[Tensor, TokenStats]]
 
 
@@ -152,8 +152,8 @@ def sum_custom_loss(
 ) -> tuple[Tensor, Gradients]:
     """Sum loss_fn's losses, weighted by the mask, with their gradients.
 
-    Autograd differentiates loss_fn inside the chunk. grad_enabled: whether the caller
-    had gradients enabled.
+    Autograd differentiates loss_fn inside the chunk. grad_enabled: whether gradients were enabled
+    in the caller.
     """
     active = inputs.check_and_find_active(negative_mask_allowed=True)
     positions = torch.arange(len(inputs.hidden), device=inputs.hidden.device)
