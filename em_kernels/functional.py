@@ -54,9 +54,9 @@ def fused_entropy_loss(
             may drop. It drops vocabulary entries whose gradient is next to nothing, and with them
             most of the GEMM work where distributions are peaked. 0 is exact; 2**-9 is bf16's own
             rounding. The bound holds per chunk (and rank), not per token: a token of little weight
-            may lose more. The gradients of weight and bias are 0 at dropped entries; dhidden gets a
-            mean of them added back, and so belongs to a d loss / d logits that is off by at most
-            twice the share. "none" is always exact.
+            may lose more. The gradients of weight and bias are 0 at dropped entries; dhidden is
+            corrected by a mean over them: its d loss / d logits is off by at most twice the share.
+            "none" is always exact.
         chunk_bytes: memory for the logits held at a time; default the smaller of 1 GiB and an
             eighth of the free memory, rounded down to a power of two. It sets the order of sums,
             and which entries a tolerance drops: give it to get the same bits again on a machine
@@ -262,7 +262,7 @@ class GradientReport(NamedTuple):
     """
 
     active_share: Tensor
-    """Share A of the vocabulary that the backward multiplied: its GEMM work relative to the exact.
+    """Share A of the vocabulary that the backward multiplied; its work is A times the exact one's.
 
     At 1 the tolerance saves nothing, as the distributions are too flat for it.
     """

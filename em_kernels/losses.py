@@ -220,7 +220,7 @@ def grpo_loss(
         known = ", ".join(LOSS_TYPES)
         raise ValueError(f"loss_type: {loss_type!r} is unknown; use one of {known}")
     flat = {name: x.reshape(-1) for name, x in given.items()}
-    # fused_token_loss gets a mask that divides by the divisor; the entropy's is the token count.
+    # The mask passed below divides losses by the divisor; entropy is divided by the token count.
     entropy_weights = (entropy_coef * divisor / tokens).expand(mask.shape).reshape(-1)
 
     def loss_fn(stats: TokenStats, index: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ def test_union_of_many_chunks_words(groups, is_whole):
     nearest = torch.arange(640) % (80 * groups)
     inputs = (0.75 * weight[nearest]).requires_grad_(), weight.requires_grad_()
     arguments = {"chunk_bytes": 80 * 640 * 4, "reduction": "sum"}
-    # torch 2.11 frees the saved tensors with the loss, so it is kept in a variable.
+    # torch 2.11 needs the loss held while its saved tensors are read.
     loss = fused_entropy_loss(*inputs, grad_tolerance=0.01, **arguments)
     values = loss.grad_fn.saved_tensors[1]
     assert len(values) == 640 if is_whole else 160 <= len(values) <= 320

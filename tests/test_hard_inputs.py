@@ -258,9 +258,8 @@ def test_logits_of_16_bit_inputs_are_fp32(dtype):
         expected = torch.autograd.grad(truth.sum(), wide)
         for mine, true in zip(gradients, expected, strict=True):
             assert mine.dtype == dtype
-            assert (
-                relative_error(mine, true) <= torch.finfo(dtype).eps
-            )  # the result's rounding alone
+            # Only the result is rounded.
+            assert relative_error(mine, true) <= torch.finfo(dtype).eps
 
 
 def test_fp16_mean_over_many_tokens():

@@ -149,9 +149,8 @@ def slow(*values):
 )
 def test_training_is_the_same(case, dtype, tmp_path):
     """In fp32 it trains as with TRL's own statistics, in fp64 as with autograd's."""
-    folder = save_tiny(
-        tmp_path / "model", dtype=dtype
-    )  # the reference model is loaded from the folder
+    # A folder, as the reference model is loaded from it.
+    folder = save_tiny(tmp_path / "model", dtype=dtype)
     other, rounding = (GRPOTrainer, 1e-5) if dtype == torch.float32 else (Plain, 1e-9)
     ours, other = (
         train(kind, LlamaForCausalLM.from_pretrained(folder, dtype=dtype), tmp_path, **CASES[case])
