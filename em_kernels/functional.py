@@ -71,8 +71,8 @@ def fused_entropy_loss(
     Gradient: for hidden, weight and bias, equation (8) of ``em_kernels.reference``. For "mean" and
         "sum" it is computed during the forward: GEMM work is 3 times that of the forward alone, 2
         with a frozen weight; with a tolerance 1 + 2 A, or 1 + A, where a share A of the vocabulary
-        is kept. For "none" logits are recomputed: 4 times, 2 with a frozen weight. No second
-        derivatives.
+        is kept. For "none" it is 4 times, as the backward recomputes the logits; 2 with weight and
+        bias frozen. No second derivatives.
     Precision: logits, statistics and accumulated gradients are fp32 whatever the inputs' dtype;
         gradients are rounded once, to the inputs' dtype (under autocast to autocast's, as
         nn.Linear's).
