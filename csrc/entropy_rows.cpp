@@ -95,7 +95,7 @@ __attribute__((target("avx2,fma"))) void run_avx2(const Operation& operation, in
 }
 #endif
 
-// A denormal e^2 or p * alpha costs a microcode assist; measured, rows were up to 20 times slower.
+// A denormal e * e or p * alpha costs a microcode assist: rows were measured up to 20 times slower.
 struct FlushDenormals {
 #if defined(__x86_64__)
   const unsigned saved = _mm_getcsr();
@@ -133,7 +133,7 @@ void for_all(const Operation& operation, int64_t count, int64_t elements, int64_
   STD_TORCH_CHECK(isa >= BASELINE && isa <= row_isa(),
                   "isa must be 0 (baseline), 1 (AVX2) or 2 (AVX-512), and at most this CPU's ",
                   row_isa(), ", not ", isa);
-  constexpr int64_t GRAIN_SIZE = 32768;  // elements a thread is worth: at::internal::GRAIN_SIZE
+  constexpr int64_t GRAIN_SIZE = 32768;  // elements that pay for a thread: at::internal::GRAIN_SIZE
   const int64_t per_task = std::max<int64_t>(1, GRAIN_SIZE / (elements + 1));
   torch::stable::parallel_for(0, count, per_task, [&](int64_t begin, int64_t end) {
     run_with(isa, operation, begin, end);

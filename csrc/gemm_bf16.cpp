@@ -60,7 +60,7 @@ em::Operand operand_of(const Tensor& x, const char* name, int k_dim) {
 
 // Each thread computes one part of out and packs its own operands: square parts pack the least.
 void multiply(const em::Product& product, int64_t rows, int64_t columns, Isa isa) {
-  constexpr double GRAIN_SIZE = 1 << 20;  // multiplications a thread is worth
+  constexpr double GRAIN_SIZE = 1 << 20;  // multiplications that pay for a thread
   const double work = static_cast<double>(rows) * columns * product.inner / GRAIN_SIZE;
   const int64_t most = torch::stable::get_num_threads();
   const int64_t threads = work < most ? static_cast<int64_t>(work) + 1 : most;

@@ -1,8 +1,8 @@
 // out (+)= a @ b for bf16 operands, fp32 accumulation and output; torch-free, x86-64 only.
 //
-// A panel is 32 rows of a (or columns of b) over a block of K, in tiles of 16 of them x 32 of K:
-// a's tiles hold rows of 32, b's hold for each pair of k its 16 columns' two values side by side.
-// Both instruction sets read the same tiles. Their products flush denormals to zero.
+// A panel is 32 rows of a (or columns of b) over a block of K, packed in tiles of 16 x 32 of K. A
+// tile of a holds 16 rows of 32 k. A tile of b holds, for each pair of k, 16 columns' two values
+// side by side. Both instruction sets read the same tiles, and flush denormals to zero.
 #pragma once
 
 #if defined(__GNUC__) && !defined(__clang__)
@@ -91,7 +91,8 @@ EM_AVX512_INLINE void transpose(__m512i (&x)[16]) {
   }
 }
 
-// Pads with zeros beyond `lines` and `count`, where memory may hold NaN.
+// Packs one tile and prefetches the memory `ahead` elements further. Pads with zeros beyond `lines`
+// and `count`, where memory may hold NaN.
 template <bool unit_k, bool transposed>
 EM_AVX512_INLINE void pack_tile(const bf16* from, int64_t stride, int64_t ahead, int64_t lines,
                                 int64_t count, bf16* to) {

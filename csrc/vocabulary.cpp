@@ -61,7 +61,7 @@ void spread(const Tensor& values, const int64_t* words, float factor, const Tens
   });
 }
 
-// Writes each row of out once: values times the factor at the indices `words`, 0 elsewhere.
+// Writes each row of out once: values times the factor at the vocabulary indices `words`, else 0.
 void spread_rows(Tensor values, Tensor words, double factor, Tensor out) {
   STD_TORCH_CHECK(words.scalar_type() == ScalarType::Long && words.dim() == 1 &&
                       words.is_contiguous(),

@@ -1,4 +1,4 @@
-"""The public functions: check, cast under autocast, flatten, call the op, reshape."""
+"""The public functions: each checks, casts under autocast, flattens, calls the op and reshapes."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -54,15 +54,16 @@ def fused_entropy_loss(
             may drop. It drops vocabulary entries whose gradient is next to nothing, and with them
             most of the GEMM work where distributions are peaked. 0 is exact; 2**-9 is bf16's own
             rounding. The bound holds per chunk (and rank), not per token: a token of little weight
-            may lose more. The gradients of weight and bias are 0 at dropped entries; dhidden gets
-            their mean back, so it is that of a d loss / d logits within twice the share. "none" is
-            always exact.
-        chunk_bytes: memory for the logits held at a time; default 1 GiB or an eighth of the free
-            memory, rounded down to a power of two. It sets the order of sums, and which entries a
-            tolerance drops: give it to get the same bits again on a machine with less free memory.
-        process_group: ranks that hold consecutive rows of the weight each, with the bias split
-            alike. Every rank passes the same hidden, all with the same requires_grad, and gets the
-            same loss and dhidden.
+            may lose more. The gradients of weight and bias are 0 at dropped entries; dhidden is
+            corrected by a mean over them: its d loss / d logits is off by at most twice the share.
+            "none" is always exact.
+        chunk_bytes: memory for the logits held at a time; default the smaller of 1 GiB and an
+            eighth of the free memory, rounded down to a power of two. It sets the order of sums,
+            and which entries a tolerance drops: give it to get the same bits again on a machine
+            with less free memory.
+        process_group: ranks that each hold consecutive rows of the weight, and the same entries of
+            the bias. Every rank passes the same hidden, all with the same requires_grad, and gets
+            the same loss and dhidden.
 
     Returns:
         The loss in nats, fp32 (fp64 for fp64): (), or (...) for "none".
@@ -70,13 +71,14 @@ def fused_entropy_loss(
     Gradient: for hidden, weight and bias, equation (8) of ``em_kernels.reference``. For "mean" and
         "sum" it is computed during the forward: GEMM work is 3 times that of the forward alone, 2
         with a frozen weight; with a tolerance 1 + 2 A, or 1 + A, where a share A of the vocabulary
-        is kept. For "none" logits are recomputed: 4 times, 2 with a frozen weight. No second
-        derivatives.
+        is kept. For "none" it is 4 times, as the backward recomputes the logits; 2 with weight and
+        bias frozen. No second derivatives.
     Precision: logits, statistics and accumulated gradients are fp32 whatever the inputs' dtype;
-        gradients are rounded once, to the inputs' dtype (under autocast its own, as nn.Linear's).
+        gradients are rounded once, to the inputs' dtype (under autocast to autocast's, as
+        nn.Linear's).
     Memory: one chunk, and fp32 gradients of what requires grad. With a tolerance dweight has rows
-        for the entries that any chunk kept, and at most 64 MiB more are used; on a GPU a chunk is
-        two halves, of which one is computed ahead.
+        only for the entries that any chunk kept, and at most 64 MiB more are used; on a GPU two
+        chunks of half the size take turns, so that the next one is computed ahead.
     Raises: ValueError, TypeError naming the argument; RuntimeError on double backward.
     Source: One-shot Entropy Minimization, arXiv 2505.20282; the tolerance's certificate is proven
         in ``em_kernels/ops/sparse.py``.
@@ -204,7 +206,7 @@ def fused_token_loss(
 ) -> Tensor:
     """Sum any loss that is a function of each token's own statistics.
 
-    Such are policy gradients, GRPO and PPO with clip and entropy bonus, cross-entropy, z-loss,
+    Examples: policy gradients, GRPO and PPO with clip and entropy bonus, cross-entropy, z-loss,
     self-certainty. Equivalent to this, at 3/4 of the GEMM work::
 
         stats = fused_token_stats(hidden, weight, targets, stats=TokenStats._fields)
@@ -260,7 +262,7 @@ class GradientReport(NamedTuple):
     """
 
     active_share: Tensor
-    """Share A of the vocabulary that the backward multiplied: its GEMM work over the exact one's.
+    """Share A of the vocabulary that the backward multiplied; its work is A times the exact one's.
 
     At 1 the tolerance saves nothing, as the distributions are too flat for it.
     """
@@ -313,17 +315,17 @@ def entropy_loss_into(
         hidden.backward(dhidden)
 
     Args:
-        on_weight_grad: called with (entries, values) many times, also for the same entries: a
-            slice or distinct int64 indices (K,) of the vocabulary; values (K, D) fp32 (fp64 for
-            fp64), to be added to these rows of the gradient, in memory that is used again when the
-            callback returns. None: the weight is frozen.
+        on_weight_grad: called with (entries, values) many times, also for the same entries.
+            entries: a slice or distinct int64 indices (K,) of the vocabulary. values: (K, D) fp32
+            (fp64 for fp64), to be added to these rows of the gradient; their memory is reused once
+            the callback returns. None: the weight is frozen.
         hidden, weight, bias, mask, temperature, logit_scale, softcap, grad_tolerance, chunk_bytes:
             as in :func:`fused_entropy_loss`.
         reduction: "mean" or "sum".
 
     Returns:
         The loss (), the gradient of hidden, shaped and rounded as hidden, that of bias (V,) in fp32
-        if it requires grad, else None, and what a tolerance left out.
+        if it requires grad, else None, and the GradientReport.
 
     Memory: one chunk, fp32 dhidden, and 64 MiB for values, with a tolerance 64 MiB more.
     Raises: as :func:`fused_entropy_loss`.

@@ -16,7 +16,7 @@ from .reference import IGNORE_INDEX, RowTransform, transform
 
 # One lock per model: only one thread at a time may replace its forward.
 FORWARD_LOCKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
-INPUTS = ("input_ids", "attention_mask", "position_ids")  # what the model gets of a batch
+INPUTS = ("input_ids", "attention_mask", "position_ids")  # of a batch, what goes to the model
 
 
 class Head(NamedTuple):
@@ -28,7 +28,7 @@ class Head(NamedTuple):
     softcap: float | None
 
     def arguments(self) -> Mapping[str, Any]:
-        """Return the keyword arguments, weight apart, that our functions take of a head."""
+        """Return all but the weight, as keyword arguments of fused_entropy_loss and its like."""
         return {"bias": self.bias, "logit_scale": self.logit_scale, "softcap": self.softcap}
 
 

@@ -2,9 +2,9 @@
 
 A reward takes the TokenStats of completions, fields (..., T), and a mask (..., T) of bool or
 weights, 0 outside the completions, where a statistic may be NaN. It returns (...) in nats, 0 where
-the mask is 0 throughout, and is differentiable if the statistics are: compute those under
-``torch.no_grad()``, at the temperature of sampling. The logits in the equivalent code are already
-divided by it. ValueError and TypeError name the argument.
+the mask is 0 throughout. Compute the statistics at the temperature of sampling (the logits in the
+equivalent code are already divided by it), and under ``torch.no_grad()``: else the reward has a
+gradient too. ValueError and TypeError name the argument.
 """
 
 import math
@@ -116,7 +116,7 @@ def group_advantages(rewards: Tensor, group_size: int) -> Tensor:
     Source: GRPO, arXiv 2402.03300; 1e-4 and n - 1 in the deviation as in TRL 1.16.
     """
     if not isinstance(group_size, int) or group_size < 2:
-        raise ValueError(f"group_size: {group_size!r} is not an int >= 2; sample more of a prompt")
+        raise ValueError(f"group_size: {group_size!r} is not an int >= 2; sample more per prompt")
     if rewards.dim() != 1 or len(rewards) % group_size:
         raise ValueError(f"rewards: {tuple(rewards.shape)} is not whole groups of {group_size}")
     groups = rewards.to(torch.promote_types(rewards.dtype, torch.float32)).view(-1, group_size)
@@ -174,8 +174,8 @@ def grpo_loss(
             call's tokens.
         loss_type: "grpo" averages the completions' means, "bnpo" this call's tokens; "dapo" and
             "dr_grpo" divide the sum by a given number.
-        num_items_in_batch: for "dapo": the tokens of all calls whose gradients are summed (of one
-            process, where gradients are averaged over processes).
+        num_items_in_batch: for "dapo": the number of tokens in all calls whose gradients are
+            summed; where processes average their gradients, in the calls of one process.
         max_completion_length: for "dr_grpo".
         head: bias, temperature, softcap, grad_tolerance, process_group and others, as in
             :func:`fused_token_loss`.
@@ -220,7 +220,7 @@ def grpo_loss(
         known = ", ".join(LOSS_TYPES)
         raise ValueError(f"loss_type: {loss_type!r} is unknown; use one of {known}")
     flat = {name: x.reshape(-1) for name, x in given.items()}
-    # The mask below divides all by the divisor, but the entropy is a mean over the tokens.
+    # The mask passed below divides losses by the divisor; entropy is divided by the token count.
     entropy_weights = (entropy_coef * divisor / tokens).expand(mask.shape).reshape(-1)
 
     def loss_fn(stats: TokenStats, index: Tensor) -> Tensor:
@@ -258,7 +258,7 @@ def linear_cross_entropy(
         temperature: > 0.
         labels: N of any shape, int64; the log-probability of -100 is 0.
         reduction: of the log-probabilities: "none" (N,), "sum" () or "mean" (), divided by N.
-        group: ranks that hold consecutive rows of the weight each.
+        group: ranks that each hold consecutive rows of the weight.
 
     Returns:
         (log-probabilities, entropies (N,)) in nats, fp32 (fp64 for fp64), flat as verl's.

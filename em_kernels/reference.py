@@ -19,8 +19,8 @@ Symbols: N tokens, D hidden size, V vocabulary size. For one token with raw logi
         dy_j = dz_j / temperature * (1 - (c_j / softcap)^2) * logit_scale
     (9) dhidden = dy W;  dW = dy^T hidden;  dbias = sum over tokens of dy
 
-The 1 of the argmax is kept out of s' (and q'), because 1 + s' in fp32 forgets s' when a model is
-sure. A raw logit of -inf masks its vocabulary entry: p = 0, p log p = 0, no gradient.
+The 1 of the argmax is kept out of s' (and q'), because 1 + s' in fp32 loses the digits of s' when a
+model is confident. A raw logit of -inf masks its vocabulary entry: p = 0, p log p = 0, no gradient.
 """
 
 from typing import NamedTuple
@@ -46,13 +46,13 @@ class TokenStats(NamedTuple):
 
 
 class RowTransform(NamedTuple):
-    """How raw logits (rows, V) become z, and the rows' targets."""
+    """Parameters of the map from raw logits (rows, V) to z, and the rows' targets."""
 
     bias: Tensor | None  # (V,)
     inv_temperature: Tensor  # (rows,)
     logit_scale: float = 1.0
     softcap: float | None = None
-    targets: Tensor | None = None  # (rows,) int64; one outside [0, V) is in another part
+    targets: Tensor | None = None  # (rows,) int64; outside [0, V): in another part
 
 
 class RowParts(NamedTuple):
@@ -74,7 +74,7 @@ class Coefficients(NamedTuple):
     """Factors of (8), each (rows,).
 
     at_target is the target's gamma (1 - p), computed as -gamma expm1(log p), which keeps its digits
-    where the model is sure. All other vocabulary entries get -gamma p_j.
+    where the model is confident. All other vocabulary entries get -gamma p_j.
     """
 
     alpha: Tensor

@@ -13,7 +13,7 @@ try:
     from trl import GRPOTrainer
 except ImportError as error:
     raise ImportError(
-        "em_kernels.trl: needs trl >= 1.16; install em-kernels[trl] (what failed is above)"
+        "em_kernels.trl: needs trl >= 1.16; install em-kernels[trl] (the cause is above)"
     ) from error
 
 
@@ -37,7 +37,7 @@ class FusedGRPOTrainer(GRPOTrainer):
         args: a GRPOConfig. ``entropy_coef`` times the mean entropy of the tokens is subtracted from
             the loss: > 0 is a bonus for entropy, < 0 minimises it (EM-RL). Nothing else moves the
             weights where all rewards are equal.
-        others: as in trl.GRPOTrainer. A class with several parents names this one before TRL's.
+        others: as in trl.GRPOTrainer. A class with several parents lists this one before TRL's.
 
     Gradient: of log-probabilities and entropies, equation (8) of ``em_kernels.reference``.
     Precision: logits and statistics are fp32 whatever the model's dtype, to which TRL rounds its
@@ -57,7 +57,7 @@ class FusedGRPOTrainer(GRPOTrainer):
                 "args: FSDP and DeepSpeed are not supported; use DDP, or trl.GRPOTrainer"
             )
         if self._is_vlm:
-            raise TypeError("model: models of images are not supported; use trl.GRPOTrainer")
+            raise TypeError("model: vision-language models are not supported; use trl.GRPOTrainer")
         if self.aux_loss_enabled:
             coefficient = self.router_aux_loss_coef
             raise ValueError(f"router_aux_loss_coef: {coefficient} is not supported; set it to 0")

@@ -1,4 +1,4 @@
-"""TRL's GRPO with fused log-probabilities and entropies: FusedGRPOTrainer, an entropy bonus on.
+"""TRL's GRPO with fused log-probabilities and entropies: FusedGRPOTrainer with an entropy bonus.
 
 pip install 'em-kernels[trl]'
 python examples/trl_grpo.py                            # a 135M model, half a minute on a CPU

@@ -20,7 +20,8 @@ pytest.register_assert_rewrite(
 OUTSIDE = ("COLUMNS", "LINES", "FORCE_COLOR", "NO_COLOR", "PYTEST_ADDOPTS", "PYTEST_XDIST_WORKER")
 for name in OUTSIDE:
     os.environ.pop(name, None)
-signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it
+# A shell starts background jobs with SIGINT ignored, which programs started by tests would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")
 
@@ -59,9 +60,7 @@ def fixed_seed():
 
 @pytest.fixture(params=[*ROWS, CUDA])
 def rows(request, monkeypatch):
-    """Run the test with each set of row kernels: portable, C++, interpreted Triton, and on a GPU
-    its own, with the test's tensors moved there.
-    """
+    """Run the test with the row kernels of each device; for CUDA its tensors are moved there."""
     if request.param == "cuda":
         request.getfixturevalue("on_cuda")
     elif request.param is not cpu:
@@ -92,7 +91,7 @@ def _on_cuda(x):
 
 
 class _NumbersOfTheCpu(TorchFunctionMode):
-    """Random tensors made on the GPU hold the values of the CPU's generator."""
+    """Mode in which random tensors on the GPU get the values of the CPU's generator."""
 
     def __torch_function__(self, function, types, arguments=(), named=None):
         named = named or {}

@@ -45,9 +45,8 @@ def other_sums(seed):
 def permuted(plain, first, seed):
     def product(keys, *arguments, **named):
         a, b = arguments[first : first + 2]
-        if a.shape[-1] > 1 and all(
-            1 in x.stride() for x in (a, b)
-        ):  # our own op refuses other strides
+        # Our own op refuses operands without a stride of 1.
+        if a.shape[-1] > 1 and all(1 in x.stride() for x in (a, b)):
             order = torch.randperm(a.shape[-1], generator=torch.Generator().manual_seed(seed))
             operands = a.index_select(-1, order), b.index_select(-2, order)
             arguments = *arguments[:first], *operands, *arguments[first + 2 :]
@@ -56,7 +55,7 @@ def permuted(plain, first, seed):
     return product
 
 
-FAR = 10  # how many times the error of another order of sums is allowed; mistakes make 1000
+FAR = 10  # allowed multiple of another summation order's error; mistakes make 1000
 
 
 def assert_as_near(found, expected, others):

@@ -59,7 +59,7 @@ FP32_AND_BF16 = pytest.mark.parametrize("dtype", DTYPES)
 
 @pytest.fixture(params=[None, "half"])
 def head(request):
-    """Inputs with small chunks, and the N D V of the tokens that should cost something."""
+    """Return inputs, with small chunks, and N D V, N being the tokens that should cost work."""
 
     def make(dtype):
         n, d, v = 64, 16, 200
@@ -119,7 +119,7 @@ def test_no_row_gradient_where_none_is_needed(monkeypatch):
     "sizes", [(1e-7, 1e-7), (1e7, 1e7), (1e-7, 1e7), (1e7, 1e-7), (1.0, 1e-30), (1e30, 1.0)]
 )
 def test_fp16_upstreams_of_any_size_keep_their_digits(sizes, monkeypatch):
-    """Rounded to fp16 as they are, 1e-7 would be 0 and 1e7 infinite."""
+    """Without a scale, fp16 would round 1e-7 to 0 and 1e7 to infinity."""
     hidden, weight, bias, _ = draw(32, 16, 200, dtype=torch.float16)
     factors = torch.tensor(sizes).repeat_interleave(16)
 

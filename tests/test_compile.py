@@ -1,4 +1,4 @@
-"""The Triton kernels compile for every GPU generation, within its limits, exactly as launched."""
+"""The Triton kernels, exactly as launched, compile for every GPU generation within its limits."""
 
 from itertools import product
 
@@ -34,7 +34,7 @@ def cache(tmp_path_factory):
 
 @pytest.mark.parametrize("variant, arch", FEW)
 def test_within_the_limits(variant, arch):
-    """The heaviest variant of each kernel."""
+    """The heaviest variant of each kernel spills nothing and fits into shared memory."""
     assert cost(variant, arch).violations == []
 
 
@@ -66,7 +66,7 @@ def test_column_masses_cost_no_more_than_memory():
 
 @pytest.mark.parametrize("kernel", ["statistics", "gradient", "mass"])
 def test_arguments_of_1_are_constants(kernel):
-    """For one row of one logit, Triton compiles its integer arguments of 1 in."""
+    """Triton compiles in integer arguments that are 1, as for one row of one logit."""
     signature, constants, options = next(
         v for v in variants() if v.kernel == kernel and v.bias
     ).source(90)  # fmt: skip

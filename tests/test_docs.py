@@ -1,5 +1,5 @@
-"""README and docs/: every block of Python runs, every command is one, every link and path leads
-somewhere, every generated number is what its source says.
+"""README and docs/: Python blocks run, commands parse, links and paths exist, generated numbers are
+those of their sources.
 """
 
 import ast
@@ -29,18 +29,18 @@ import plans  # noqa: E402
 
 FILES = [ROOT / "README.md", *ROOT.glob("docs/*.md")]
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in FILES}
-NOT_RUN = {  # why, by page: all that no test here can run
+NOT_RUN = {  # reasons, by page, of the blocks that no test here can run
     "benchmarks.md": ["installs what is measured beside ours"],
     "using.md": ["vllm needs a GPU", "vllm needs a GPU", "llama.cpp is not a Python package"],
 }
-OTHERS_FLAGS = {"--no-build-isolation", "--max-lora-rank"}  # pip's and vLLM's, told of in the text
+OTHERS_FLAGS = {"--no-build-isolation", "--max-lora-rank"}  # pip's and vLLM's, named in the text
 
 
 class Block(NamedTuple):
     page: str
     kind: str
     text: str
-    not_run: str  # why, or empty
+    not_run: str  # the reason, or empty
 
 
 def blocks():
@@ -51,7 +51,7 @@ def blocks():
 
 
 BLOCKS = list(blocks())
-TEXTS = {b.text: b for b in BLOCKS if b.kind == "python"}  # one may stand on two pages
+TEXTS = {b.text: b for b in BLOCKS if b.kind == "python"}  # a text may be on two pages
 PYTHON = [pytest.param(block, id=block.page) for block in TEXTS.values()]
 
 
@@ -130,7 +130,7 @@ def test_python_uses_what_it_imports(block):
 
 
 class Parsed(BaseException):
-    """Raised once a command has parsed its arguments; not an Exception, which commands catch."""
+    """Raised once a command has parsed its arguments; no Exception, as commands catch those."""
 
 
 @pytest.fixture
@@ -151,7 +151,8 @@ def only_parsed(monkeypatch):
         raise Parsed
 
     monkeypatch.setattr(commands.train, "train", train)
-    monkeypatch.setattr(commands.eval, "read_results", lambda _: None)  # of an evaluation before
+    # No results of an earlier evaluation are read.
+    monkeypatch.setattr(commands.eval, "read_results", lambda _: None)
     for module, name in (
         (commands.plan, "open_config"),
         (task.TaskSettings, "problems"),
@@ -223,7 +224,7 @@ def test_merge_and_report_do_what_the_pages_say(runs, monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def flags():
-    """Every flag in the --help of all commands, the benchmark suite and make gpu."""
+    """Return the flags in the --help of all commands, the benchmark suite and make gpu."""
     told, names = io.StringIO(), re.findall(r"^  ([a-z-]+)  ", cli.USAGE, re.M)
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(told):
         patch.setenv("COLUMNS", "300")
@@ -240,7 +241,7 @@ def flags():
 
 @pytest.mark.parametrize("page", PAGES)
 def test_flags_exist(page, flags):
-    """Every flag named in the running text; commands in blocks are parsed by another test."""
+    """Every flag named in the running text exists; another test parses the commands in blocks."""
     text = re.sub(r"^ *```.*?^ *```$", "", PAGES[page], flags=re.M | re.S)
     told = set(
         re.findall(r"(?<![\w-])--[a-z0-9][a-z0-9-]*", " ".join(re.findall(r"`[^`\n]+`", text)))
@@ -325,7 +326,7 @@ def test_equations_are_numbered_as_in_the_reference():
 
 
 def alike(told, found):
-    """Compare texts word by word, numbers within rounding: library versions keep other tensors."""
+    """Return True if texts agree, numbers within rounding: library versions keep other tensors."""
     number = r"\d+(?:\.\d+)?"
     assert re.split(number, told) == re.split(number, found)
     pairs = zip(re.findall(number, told), re.findall(number, found), strict=True)

@@ -40,7 +40,7 @@ GRADIENTS = ("dhidden", "dweight", "dbias")
 
 
 def assert_all_close(ours, truth, tolerance=3e-6):
-    """Compare norms, as fp32 elements that nearly cancel lack their last digits."""
+    """Compare by norms: single fp32 elements that nearly cancel are less exact."""
     for mine, true in zip(ours, truth, strict=True):
         assert mine.shape == true.shape
         error, size = (mine.double() - true).norm(), true.double().norm()
@@ -267,7 +267,7 @@ def test_chunks_change_nothing(tokens_in_a_chunk, dtype):
 @pytest.mark.usefixtures("rows")
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_backward_twice_and_again(reduction):
-    """retain_graph gives the same gradient; the same call gives the same bits."""
+    """Backward twice (retain_graph) gives the same gradient; the same call gives the same bits."""
     inputs = draw(40, 16, 300)[:3]
     arguments = {"reduction": reduction, "chunk_bytes": 7 * 300 * 4}
 
@@ -295,7 +295,7 @@ def test_inputs_are_left_alone():
 @pytest.mark.usefixtures("rows")
 @pytest.mark.parametrize("names", [["entropy"], ["entropy", "logprob"]])
 def test_outputs_may_be_written_into(names):
-    """So may a frozen head be, before a single statistic's backward."""
+    """A frozen head may be overwritten too, before the backward of a single statistic."""
     hidden, weight, _, targets = draw(N, D, V)
     weight = weight.detach()
     (expected,) = torch.autograd.grad(fused_token_stats(hidden, weight).entropy.sum(), hidden)

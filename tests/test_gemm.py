@@ -17,7 +17,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 @pytest.fixture(params=[0, 1, 2], ids=BF16_ISAS)
 def isa(request, monkeypatch):
-    """Every way in which this CPU multiplies bf16."""
+    """Run the test with each way in which this CPU multiplies bf16."""
     if request.param > bf16_isa():
         pytest.skip(f"this CPU has no {BF16_ISAS[request.param]}")
     monkeypatch.setattr(em_kernels.ops.gemm, "bf16_isa", lambda: request.param)
@@ -26,7 +26,7 @@ def isa(request, monkeypatch):
 
 @pytest.fixture(params=[1, 2], ids=BF16_ISAS[1:])
 def native_isa(request):
-    """Every instruction set that this CPU has for the op itself."""
+    """Run the test with each instruction set that the op can use on this CPU."""
     if request.param > bf16_isa():
         pytest.skip(f"this CPU has no {BF16_ISAS[request.param]}")
     return request.param

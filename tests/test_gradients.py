@@ -52,7 +52,7 @@ def test_gradients_are_near_the_exact_ones(chunk, trained, dtype):
 @pytest.mark.parametrize("chunk", [32, 256])
 @on_cpu_only
 def test_flat_distributions_get_the_dense_gradient(chunk, flat_from):
-    """Flat from the first chunk on, the same bits; later on, sparse chunks stay as they were.
+    """All chunks flat: the same bits as the exact gradient. Flat later: earlier chunks stay sparse.
 
     Chunks of 256 tokens are probed on 64 of them first.
     """
@@ -69,12 +69,13 @@ def test_flat_distributions_get_the_dense_gradient(chunk, flat_from):
 
 @pytest.mark.parametrize("groups, is_whole", [(3, False), (8, True)])
 def test_union_of_many_chunks_words(groups, is_whole):
-    """Eight chunks near 80 of 640 entries each: dweight has few rows, or is whole in the end."""
+    """Each of 8 chunks keeps some 80 of 640 entries: dweight ends with few rows, or whole."""
     weight = torch.randn(640, 64)
     nearest = torch.arange(640) % (80 * groups)
     inputs = (0.75 * weight[nearest]).requires_grad_(), weight.requires_grad_()
     arguments = {"chunk_bytes": 80 * 640 * 4, "reduction": "sum"}
-    loss = fused_entropy_loss(*inputs, grad_tolerance=0.01, **arguments)  # torch 2.11 needs it held
+    # torch 2.11 needs the loss held while its saved tensors are read.
+    loss = fused_entropy_loss(*inputs, grad_tolerance=0.01, **arguments)
     values = loss.grad_fn.saved_tensors[1]
     assert len(values) == 640 if is_whole else 160 <= len(values) <= 320
     assert values.untyped_storage().nbytes() <= (1.0 if is_whole else 0.5) * 640 * 64 * 4
@@ -100,7 +101,7 @@ def test_one_flat_chunk_costs_the_others_little(flat):
 @pytest.mark.parametrize("flat_from", [0, 3, 10])
 @pytest.mark.parametrize("operand", [torch.float32, torch.float16])
 def test_two_chunks_at_a_time_as_on_a_gpu(operand, flat_from, monkeypatch):
-    """By slabs of few entries, too; an fp16 dy is scaled."""
+    """Two buffers give what one gives, also in slabs of few entries; an fp16 dy is scaled."""
     monkeypatch.setattr(weight_gradient, "MIN_SLAB_ENTRIES", 40)
     monkeypatch.setattr(weight_gradient, "SLAB_BYTES", 0)
     monkeypatch.setattr(inputs, "operand_dtype", lambda weight: operand)
@@ -154,7 +155,7 @@ def test_no_buffer_is_taken_from_a_chunk_that_waits(n, monkeypatch):
 @pytest.mark.usefixtures("rows")
 @pytest.mark.parametrize("silent", [slice(0, 0), slice(0, 40), slice(40, 90), slice(0, 90)])
 def test_token_loss_whose_chunks_have_no_mass(silent):
-    """Advantages are 0 in a group of equal rewards."""
+    """Chunks have no gradient where advantages are 0, as in a group of equal rewards."""
     hidden, weight = peaked(90, 2000)
     advantage = torch.ones(90)
     advantage[silent] = 0
@@ -239,9 +240,8 @@ def test_same_bits_twice_with_any_number_of_threads():
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(found[0], found[1], strict=True))
-    for a, b in zip(
-        found[0], found[2], strict=True
-    ):  # threads split the GEMMs otherwise, but do not change the choice
+    # More threads split the GEMMs otherwise, but do not change the choice of columns.
+    for a, b in zip(found[0], found[2], strict=True):
         assert torch.equal(a == 0, b == 0)
 
 
@@ -310,7 +310,7 @@ def test_memory_is_a_chunk_and_the_words_that_are_kept(dtype, trained):
 @pytest.mark.parametrize("mask", [None, torch.arange(500) % 3 > 0])
 @pytest.mark.parametrize("trained", [(0, 1, 2), (1,), (0,)])
 def test_dy_of_several_chunks_is_multiplied_at_once_as_on_a_gpu(trained, mask, monkeypatch):
-    """A 16-bit dy then has its own buffer, and the budget holds that of several chunks."""
+    """As on a GPU, a 16-bit dy has its own buffer; the budget holds that of several chunks."""
     leaves = [x.detach() for x in peaked(500, 1000, dtype=torch.bfloat16)]
     leaves.append(torch.zeros(1000, dtype=torch.bfloat16))
     hidden, weight, bias = (x.requires_grad_(i in trained) for i, x in enumerate(leaves))

@@ -29,7 +29,7 @@ def heads(logits):
 
 
 def entropy_and_gradient(logits, **transform):
-    """Yield entropy (N,) and dlogits (N, V) from each of the three functions."""
+    """Yield entropy (N,) and dlogits (N, V) from each of three public functions."""
     hidden, weight = (x.requires_grad_() for x in heads(logits))
     summed = fused_entropy_loss(hidden, weight, reduction="sum", **transform)
     each = fused_entropy_loss(hidden, weight, reduction="none", **transform)
@@ -56,7 +56,7 @@ def assert_rows_close(gradient, truth):
 @on_triton_too
 @pytest.mark.parametrize("shift", [-1e4, -300.0, 300.0, 1e4])
 def test_shift_invariance(shift):
-    """All-negative rows too: verl #7439 starts the running maximum at 0."""
+    """Also for rows of negative logits only: verl #7439 starts the running maximum at 0."""
     logits = (torch.randn(3, 50) * 32).round() / 8  # exact after the shift
     true_entropy, true_gradient = truth_of(logits)
     for entropy, gradient in entropy_and_gradient(logits + shift):
@@ -77,7 +77,7 @@ def test_equal_logits(v, value):
 @pytest.mark.parametrize("v", [50, 5000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_words_masked_by_the_least_number(dtype, v):
-    """A mask of the least number, not -inf; fp32 cannot hold the sum of two."""
+    """Entries masked by the dtype's lowest number, not -inf: in fp32 two of them overflow."""
     logits = torch.randn(4, v).masked_fill(torch.rand(4, v) < 0.5, torch.finfo(dtype).min)
     true_entropy, true_gradient = truth_of(logits)
     for entropy, gradient in entropy_and_gradient(logits):
@@ -109,7 +109,7 @@ def test_entropy_of_a_sure_model(gap):
 @pytest.mark.usefixtures("rows")
 @pytest.mark.parametrize("slab", [300, 5000])
 def test_gradient_of_sure_tokens_by_recomputation(slab):
-    """Logits rounded otherwise than in the forward would cost p its digits: 1e-2 off, not 1e-5."""
+    """If the backward's logits rounded unlike the forward's, the error would be 1e-2, not 1e-5."""
     n, d, v = 64, 512, 5000
     weight = torch.randn(v, d) / d**0.5
     hidden = 20 * weight[torch.randint(v, (n,))] + torch.randn(n, d)
@@ -258,13 +258,12 @@ def test_logits_of_16_bit_inputs_are_fp32(dtype):
         expected = torch.autograd.grad(truth.sum(), wide)
         for mine, true in zip(gradients, expected, strict=True):
             assert mine.dtype == dtype
-            assert (
-                relative_error(mine, true) <= torch.finfo(dtype).eps
-            )  # the result's rounding alone
+            # Only the result is rounded.
+            assert relative_error(mine, true) <= torch.finfo(dtype).eps
 
 
 def test_fp16_mean_over_many_tokens():
-    """1/N comes after the 16-bit rounding of dy; before, dhidden is wrong by 2 % at N = 4096."""
+    """1/N is applied after dy is rounded to 16 bits; before, dhidden would be 2 % off here."""
     n = 4096
     inputs = draw(n, 8, 100, dtype=torch.float16, scale=4.0)[:2]
     summed, averaged = (
@@ -283,7 +282,7 @@ def test_fp16_mean_over_many_tokens():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_mean_of_statistics_over_many_tokens(dtype, monkeypatch):
-    """1/N comes after the rounding of dy here too, which only 16-bit GEMMs show."""
+    """The same for fused_token_stats, where only 16-bit GEMMs show it."""
     n = 4096
     *inputs, _ = draw(n, 8, 8000, dtype=dtype, scale=0.3)
     exact = [x.detach().double().requires_grad_() for x in inputs]

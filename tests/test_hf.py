@@ -93,7 +93,7 @@ def test_head_that_is_not_linear_is_refused():
 
 
 class Scaled(LlamaForCausalLM):
-    """A head whose transform no setting that we know describes."""
+    """A head with a transform that no config setting known to us describes."""
 
     def forward(self, *args, **kwargs):
         output = super().forward(*args, **kwargs)

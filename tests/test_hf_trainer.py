@@ -167,7 +167,7 @@ def test_lora_model():
 
 @pytest.mark.parametrize("labels", [True, False])
 def test_accumulated_updates_are_those_of_the_logits(labels, tmp_path):
-    """Batches of an update count by their tokens, and tokens without labels count too."""
+    """An update's batches are weighted by their tokens; without labels, all tokens count."""
 
     def collator(rows):
         return collate(rows, labels=labels)

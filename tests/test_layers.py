@@ -31,7 +31,7 @@ def test_reference_stands_alone():
 
 
 # From top to bottom: a module imports from its own layer and from those below.
-FLOORS = """
+LAYERS = """
 cli
 commands
 training.report
@@ -60,11 +60,11 @@ reference
 """
 
 
-def floor_of(module):
+def layer_of(module):
     """Return the number of a module's layer, counted from the top; a folder is one layer."""
     parts = module.removeprefix("em_kernels.").split(".")
     names = {".".join(parts[:n]) for n in range(1, len(parts) + 1)}
-    return next(n for n, line in enumerate(FLOORS.split("\n")) if names & {*line.split()})
+    return next(n for n, line in enumerate(LAYERS.split("\n")) if names & {*line.split()})
 
 
 def graph():
@@ -80,16 +80,16 @@ def graph():
 
 
 def test_imports_go_down():
-    rooms = {
+    packages = {
         "em_kernels",
         "em_kernels.training",
         "em_kernels.ops",
-    }  # their own files import nothing, or the face
+    }  # their __init__.py imports nothing, or only the public functions
     wrong = [
         (module, name)
         for module, names in graph().items()
         for name in names
-        if module not in rooms and name not in rooms and floor_of(module) > floor_of(name)
+        if module not in packages and name not in packages and layer_of(module) > layer_of(name)
     ]
     assert not wrong
 

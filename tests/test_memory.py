@@ -81,7 +81,7 @@ def test_no_tensor_of_the_size_of_the_logits(loss, dtype):
 @needs_extension
 @pytest.mark.parametrize("loss", LOSSES)
 def test_peak_is_one_chunk_and_the_gradients(loss):
-    """Only for the extension, as the portable kernels have temporaries."""
+    """For the C++ kernels only, as the portable ones have temporaries."""
     inputs = draw(N, D, V)[:3]
     sizes = changes(lambda: LOSSES[loss](*inputs, chunk_bytes=CHUNK_BYTES).backward())
     gradients = sum(x.grad.nbytes for x in inputs)

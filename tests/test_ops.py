@@ -92,11 +92,8 @@ def test_compiled_equals_eager(per_token, backend):
     torch._dynamo.reset()
     model = TinyModel()
     compiled = torch.compile(model, fullgraph=True, backend=backend)
-    for length, temperature in (
-        (5, 0.5),
-        (5, 0.7),
-        (9, 0.9),
-    ):  # shapes are dynamic from the second call on
+    # From the second length on, shapes are dynamic.
+    for length, temperature in ((5, 0.5), (5, 0.7), (9, 0.9)):
         tokens = torch.randint(50, (2, length))
         mask = torch.rand(2, length) > 0.3
         if per_token:

@@ -62,7 +62,7 @@ def call(name, hidden, weight, bias, targets, group):
 
 
 def sparse(hidden, weight, bias, group, tolerance=0.03):
-    """Return gradients with a tolerance, and the share of this rank's vocabulary that was kept."""
+    """Return gradients with a tolerance, and the share of this rank's entries that was kept."""
     inputs = [(4 * hidden).detach(), weight.detach(), bias.detach()]
     h, w, b = (x.requires_grad_() for x in inputs)
     loss = fused_token_loss(
@@ -82,7 +82,7 @@ def inputs_of(name):
     hidden, weight, bias, targets = draw(N, D, V)
     targets[4] = -100
     if name == "masked words":
-        bias.data[:25] = -torch.inf  # all of the first shard, where there are three
+        bias.data[:25] = -torch.inf  # the whole first shard of three
         targets.clamp_(min=25)
     if name != "token_stats":
         return hidden, weight, bias, targets
@@ -117,7 +117,8 @@ def worker(rank, folder):
         hidden, weight, *_ = inputs_of("mean")
         shard = weight[vocab_slice].detach().clone()
         for x in (hidden, shard):
-            x.requires_grad_(place > 0)  # ranks that differ would wait for each other
+            # Ranks that differ must be refused, as they would wait for each other for ever.
+            x.requires_grad_(place > 0)
             try:
                 fused_entropy_loss(hidden, shard, process_group=group)
             except ValueError as error:

@@ -1,4 +1,4 @@
-"""|ours - fp64| <= 2 |eager in the same dtype - fp64| + floor, on inputs that hypothesis draws."""
+"""Errors are at most twice those of eager in the same dtype, on inputs that hypothesis draws."""
 
 import pytest
 import torch

@@ -55,7 +55,7 @@ def inputs_of(kind, dtype=torch.float32):
 
 
 def both(hidden, weight, bias=None, **arguments):
-    """Return loss, gradients and report by the callback, the same by autograd, and the callback."""
+    """Return loss, gradients, report by the callback, the same by autograd, and the callback."""
     inputs = [x for x in (hidden, weight, bias) if x is not None]
     loss = fused_entropy_loss(hidden, weight, bias=bias, **arguments)
     expected = (loss.detach(), *torch.autograd.grad(loss, inputs), *gradient_report(loss))
@@ -237,15 +237,14 @@ def test_work(dtype, tolerance, trained, units, slabs_of):
 @pytest.mark.parametrize("tolerance", [0.0, 0.01])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_memory_holds_neither_dweight_nor_its_active_words(dtype, tolerance, monkeypatch):
-    """Each of eight chunks keeps some 1 / 50 of the vocabulary, all together eight times that."""
+    """Each of 8 chunks keeps some 1 / 50 of the vocabulary, and all together eight times that."""
     v, d, n, budget, slab = 4096, 512, 128, 16 * 4096 * 4, 64 * 512 * 4
     monkeypatch.setattr(weight_gradient, "MIN_SLAB_ENTRIES", 16)
     monkeypatch.setattr(weight_gradient, "SLAB_BYTES", slab)
     monkeypatch.setattr(sparse, "SAMPLE", 16)
     weight = torch.randn(v, d)
-    hidden = 0.06 * weight.view(n, v // n, d)[:, :8].sum(
-        1
-    )  # each token near 8 entries that no other token is near
+    # Each token is near 8 entries that no other token is near.
+    hidden = 0.06 * weight.view(n, v // n, d)[:, :8].sum(1)
     hidden = hidden.to(dtype).requires_grad_()
     weight = weight.to(dtype).requires_grad_()
     arguments = {"grad_tolerance": tolerance, "chunk_bytes": budget}

@@ -59,8 +59,8 @@ def dy_of(y, arguments):
 @pytest.mark.parametrize("kind", INPUTS)
 @pytest.mark.parametrize("chunk, sample", [(N, 2048), (17, 64)])
 def test_certificate(chunk, sample, kind, tolerance, monkeypatch):
-    """The bound holds for the dy that the results imply; an identity operand shows that dy."""
-    monkeypatch.setattr(sparse, "MAX_COLUMN_SHARE", 1.0)  # also where it does not pay
+    """The bound holds for the dy that the gradients imply; an identity operand makes it visible."""
+    monkeypatch.setattr(sparse, "MAX_COLUMN_SHARE", 1.0)  # sparse even where dense is faster
     monkeypatch.setattr(sparse, "SAMPLE", sample)
     y, arguments = INPUTS[kind]()
     settings = {"grad_tolerance": tolerance, "chunk_bytes": chunk * V * 4, "reduction": "sum"}

@@ -245,7 +245,7 @@ def test_16_bit_losses_are_summed_in_fp32():
 
 @pytest.mark.parametrize("rows_in_a_chunk", [4, 100])
 def test_chunks_with_nothing_to_score(rows_in_a_chunk):
-    """A loss may ignore some chunks' statistics, if not those of all."""
+    """A loss may ignore the statistics of some chunks, though not of all."""
     hidden, weight, _, targets = draw(N, D, V)
     advantage = (torch.arange(N) < 5).float()
 

@@ -123,7 +123,7 @@ def test_logits_that_exist(dtype, v):
 
 @pytest.mark.parametrize("start, v", [(0, 500), (0, 512), (80, 517), (115, 525)])
 def test_nothing_beside_the_columns_is_read_or_written(start, v):
-    """Nor beyond the last element of the storage."""
+    """Neither padding between rows, nor memory beyond the last element."""
     buffer = torch.full((3, 640), torch.nan)
     view = buffer[:, start : start + v]
     y, row, factors = problem(v)

@@ -50,7 +50,7 @@ def test_version_is_the_tested_one():
 
 
 class Plain(GRPOTrainer):
-    """GRPOTrainer whose statistics come from all logits, differentiated by autograd."""
+    """GRPOTrainer whose statistics come from full logits, differentiated by autograd."""
 
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, **others
@@ -62,7 +62,7 @@ class Plain(GRPOTrainer):
 
 
 class Recorder:
-    """Mixin before a trainer that keeps the statistics and masks of its loss."""
+    """Mixin, placed before a trainer, that records the statistics and masks of its loss."""
 
     def _get_per_token_logps_and_entropies(self, model, ids, mask, length, **others):
         found = super()._get_per_token_logps_and_entropies(model, ids, mask, length, **others)
@@ -149,9 +149,8 @@ def slow(*values):
 )
 def test_training_is_the_same(case, dtype, tmp_path):
     """In fp32 it trains as with TRL's own statistics, in fp64 as with autograd's."""
-    folder = save_tiny(
-        tmp_path / "model", dtype=dtype
-    )  # the reference model is loaded from the folder
+    # A folder, as the reference model is loaded from it.
+    folder = save_tiny(tmp_path / "model", dtype=dtype)
     other, rounding = (GRPOTrainer, 1e-5) if dtype == torch.float32 else (Plain, 1e-9)
     ours, other = (
         train(kind, LlamaForCausalLM.from_pretrained(folder, dtype=dtype), tmp_path, **CASES[case])

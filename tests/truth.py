@@ -62,16 +62,16 @@ def relative_error(ours, truth):
 
 
 def assert_no_worse_than_eager(ours, eager, truth, floor, name=""):
-    """|ours - fp64| <= 2 |eager in the same dtype - fp64| + floor, in norms."""
+    """Check |ours - fp64| <= 2 |eager in the same dtype - fp64| + floor, in norms."""
     error = (ours.double() - truth).norm().item()
     allowed = 2 * (eager.double() - truth).norm().item() + floor
     assert error <= allowed, f"{name}: error {error:.3e} > {allowed:.3e} (floor {floor:.1e})"
 
 
 def floors(inputs, transform, upstream):
-    """Of a sum of statistics, dhidden, dweight, dbias: a few roundings of the largest logit.
+    """Return error floors for a sum of statistics, dhidden, dweight, dbias: a few roundings each.
 
-    Eager can be exact where these are not: at one word, or at a gradient that cancels.
+    They are needed where eager happens to be exact: for V = 1, or a gradient that cancels.
     """
     hidden, weight, _ = wide = [x.detach().double() for x in inputs]
     logits = logits_of(*wide, **transform)
@@ -87,7 +87,7 @@ def floors(inputs, transform, upstream):
 
 
 def compare(names, ours, eager, truth, floors):
-    """Each of several results no worse than eager's, but for a rounding of its own."""
+    """Check that each result is no worse than eager's, but for one rounding to its dtype."""
     for name, mine, theirs, true, floor in zip(names, ours, eager, truth, floors, strict=True):
         if theirs.isfinite().all():  # eager overflows in fp16
             rounding = torch.finfo(mine.dtype).eps / 2 * true.norm()

@@ -69,8 +69,8 @@ def row_stride(columns: int, device: torch.device) -> int:
 def gradient_buffer(y: Tensor, dtype: torch.dtype) -> Tensor:
     """Return memory for the gradient of y, (rows, V).
 
-    It is y's own; a narrower dtype takes each row's first bytes, except on a GPU, whose blocks of a
-    row run in any order.
+    It is y's own memory, of which a narrower dtype takes each row's first bytes. On a GPU, where
+    the blocks of a row run in any order, a narrower dtype gets new memory.
     """
     if y.dtype == dtype:
         return y

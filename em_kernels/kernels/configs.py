@@ -11,7 +11,7 @@ class RowConfig(NamedTuple):
     gradient_warps: int
     BLOCK_N: int  # rows of a gradient program
     BLOCK_V: int  # columns of a gradient program
-    # Statistics are split by columns and column masses by rows, until so many warps run on an SM.
+    # Statistics are split by columns and column masses by rows, until this many warps run on an SM.
     warps_per_sm: int
 
 

@@ -125,7 +125,7 @@ def statistics_settings(config: RowConfig, dtype: torch.dtype, aligned: bool) ->
 
 
 def mass_settings(config: RowConfig, dtype: torch.dtype, aligned: bool) -> dict:
-    """Return those of a column-mass launch: in one warp, a row's sum needs no barrier."""
+    """Return the same for a column-mass launch: in one warp, a row's sum needs no barrier."""
     return _lane_settings(1, config.THREAD_V, dtype, aligned)
 
 
@@ -141,7 +141,7 @@ def _lane_settings(warps: int, thread_v: int, dtype: torch.dtype, aligned: bool)
 
 
 def gradient_settings(config: RowConfig) -> dict:
-    """Return those of a gradient launch."""
+    """Return the constants and compiler options of a gradient launch."""
     return {
         "BLOCK_N": config.BLOCK_N,
         "BLOCK_V": config.BLOCK_V,

@@ -2,7 +2,7 @@
 
 Statistics: every thread keeps a running (1) over the columns that it loads, and threads merge by
 (7) only at the row's end, so none waits for another inside the loop. Floating-point fusion is off:
-z - m must use the rounded z, as m is one of them, or a sure token's entropy is noise; and
+z - m must use the rounded z, as m is one of them, or a confident token's entropy is noise; and
 alpha + beta log p must be 0 where the row is flat. Fused operations are written as tl.fma.
 
 Column masses: a program is one warp, which owns columns and walks down rows. Masses stay in
@@ -51,7 +51,7 @@ def _logits(y_ptrs, mask, bias_ptrs, mask_bias, HAS_BIAS: tl.constexpr):
 
 @triton.jit
 def _cap(v, inv_temperature, logit_scale, softcap, HAS_SOFTCAP: tl.constexpr):
-    """z, where v is not -inf, and the slope dc/du; scalars are multiplied before the logits are."""
+    """z, where v is not -inf, and the slope dc/du; scalar factors are multiplied together first."""
     if HAS_SOFTCAP:
         value, slope = _tanh_and_slope(v * (logit_scale / softcap))
         z = value * (softcap * inv_temperature)
@@ -317,9 +317,12 @@ def _add_masses(
     VECTOR: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """Sum rows begin to end of the UNROLL * LANES * VECTOR columns from first_v on."""
-    # (UNROLL, LANES, VECTOR) in two parts: the lane's, and one that all lanes share, which becomes
-    # an immediate operand.
+    """Sum |dy| over rows begin to end, and each row's dy over columns.
+
+    The columns are the UNROLL * LANES * VECTOR from first_v on.
+    """
+    # Columns (UNROLL, LANES, VECTOR) as a sum of two parts: the lane's, and one that all lanes
+    # share, which becomes an immediate operand.
     lane_v = first_v + tl.arange(0, LANES)[None, :, None] * VECTOR
     offs_v = (
         tl.arange(0, UNROLL)[:, None, None] * (LANES * VECTOR) + tl.arange(0, VECTOR)[None, None, :]

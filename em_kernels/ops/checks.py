@@ -10,7 +10,7 @@ from torch.distributed import ProcessGroup
 
 from .. import reference
 
-LEAST, MOST = 1e-37, 1e37  # the scales whose inverse fp32 holds, too
+LEAST, MOST = 1e-37, 1e37  # fp32 holds any scale between them, and its inverse
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MASK_DTYPES = (*DTYPES, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -22,9 +22,10 @@ def check_values(
     vocab_size: int,
     negative_mask_allowed: bool,
 ) -> Tensor | None:
-    """Check the values; return the indices of the tokens of weight != 0, None for all.
+    """Check the values of mask, temperature and targets; return the active tokens.
 
-    One transfer brings every count from the device.
+    These are the indices of the tokens of weight != 0, or None where that is all. All counts come
+    from the device in one transfer.
 
     Raises: ValueError for values out of range.
     """
@@ -148,7 +149,7 @@ def check_tolerance(grad_tolerance: float) -> float:
 def check_transform(
     temperature: float | Tensor, logit_scale: float, softcap: float | None, rows: Tensor
 ) -> tuple[Tensor | None, list[float]]:
-    """Check a transform; return HeadArguments' temperatures and transform."""
+    """Check temperature, scale and cap; return HeadArguments' temperatures and transform."""
     scale = check_number("logit_scale", logit_scale)
     if not LEAST <= abs(scale) <= MOST:
         raise ValueError(f"logit_scale: {logit_scale} is not a finite number other than 0 in fp32")
@@ -209,7 +210,7 @@ def check_group(process_group: ProcessGroup | None) -> str | None:
 
 
 class HeadArguments(NamedTuple):
-    """A call's arguments, checked, as the ops take them."""
+    """Checked arguments of a call, in the form that the ops take."""
 
     hidden: Tensor  # (N, D)
     weight: Tensor  # (V, D)
@@ -217,7 +218,7 @@ class HeadArguments(NamedTuple):
     targets: Tensor | None  # (N,)
     mask: Tensor | None  # (N,)
     temperatures: Tensor | None  # (N,), where there is one per token
-    transform: list[float]  # logit_scale, softcap (0: none), temperature (1 beside temperatures)
+    transform: list[float]  # logit_scale, softcap (0: none), temperature (1 if per token)
     chunk_bytes: int | None
     group: str | None  # the process group's name
 

@@ -21,7 +21,7 @@ from .inputs import GradMask, HeadInputs, StatsOutput, scale_upstream
 from .memory import TILE, chunk_length, large_empty
 from .weight_gradient import WeightGradCallback
 
-# (statistics of some tokens, their positions) -> losses (n,), and as TokenStats their derivatives.
+# (statistics of n tokens, their positions) -> losses (n,), derivatives by each statistic
 PerToken = Callable[[TokenStats, slice | Tensor], tuple[Tensor, TokenStats]]
 
 
@@ -66,6 +66,7 @@ def _chunks(
             row_bytes = widest * (inputs.logit_bytes + (buffers - 1) * inputs.dtype.itemsize)
             length = fit_rows(remaining, row_bytes)
             if 1 < batch.chunks < length < remaining:
+                # Shorter chunks, where the budget then also holds dy of a batch of them.
                 batched_dy = widest * (batch.chunks - 1) * inputs.operand.itemsize
                 shorter = fit_rows(remaining, row_bytes + batched_dy)
                 if shorter >= TILE:
@@ -151,7 +152,8 @@ def sum_custom_loss(
 ) -> tuple[Tensor, Gradients]:
     """Sum loss_fn's losses, weighted by the mask, with their gradients.
 
-    Autograd differentiates loss_fn inside the chunk. grad_enabled: torch's state at the caller's.
+    Autograd differentiates loss_fn inside the chunk. grad_enabled: whether gradients were enabled
+    in the caller.
     """
     active = inputs.check_and_find_active(negative_mask_allowed=True)
     positions = torch.arange(len(inputs.hidden), device=inputs.hidden.device)

@@ -1,4 +1,4 @@
-"""The one GEMM: 16-bit operands, fp32 accumulation and result."""
+"""The GEMM of all loops: operands may have 16 bits; accumulation and result are fp32 or fp64."""
 
 import functools
 

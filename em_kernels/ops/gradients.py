@@ -21,8 +21,8 @@ from .weight_gradient import (
 )
 
 # Chunks whose dy a GPU multiplies together: fp32 dweight is read and written once for all of them.
-# Counted for N = 8192, D = 4096, V = 151936 in 1 GiB: 17 GB instead of 37; at 8 a chunk of logits
-# has so few rows that the weight is read too often.
+# Calculated traffic for N = 8192, D = 4096, V = 151936 in 1 GiB: 17 GB instead of 37. With 8, a
+# chunk of logits has so few rows that the weight is read too often.
 CHUNKS_PER_BATCH = 4
 
 

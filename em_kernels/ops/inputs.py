@@ -1,4 +1,4 @@
-"""What the loops over logits are given, and what they return about statistics."""
+"""Inputs of the loops over logits, and the statistics that they return."""
 
 from math import frexp
 from typing import NamedTuple
@@ -22,7 +22,7 @@ class GradMask(NamedTuple):
 
 
 class SavedStats(NamedTuple):
-    """What the backward needs of each token's distribution to recompute its probabilities."""
+    """Statistics from which the backward recomputes each token's probabilities."""
 
     statistics: Tensor  # (5, N) in TokenStats' order, or the first three
     m: Tensor  # (N,)
@@ -84,7 +84,7 @@ class HeadInputs(NamedTuple):
         return sum(self.shard_sizes)
 
     def check_and_find_active(self, *, negative_mask_allowed: bool) -> Tensor | None:
-        """Check the values; return the indices of the tokens of weight != 0, None for all."""
+        """Return the indices of the tokens of weight != 0, None for all; check the values first."""
         return check_values(
             self.mask, self.temperature, self.targets, self.vocab_size, negative_mask_allowed
         )
@@ -102,7 +102,7 @@ class HeadInputs(NamedTuple):
         return RowTransform(bias, tau, self.logit_scale, self.softcap, targets)
 
     def token_weights(self, mean: bool) -> Tensor:
-        """Return the factors (N,) of the tokens' losses: the mask, for a mean over its sum."""
+        """Return each token's factor (N,) in the loss: the mask, divided by its sum for a mean."""
         if self.mask is None:
             weights = self.hidden.new_ones(len(self.hidden), dtype=self.dtype)
         else:
@@ -128,7 +128,7 @@ def build_inputs(head: HeadArguments, collectives: int, grad_tolerance: float = 
 
     Args:
         head: as check_arguments returns it.
-        collectives: which collective calls will follow, as any number that ranks must agree on.
+        collectives: a number that stands for the collective calls that follow; ranks must agree.
         grad_tolerance: of the sparse gradient.
     """
     logit_scale, softcap, temperature = head.transform
@@ -159,10 +159,10 @@ def inv_temperature(temperature: float | Tensor, tokens: slice | Tensor, like: T
 
 
 def scale_upstream(upstream: TokenStats, operand: torch.dtype) -> tuple[TokenStats, float]:
-    """Return the upstream divided by a power of two, and that power.
+    """Return the upstream gradient divided by a power of two, and that power.
 
-    It brings dy into the range of fp16, the one operand of small range: neither small gradients
-    nor large ones are lost, whatever the loss's scale. For other operands the power is 1.
+    For fp16 operands, whose range is small, it brings dy into that range, whatever the loss's
+    scale. For other operands the power is 1.
     """
     given = [x for x in upstream if x is not None]
     if operand != torch.float16 or not given or given[0].numel() == 0:

@@ -8,7 +8,7 @@ from .free_memory import free_host_bytes
 
 # Few, large chunks: fp32 dweight is read and written once per chunk or batch of chunks.
 MAX_CHUNK_BYTES = 1 << 30
-# The longer side of a GPU's GEMM tile. Counted, not measured: dhidden at D = 4096 in tiles of
+# The longer side of a GPU's GEMM tile. Calculated, not measured: dhidden at D = 4096 in tiles of
 # 128 x 256 on 132 multiprocessors fills 0.97 of its waves with 1024 or 2048 rows, 0.55 with 1171.
 TILE = 256
 
@@ -34,8 +34,8 @@ def chunk_length(
     """Return how many of `total` rows (or columns) of logits fit into the budget.
 
     Chunks are as even as possible; on a GPU they are multiples of TILE. Without `chunk_bytes` the
-    budget is `default_bytes` or an eighth of the free memory, rounded down to a power of two so
-    that other programs' memory seldom changes the order of sums.
+    budget is the smaller of `default_bytes`, at most 1 GiB, and an eighth of the free memory,
+    rounded down to a power of two: other programs' memory then seldom changes the order of sums.
     """
     if chunk_bytes is not None and chunk_bytes < bytes_each:
         raise ValueError(

@@ -61,7 +61,7 @@ def _scale(saved, upstream, dtype):
 
 
 def _multiply(x: Tensor, upstream: Tensor, out: Tensor) -> Tensor:
-    # A CPU would first make the product of all that it is given in fp32, hence the parts.
+    # On a CPU torch.mul makes the whole fp32 product before it rounds, hence the parts.
     length = max(1, x.numel()) if x.is_cuda or x.dtype == out.dtype else 1 << 20
     for part, to in zip(x.view(-1).split(length), out.view(-1).split(length), strict=True):
         torch.mul(part, upstream, out=to)
@@ -71,7 +71,7 @@ def _multiply(x: Tensor, upstream: Tensor, out: Tensor) -> Tensor:
 def scaled_rows(
     values: Tensor, vocab_indices: Tensor, upstream: Tensor, vocab_size: int, dtype: torch.dtype
 ) -> Tensor:
-    """Return (V, D) in dtype: values (K, D) times upstream at the indices (or K = V), else 0."""
+    """Return (V, D) in dtype: values (K, D) times upstream at these rows (all if K = V), else 0."""
     whole = large_empty((vocab_size, values.shape[1]), dtype, values)
     if len(values) == vocab_size:
         return _multiply(values, upstream, whole)

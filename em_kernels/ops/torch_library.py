@@ -1,4 +1,4 @@
-"""torch.library: schemas, fakes and autograd of the loops. Opaque to torch.compile.
+"""torch.library ops over the loops, with schemas, fakes and autograd; opaque to torch.compile.
 
 Every op of the head begins with the fields of checks.HeadArguments, in their order; `needs` says
 whether the gradients of hidden, weight and bias are wanted.
@@ -74,7 +74,7 @@ entropy_loss_op.register_autograd(_entropy_loss_backward, setup_context=_entropy
 def scaled_rows(
     values: Tensor, vocab_indices: Tensor, upstream: Tensor, vocab_size: int, dtype: torch.dtype
 ) -> Tensor:
-    """Call saved_gradients.scaled_rows: an op, as the compiler knows no K."""
+    """Call saved_gradients.scaled_rows; an op, because torch.compile does not know K."""
     return saved_gradients.scaled_rows(values, vocab_indices, upstream, vocab_size, dtype)
 
 
@@ -84,7 +84,7 @@ def _(values, vocab_indices, upstream, vocab_size, dtype):
 
 
 class TokenLoss(torch.autograd.Function):
-    """Sum of a caller's loss; no op of torch.library could take its function."""
+    """Sum of a caller's loss; no op, as torch.library cannot pass the caller's function."""
 
     @staticmethod
     def forward(ctx, *arguments) -> Tensor:

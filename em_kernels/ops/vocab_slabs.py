@@ -1,9 +1,10 @@
 """Vocabulary-major loops: some vocabulary entries at a time, for all tokens.
 
-Each slab of dweight is one GEMM. For losses that are known only when every token's statistics are:
-with m and log s saved, the gradient needs no whole row. The statistics come from the same slabs, as
-the backward must compute the very same logits again: rounded in another order they would cost a
-sure token's small probabilities their digits. Work is counted as in chunked.py.
+Each slab of dweight is one GEMM. These loops serve losses that are known only once all tokens'
+statistics are: with m and log s saved, the gradient needs no whole row. The statistics come from
+the same slabs, as the backward must compute the very same logits again: if they were summed in
+another order, a confident token's small probabilities would lose their digits. Work is counted as
+in chunked.py.
 """
 
 from collections.abc import Iterator
@@ -85,9 +86,9 @@ def token_stats_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dhidden, dweight and dbias in the inputs' dtypes, from logits computed again.
 
-    The upstream is any, shaped as the statistics. Work: 2, +2 for hidden, +2 for weight: with the
-    forward's 2, 8 in all. Memory: one slab, fp32 dhidden, and where the mask leaves tokens out a
-    copy of the others' hidden.
+    `upstream` has the statistics' shape. Work: 2, +2 for hidden, +2 for weight: with the forward's
+    2, 8 in all. Memory: one slab, fp32 dhidden, and a copy of the active tokens' hidden where the
+    mask leaves some out.
     """
     hidden, weight, wide = inputs.hidden, inputs.weight, inputs.dtype
     active = None if inputs.mask is None else inputs.mask.nonzero()[:, 0]

@@ -17,9 +17,9 @@ GROWTH = 1.5
 SLAB_BYTES = 64 << 20  # for a slab of vocabulary entries: its logits, dy, weight and dweight
 MIN_SLAB_ENTRIES = 512
 
-# Called with (entries, values): rows (K, D) of a part of dweight in the accumulation dtype, to be
-# added to those of earlier calls; entries are a slice or distinct indices (K,). The values may be
-# overwritten, and are when the next ones come.
+# Called with (entries, values): values (K, D) in the accumulation dtype, to be added to dweight's
+# rows `entries`, a slice or distinct indices (K,). The callback may overwrite the values; the next
+# call reuses their memory.
 WeightGradCallback = Callable[[slice | Tensor, Tensor], object]
 
 
@@ -63,7 +63,7 @@ class SparseWeightGrad:
         """Make room for vocabulary entries that come for the first time.
 
         Returns True if they are the very first: their rows are then not yet written, and
-        `add_some` has to be told where each slab of them stands.
+        `add_some` has to be told which rows each slab of them has.
         """
         old_count = len(self.vocab_indices)
         count = old_count + len(new_entries)
@@ -107,9 +107,10 @@ class SparseWeightGrad:
             self.values.index_add_(0, self.row_of[vocab_indices], product)
 
     def result(self, whole: bool) -> tuple[Tensor, Tensor]:
-        """Return all rows (V, D) and no indices, or the rows (K, D) that are not 0 and theirs (K,).
+        """Return rows of the sum, and their indices.
 
-        The latter unless `whole`, and unless the sum is held whole anyway.
+        All rows (V, D) and no indices, if `whole` or if the sum is held whole anyway; else the rows
+        (K, D) of the entries that any product had, all others being 0, and their indices (K,).
         """
         if whole or self.whole is not None:
             return self._make_whole(), self.vocab_indices
@@ -117,7 +118,7 @@ class SparseWeightGrad:
 
 
 class StreamedWeightGrad:
-    """SparseWeightGrad's stand-in that holds no sum: a callback gets each product, by slabs."""
+    """Stand-in for SparseWeightGrad without a sum: a callback gets each product, slab by slab."""
 
     def __init__(
         self,
@@ -127,7 +128,7 @@ class StreamedWeightGrad:
         like: Tensor,
     ) -> None:
         length = slab_length(shape[1] * dtype.itemsize)
-        length = length // 16 * 16  # a GPU reads dy^T fast from such columns
+        length = length // 16 * 16  # aligned columns of dy, which a GPU reads fast
         self.on_weight_grad = on_weight_grad
         self.values = large_empty((min(length, shape[0]), shape[1]), dtype, like)
 

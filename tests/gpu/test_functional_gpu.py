@@ -1,4 +1,4 @@
-"""Tests of the public functions that need nothing changed to run on a GPU.
+"""CPU tests of the public functions, run unchanged on a GPU.
 
 Those with the fixture `rows` have a CUDA case of their own (conftest.CUDA).
 """

@@ -1,4 +1,4 @@
-"""Offload: pinned buffers, the side stream and the thread against the same gradients on the CPU."""
+"""The optimizer with offload (pinned buffers, side stream, thread) against the same on the CPU."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def make(held, device, moments=FP32, **options):
 
 
 def busy():
-    torch.cuda._sleep(50_000_000)  # so that a copy that does not wait comes too early
+    torch.cuda._sleep(50_000_000)  # a copy that does not wait would read too early
 
 
 @pytest.mark.parametrize("moments", [FP32, BF16])
@@ -55,7 +55,7 @@ def test_offload_equals_the_cpu(files, dtype, moments, tmp_path, monkeypatch):
             busy()
             buffer.copy_(wanted)
             ours.add(on_gpu["words"], buffer, slice(7, 7 + V // 2))
-            buffer.fill_(torch.nan)  # ours to overwrite
+            buffer.fill_(torch.nan)  # add() must have copied it
             buffer.copy_(wanted)
             ours.add(on_gpu["words"], buffer, late)
             buffer.fill_(torch.nan)
@@ -64,7 +64,7 @@ def test_offload_equals_the_cpu(files, dtype, moments, tmp_path, monkeypatch):
                 gradient = there[name] * 2
                 ours.add(on_gpu[name], gradient)
                 del gradient
-                torch.full_like(there[name], torch.nan)  # would take its memory
+                torch.full_like(there[name], torch.nan)  # takes its memory if add() let it go
             reference.add(on_cpu["words"], rows, slice(7, 7 + V // 2))
             reference.add(on_cpu["words"], rows, index)
             for name, gradient in dense.items():
@@ -80,7 +80,7 @@ def test_offload_equals_the_cpu(files, dtype, moments, tmp_path, monkeypatch):
 @pytest.mark.parametrize("where", [GPU, CPU])
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_a_backward(dtype, where):
-    """Of a model on the GPU; the state there, or on the host."""
+    """Updates from a backward on the GPU are AdamW's, with the state there or on the host."""
     held = parameters(GPU, dtype)
     masters = [nn.Parameter(p.detach().float()) for p in held.values()]
     reference = torch.optim.AdamW(

@@ -50,7 +50,7 @@ def test_flat_distributions_get_the_dense_gradient(flat_from):
 
 
 def test_chunk_bytes_bounds_the_peak():
-    """Peak memory is both buffers, and dweight only for the entries that are kept."""
+    """The peak holds both buffers, and dweight only for the entries that are kept."""
     inputs, chunk_bytes = [x.detach() for x in peaked(N, V, 512, torch.bfloat16)], 64 << 20
     inputs = [x.cuda().requires_grad_() for x in inputs]
     arguments = {"temperature": 0.5, "grad_tolerance": 2**-9, "chunk_bytes": chunk_bytes}

@@ -1,4 +1,4 @@
-"""Whole runs on a GPU, each mode; memory beside the plan."""
+"""Whole runs on a GPU in each mode, and their peak memory against the plan."""
 
 import gc
 import sys
