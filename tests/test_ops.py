@@ -47,12 +47,12 @@ def test_opcheck(optional, needs, dtype):
             (h, w, b, *settings, needs, optional, single_stat_index),
         )
     h, w, b = (None if x is None else x.detach() for x in (h, w, b))
-    statistics, _, m, log_s, _ = torch_library.token_stats_op(
+    statistics, _, m, log_s, logits, _ = torch_library.token_stats_op(
         h, w, b, *settings, needs, optional, -1
     )
     torch.library.opcheck(
         torch_library.token_stats_backward_op,
-        (torch.randn_like(statistics), statistics, m, log_s, h, w, b, *settings, needs),
+        (torch.randn_like(statistics), statistics, m, log_s, logits, h, w, b, *settings, needs),
     )
 
 

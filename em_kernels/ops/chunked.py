@@ -59,11 +59,14 @@ def _chunks(
         # Ranks differ in free memory, but need the same chunks: each is a collective call.
         return length if shard is None else shard.smallest(length)
 
+    if accumulator.keeps_dy:
+        batch.capacity = count
     start = buffers = 0
     while start < count:
         if buffers != selector.buffers:
             buffers, remaining = selector.buffers, count - start
-            row_bytes = widest * (inputs.logit_bytes + (buffers - 1) * inputs.dtype.itemsize)
+            logit_bytes = inputs.dtype.itemsize if accumulator.keeps_dy else inputs.logit_bytes
+            row_bytes = widest * (logit_bytes + (buffers - 1) * inputs.dtype.itemsize)
             length = fit_rows(remaining, row_bytes)
             if 1 < batch.chunks < length < remaining:
                 # Shorter chunks, where the budget then also holds dy of a batch of them.
@@ -100,15 +103,17 @@ def sum_losses(
     active: Tensor | None = None,
     with_collision_and_argmax: bool = False,
     on_weight_grad: WeightGradCallback | None = None,
+    keep_dy: bool = False,
 ) -> tuple[Tensor, Gradients]:
     """Sum per-token losses (), with their gradients, in one pass over the tokens.
 
     Work: 2 without gradients, +2 for hidden, +2 for weight; with a tolerance, +2 times the share of
     the columns that are multiplied. Memory: one chunk and what is returned; where the mask leaves
-    tokens out, a copy of each chunk's hidden.
+    tokens out, a copy of each chunk's hidden. With keep_dy, where it takes no more memory, dy is
+    returned in place of the weight's gradient, in the chunk's memory where there is only one.
     """
     loss = inputs.hidden.new_zeros((), dtype=inputs.dtype)
-    accumulator = GradAccumulator(inputs, needs, on_weight_grad)
+    accumulator = GradAccumulator(inputs, needs, on_weight_grad, keep_dy and inputs.keeps_dy(needs))
     pending: deque[PendingChunk] = deque()
     for chunk in _chunks(inputs, active, with_collision_and_argmax, accumulator):
         losses, upstream = per_token(chunk.stats, chunk.tokens)
@@ -132,6 +137,7 @@ def sum_entropy(
     mean: bool,
     needs: GradMask,
     on_weight_grad: WeightGradCallback | None = None,
+    keep_dy: bool = False,
 ) -> tuple[Tensor, Gradients]:
     """Sum or average entropy (3), weighted by the mask, with its gradients."""
     active = inputs.check_and_find_active(negative_mask_allowed=not mean)
@@ -141,7 +147,9 @@ def sum_entropy(
         assert stats.entropy is not None
         return weights[tokens] * stats.entropy, TokenStats(entropy=weights[tokens])
 
-    return sum_losses(inputs, per_token, needs, active, on_weight_grad=on_weight_grad)
+    return sum_losses(
+        inputs, per_token, needs, active, on_weight_grad=on_weight_grad, keep_dy=keep_dy
+    )
 
 
 def sum_custom_loss(
@@ -149,6 +157,7 @@ def sum_custom_loss(
     loss_fn: Callable[[TokenStats, Tensor], Tensor],
     needs: GradMask,
     grad_enabled: bool = True,
+    keep_dy: bool = False,
 ) -> tuple[Tensor, Gradients]:
     """Sum loss_fn's losses, weighted by the mask, with their gradients.
 
@@ -181,7 +190,9 @@ def sum_custom_loss(
             upstream = upstream._replace(logprob=upstream.logprob.masked_fill(ignored, 0))
         return losses.detach(), upstream
 
-    results = sum_losses(inputs, per_token, needs, active, with_collision_and_argmax=True)
+    results = sum_losses(
+        inputs, per_token, needs, active, with_collision_and_argmax=True, keep_dy=keep_dy
+    )
     if any(needs) and depends and not any(depends):
         raise ValueError("loss_fn: its losses do not depend on the statistics it was given")
     return results
@@ -235,5 +246,5 @@ def token_stats_with_gradient(
 
     needs = GradMask(hidden=True)
     _, gradients = sum_losses(inputs, per_token, needs, active, with_collision_and_argmax)
-    m, log_s = statistics.new_empty(0), statistics.new_empty(0)
-    return StatsOutput(statistics, argmax, m, log_s, gradients.hidden)
+    m, log_s, logits = (statistics.new_empty(shape) for shape in (0, 0, (0, 0)))
+    return StatsOutput(statistics, argmax, m, log_s, logits, gradients.hidden)

@@ -12,6 +12,7 @@ from .. import kernels
 from ..kernels import RowTerms
 from .gemm import gemm
 from .inputs import GradMask, HeadInputs
+from .memory import large_empty
 from .sparse import ColumnSelector, Selection, mean_dropped_weight, take_columns
 from .weight_gradient import (
     SparseWeightGrad,
@@ -33,6 +34,8 @@ class Gradients(NamedTuple):
     weight: Tensor  # (V, D); or (K, D), the rows of `vocab_indices`, others being 0
     bias: Tensor  # (V,)
     vocab_indices: Tensor  # (K,); (0,) where weight has all rows
+    dy: Tensor  # (n, V or more) of the tokens that count; (0, 0) where it is not kept
+    dy_scales: Tensor  # (chunks, 2) rows and scale of the chunks in dy, fp64 on the CPU
     report: Tensor  # (2,) shares: of the columns that were multiplied, of dy's L1 mass left out
 
 
@@ -58,8 +61,12 @@ class DyBatch:
 
     def extend(self, tokens: slice | Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the memory, shaped as y, that the chunk's dy is to be written into."""
-        if self.buffer is None:
-            self.buffer = y.new_empty(self.capacity, y.stride(0), dtype=dtype)
+        if self.buffer is None and len(y) == self.capacity:  # the only chunk: y's own memory
+            dy = kernels.gradient_buffer(y, dtype)
+            stride = max(dy.stride(0), dy.shape[1])
+            self.buffer = dy.as_strided((len(dy), stride), (stride, 1))
+        elif self.buffer is None:
+            self.buffer = large_empty((self.capacity, y.stride(0)), dtype, y)
         begin, self.rows = self.rows, self.rows + len(y)
         self.tokens.append(tokens)
         return self.buffer[begin : self.rows, : y.shape[1]]
@@ -90,6 +97,7 @@ class GradAccumulator:
         inputs: HeadInputs,
         needs: GradMask,
         on_weight_grad: WeightGradCallback | None = None,
+        keeps_dy: bool = False,
     ) -> None:
         hidden, weight, wide = inputs.hidden, inputs.weight, inputs.dtype
         self.inputs, self.needs = inputs, needs
@@ -100,8 +108,11 @@ class GradAccumulator:
             self.dw = SparseWeightGrad(weight.shape, wide, hidden)
         else:
             self.dw = StreamedWeightGrad(on_weight_grad, weight.shape, wide, hidden)
+        self.keeps_dy = keeps_dy  # of all tokens, for one product in the backward
+        self.scales: list[tuple[int, float]] = []  # rows and scale of each chunk in a kept dy
         self.selector = ColumnSelector(inputs, needs)
         batches = self.selector.tolerance == 0 and needs.weight and inputs.dy_has_own_buffer
+        batches = batches and not keeps_dy
         # Chunks of an fp16 dy cannot be batched: each has a scale of its own.
         self.batch = DyBatch(CHUNKS_PER_BATCH if batches and inputs.operand != torch.float16 else 1)
         self.multiplied = self.total = 0  # elements of dy
@@ -127,16 +138,26 @@ class GradAccumulator:
 
     def result(self) -> Gradients:
         """Finish the gradients of all chunks; a collective call where the vocabulary is split."""
-        self._multiply_batch()
+        dy = self.dh.new_empty(0, 0, dtype=self.inputs.operand)
+        if self.keeps_dy and self.batch.buffer is not None:
+            dy = self.batch.buffer
+            self._multiply_kept(dy)
+        else:
+            self._multiply_batch()
         self.batch.buffer = None
         if self.needs.hidden and self.inputs.shard is not None:
             self.inputs.shard.sum(self.dh)
-        dw, vocab_indices = self.dh.new_empty(0), self.dh.new_empty(0, dtype=torch.int64)
-        if self.needs.weight:
+        dw = self.dh.new_empty((0, self.inputs.weight.shape[1]) if self.needs.weight else 0)
+        vocab_indices = self.dh.new_empty(0, dtype=torch.int64)
+        if self.needs.weight and not self.keeps_dy:
             dw, vocab_indices = self.dw.result(whole=self.inputs.grad_tolerance == 0)
         share = self.dh.new_full((), self.multiplied / max(1, self.total))
         dropped = self.dropped / torch.where(self.mass > 0, self.mass, 1)
-        return Gradients(self.dh, dw, self.db, vocab_indices, torch.stack([share, dropped]))
+        scales = torch.tensor(
+            self.scales if len(dy) > 0 else [], dtype=torch.float64, device="cpu"
+        ).view(-1, 2)
+        report = torch.stack([share, dropped])
+        return Gradients(self.dh, dw, self.db, vocab_indices, dy, scales, report)
 
     def _add_all_columns(self, chunk: PendingChunk) -> None:
         y, operand = chunk.terms.y, self.inputs.operand
@@ -147,15 +168,31 @@ class GradAccumulator:
         if self.batch.rows + len(y) > self.batch.capacity:
             self._multiply_batch()
         kernels.row_gradient(chunk.terms, self.batch.extend(chunk.tokens, y, operand))
+        self.scales.append((len(y), chunk.scale))
 
     def _multiply_batch(self) -> None:
         if self.batch.rows > 0:
             tokens, dy = self.batch.take(len(self.inputs.weight))
             self._multiply(tokens, self.inputs.hidden[tokens], dy, 1.0)
 
+    def _multiply_kept(self, dy: Tensor) -> None:
+        """Add to dhidden and dbias; chunks that share a scale are multiplied together."""
+        if len({scale for _, scale in self.scales}) == 1:
+            self.scales = [(len(dy), self.scales[0][1])]
+            self.batch.tokens = [self.batch.take(len(self.inputs.weight))[0]]
+        start = 0
+        for tokens, (rows, scale) in zip(self.batch.tokens, self.scales, strict=True):
+            part = dy[start : start + rows, : len(self.inputs.weight)]
+            start += rows
+            if self.needs.hidden:
+                dh = self._dhidden_buffer(tokens, rows)
+                self._store_dhidden(tokens, gemm(dh, part, self.inputs.weight, alpha=scale))
+            if self.needs.bias:
+                self.db += part.sum(0, dtype=self.db.dtype) * scale
+
     def _multiply(self, tokens: slice | Tensor, hidden: Tensor, dy: Tensor, scale: float) -> None:
         if self.needs.hidden:
-            dh = self._dhidden_buffer(tokens, hidden)
+            dh = self._dhidden_buffer(tokens, len(hidden))
             self._store_dhidden(tokens, gemm(dh, dy, self.inputs.weight, alpha=scale))
         if self.needs.weight:
             self.dw.add_all(dy, hidden, scale)
@@ -173,7 +210,7 @@ class GradAccumulator:
         length = slab_length(entry_bytes, budget=chunk.terms.y.nbytes)
         dh = self.dh
         if self.needs.hidden:
-            dh = self._dhidden_buffer(chunk.tokens, chunk.hidden).zero_()
+            dh = self._dhidden_buffer(chunk.tokens, len(chunk.hidden)).zero_()
         left_out = choice.row_sums.clone()
         unwritten = False
         if self.needs.weight:
@@ -197,11 +234,11 @@ class GradAccumulator:
         self.dropped += choice.dropped * chunk.scale
         self.mass += choice.total * chunk.scale
 
-    def _dhidden_buffer(self, tokens: slice | Tensor, hidden: Tensor) -> Tensor:
+    def _dhidden_buffer(self, tokens: slice | Tensor, count: int) -> Tensor:
         """Return memory for these tokens' dhidden: a view of the whole where they are adjacent."""
         if isinstance(tokens, slice):
             return self.dh[tokens]
-        return self.dh.new_empty(hidden.shape)
+        return self.dh.new_empty(count, self.dh.shape[1])
 
     def _store_dhidden(self, tokens: slice | Tensor, dh: Tensor) -> None:
         if not isinstance(tokens, slice):

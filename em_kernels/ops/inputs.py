@@ -27,6 +27,7 @@ class SavedStats(NamedTuple):
     statistics: Tensor  # (5, N) in TokenStats' order, or the first three
     m: Tensor  # (N,)
     log_s: Tensor  # (N,)
+    logits: Tensor  # (n, V or more) raw, of the tokens that count; (0, 0) where not kept
 
 
 class StatsOutput(NamedTuple):
@@ -36,6 +37,7 @@ class StatsOutput(NamedTuple):
     argmax: Tensor  # (N,) int64
     m: Tensor  # (N,)
     log_s: Tensor  # (N,)
+    logits: Tensor  # (n, V or more) raw, of the tokens that count; (0, 0) where not kept
     dhidden: Tensor  # (N, D) of a single statistic, upstream 1
 
 
@@ -73,6 +75,16 @@ class HeadInputs(NamedTuple):
     def logit_bytes(self) -> int:
         """Bytes of one logit, and of its gradient where that has its own buffer."""
         return self.dtype.itemsize + (self.operand.itemsize if self.dy_has_own_buffer else 0)
+
+    def keeps_dy(self, needs: GradMask) -> bool:
+        """True if the dy of all tokens takes no more memory than an fp32 dweight.
+
+        A loss with autograd then keeps dy, and the backward multiplies dweight once. The choice
+        depends on shapes and dtypes alone, so that all ranks agree.
+        """
+        dy_bytes = len(self.hidden) * self.operand.itemsize
+        dweight_bytes = self.hidden.shape[1] * self.dtype.itemsize
+        return self.grad_tolerance == 0 and needs.weight and dy_bytes <= dweight_bytes
 
     @property
     def shard_sizes(self) -> list[int]:

@@ -24,6 +24,20 @@ def free_bytes(device: torch.device) -> int:
         return 8 * MAX_CHUNK_BYTES
 
 
+def logits_budget(
+    chunk_bytes: int | None, device: torch.device, default_bytes: int = MAX_CHUNK_BYTES
+) -> int:
+    """Return the bytes that logits may take: `chunk_bytes`, or by default what is free.
+
+    That is `default_bytes` or an eighth of the free memory, rounded down to a power of two so that
+    other programs' memory seldom changes the order of sums.
+    """
+    if chunk_bytes is not None:
+        return chunk_bytes
+    limit = max(1, min(default_bytes, MAX_CHUNK_BYTES, free_bytes(device) // 8))
+    return 1 << (limit.bit_length() - 1)
+
+
 def chunk_length(
     total: int,
     bytes_each: int,
@@ -42,10 +56,8 @@ def chunk_length(
             f"chunk_bytes: {chunk_bytes} is less than one row (or column) of logits takes; "
             f"give at least {bytes_each}"
         )
-    if chunk_bytes is None:
-        limit = max(1, min(default_bytes, MAX_CHUNK_BYTES, free_bytes(device) // 8))
-        chunk_bytes = 1 << (limit.bit_length() - 1)
-    fitting = max(1, chunk_bytes // max(1, bytes_each))
+    budget = logits_budget(chunk_bytes, device, default_bytes)
+    fitting = max(1, budget // max(1, bytes_each))
     step = TILE if device.type == "cuda" and TILE <= fitting < total else 1
     chunks = max(1, -(-total // (fitting // step * step)))
     return max(1, -(-total // (chunks * step)) * step)

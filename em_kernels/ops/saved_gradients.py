@@ -1,10 +1,14 @@
-"""Gradients that the forward has computed: kept until the backward, then multiplied by upstream."""
+"""Gradients that the forward has computed, multiplied by upstream in the backward.
+
+In place of the weight's gradient the forward may have kept dy, which the backward multiplies.
+"""
 
 import torch
 from torch import Tensor
 
 from ..kernels.cpu import supports
 from .memory import large_empty
+from .weight_gradient import multiply_kept_dy
 
 
 def refuse_double_backward() -> None:
@@ -16,13 +20,14 @@ def refuse_double_backward() -> None:
         )
 
 
-def save_gradients(ctx, tensors, needs, grad_tolerance, gradients) -> None:
+def save_gradients(ctx, head, needs, gradients) -> None:
     """Save gradients.Gradients of (hidden, weight, bias) for saved_gradients()."""
     ctx.set_materialize_grads(False)
     *saved, ctx.report = gradients
-    ctx.save_for_backward(*saved)
-    ctx.needs, ctx.is_sparse, ctx.vocab_size = needs, grad_tolerance > 0, len(tensors[1])
-    ctx.dtypes = [None if x is None else x.dtype for x in tensors]
+    kept = (head.hidden, head.mask) if needs[1] else (None, None)  # dweight is dy^T hidden
+    ctx.save_for_backward(*saved, *kept)
+    ctx.needs, ctx.weight_shape = needs, head.weight.shape
+    ctx.dtypes = [None if x is None else x.dtype for x in head[:3]]
 
 
 def saved_gradients(ctx, upstream):
@@ -30,18 +35,19 @@ def saved_gradients(ctx, upstream):
     refuse_double_backward()
     if upstream is None:
         return [None] * 3
-    *saved, vocab_indices = ctx.saved_tensors
-    gradients = []
-    for x, need, dtype in zip(saved, ctx.needs, ctx.dtypes, strict=True):
-        if not need:
-            gradients.append(None)
-        elif x is saved[1] and ctx.is_sparse and (_is_traced(x) or len(x) < ctx.vocab_size):
-            gradients.append(
-                torch.ops.em_kernels.scaled_rows(x, vocab_indices, upstream, ctx.vocab_size, dtype)
-            )
+    dh, dw, db, *others = ctx.saved_tensors
+    dtypes = ctx.dtypes
+    dhidden = _scale(dh, upstream, dtypes[0]) if ctx.needs[0] else None
+    dweight = None
+    if ctx.needs[1]:
+        if not _is_traced(dw) and dw.shape == ctx.weight_shape:
+            dweight = _scale(dw, upstream, dtypes[1])
         else:
-            gradients.append(_scale(x, upstream, dtype))
-    return gradients
+            dweight = torch.ops.em_kernels.weight_gradient(
+                dw, *others, upstream, ctx.weight_shape[0], dtypes[1]
+            )
+    dbias = _scale(db, upstream, dtypes[2]) if ctx.needs[2] else None
+    return [dhidden, dweight, dbias]
 
 
 def _is_traced(x) -> bool:
@@ -61,22 +67,38 @@ def _scale(saved, upstream, dtype):
 
 
 def _multiply(x: Tensor, upstream: Tensor, out: Tensor) -> Tensor:
-    # On a CPU torch.mul makes the whole fp32 product before it rounds, hence the parts.
+    # A CPU would first make the product of all that it is given in fp32, hence the parts.
     length = max(1, x.numel()) if x.is_cuda or x.dtype == out.dtype else 1 << 20
     for part, to in zip(x.view(-1).split(length), out.view(-1).split(length), strict=True):
         torch.mul(part, upstream, out=to)
     return out
 
 
-def scaled_rows(
-    values: Tensor, vocab_indices: Tensor, upstream: Tensor, vocab_size: int, dtype: torch.dtype
+def weight_gradient(
+    dw: Tensor,
+    vocab_indices: Tensor,
+    dy: Tensor,
+    dy_scales: Tensor,
+    hidden: Tensor,
+    mask: Tensor | None,
+    upstream: Tensor,
+    vocab_size: int,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """Return (V, D) in dtype: values (K, D) times upstream at these rows (all if K = V), else 0."""
-    whole = large_empty((vocab_size, values.shape[1]), dtype, values)
-    if len(values) == vocab_size:
-        return _multiply(values, upstream, whole)
-    if supports(values) and dtype != torch.float16:
-        torch.ops.em_kernels.spread_rows(values, vocab_indices, upstream.item(), whole)
-        return whole
-    product = _multiply(values, upstream, torch.empty_like(values, dtype=dtype))
-    return whole.zero_().index_copy_(0, vocab_indices, product)
+    """Return dweight (V, D) in dtype, from the fields of gradients.Gradients.
+
+    It is upstream times the kept dy's product with hidden; else times dw, whose rows (K, D) are
+    those at the indices, or all of them.
+    """
+    out = large_empty((vocab_size, hidden.shape[1]), dtype, hidden)
+    if len(dw) == 0 and len(vocab_indices) == 0:
+        if mask is not None and len(dy) < len(hidden):
+            hidden = hidden[mask.nonzero()[:, 0]]
+        return multiply_kept_dy(dy, dy_scales, hidden, upstream, out)
+    if len(dw) == vocab_size:
+        return _multiply(dw, upstream, out)
+    if supports(dw) and dtype != torch.float16:
+        torch.ops.em_kernels.spread_rows(dw, vocab_indices, upstream.item(), out)
+        return out
+    product = _multiply(dw, upstream, torch.empty_like(dw, dtype=dtype))
+    return out.zero_().index_copy_(0, vocab_indices, product)

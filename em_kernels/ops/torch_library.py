@@ -12,7 +12,7 @@ from ..reference import IGNORE_INDEX, TokenStats
 from . import chunked, from_logits, saved_gradients, vocab_slabs
 from .checks import HeadArguments
 from .from_logits import LogitsEntropy
-from .gemm import accumulation_dtype
+from .gemm import accumulation_dtype, operand_dtype
 from .inputs import GradMask, SavedStats, StatsOutput, build_inputs
 
 HEAD_SCHEMA = (
@@ -27,40 +27,39 @@ NO_GRADIENT = (None,) * (HEAD_SIZE - 3)  # for all of the head but hidden, weigh
     "em_kernels::entropy_loss",
     mutates_args=(),
     schema=f"({HEAD_SCHEMA}, float grad_tolerance, bool mean, bool[] needs)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def entropy_loss_op(*arguments):
     """Return the loss (), and the fields of gradients.Gradients."""
     *head, grad_tolerance, mean, needs = arguments
     inputs = build_inputs(HeadArguments(*head), needs[0] + 2 * needs[1], grad_tolerance)
-    loss, gradients = chunked.sum_entropy(inputs, mean, GradMask(*needs))
+    loss, gradients = chunked.sum_entropy(inputs, mean, GradMask(*needs), keep_dy=True)
     return loss, *gradients
 
 
 @entropy_loss_op.register_fake
 def _(hidden, weight, *others):
-    *_, grad_tolerance, _, needs = others
-    wide = accumulation_dtype(hidden.dtype)
-    rows, indices = weight.shape[0], 0
-    if grad_tolerance > 0 and needs[1]:
-        context = torch.library.get_ctx()
-        rows, indices = context.new_dynamic_size(), context.new_dynamic_size()
-    shapes = (hidden.shape, (rows, weight.shape[1]), weight.shape[:1])
+    needs = others[-1]
+    wide, context = accumulation_dtype(hidden.dtype), torch.library.get_ctx()
+    rows = indices = dy_rows = dy_columns = chunks = 0
+    if needs[1]:  # dweight, its rows that are not 0, or dy: the values of the inputs decide
+        rows, indices, dy_rows, dy_columns, chunks = (context.new_dynamic_size() for _ in range(5))
     return (
         hidden.new_empty((), dtype=wide),
-        *(
-            hidden.new_empty(shape if need else (0,), dtype=wide)
-            for shape, need in zip(shapes, needs, strict=True)
-        ),
+        hidden.new_empty(hidden.shape if needs[0] else (0,), dtype=wide),
+        hidden.new_empty((rows, weight.shape[1]) if needs[1] else (0,), dtype=wide),
+        hidden.new_empty(weight.shape[:1] if needs[2] else (0,), dtype=wide),
         hidden.new_empty(indices, dtype=torch.int64),
+        hidden.new_empty((dy_rows, dy_columns), dtype=operand_dtype(weight)),
+        hidden.new_empty((chunks, 2), dtype=torch.float64, device="cpu"),
         hidden.new_empty(2, dtype=wide),
     )
 
 
 def _entropy_loss_setup(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(*output[1:])
-    *_, grad_tolerance, _, needs = inputs
-    saved_gradients.save_gradients(ctx, inputs[:3], needs, grad_tolerance, output[1:])
+    head, needs = HeadArguments(*inputs[:HEAD_SIZE]), inputs[-1]
+    saved_gradients.save_gradients(ctx, head, needs, output[1:])
 
 
 def _entropy_loss_backward(ctx, upstream, *_):
@@ -70,17 +69,27 @@ def _entropy_loss_backward(ctx, upstream, *_):
 entropy_loss_op.register_autograd(_entropy_loss_backward, setup_context=_entropy_loss_setup)
 
 
-@torch.library.custom_op("em_kernels::scaled_rows", mutates_args=())
-def scaled_rows(
-    values: Tensor, vocab_indices: Tensor, upstream: Tensor, vocab_size: int, dtype: torch.dtype
+@torch.library.custom_op("em_kernels::weight_gradient", mutates_args=())
+def weight_gradient_op(
+    dw: Tensor,
+    vocab_indices: Tensor,
+    dy: Tensor,
+    dy_scales: Tensor,
+    hidden: Tensor,
+    mask: Tensor | None,
+    upstream: Tensor,
+    vocab_size: int,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """Call saved_gradients.scaled_rows; an op, because torch.compile does not know K."""
-    return saved_gradients.scaled_rows(values, vocab_indices, upstream, vocab_size, dtype)
+    """Call saved_gradients.weight_gradient: an op, as the compiler does not know the sizes."""
+    return saved_gradients.weight_gradient(
+        dw, vocab_indices, dy, dy_scales, hidden, mask, upstream, vocab_size, dtype
+    )
 
 
-@scaled_rows.register_fake
-def _(values, vocab_indices, upstream, vocab_size, dtype):
-    return values.new_empty((vocab_size, values.shape[1]), dtype=dtype)
+@weight_gradient_op.register_fake
+def _(dw, vocab_indices, dy, dy_scales, hidden, mask, upstream, vocab_size, dtype):
+    return hidden.new_empty((vocab_size, hidden.shape[1]), dtype=dtype)
 
 
 class TokenLoss(torch.autograd.Function):
@@ -90,8 +99,10 @@ class TokenLoss(torch.autograd.Function):
     def forward(ctx, *arguments) -> Tensor:
         *head, grad_tolerance, needs, loss_fn, grad_enabled = arguments
         inputs = build_inputs(HeadArguments(*head), needs[0] + 2 * needs[1], grad_tolerance)
-        loss, gradients = chunked.sum_custom_loss(inputs, loss_fn, GradMask(*needs), grad_enabled)
-        saved_gradients.save_gradients(ctx, head[:3], needs, grad_tolerance, gradients)
+        loss, gradients = chunked.sum_custom_loss(
+            inputs, loss_fn, GradMask(*needs), grad_enabled, keep_dy=True
+        )
+        saved_gradients.save_gradients(ctx, HeadArguments(*head), needs, gradients)
         return loss
 
     @staticmethod
@@ -103,7 +114,7 @@ class TokenLoss(torch.autograd.Function):
     "em_kernels::token_stats",
     mutates_args=(),
     schema=f"({HEAD_SCHEMA}, bool[] needs, bool with_collision_and_argmax, int single_stat_index)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def token_stats_op(*arguments):
     """Return the fields of inputs.StatsOutput.
@@ -113,21 +124,26 @@ def token_stats_op(*arguments):
     *head, needs, with_collision_and_argmax, single_stat_index = arguments
     inputs = build_inputs(HeadArguments(*head), 2 * (single_stat_index + 1) + needs[0])
     if single_stat_index < 0:
-        return vocab_slabs.token_stats(inputs, with_collision_and_argmax)
+        return vocab_slabs.token_stats(inputs, with_collision_and_argmax, any(needs))
     name = TokenStats._fields[single_stat_index]
     return chunked.token_stats_with_gradient(inputs, name, with_collision_and_argmax)
 
 
 @token_stats_op.register_fake
 def _(hidden, *others):
-    *_, with_collision_and_argmax, single_stat_index = others
+    *_, needs, with_collision_and_argmax, single_stat_index = others
     wide, count = accumulation_dtype(hidden.dtype), hidden.shape[0]
     saved = count if single_stat_index < 0 else 0
+    kept = columns = 0
+    if any(needs) and single_stat_index < 0:  # the free memory decides whether logits are kept
+        context = torch.library.get_ctx()
+        kept, columns = context.new_dynamic_size(), context.new_dynamic_size()
     return (
         hidden.new_empty(5 if with_collision_and_argmax else 3, count, dtype=wide),
         hidden.new_empty(count if with_collision_and_argmax else 0, dtype=torch.int64),
         hidden.new_empty(saved, dtype=wide),
         hidden.new_empty(saved, dtype=wide),
+        hidden.new_empty((kept, columns), dtype=wide),
         hidden.new_empty(0 if single_stat_index < 0 else hidden.shape, dtype=wide),
     )
 
@@ -135,19 +151,19 @@ def _(hidden, *others):
 @torch.library.custom_op(
     "em_kernels::token_stats_backward",
     mutates_args=(),
-    schema=f"(Tensor upstream, Tensor statistics, Tensor m, Tensor log_s, {HEAD_SCHEMA},"
+    schema=f"(Tensor upstream, Tensor statistics, Tensor m, Tensor log_s, Tensor logits, {HEAD_SCHEMA},"
     " bool[] needs) -> (Tensor, Tensor, Tensor)",
 )
-def token_stats_backward_op(upstream, statistics, m, log_s, *arguments):
+def token_stats_backward_op(upstream, statistics, m, log_s, logits, *arguments):
     """Return dhidden, dweight, dbias in the inputs' dtypes."""
     *head, needs = arguments
     inputs = build_inputs(HeadArguments(*head), int(needs[0]))
-    saved = SavedStats(statistics, m, log_s)
+    saved = SavedStats(statistics, m, log_s, logits)
     return vocab_slabs.token_stats_backward(inputs, upstream, saved, GradMask(*needs))
 
 
 @token_stats_backward_op.register_fake
-def _(upstream, statistics, m, log_s, hidden, weight, *others):
+def _(upstream, statistics, m, log_s, logits, hidden, weight, *others):
     *_, needs = others
     shapes = (hidden.shape, weight.shape, weight.shape[:1])
     return tuple(
@@ -166,7 +182,7 @@ def _token_stats_setup(ctx, inputs, output) -> None:
         ctx.save_for_backward(found.dhidden, head.targets, head.mask)
         return
     *tensors, ctx.transform, ctx.chunk_bytes, ctx.group = head
-    ctx.save_for_backward(found.statistics, found.m, found.log_s, *tensors)
+    ctx.save_for_backward(found.statistics, found.m, found.log_s, found.logits, *tensors)
 
 
 def _token_stats_backward(ctx, upstream, *_):

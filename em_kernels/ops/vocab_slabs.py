@@ -15,10 +15,10 @@ from torch import Tensor
 
 from .. import kernels, reference
 from ..kernels import RowTerms, row_stride
-from ..reference import RowTransform, TokenStats
+from ..reference import RowParts, RowTransform, TokenStats
 from .gemm import gemm
 from .inputs import GradMask, HeadInputs, SavedStats, StatsOutput, scale_upstream
-from .memory import chunk_length, large_empty
+from .memory import chunk_length, large_empty, logits_budget
 
 MIN_SLAB_BYTES = 64 << 20  # measured on a CPU: GEMMs over fewer vocabulary entries are slow
 
@@ -50,21 +50,37 @@ def _slabs(inputs: HeadInputs, hidden: Tensor, tokens: slice | Tensor) -> Iterat
         yield Slab(vocab_slice, w, y, inputs.row_transform(tokens, vocab_slice))
 
 
-def token_stats(inputs: HeadInputs, with_collision_and_argmax: bool) -> StatsOutput:
+def _kept_slabs(inputs: HeadInputs, logits: Tensor, tokens: slice | Tensor) -> Iterator[Slab]:
+    """Yield slabs of logits that the forward has kept, as views."""
+    weight = inputs.weight
+    entry_bytes = len(logits) * inputs.operand.itemsize + weight.shape[1] * inputs.dtype.itemsize
+    length = max(16, MIN_SLAB_BYTES // entry_bytes // 16 * 16)
+    for start in range(0, len(weight), length):
+        vocab_slice = slice(start, min(start + length, len(weight)))
+        row = inputs.row_transform(tokens, vocab_slice)
+        yield Slab(vocab_slice, weight[vocab_slice], logits[:, vocab_slice], row)
+
+
+def token_stats(
+    inputs: HeadInputs, with_collision_and_argmax: bool, may_keep_logits: bool = False
+) -> StatsOutput:
     """Compute all tokens' statistics, and m and log s for the backward.
 
     Work: 2. Memory: one slab, and a copy of the active tokens' hidden where the mask leaves some
-    out.
+    out. Where all logits fit into the budget they may be kept for the backward.
     """
     active = inputs.check_and_find_active(negative_mask_allowed=True)
     tokens: slice | Tensor = slice(None) if active is None else active
-    parts = None
-    for slab in _slabs(inputs, inputs.hidden[tokens], tokens):
-        part = kernels.row_statistics(slab.y, slab.row, with_collision_and_argmax)
-        if part.argmax is not None:
-            part = part._replace(argmax=part.argmax + slab.vocab_slice.start)
-        parts = part if parts is None else reference.merge([parts, part])
-    assert parts is not None  # check_head refuses an empty vocabulary
+    hidden, weight = inputs.hidden[tokens], inputs.weight
+    logits = hidden.new_empty(0, 0, dtype=inputs.dtype)
+    stride = row_stride(len(weight), hidden.device)
+    size = len(hidden) * stride * inputs.dtype.itemsize
+    if may_keep_logits and size <= logits_budget(inputs.chunk_bytes, hidden.device):
+        logits = large_empty((len(hidden), stride), inputs.dtype, hidden)
+        y = gemm(logits[:, : len(weight)], hidden, weight.t())
+        parts = kernels.row_statistics(y, inputs.row_transform(tokens), with_collision_and_argmax)
+    else:
+        parts = _statistics_of_slabs(inputs, tokens, with_collision_and_argmax)
     if inputs.shard is not None:
         parts = inputs.shard.merge(parts)
     targets = None if inputs.targets is None else inputs.targets[tokens]
@@ -78,13 +94,28 @@ def token_stats(inputs: HeadInputs, with_collision_and_argmax: bool) -> StatsOut
         argmax[tokens] = stats.argmax
     m[tokens], log_s[tokens] = parts.m, torch.log1p(parts.s1)
     # An op's outputs may not share memory, hence the clones.
-    return StatsOutput(statistics, argmax, m.clone(), log_s.clone(), statistics.new_empty(0))
+    no_dhidden = statistics.new_empty(0)
+    return StatsOutput(statistics, argmax, m.clone(), log_s.clone(), logits, no_dhidden)
+
+
+def _statistics_of_slabs(
+    inputs: HeadInputs, tokens: slice | Tensor, with_collision_and_argmax: bool
+) -> RowParts:
+    """Merge the statistics of all slabs of these tokens."""
+    parts = None
+    for slab in _slabs(inputs, inputs.hidden[tokens], tokens):
+        part = kernels.row_statistics(slab.y, slab.row, with_collision_and_argmax)
+        if part.argmax is not None:
+            part = part._replace(argmax=part.argmax + slab.vocab_slice.start)
+        parts = part if parts is None else reference.merge([parts, part])
+    assert parts is not None  # check_head refuses an empty vocabulary
+    return parts
 
 
 def token_stats_backward(
     inputs: HeadInputs, upstream: Tensor, saved: SavedStats, needs: GradMask
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dhidden, dweight and dbias in the inputs' dtypes, from logits computed again.
+    """Return dhidden, dweight and dbias in the inputs' dtypes, from logits kept or recomputed.
 
     `upstream` has the statistics' shape. Work: 2, +2 for hidden, +2 for weight: with the forward's
     2, 8 in all. Memory: one slab, fp32 dhidden, and a copy of the active tokens' hidden where the
@@ -109,8 +140,14 @@ def token_stats_backward(
     dw = large_empty(weight.shape if needs.weight else (0,), weight.dtype, weight)
     dw_slab = dh.new_empty(0)
     db = weight.new_empty(len(weight) if needs.bias else 0)
-    for vocab_slice, w, y, row in _slabs(inputs, h, tokens):
-        out = kernels.gradient_buffer(y, inputs.operand)
+    is_kept = saved.logits.numel() > 0
+    slabs = _kept_slabs(inputs, saved.logits, tokens) if is_kept else _slabs(inputs, h, tokens)
+    for vocab_slice, w, y, row in slabs:
+        if is_kept:  # a later backward may read the logits again
+            out = y.new_empty(len(y), row_stride(len(w), y.device), dtype=inputs.operand)
+            out = out[:, : len(w)]
+        else:
+            out = kernels.gradient_buffer(y, inputs.operand)
         terms = RowTerms(y, row, saved.m[tokens], saved.log_s[tokens], factors)
         dy = kernels.row_gradient(terms, out)
         if needs.hidden:

@@ -17,6 +17,8 @@ GROWTH = 1.5
 SLAB_BYTES = 64 << 20  # for a slab of vocabulary entries: its logits, dy, weight and dweight
 MIN_SLAB_ENTRIES = 512
 
+KEPT_SLAB_BYTES = 16 << 20  # of the fp32 product that a 16-bit dweight is rounded from
+
 # Called with (entries, values): values (K, D) in the accumulation dtype, to be added to dweight's
 # rows `entries`, a slice or distinct indices (K,). The callback may overwrite the values; the next
 # call reuses their memory.
@@ -153,3 +155,39 @@ class StreamedWeightGrad:
 
     def result(self, whole: bool) -> tuple[Tensor, Tensor]:
         return self.values.new_empty(0), self.values.new_empty(0, dtype=torch.int64)
+
+
+def multiply_kept_dy(
+    dy: Tensor, dy_scales: Tensor, hidden: Tensor, upstream: Tensor, out: Tensor
+) -> Tensor:
+    """Write dweight = upstream * dy^T hidden into out (V, D), rounded once; return out.
+
+    Args:
+        dy: (n, V or more), in the dtype of the GEMM.
+        dy_scales: (chunks, 2) rows of dy, and the scale that their product lacks.
+        hidden: (n, D) of the same tokens.
+        upstream: () gradient of the loss.
+    """
+    if dy.numel() == 0:
+        return out.zero_()
+    entries, width = out.shape
+    wide = upstream.dtype
+    is_one = upstream.is_cpu and upstream.item() == 1  # a GPU would have to be waited for
+    length = entries
+    if out.dtype != wide:
+        length = min(entries, max(16, KEPT_SLAB_BYTES // (width * wide.itemsize) // 16 * 16))
+        slab = large_empty((length, width), wide, out)
+    for start in range(0, entries, length):
+        rows = out[start : start + length]
+        product = rows if out.dtype == wide else slab[: len(rows)]
+        first = 0
+        for count, scale in dy_scales.tolist():
+            tokens = slice(first, first + int(count))
+            part = dy[tokens, start : start + len(rows)]
+            gemm(product, part.t(), hidden[tokens], accumulate=first > 0, alpha=scale)
+            first = tokens.stop
+        if not is_one:
+            product.mul_(upstream)
+        if product is not rows:
+            rows.copy_(product)
+    return out
