@@ -171,7 +171,9 @@ class TrainConfig(Settings):
     has it, else eager.
     """
     chunk_bytes: Positive | None = None
-    """Memory for the logits held at a time, in bytes; default: 256 MiB."""
+    """Memory for the logits held at a time, in bytes; default: about 256 MiB, less on a small
+    device, more with mode offload if there is room.
+    """
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
     """Also log each update's metrics to this tracker, whose package must be installed; wandb works
     offline with WANDB_MODE=offline.

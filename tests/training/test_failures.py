@@ -21,7 +21,7 @@ def test_gradient_that_is_not_finite(finished, folder, tmp_path):
 
     model.model.layers[0].mlp.register_full_backward_hook(overflow)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    kept = "step-00001 holds the last update" if finished else "no update yet"
+    kept = "step-00001 holds the last update" if finished else "no update is finished"
     message = f"lr: the gradient of update {finished + 1} is not finite; lower it; .*{kept}"
     with pytest.raises(UserError, match=message):
         run(config, model)
@@ -42,7 +42,7 @@ def test_out_of_memory_keeps_what_was_finished_and_names_the_remedies(finished, 
             raise torch.OutOfMemoryError
 
     model.model.layers[0].mlp.register_full_backward_hook(exhaust)
-    kept = ".*step-00001 holds the last update" if finished else "no update yet"
+    kept = ".*step-00001 holds the last update" if finished else "no update is finished"
     with pytest.raises(
         UserError, match=f"out of memory with micro_batch .*; {kept}; use .*--moments bf16"
     ):

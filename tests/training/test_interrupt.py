@@ -88,7 +88,7 @@ def test_a_signal_before_the_first_update(folder, tmp_path):
     asked = long(folder, output, "--rollouts", "30000")
     ended = command(asked, tmp_path / "log", "Ctrl-C at token 5")
     assert ended.code == 130
-    assert ended.err == "em-kernels train: interrupted; no update yet\n"
+    assert ended.err == "em-kernels train: interrupted; no update is finished\n"
     assert (output / "config.yaml").exists() and not (output / "checkpoints").exists()
 
 
