@@ -24,10 +24,10 @@ from ..training.settings import UserError
 from ..training.task import check_context
 from .flags import as_flags, train_settings
 
-HELP = """Plans a run's memory, disk and time from the model's config.json alone; --model may also name
-that file. More flags: --prompt-tokens N, the prompt's length (128); --json, to print everything as
-JSON; --ranks N, for N processes on one machine; --engine fsdp2 or deepspeed, if one of these shards
-the model; --on-host, if it keeps the optimizer's state in host memory.
+HELP = """Plans memory, disk and time from the model's config.json alone; --model may also name that
+file. More flags: --prompt-tokens N, the prompt's length (128); --json, to print all as JSON;
+--ranks N, for N processes on one machine; --engine fsdp2 or deepspeed, if one of these shards the
+model; --on-host, if it keeps the optimizer's state in host memory.
 
 For another machine: --gpu-memory and --host-memory take GiB; a card sold with 24 GB has 22 to 23.5.
 No GPU is needed here. Example: em-kernels plan --model Qwen/Qwen2.5-Math-7B --gpu-memory 22.5

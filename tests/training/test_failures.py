@@ -17,7 +17,8 @@ def test_gradient_that_is_not_finite(finished, folder, tmp_path):
 
     def overflow(module, inputs, outputs):
         calls.append(module)
-        return (inputs[0] * torch.inf,) if len(calls) > 2 * finished else None  # and the prompt
+        # An update has two backwards: the completions' and the shared prompt's.
+        return (inputs[0] * torch.inf,) if len(calls) > 2 * finished else None
 
     model.model.layers[0].mlp.register_full_backward_hook(overflow)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
@@ -38,7 +39,7 @@ def test_out_of_memory_keeps_what_was_finished_and_names_the_remedies(finished, 
 
     def exhaust(module, inputs, outputs):
         calls.append(module)
-        if len(calls) > 2 * finished:  # and the prompt
+        if len(calls) > 2 * finished:  # two backwards an update, as above
             raise torch.OutOfMemoryError
 
     model.model.layers[0].mlp.register_full_backward_hook(exhaust)
