@@ -25,13 +25,18 @@ from ..training.task import check_context
 from .flags import as_flags, train_settings
 
 HELP = """Plans memory, disk and time from the model's config.json alone; --model may also name that
-file. More flags: --prompt-tokens N, the prompt's length (128); --json, to print all as JSON;
---ranks N, for N processes on one machine; --engine fsdp2 or deepspeed, if one of these shards the
-model; --on-host, if it keeps the optimizer's state in host memory.
+file. More flags:
+  --prompt-tokens N  length of the prompt (default: 128)
+  --json             print everything as JSON
+  --ranks N          plan for one of N processes on one machine (default: 1)
+  --engine NAME      fsdp2 or deepspeed, if one of these shards the model
+  --on-host          that engine keeps the optimizer's state in host memory
 
 For another machine: --gpu-memory and --host-memory take GiB; a card sold with 24 GB has 22 to 23.5.
-No GPU is needed here. Example: em-kernels plan --model Qwen/Qwen2.5-Math-7B --gpu-memory 22.5
---host-memory 89"""
+No GPU is needed here.
+
+Example:
+  em-kernels plan --model Qwen/Qwen2.5-Math-7B --gpu-memory 22.5 --host-memory 89"""
 CAUTION = (
     "Entropy minimisation is sensitive to the prompt and the seed; a plan promises that a run "
     "fits, not that the model gets better."
@@ -160,7 +165,8 @@ def show(console: Console, modes: list[Plan], chosen: Plan, command: str) -> Non
     """Print a table of the modes, the components of the chosen one, and its command."""
     shared = not chosen.host  # on a CPU, where host and device share their memory
     columns = ["mode", "memory" if shared else "device", "host", "disk", "micro-batch", "rollouts"]
-    table = Table(*columns, "update", "run", "fits", title=f"{chosen.config.model}: GiB, minutes")
+    title = f"{chosen.config.model}: sizes in GiB, times in minutes"
+    table = Table(*columns, "update", "run", "fits", title=title)
     for plan in modes:
         sizes = [plan.device_total, plan.host_total, sum(plan.disk.values()) + plan.download]
         seconds = [sum(plan.seconds.values()), plan.run_seconds]

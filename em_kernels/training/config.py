@@ -148,7 +148,8 @@ class TrainConfig(Settings):
     """
     micro_batch: Auto | Positive = "auto"
     """Maximum tokens per forward and backward, not counting a shared prompt. Changes memory and
-    speed, not the result. auto: as many as fit, halved if memory runs out after all.
+    speed, not the result. auto: as many as fit and help speed, halved if memory runs out after
+    all.
     """
     micro_batch_rows: Positive | None = None
     """Maximum completions per forward and backward; default: no limit."""
@@ -156,7 +157,7 @@ class TrainConfig(Settings):
     """Run the prompt through the model once per update, for all completions, with gradients."""
     rollout_batch: Auto | Positive = "auto"
     """Completions sampled in parallel; their KV cache takes most of the memory while sampling.
-    auto: as many as fit.
+    auto: as many as fit and help speed.
     """
     gradient_checkpointing: Auto | bool = "auto"
     """Recompute activations in the backward: less memory, about a third more time. auto: only if
