@@ -1,6 +1,6 @@
-"""What docs/memory.md shows of `em-kernels plan`, between its markers; run, writes it anew.
+"""Generate the plans that docs/memory.md shows between its markers: python docs/plans.py
 
-From the models' shapes alone: a folder with the config.json of each stands in for the hub's.
+Plans need only a model's config.json: local folders with one stand in for the hub's models.
 """
 
 import io
@@ -25,7 +25,7 @@ from benchmarks.gpu_24gb import save_task
 
 PAGE = Path(__file__).with_name("memory.md")
 MODEL = "Qwen/Qwen2.5-Math-"
-MACHINES = {  # GiB that can be used: of the card, of the host
+MACHINES = {  # usable GiB of the card and of the host
     "laptop, 8 GB card, 32 GB of RAM": (7.2, 29),
     "laptop, 12 GB card, 32 GB": (11, 29),
     "laptop, 16 GB card, 64 GB": (15, 60),
@@ -34,13 +34,13 @@ MACHINES = {  # GiB that can be used: of the card, of the host
     "24 GB card, 96 GB": (22.5, 90),
     "24 GB card, 128 GB": (22.5, 120),
 }
-SEVERAL = {  # GiB of a card and of the host, cards
+SEVERAL = {  # usable GiB of each card and of the host, number of cards
     "2 cards of 24 GB, 128 GB of RAM": (22.5, 120, 2),
     "8 cards of 24 GB, 256 GB": (22.5, 245, 8),
     "8 cards of 48 GB, 512 GB": (46, 490, 8),
     "2 cards of 80 GB, 256 GB": (78, 245, 2),
 }
-ENGINES = {  # name, optimizer's state on the host
+ENGINES = {  # LaunchSpec.engine, and whether the optimizer's state is on the host
     "replicas": ("replicas", False),
     "FSDP2": ("fsdp2", False),
     "ZeRO-2": ("deepspeed", False),
@@ -51,7 +51,7 @@ SHOWN = "24 GB card, 64 GB"  # in full, for the first size
 
 
 class Shared(Planner):
-    """What was found of a model's shapes serves every machine."""
+    """A planner that shares each model's sketches between the plans for all machines."""
 
     known: dict[str, dict] = {}
 
@@ -61,6 +61,7 @@ class Shared(Planner):
 
 
 def command(model: str) -> str:
+    """Return a console block: `em-kernels plan` for the machine SHOWN, and its output."""
     gpu, host = MACHINES[SHOWN]
     arguments = f"plan --model {model} --gpu-memory {gpu} --host-memory {host}"
     out = io.StringIO()
@@ -82,7 +83,7 @@ def cell(plan: Plan, chosen: bool) -> str:
 
 
 def table(model: str, machines: Sequence[str]) -> list[str]:
-    """Lines of Markdown: the header and a row a machine."""
+    """Return the lines of a Markdown table with a row per machine."""
     config = open_config(model)
     rows, header = [], ""
     for name in machines:
@@ -97,7 +98,7 @@ def table(model: str, machines: Sequence[str]) -> list[str]:
 
 
 def several(model: str) -> list[str]:
-    """Lines of Markdown: what a process needs where there are several."""
+    """Return the lines of a Markdown table: what each process needs on several cards."""
     config = open_config(model)
     rows = [f"| | {' | '.join(ENGINES)} |", "|" + "---|" * (len(ENGINES) + 1)]
     for name, (gpu, host, cards) in SEVERAL.items():
@@ -114,7 +115,7 @@ def several(model: str) -> list[str]:
 
 @contextmanager
 def folders() -> Iterator[None]:
-    """Work where the models' names are folders' with a config.json."""
+    """Work in a temporary folder in which each model's name is a folder with its config.json."""
     here = os.getcwd()
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
@@ -127,7 +128,7 @@ def folders() -> Iterator[None]:
 
 
 def text() -> str:
-    """All that stands between the markers."""
+    """Return all that stands between the markers."""
     lines = ["", command(MODEL + SIZES[0]), ""]
     for size in SIZES:
         lines += [f"{MODEL}{size}:", "", *table(MODEL + size, list(MACHINES)), ""]
