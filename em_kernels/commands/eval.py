@@ -22,8 +22,8 @@ from ..training.evaluation.evaluate import (
 from ..training.evaluation.statistics import mean_interval, percent
 from .flags import parse_settings
 
-HELP = """--regrade DIR grades the completions that an evaluation has kept once more; --against DIR
-compares with an earlier evaluation of the same problems, by McNemar's exact test.
+HELP = """Two more flags: --regrade DIR grades the completions of an evaluation again; --against
+DIR compares with an earlier evaluation of the same problems, by McNemar's exact test.
 
 Examples: em-kernels eval --model demo --data math500.jsonl --count 50 --max-new-tokens 512;
 em-kernels eval --model Qwen/Qwen2.5-Math-7B --data HuggingFaceH4/MATH-500 --template

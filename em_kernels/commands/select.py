@@ -17,11 +17,11 @@ from ..training.evaluation.task import open_model
 from .flags import as_flags, parse_settings
 
 SHOWN = 10  # prompts
-HELP = """The same command again goes on where it was stopped.
+HELP = """The same command again resumes one that was stopped.
 
 Examples: em-kernels select --model Qwen/Qwen2.5-Math-1.5B --data math500.jsonl --count 100;
-em-kernels select --model demo --data addition --count 24 --template few-shot --temperature 1
---top-k 0 --top-p 1 --repetition-penalty 1 --max-new-tokens 24"""
+em-kernels select --model demo --data addition --count 24 --template
+few-shot --temperature 1 --top-k 0 --top-p 1 --repetition-penalty 1 --max-new-tokens 24"""
 
 
 def run(arguments: list[str]) -> int:

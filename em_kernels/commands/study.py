@@ -6,10 +6,10 @@ from ..training.evaluation.study_analysis import table_of
 from ..training.evaluation.study_config import StudyConfig
 from .flags import parse_settings
 
-HELP = """Three arms of prompts of one pool: those of highest variance of correctness, random ones,
-and such that no sample gets right. Each prompt is trained on alone, with one seed, for a number of
+HELP = """Prompts of a pool form three arms: those of highest variance of correctness, random ones,
+and ones that no sample gets right. Each prompt is trained on alone, with one seed, for a number of
 updates that is fixed beforehand; all are scored on the same held-out problems, teacher-forced. The
-same command again goes on where it was stopped; a prompt takes one to two minutes on two cores. The
+same command again resumes one that was stopped; a prompt takes one to two minutes on two cores. The
 default learning rate was found on addition.
 
 Examples: em-kernels study; em-kernels study --data gym:letter_counting --output
