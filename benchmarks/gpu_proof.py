@@ -2,8 +2,9 @@
 
 It needs torch, triton and transformers, and for the tests pytest and
 hypothesis, but no network; the checkout need not be installed. Each part runs in
-a process of its own with a time limit, and adds to one results file. The run stops
-after nine minutes; the same command then runs the parts that the file lacks.
+a process of its own with a time limit, and adds to one results file. The run
+stops after nine minutes; the same command then runs parts that are missing or
+failed.
 """
 
 import argparse
@@ -286,7 +287,7 @@ def main(arguments: list[str]) -> int:
         "--minutes",
         type=float,
         default=9.0,
-        help="stop after these (default: %(default)g)",
+        help="limit of the whole run (default: %(default)g)",
     )
     parser.add_argument(
         "--dry-run",

@@ -70,8 +70,8 @@ with every provider but ours-64mib and, on a CPU, linear-cross-entropy (80 s a
 call). Results are added to benchmarks/results/<device>.json after each case;
 Ctrl-C keeps them.
 
-  time    median; then its ratio to the floor (quartiles): the bare matrix products,
-          timed in every round. Compare the ratios: a machine's speed varies
+  time    median, and its ratio (quartiles) to the floor: the bare matrix
+          products, timed in turns with it. Compare ratios: a machine's speed varies
   peak    memory above the inputs: of the device's allocator, or resident on a CPU
   work    GEMM work / (tokens x hidden x vocabulary); a product costs 2
   error   relative, against fp64 on a sample: the worst of loss and gradients

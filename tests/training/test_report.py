@@ -205,7 +205,7 @@ def test_a_page_needs_nothing_else(trained, tmp_path):
 
 
 def test_hostile_names_prompts_and_completions(folder, tmp_path):
-    """The model's output is not to be trusted, and a character can have several tokens."""
+    """Names, prompts and output may hold HTML; one character may span several tokens."""
     tokenizer = make_tokenizer()
     texts = ["<script>alert('x')</script> &amp; \"é\" 漢字🙂\n\x1b[0m\u202e", "abc the\n\n</b>"]
     prompt = "</pre><img src=x onerror=alert(1)>"
