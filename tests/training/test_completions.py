@@ -157,7 +157,7 @@ def long(place):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_stopped_and_gone_on(number, long, tmp_path, capfd):
+def test_stopped_and_resumed(number, long, tmp_path, capfd):
     """Results equal those of one that was never stopped; others cannot write there meanwhile."""
     output, kept = tmp_path / "eval", tmp_path / "eval" / "completions.jsonl"
     base, whole = [*long[0], "--output", str(output)], long[1]
