@@ -289,6 +289,7 @@ class Run:
             sizes = ", ".join(f"{name} {size}" for name, size in self.sizes.items())
             asked = {name: getattr(self.asked, name) for name in self.sizes}
             config = self.config.model_copy(update=asked)
-            remedies = ", ".join(cheaper(config, self.ranks.device.type == "cuda"))
+            on_cuda, engine = self.ranks.device.type == "cuda", self.ranks.launch.engine
+            remedies = ", ".join(cheaper(config, on_cuda, engine))
             return UserError(f"out of memory with {sizes}; {kept}; use {remedies}")
         return error
