@@ -14,7 +14,7 @@ CI_TESTS := $(addprefix tests/test_,docs.py hf_trainer.py trl.py) $(addprefix te
 demo: $(INSTALLED)
 	@$(BIN)/em-kernels demo $(DEMO_ARGS)
 
-# A test process for each CPU; TEST_ARGS='-n 0 tests/test_rows.py -k bf16' runs a part in one.
+# A test process for each CPU; TEST_ARGS='-n 0 tests/test_rows.py -k bf16' runs some tests in one process.
 test: $(INSTALLED)
 	@$(BIN)/python -m pytest -n auto --dist worksteal $(TEST_ARGS)
 
@@ -24,7 +24,7 @@ test-ci: $(INSTALLED)
 test-all: $(INSTALLED)
 	@$(BIN)/python -m pytest -n auto --dist worksteal -m 'not gpu' $(TEST_ARGS)
 
-# What every causal architecture of transformers can do, into docs/architectures.md.
+# Tries every causal architecture of transformers, and writes the results to docs/architectures.md.
 test-architectures: $(INSTALLED)
 	@cd tests && ../$(BIN)/python -m training.architectures
 
@@ -61,8 +61,8 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	@test $$(df -Pk . | awk 'NR == 2 {print $$4}') -gt 3000000 || { \
 	  echo "make: under 3 GB of disk space are left here; free some (with CUDA 10 GB are needed)" >&2; exit 1; }
 	@command -v $${CXX:-c++} >/dev/null 2>&1 || command -v g++ >/dev/null 2>&1 || { \
-	  echo "make: no C++ compiler: the CPU will use the slower portable rows."; \
-	  echo "make: to have them fast, install one (Debian: apt-get install g++) and run make build"; }
+	  echo "make: no C++ compiler: the CPU will use the slower portable row kernels."; \
+	  echo "make: for the fast ones, install one (Debian: apt-get install g++) and run make build"; }
 	@test ! -e $(VENV)/.installing || rm -rf $(VENV)
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { rm -rf $(VENV); $(PYTHON) -m venv $(VENV); } || { \
 	  echo "make: no virtual environment: install Python's venv (Debian: apt-get install python3-venv)" >&2; exit 1; }
@@ -72,7 +72,7 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	  $(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation \
 	    --editable '.[train,eval,bench,dev]' || { \
 	  echo "make: the installation failed: is a package registry in reach (pip config list), is the disk full?" >&2; \
-	  echo "make: run the same command again to take it up where it stopped" >&2; exit 1; }
+	  echo "make: run the same command again; it begins anew, from pip's cache" >&2; exit 1; }
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt reasoning-gym || \
 	  echo "make: no reasoning-gym (one of its parts is compiled): --data gym:TASK will not work"
 	@rm $(VENV)/.installing && touch $@

@@ -37,7 +37,7 @@ class OptionalBuildExtension(BuildExtension):
             reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
             print(
                 f"warning: em_kernels._C was not built ({reason[0]}): the CPU will use the slower "
-                "portable rows; `make build` builds it later",
+                "portable row kernels; `make build` builds it later",
                 file=sys.stderr,
             )
             self.extensions = []

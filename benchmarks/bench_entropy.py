@@ -1,4 +1,4 @@
-"""Time of the library over that of the matrix products it cannot avoid: make bench.
+"""Time of the library, relative to the matrix products it cannot avoid; make bench runs it.
 
 The floor is these products alone, by torch, on all logits at once and in the inputs' dtype.
 """
@@ -67,7 +67,7 @@ def dtype_of(head):
 
 
 BF16 = pytest.mark.parametrize("head", ["bfloat16"], indirect=True)
-LIMITS = {  # by kind and dtype: what the ratio must be, what is aimed at
+LIMITS = {  # of the ratio, by kind and dtype: limit and aim, shown but not asserted
     ("loss", "float32"): ("1.20", "1.08"),
     ("loss", "bfloat16"): ("1.8", "1.25"),
     ("forward", "float32"): ("1.15", "1.05"),

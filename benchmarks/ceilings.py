@@ -1,4 +1,4 @@
-"""Identity and measured speed limits of this device: the ceilings for the kernels."""
+"""What this device is, and how fast copies and GEMMs are on it: the ceilings for the kernels."""
 
 import platform
 import shutil
@@ -35,7 +35,7 @@ def environment(sizes: Sizes) -> dict:
             ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
             found["driver"] = subprocess.run(ask, capture_output=True, text=True).stdout.strip()
 
-    def normal(*shape: int) -> torch.Tensor:  # GEMMs of zeros are faster than of data.
+    def normal(*shape: int) -> torch.Tensor:  # zeros would be faster than data
         return torch.randn(shape, dtype=torch.bfloat16, device=sizes.device)
 
     def tflops(n: int, k: int, m: int, run: Callable[[], object]) -> float:

@@ -68,9 +68,9 @@ class Variant(NamedTuple):
     bias: torch.dtype | None
     out: torch.dtype | None  # gradient only
     softcap: bool = False
-    everything: bool = False  # statistics only
+    everything: bool = False  # statistics only: collision and argmax too
     targets: bool = False  # column masses only: the other kernels always have targets
-    aligned: bool = True
+    aligned: bool = True  # logits and their row stride, to 16
 
     def __str__(self) -> str:
         out = f" -> {TYPES[self.out]}" if self.out else ""
@@ -112,12 +112,14 @@ class Variant(NamedTuple):
         return getattr(kernels, FUNCTIONS[self.kernel])
 
     def is_divisible(self, name: str) -> bool:
-        """Return whether Triton may assume that 16 divides an argument: ours, or aligned logits."""
+        """Return whether Triton may assume that an argument is a multiple of 16: split_length, and
+        pointers and strides of aligned logits.
+        """
         return name == "split_length" or self.aligned and name.endswith(("_ptr", "_yn", "_on"))
 
 
 def variants() -> Iterator[Variant]:
-    """Yield every variant that kernels/triton.py launches, but for integer arguments of 1."""
+    """Yield every variant that kernels/triton.py launches, except those for integers equal to 1."""
     narrow, flags = (torch.bfloat16, torch.float16), (False, True)
     fp32 = torch.float32
     for bias, softcap, everything in product((None, fp32, *narrow), flags, flags):

@@ -30,7 +30,7 @@ def synchronize():
 
 @pytest.fixture
 def ratio(benchmark):
-    """A function that times another and its baseline in turns, as load from outside meets both."""
+    """A function that times another and its baseline in turns, so that outside load slows both."""
 
     def measure(function, baseline, **facts):
         baseline_ms, function_ms = [], []
@@ -70,7 +70,7 @@ def pytest_terminal_summary(terminalreporter, config):
     write = terminalreporter.write_line
     name = store.device_name(DEVICE)
     write(f"\n{name}; torch {torch.__version__}; medians of {ROUNDS} rounds in turns")
-    head = ("what", "over", "ms", "ms", "ratio", "quartiles", "must", "aim")
+    head = ("what", "over", "ms", "over, ms", "ratio", "quartiles", "must", "aim")
     lines = [head] + [
         (
             row["what"],

@@ -3,7 +3,7 @@ gpu-24gb runs it.
 
 Each part runs in a process of its own, limited to 22 GiB of the device, with random bf16 weights.
 An update has 64 completions of 128 + 512 tokens, none of which ends early: the worst case. Parts
-that the results file has are not run again; one that does not fit is named.
+that the results file has are not run again; one that does not fit is reported as skipped.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from em_kernels.training.trainer import train
 
 GIB = 2**30
 CAP_GIB = 22.0  # The CUDA context and a desktop take the rest of 24.
-PART_SECONDS = 45.0  # A part begins another update only if that will end in this time.
+PART_SECONDS = 45.0  # A part starts another update only if that should end in time.
 
 
 class Shape(NamedTuple):
@@ -65,7 +65,7 @@ PARTS = {
 
 
 class Enough(BaseException):
-    """Stops a part's training. Not an Exception: after one train would save the model."""
+    """Stops a part's training; not an Exception, after which train would save the model."""
 
 
 def save_task(folder: Path, size: str, dry_run: bool) -> None:
@@ -158,7 +158,7 @@ def run_part(name: str, dry_run: bool, folder: Path) -> dict:
 
 
 def in_own_process(name: str, dry_run: bool) -> dict:
-    """Run a part in a process of its own; a dry run forks, which is quick but not for CUDA."""
+    """Run a part in a process of its own. A dry run forks, which is quicker; CUDA forbids it."""
     if name.endswith("lora") and importlib.util.find_spec("peft") is None:
         return {"skipped": "peft is not installed"}
     context = multiprocessing.get_context("forkserver" if dry_run else "spawn")
@@ -191,7 +191,7 @@ def main(arguments: list[str]) -> int:
     program = "python -m benchmarks.gpu_24gb"
     parser = argparse.ArgumentParser(program, description=__doc__, allow_abbrev=False)
     parser.add_argument(
-        "--again", action="store_true", help="run parts again that the results have"
+        "--again", action="store_true", help="also run parts that the results file has"
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="two small layers on the CPU, to test the script"

@@ -2,9 +2,9 @@
 
 It needs torch, triton and transformers, and for the tests pytest and
 hypothesis, but no network; the checkout need not be installed. Each part runs in
-a process of its own with a time limit, and adds to one results file. Parts that
-the file has are not run again: after nine minutes the run stops, and the same
-command goes on.
+a process of its own with a time limit, and adds to one results file. The run
+stops after nine minutes; the same command then runs parts that are missing or
+failed.
 """
 
 import argparse
@@ -59,7 +59,7 @@ class Run(NamedTuple):
 
 
 def run_tests(run: Run, name: str) -> dict:
-    """Run the GPU tests of some files; in a dry run they are collected and skip themselves.
+    """Run the GPU tests of TESTS[name], which skip themselves without a GPU; return the counts.
 
     If some fail, pytest's report is kept beside the results.
     """
@@ -80,7 +80,7 @@ def run_tests(run: Run, name: str) -> dict:
 
 
 def count(cases: list[ElementTree.Element]) -> dict:
-    """Count passed, failed and skipped tests of a JUnit report, with the messages of the latter."""
+    """Count passed, failed and skipped tests of a JUnit report, with failures and skip reasons."""
     failures, skips = dict[str, str](), dict[str, int]()
     for case in cases:
         for kind in ("failure", "error", "skipped"):
@@ -212,7 +212,7 @@ PARTS = {
     ),
 }
 LISTED = "\n".join(f"  {name:<13}{part.text}" for name, part in PARTS.items())
-FAILED = 3  # exit code of a part if tests, values or cases failed
+FAILED = 3  # exit code of a part's process if something in it failed
 
 
 def line_of(name: str, row: dict) -> str:
@@ -245,7 +245,9 @@ def work(name: str, run: Run) -> None:
 
 
 def in_own_process(name: str, run: Run, seconds: float) -> bool:
-    """Run a part in a process; return if it succeeded. A dry run forks: quick, not for CUDA."""
+    """Run a part in a process; return whether it succeeded. A dry run forks: quicker, but CUDA
+    forbids it.
+    """
     context = multiprocessing.get_context("spawn" if run.sizes == GPU else "forkserver")
     if run.sizes == DRY:
         context.set_forkserver_preload(["benchmarks.gpu_proof", "pytest"])
@@ -279,10 +281,13 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--part", nargs="+", choices=PARTS, metavar="NAME", help="run only these")
     parser.add_argument(
-        "--again", action="store_true", help="run parts again that the results have"
+        "--again", action="store_true", help="also run parts that the results file has"
     )
     parser.add_argument(
-        "--minutes", type=float, default=9.0, help="stop after this long (default: %(default)g)"
+        "--minutes",
+        type=float,
+        default=9.0,
+        help="limit of the whole run (default: %(default)g)",
     )
     parser.add_argument(
         "--dry-run",

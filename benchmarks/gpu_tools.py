@@ -16,7 +16,7 @@ from benchmarks.tuning import DRY, FIELDS, GPU, WAYS, Sizes, head_problem, row_p
 from em_kernels import fused_entropy_loss, fused_token_stats
 from em_kernels.kernels import kernels_for
 
-COUNTERS = {  # Nsight Compute's name: ours
+COUNTERS = {  # Nsight Compute's names, and ours
     "gpu__time_duration.sum": "time_ns",
     "dram__throughput.avg.pct_of_peak_sustained_elapsed": "memory_percent",
     "sm__throughput.avg.pct_of_peak_sustained_elapsed": "compute_percent",
@@ -34,7 +34,7 @@ def small_case(device: str) -> None:
         weight = torch.randn(v, d, device=device).to(dtype).requires_grad_()
         bias = torch.randn(v, device=device).to(dtype).requires_grad_()
         targets = torch.arange(n, device=device)
-        chunk_bytes = 30 * 12 * 4112
+        chunk_bytes = 30 * 12 * 4112  # several chunks, the last one partial
         for more in ({}, {"grad_tolerance": 2**-6}, {"softcap": 20.0, "bias": bias}):
             given = {"temperature": 0.2, "chunk_bytes": chunk_bytes, **more}
             fused_entropy_loss(hidden, weight, **given).backward()

@@ -1,7 +1,7 @@
 """Hidden states and heads to measure on: a model's own, LM-like ones of any size, the worst case.
 
-The cost of a gradient with a tolerance depends on how peaked the distributions are. Gaussian heads
-have no peaks: nothing can be left out there, and no measurement says anything about a model.
+The cost of a gradient with a tolerance depends on how peaked the distributions are. With a Gaussian
+head they have no peaks: nothing could be left out, and times would say nothing about a real model.
 `python -m benchmarks.inputs` compares LM-like inputs with a model's.
 """
 
@@ -204,7 +204,7 @@ def figures(given: Input) -> Figures:
             p = logp.exp()
             h = -(p * logp).sum(-1, keepdim=True)
             entropy[tau] += h.sum().item()
-            mass[tau] += (p * (logp + h)).abs_().sum(0)  # equation (8) without 1 / (N tau)
+            mass[tau] += (p * (logp + h)).abs_().sum(0)  # reference.py (8), without 1 / (N tau)
     n = len(given.hidden)
     active = []
     for tau in TEMPERATURES:

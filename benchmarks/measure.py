@@ -46,7 +46,7 @@ GEMMS = {"loss": 3, "frozen": 2, "stats": 3, "forward": 1}  # matrix products of
 TASKS = {
     "loss": "mean loss, gradients of hidden and weight",
     "frozen": "mean loss, gradient of hidden (LoRA)",
-    "stats": "entropy and logprob per token, any upstream, both gradients",
+    "stats": "entropy and logprob per token, any upstream gradient, both gradients",
     "forward": "mean loss, no gradient",
 }
 
@@ -96,7 +96,7 @@ def make_problem(case: Case) -> HeadProblem:
 
 
 def upstream(case: Case, device: str) -> Tensor:
-    """Return the weights of the per-token task's loss; signs differ, as advantages' do."""
+    """Return each token's weight in the loss of task stats, of either sign, as advantages are."""
     return torch.linspace(-1, 1, case.tokens, device=device) / case.tokens
 
 
@@ -265,12 +265,13 @@ def timed_ms(device: str, run: Callable[[], object]) -> float:
 
 def spread(values: list[float]) -> tuple[float, list[float]]:
     """Return the median and the quartiles."""
-    first, middle, third = statistics.quantiles(values * (1 + (len(values) == 1)), n=4)
+    pair = values * 2 if len(values) == 1 else values  # quantiles needs two
+    first, middle, third = statistics.quantiles(pair, n=4)
     return round(middle, 3), [round(first, 3), round(third, 3)]
 
 
 def in_turns(device: str, run: Callable, floor: Callable) -> dict[str, object]:
-    """Time the floor and run in turns, so that load from outside slows both alike."""
+    """Time `floor` and `run` in turns, so that load from outside slows both; return medians."""
     times, floors = [], []
     floor()
     start = time.perf_counter()
@@ -288,7 +289,7 @@ def in_turns(device: str, run: Callable, floor: Callable) -> dict[str, object]:
 
 
 def measure(case: Case, true: dict[str, dict]) -> dict[str, object]:
-    """Measure everything of one case; of a provider with wrong results only the error."""
+    """Measure a case: work, error, memory, time; no memory and time if the error is too large."""
     provider = PROVIDERS[case.provider]
     return_freed_memory()
     problem = make_problem(case)

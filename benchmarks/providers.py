@@ -29,7 +29,7 @@ Statistics: TypeAlias = Callable[[HeadProblem], tuple[Tensor, Tensor]]  # entrop
 
 
 class Provider(NamedTuple):
-    """A way to compute the loss and the per-token statistics; None if it does not offer one."""
+    """A way to compute the loss and the per-token statistics, either None if it offers none."""
 
     title: str
     loss: Loss | None  # mean over tokens of `quantity`
@@ -37,7 +37,7 @@ class Provider(NamedTuple):
     quantity: str = "entropy"
     bytes_per_logit: int = 0  # peak memory if it holds all logits; 0 if it works in chunks
     package: str = "torch"
-    softcap: bool = True  # it supports one
+    softcap: bool = True  # whether it supports one
     cuda_only: bool = False
     counted: bool = True  # its GEMMs go through torch, where their work can be counted
 
@@ -105,7 +105,7 @@ def products(problem: HeadProblem, count: int) -> None:
     """Run the floor: the matrix products alone, 1 for a forward, 2 or 3 with gradients."""
     with torch.no_grad():
         logits = torch.mm(problem.hidden, problem.weight.t())
-        kept = [logits]  # A caller's results live until the end.
+        kept = [logits]  # Results live until the end, as a caller's would.
         if count > 1:
             kept.append(torch.mm(logits, problem.weight))
         if count > 2:
@@ -182,6 +182,7 @@ PROVIDERS = {
     ),
 }
 ON_REQUEST = {  # measured only when named
-    "cpu": ("ours-64mib", "linear-cross-entropy"),  # 80 s a call (Xeon, 2 threads, November 2026)
+    # linear-cross-entropy: 80 s a call (Xeon, 2 threads, November 2026)
+    "cpu": ("ours-64mib", "linear-cross-entropy"),
     "cuda": ("ours-64mib",),
 }

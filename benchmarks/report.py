@@ -20,7 +20,7 @@ BEGIN, END = "<!-- python -m benchmarks --report: begin -->", "<!-- end -->"
 # By theme: colour of text, colour of other libraries' marks.
 THEMES = {"light": ("#1f2328", "#8c959f"), "dark": ("#e6edf3", "#7d8590")}
 OUR_COLOURS = ("#2f81f7", "#db6d28", "#8957e5")  # readable on white and on black
-LINES = {  # of the memory plot: colour (None: that of others) and dash, by provider
+LINES = {  # of the memory plot: colour (None: that of other libraries) and dash, by provider
     "ours": (OUR_COLOURS[0], "-"),
     "ours-sparse": (OUR_COLOURS[2], "--"),  # dashed and after ours, as it may lie on it
     "ours-64mib": (OUR_COLOURS[1], "-"),

@@ -66,12 +66,12 @@ Each provider runs in a process of its own. By default these are measured, in
 bfloat16, for the loss with all gradients:
   CPU  {" and ".join(f"{shape} with {kind}" for shape, kind in report.FEATURED["cpu"])}
   GPU  {", ".join(shape for shape, _ in report.FEATURED["cuda"])}, with lm-0.5
-with every provider but {" and ".join(ON_REQUEST["cpu"])} (80 s a call on a
-CPU). Results are added to benchmarks/results/<device>.json after each case;
+with every provider but ours-64mib and, on a CPU, linear-cross-entropy (80 s a
+call). Results are added to benchmarks/results/<device>.json after each case;
 Ctrl-C keeps them.
 
-  time    median (quartiles) of rounds in turns with the floor: the bare matrix
-          products. Compare the ratio to the floor: a machine's speed varies
+  time    median, and its ratio (quartiles) to the floor: the bare matrix
+          products, timed in turns with it. Compare ratios: a machine's speed varies
   peak    memory above the inputs: of the device's allocator, or resident on a CPU
   work    GEMM work / (tokens x hidden x vocabulary); a product costs 2
   error   relative, against fp64 on a sample: the worst of loss and gradients
@@ -92,7 +92,7 @@ EXAMPLES = """examples:
 
 
 def chosen(kind: str, names: Sequence[str], known: Iterable[str]) -> list[str]:
-    """Check a list of names, and expand "all"; `kind` is the flag."""
+    """Return the names of a flag, checked, with "all" expanded; `kind` is the flag."""
     known = list(known)
     if "all" in names:
         return known
@@ -187,7 +187,7 @@ def reason_not_to(case: Case) -> str | None:
 
 
 def run_process(kind: str, case: Case, truth: Path) -> dict:
-    """Run one case in a child process; return {"skipped": why} if it fails."""
+    """Run measure.py in a child process; return what it prints, or {"skipped": why} if it fails."""
     child = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.measure", kind, str(truth)],
         stdin=subprocess.PIPE,
@@ -235,7 +235,7 @@ def run(cases: list[Case], path: Path) -> int:
         truth = Path(folder) / "truth.pt"
         for problem, group in groupby(cases, key=lambda case: case.problem):
             print(problem, flush=True)
-            failed: dict | None = None  # None: no fp64 truth yet; {}: it is there
+            failed: dict | None = None  # None: no fp64 truth yet; {}: it is there; else why not
             for case in group:
                 why = reason_not_to(case)
                 if why is None and failed is None:

@@ -36,7 +36,8 @@ FIELDS = {  # fields that each kernel's launch depends on
     "mass": ("THREAD_V", "warps_per_sm"),
 }
 PATHS = {"exact": ("statistics", "gradient"), "sparse": ("statistics", "mass")}
-THREAD_LOGITS = range(4, 33)  # per thread of a gradient: fewer make loads too short, more spill
+# Logits per thread of the gradient kernel: fewer make loads too short, more spill registers.
+THREAD_LOGITS = range(4, 33)
 BYTES = {"statistics": 4, "gradient": 6, "mass": 4}  # per logit: fp32 read, bf16 written
 ROUNDS = 5  # of the present settings and the best, in turns
 GAIN = 0.02  # A smaller gain is noise.
@@ -210,13 +211,13 @@ def time_each(
             if why:
                 wrong.append(f"{name} {key}: {why}")
                 print(f"  {wrong[-1]}", flush=True)
-        least = min(times[name], key=times[name].__getitem__, default="none")
-        print(f"  {name}: {least} ({', '.join(FIELDS[name])})", flush=True)
+        fastest = min(times[name], key=times[name].__getitem__, default="none")
+        print(f"  {name}: {fastest} ({', '.join(FIELDS[name])})", flush=True)
     return times, wrong
 
 
 def difference(found: tuple[Tensor, ...], expected: list[Tensor]) -> str | None:
-    """Return how far results are off if by more than rounding; the gradient is rounded to bf16."""
+    """Return how far results are off; None if by no more than rounding, the gradient's to bf16."""
     for mine, true in zip(found, expected, strict=True):
         allowed = 2**-7 if mine.dtype == torch.bfloat16 else 1e-4
         off = (mine.double() - true.double()).norm() / true.double().norm().clamp_min(1e-30)

@@ -34,13 +34,13 @@ MACHINES = {  # usable GiB of the card and of the host
     "24 GB card, 96 GB": (22.5, 90),
     "24 GB card, 128 GB": (22.5, 120),
 }
-SEVERAL = {  # GiB of a card and of the host, cards
+SEVERAL = {  # usable GiB of each card and of the host, number of cards
     "2 cards of 24 GB, 128 GB of RAM": (22.5, 120, 2),
     "8 cards of 24 GB, 256 GB": (22.5, 245, 8),
     "8 cards of 48 GB, 512 GB": (46, 490, 8),
     "2 cards of 80 GB, 256 GB": (78, 245, 2),
 }
-ENGINES = {  # name, optimizer's state on the host
+ENGINES = {  # LaunchSpec.engine, and whether the optimizer's state is on the host
     "replicas": ("replicas", False),
     "FSDP2": ("fsdp2", False),
     "ZeRO-2": ("deepspeed", False),
@@ -61,6 +61,7 @@ class Shared(Planner):
 
 
 def command(model: str) -> str:
+    """Return a console block: `em-kernels plan` for the machine SHOWN, and its output."""
     gpu, host = MACHINES[SHOWN]
     arguments = f"plan --model {model} --gpu-memory {gpu} --host-memory {host}"
     out = io.StringIO()

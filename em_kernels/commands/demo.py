@@ -31,10 +31,11 @@ def run(arguments: list[str]) -> int:
     """Run the demo in --output, by default the first runs/demo-N that does not exist."""
     parser = argparse.ArgumentParser(
         prog="em-kernels demo",
-        description="One-shot EM of SmolLM2-135M-Instruct on two-digit addition, by the other "
-        "commands. select picks, of 24 prompts, the one whose correctness varies most. train runs "
-        "5 updates of 32 completions on it. eval measures accuracy on 1000 held-out problems "
-        "before and after, and of the untrained model at lower temperatures. report draws it all.",
+        description="One-shot EM of SmolLM2-135M-Instruct on two-digit addition, which runs the "
+        "other commands. select picks, of 24 prompts, the one whose correctness varies most. train "
+        "runs 5 updates of 32 completions on it. eval measures accuracy on 1000 held-out problems "
+        "before and after, and of the untrained model at lower temperatures. report makes a page "
+        "of it all.",
     )
     seed = "seed of problems, samples and training (default: 0)"
     parser.add_argument("--seed", type=int, default=0, help=seed)
@@ -48,13 +49,13 @@ def run(arguments: list[str]) -> int:
         run_demo(known.seed, output, Terminal())
     except KeyboardInterrupt:
         again = f"em-kernels demo --seed {known.seed} --output {output}"
-        raise KeyboardInterrupt(f"interrupted; {again} goes on") from None
+        raise KeyboardInterrupt(f"interrupted; {again} continues it") from None
     return 0
 
 
 def run_demo(seed: int, output: Path, console: Console) -> str:
-    """Select a prompt, train on it, evaluate before and after, draw a report; returns what the
-    numbers show. Called again, it continues a demo that was stopped.
+    """Select a prompt, train on it, evaluate before and after, write a report; return what the
+    numbers show, in words. Called again, it continues a demo that was stopped.
     """
 
     def execute(command: ModuleType, text: str, *folders: object) -> None:
@@ -85,7 +86,7 @@ def run_demo(seed: int, output: Path, console: Console) -> str:
 
 
 def reading(before: dict[str, Any], after: dict[str, Any]) -> str:
-    """Say what the results before and after training show, and what they do not."""
+    """Return in words what the results before and after training show, and what they do not."""
     base, now = (np.array(results["right"])[:, 0] for results in (before, after))
     change, low, high, p = paired_change(base, now)
     if p < 0.05:

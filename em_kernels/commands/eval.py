@@ -25,10 +25,12 @@ from .flags import parse_settings
 HELP = """--regrade DIR grades an evaluation's saved completions again; --against DIR compares with
 an earlier evaluation of the same problems, by McNemar's exact test.
 
-Examples: em-kernels eval --model demo --data math500.jsonl --count 50 --max-new-tokens 512;
-em-kernels eval --model Qwen/Qwen2.5-Math-7B --data HuggingFaceH4/MATH-500 --template
-qwen25-math-cot --output evals/base; em-kernels eval --model demo --data addition --template
-few-shot --teacher-forced; em-kernels eval --regrade evals/after --against evals/base"""
+Examples:
+  em-kernels eval --model demo --data math500.jsonl --count 50 --max-new-tokens 512
+  em-kernels eval --model Qwen/Qwen2.5-Math-7B --data HuggingFaceH4/MATH-500 \\
+    --template qwen25-math-cot --output evals/base
+  em-kernels eval --model demo --data addition --template few-shot --teacher-forced
+  em-kernels eval --regrade evals/after --against evals/base"""
 
 
 def run(arguments: list[str]) -> int:

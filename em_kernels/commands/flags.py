@@ -12,8 +12,8 @@ from ..training.run_folder import CONFIG
 from ..training.settings import Settings, UserError
 
 T = TypeVar("T", bound=Settings)
-SOURCES = f"""--preset NAME starts from a preset, whose settings flags override:
-  one-shot-em  the paper's recipe, which the defaults are
+SOURCES = f"""--preset NAME starts from a preset; flags override it:
+  one-shot-em  the paper's recipe, the same as the defaults
   official     loss, rollouts and updates as the paper's train.py has them
   demo         a 135M model on two-digit addition
 --config FILE starts from a YAML file, such as a run's {CONFIG}; flags override it.

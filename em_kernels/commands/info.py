@@ -49,7 +49,8 @@ def run(arguments: list[str]) -> int:
     print("\n".join(f"{name:<{width}}  {text}" for name, text in rows))
     if not cpu.is_built():
         print(
-            f"em_kernels._C is not built, or does not load ({cpu.WHY_NOT}): the CPU runs the "
-            "portable rows. Build it with `make build`, or `python setup.py build_ext --inplace`."
+            f"em_kernels._C is not built, or does not load ({cpu.WHY_NOT}): the CPU uses the "
+            "slower portable row kernels. Build it with `make build`, or `python setup.py "
+            "build_ext --inplace`."
         )
     return 0

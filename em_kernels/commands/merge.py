@@ -1,4 +1,4 @@
-"""`em-kernels merge`: a LoRA's adapters added to its base model."""
+"""`em-kernels merge`: a run's LoRA adapters added to its base model."""
 
 import argparse
 from pathlib import Path
@@ -14,7 +14,8 @@ def run(arguments: list[str]) -> int:
         "fp32, and write a plain bf16 transformers folder. A base that was trained on in 4 bits is "
         "merged unquantised. Runs on the CPU and needs host memory for the base model.",
     )
-    parser.add_argument("adapter", type=Path, metavar="RUN_OR_CHECKPOINT")
+    adapter = "folder of a LoRA run (its newest checkpoint is merged) or of a checkpoint"
+    parser.add_argument("adapter", type=Path, metavar="RUN_OR_CHECKPOINT", help=adapter)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="new folder")
     known = parser.parse_args(arguments)
     print(merge(known.adapter, known.output))

@@ -24,18 +24,24 @@ from ..training.settings import UserError
 from ..training.task import check_context
 from .flags import as_flags, train_settings
 
-HELP = """Reads nothing but the model's config.json; --model may also name that file. More flags:
---prompt-tokens N, the prompt's length (128); --json, everything as JSON; --ranks N, so many
-processes on one machine, with --engine fsdp2 or deepspeed if these shard the model, and --on-host
-if they keep the optimizer's state in host memory.
+HELP = """Plans memory, disk and time from the model's config.json alone; --model may also name that
+file. More flags:
+  --prompt-tokens N  length of the prompt (default: 128)
+  --json             print everything as JSON
+  --ranks N          plan for one of N processes on one machine (default: 1)
+  --engine NAME      fsdp2 or deepspeed, if one of these shards the model
+  --on-host          that engine keeps the optimizer's state in host memory
 
 For another machine: --gpu-memory and --host-memory take GiB; a card sold with 24 GB has 22 to 23.5.
-No GPU is needed here. Example: em-kernels plan --model Qwen/Qwen2.5-Math-7B --gpu-memory 22.5
---host-memory 89"""
+No GPU is needed here.
+
+Example:
+  em-kernels plan --model Qwen/Qwen2.5-Math-7B --gpu-memory 22.5 --host-memory 89"""
 CAUTION = (
     "Entropy minimisation is sensitive to the prompt and the seed; a plan promises that a run "
     "fits, not that the model gets better."
 )
+# Settings that the printed command has as the plan chose them.
 PINNED = ("mode", "four_bit", "offload_dir", "moments", "gradients")
 
 
@@ -57,7 +63,7 @@ def run(arguments: list[str]) -> int:
     launch = LaunchSpec(known.ranks, known.ranks, known.engine, known.on_host)
     model_config = open_config(config.model)
     tokens, new_tokens = known.prompt_tokens, config.sampling.max_new_tokens
-    check_context(model_config, tokens, new_tokens, "prompt_tokens: are", "lower it")
+    check_context(model_config, tokens, new_tokens, "prompt_tokens:", "lower it")
     cuda = config.device == "cuda" or (
         config.device == "auto" and (torch.cuda.is_available() or config.gpu_memory is not None)
     )
@@ -131,8 +137,8 @@ def download_bytes(model: str) -> int | None:
 
 
 def command_of(config: TrainConfig, chosen: Plan) -> TrainConfig:
-    """Return the user's settings with those choices of the plan that change the result, or where
-    it is kept.
+    """Return the user's settings for the printed command, with mode and precisions as the plan has
+    them.
     """
     changes: dict[str, Any] = {name: getattr(chosen.config, name) for name in PINNED}
     path = Path(config.model)
@@ -144,7 +150,7 @@ def command_of(config: TrainConfig, chosen: Plan) -> TrainConfig:
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
-    """Return a plan as JSON has it, in bytes and seconds."""
+    """Return a plan as JSON values, in bytes and seconds."""
     names = ("name", "fits", "problems", "device_total", "host_total", "run_seconds")
     return {
         **{name: getattr(plan, name) for name in names},
@@ -159,7 +165,8 @@ def show(console: Console, modes: list[Plan], chosen: Plan, command: str) -> Non
     """Print a table of the modes, the components of the chosen one, and its command."""
     shared = not chosen.host  # on a CPU, where host and device share their memory
     columns = ["mode", "memory" if shared else "device", "host", "disk", "micro-batch", "rollouts"]
-    table = Table(*columns, "update", "run", "fits", title=f"{chosen.config.model}: GiB, minutes")
+    title = f"{chosen.config.model}: sizes in GiB, times in minutes"
+    table = Table(*columns, "update", "run", "fits", title=title)
     for plan in modes:
         sizes = [plan.device_total, plan.host_total, sum(plan.disk.values()) + plan.download]
         seconds = [sum(plan.seconds.values()), plan.run_seconds]
@@ -210,5 +217,5 @@ def show(console: Console, modes: list[Plan], chosen: Plan, command: str) -> Non
         say(f"Mode {chosen.name} fits. To run it:\n\n{command}\n")
     else:
         say(f"Mode {chosen.name} does not fit: {'; '.join(chosen.problems)}.")
-        say(f"It would with {', or with '.join(chosen.remedies) or 'a smaller model'}.")
+        say(f"It would fit with {', or with '.join(chosen.remedies) or 'a smaller model'}.")
     say(CAUTION)

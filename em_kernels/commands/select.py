@@ -19,9 +19,10 @@ from .flags import as_flags, parse_settings
 SHOWN = 10  # prompts
 HELP = """Run the same command again to continue where it was stopped.
 
-Examples: em-kernels select --model Qwen/Qwen2.5-Math-1.5B --data math500.jsonl --count 100;
-em-kernels select --model demo --data addition --count 24 --template few-shot --temperature 1
---top-k 0 --top-p 1 --repetition-penalty 1 --max-new-tokens 24"""
+Examples:
+  em-kernels select --model Qwen/Qwen2.5-Math-1.5B --data math500.jsonl --count 100
+  em-kernels select --model demo --data addition --count 24 --template few-shot \\
+    --temperature 1 --top-k 0 --top-p 1 --repetition-penalty 1 --max-new-tokens 24"""
 
 
 def run(arguments: list[str]) -> int:

@@ -12,8 +12,9 @@ a number of updates fixed beforehand; all are scored on the same held-out proble
 Run the same command again to continue where it was stopped. A prompt takes one to two minutes on
 two cores. The default learning rate was tuned on addition.
 
-Examples: em-kernels study; em-kernels study --data gym:letter_counting --output
-runs/study-letters"""
+Examples:
+  em-kernels study
+  em-kernels study --data gym:letter_counting --output runs/study-letters"""
 
 
 def run(arguments: list[str]) -> int:

@@ -9,9 +9,11 @@ from .flags import train_settings
 
 HELP = """--resume RUN continues a stopped or killed run with its own settings.
 
-Examples: em-kernels train --model demo --prompt 'What is 2 + 3?' --steps 2 --rollouts 8
---max-new-tokens 64; em-kernels train --resume runs/one-shot-em. On several GPUs: accelerate launch
--m em_kernels.cli train ..., or torchrun."""
+Examples:
+  em-kernels train --model demo --prompt 'What is 2 + 3?' --steps 2 --rollouts 8 \\
+    --max-new-tokens 64
+  em-kernels train --resume runs/one-shot-em
+  accelerate launch -m em_kernels.cli train ...  (several GPUs; or torchrun)"""
 
 
 def run(arguments: list[str]) -> int:

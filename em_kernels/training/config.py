@@ -148,7 +148,8 @@ class TrainConfig(Settings):
     """
     micro_batch: Auto | Positive = "auto"
     """Maximum tokens per forward and backward, not counting a shared prompt. Changes memory and
-    speed, not the result. auto: as many as fit, halved if memory runs out after all.
+    speed, not the result. auto: as many as fit and help speed, halved if memory runs out after
+    all.
     """
     micro_batch_rows: Positive | None = None
     """Maximum completions per forward and backward; default: no limit."""
@@ -156,7 +157,7 @@ class TrainConfig(Settings):
     """Run the prompt through the model once per update, for all completions, with gradients."""
     rollout_batch: Auto | Positive = "auto"
     """Completions sampled in parallel; their KV cache takes most of the memory while sampling.
-    auto: as many as fit.
+    auto: as many as fit and help speed.
     """
     gradient_checkpointing: Auto | bool = "auto"
     """Recompute activations in the backward: less memory, about a third more time. auto: only if
@@ -171,7 +172,9 @@ class TrainConfig(Settings):
     has it, else eager.
     """
     chunk_bytes: Positive | None = None
-    """Memory for the logits held at a time, in bytes; default: 256 MiB."""
+    """Memory for the logits held at a time, in bytes; default: about 256 MiB, less on a small
+    device, more with mode offload if there is room.
+    """
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
     """Also log each update's metrics to this tracker, whose package must be installed; wandb works
     offline with WANDB_MODE=offline.

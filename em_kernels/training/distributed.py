@@ -1,5 +1,5 @@
-"""A run's processes, one a device, started by `accelerate launch` or torchrun, and what they tell
-each other; one process is the special case.
+"""A run's processes, one per device, started by `accelerate launch` or torchrun, and their
+communication; a single process is a special case.
 """
 
 import os
@@ -27,9 +27,9 @@ TIMEOUT = timedelta(hours=2)  # while rank 0 reads or writes; NCCL's own is ten 
 class LaunchSpec(NamedTuple):
     """A run's processes, and who holds weights and optimizer.
 
-    engine: replicas: every rank holds all, and gradients are added up (accelerate's MULTI_GPU or
-        MULTI_CPU); fsdp2: each rank a part of both; deepspeed: the weights, and a part of gradients
-        and optimizer (ZeRO 2).
+    engine: replicas: every rank holds all of both, and gradients are added up (accelerate's
+        MULTI_GPU or MULTI_CPU); fsdp2: every rank holds a part of both; deepspeed: every rank holds
+        all weights, and a part of gradients and optimizer (ZeRO 2).
     """
 
     ranks: int = 1
@@ -66,7 +66,7 @@ class Ranks:
         return self.index == 0
 
     def describe(self) -> dict[str, Any]:
-        """Return the launch's settings that change the last digits; nothing for one process."""
+        """Return what of the launch changes the last digits of results; {} for one process."""
         if self.launch == LaunchSpec():
             return {}
         return {"ranks": self.count, "engine": self.launch.engine}
@@ -91,8 +91,8 @@ class Ranks:
         return total.to(values.device)
 
     def from_main(self, make: Callable[[], T]) -> T:
-        """Make something on rank 0 and share it with every rank. If that raises a UserError, the
-        other ranks exit silently.
+        """Return on every rank what make() returns on rank 0. If it raises a UserError there, the
+        other ranks exit silently; Interrupted is raised on all.
         """
         if self.count == 1:
             return make()
@@ -139,12 +139,15 @@ class Ranks:
 def find_ranks(device: str, rollouts: int | None = None) -> Ranks:
     """Find the processes that accelerate or torchrun has started.
 
+    Args:
+        rollouts: completions of an update, of which each process needs one.
+
     Raises: UserError for a launch that is not supported.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device: cuda was asked for, but torch sees no CUDA GPU; use auto or cpu")
     if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "").lower() == "true":
-        raise UserError("parallelism_config: is not supported; leave it out of accelerate's")
+        raise UserError("parallelism_config: is not supported; remove it from accelerate's config")
     on_cpu = device == "cpu" or not torch.cuda.is_available()
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
     cpu = on_cpu and not deepspeed  # with cpu=True accelerate leaves DeepSpeed out

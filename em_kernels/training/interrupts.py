@@ -12,8 +12,11 @@ class Interrupted(KeyboardInterrupt):
 
 
 class StopRequest:
-    """A context that defers the first Ctrl-C or SIGTERM to the next check(); a second acts at once,
-    unless patient, as under a launcher, which forwards the signal that the terminal also sends.
+    """A context that defers the first Ctrl-C or SIGTERM to the next check(); a second acts at once.
+
+    Args:
+        patient: defer all. Under a launcher one Ctrl-C arrives twice: from the terminal, and
+            forwarded by the launcher.
     """
 
     def __init__(self, patient: bool = False) -> None:

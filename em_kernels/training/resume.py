@@ -27,7 +27,7 @@ class StoppedRun(NamedTuple):
 
 
 def recorded_settings(config: TrainConfig) -> TrainConfig:
-    """Return the settings of the run in config.output with those that config gives.
+    """Return config, with what it leaves "auto" or None as the run in config.output has it.
 
     Raises: UserError where there is no run, or a setting would change its numbers.
     """
@@ -45,8 +45,8 @@ def recorded_prompts(task: Task, config: TrainConfig, run: Path) -> Task:
 
     Some chat templates, such as Llama's, write today's date into the prompt.
     """
-    tells_day = task.chat_template and "strftime_now" in str(task.tokenizer.chat_template)
-    recorded = read_rollouts(run, config.rollouts) if tells_day else {}
+    has_date = task.chat_template and "strftime_now" in str(task.tokenizer.chat_template)
+    recorded = read_rollouts(run, config.rollouts) if has_date else {}
     if not recorded:
         return task
     prompts = [rollout.prompt_ids for rollout in recorded[1][: len(task.prompts)]]
@@ -62,7 +62,7 @@ def find_stopped_run(
     settings: Mapping[str, Any],
     console: Console,
 ) -> StoppedRun:
-    """Find where the run in config.output goes on, and cut off what it left half-written.
+    """Find where to resume the run in config.output, and cut off what it left half-written.
 
     Args:
         completions: the run's own, by update.

@@ -60,8 +60,8 @@ class Run:
         self.sizes = {name: getattr(plan.config, name) for name in ("micro_batch", "rollout_batch")}
         self.is_whole = True  # the weights are those of a finished update
         if ranks.device.type == "cuda":
-            # The limit is on torch's allocator: an error is better than a desktop without memory,
-            # or than WSL's slow way through the host's.
+            # Beyond the limit torch's allocator raises an error, which is better than taking the
+            # desktop's memory, or than slow paging to host memory under WSL.
             total = torch.cuda.get_device_properties(ranks.device).total_memory
             share = min(1.0, (plan.device_limit - CONTEXT_BYTES) / total)
             torch.cuda.set_per_process_memory_fraction(share, ranks.device)
@@ -93,7 +93,7 @@ class Run:
         with doing(f"preparing {name}"):
             self.engine = engine_of(ranks.launch.engine)(model, task.tokenizer, config, ranks)
         if self.engine.config != config:
-            why = "The prompt is computed in every row: this model's cache asks it."
+            why = "The prompt is computed for every row: this model's KV cache cannot share it."
             self.console.print(why, soft_wrap=True)
             self.config = self.engine.config
 
@@ -104,7 +104,7 @@ class Run:
         return replayable(run, prompts, vocab_size, self.config.sampling.max_new_tokens)
 
     def start(self, resume: bool) -> None:
-        """Begin the folder; or restore the newest whole state, and what was sampled after it."""
+        """Begin the run's folder; or restore its newest state, and completions sampled after it."""
         if not resume:
             self.ranks.from_main(self._begin)
             return
@@ -124,7 +124,7 @@ class Run:
         self._take_recorded_sizes(stopped.update)
         more = len(stopped.completions) - stopped.update
         self.console.print(
-            f"Going on after update {stopped.update}; {more} more are trained anew on their "
+            f"Resuming after update {stopped.update}; {more} more are trained again on their "
             "recorded completions.",
             soft_wrap=True,
         )
@@ -140,6 +140,7 @@ class Run:
         write_config(self.config.output, self.config.located())
 
     def _defining(self) -> dict[str, Any]:
+        """Return the settings with which a checkpoint must have been made, to resume from it."""
         return defining_settings(self.config) | self.ranks.describe()
 
     def update(self, update: int, stop: StopRequest) -> None:
@@ -218,7 +219,7 @@ class Run:
 
         smallest = max(len(rollout.response_ids) for rollout in rollouts)
         if self.config.official_loss or not self.engine.retries:
-            smallest = self.sizes["micro_batch"]  # another size is another loss, or not possible
+            smallest = self.sizes["micro_batch"]  # no retry: it would change the loss, or fail
         part = self.ranks.together(lambda: self._fitting("micro_batch", work, smallest))
         return StepLoss(*self.ranks.total(part))
 
@@ -227,7 +228,7 @@ class Run:
 
         def on_retry(size: int) -> None:
             self.sizes[name] = size
-            self.console.print(f"Out of memory: once more with {name} {size}.", soft_wrap=True)
+            self.console.print(f"Out of memory: trying again with {name} {size}.", soft_wrap=True)
 
         size = self.sizes[name]
         smallest = smallest if getattr(self.asked, name) == "auto" else size
@@ -270,10 +271,10 @@ class Run:
         self.result.checkpoint = folder
 
     def failed(self, error: BaseException) -> BaseException:
-        """Save the last finished update, and return the error to raise."""
-        kept = "no update yet"
+        """Save the last finished update; return the error to raise, which says what was saved."""
+        kept = "no update is finished"
         if self.result.metrics:
-            kept = f"--resume {self.config.output} goes on"
+            kept = f"--resume {self.config.output} continues it"
         # Saving needs all ranks; only an interruption is known to have reached every one.
         together = self.ranks.count == 1 or isinstance(error, Interrupted)
         if self.result.metrics and self.is_whole and together:
@@ -288,6 +289,7 @@ class Run:
             sizes = ", ".join(f"{name} {size}" for name, size in self.sizes.items())
             asked = {name: getattr(self.asked, name) for name in self.sizes}
             config = self.config.model_copy(update=asked)
-            remedies = ", ".join(cheaper(config, self.ranks.device.type == "cuda"))
+            on_cuda, engine = self.ranks.device.type == "cuda", self.ranks.launch.engine
+            remedies = ", ".join(cheaper(config, on_cuda, engine))
             return UserError(f"out of memory with {sizes}; {kept}; use {remedies}")
         return error

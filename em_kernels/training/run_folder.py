@@ -4,7 +4,9 @@ from pathlib import Path
 
 CONFIG, METRICS, ROLLOUTS = "config.yaml", "metrics.jsonl", "rollouts.jsonl"
 CHECKPOINTS, STEP = "checkpoints", "step-"
+# In a checkpoint: the optimizer's state; its update, settings and checksum.
 STATE, FACTS = "training_state.safetensors", "training_state.json"
+# While a process works in the folder; what an evaluation or selection was given besides settings.
 MARKER, INPUTS = "running.json", "asked.json"
 REPORT = "report.html"
 

@@ -31,15 +31,19 @@ def find_device(device: str) -> torch.device:
     return ranks.device
 
 
-def check_context(config: PreTrainedConfig, longest: int, new: int, told: str, remedy: str) -> None:
+def check_context(
+    config: PreTrainedConfig, longest: int, new: int, subject: str, remedy: str
+) -> None:
     """Raise UserError where the longest prompt and `new` tokens exceed the model's context.
 
     Args:
-        told, remedy: the beginning and the end of the message about a prompt that is too long.
+        subject, remedy: the beginning and the end of the message about a prompt that is too long.
     """
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     if context is not None and longest >= context:
-        raise UserError(f"{told} {longest} tokens, the model's context {context}; {remedy}")
+        raise UserError(
+            f"{subject} {longest} tokens, too many for the model's context of {context}; {remedy}"
+        )
     if context is not None and longest + new > context:
         raise UserError(
             f"sampling.max_new_tokens: {longest} prompt tokens and {new} exceed the model's "
@@ -56,12 +60,12 @@ def load_task(config: TrainConfig) -> Task:
     kwargs = json_object("template_kwargs", config.template_kwargs)
     prompts = [encode(tokenizer, problem.prompt, chat_template, kwargs) for problem in problems]
     if not all(prompts):
-        raise UserError("prompt: the tokenizer makes no token of it")
+        raise UserError("prompt: the tokenizer returns no tokens for it")
     vocab_size, highest = model_config.get_text_config().vocab_size, max(map(max, prompts))
     if highest >= vocab_size:
         raise UserError(
-            f"prompt: has token {highest} ({tokenizer.decode(highest)!r}), the model's vocabulary "
-            f"{vocab_size} entries; leave it out, or name the model of this tokenizer"
+            f"prompt: has token {highest} ({tokenizer.decode(highest)!r}), but the model's "
+            f"vocabulary has {vocab_size} entries; leave it out, or name this tokenizer's model"
         )
     longest, new = max(map(len, prompts)), config.sampling.max_new_tokens
     check_context(model_config, longest, new, "prompt: has", "shorten it")

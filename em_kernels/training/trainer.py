@@ -39,18 +39,20 @@ def train(
 ) -> TrainResult:
     """Run One-shot EM; leave config.yaml, metrics.jsonl, rollouts.jsonl, checkpoints/ in output.
 
-    Under `accelerate launch` or torchrun each process calls it alike; rank 0 writes, all return.
+    Under `accelerate launch` or torchrun every process makes the same call and gets the result;
+    rank 0 writes.
 
     Args:
         console: where progress goes; default stderr.
         model: config.model already loaded; trained in place.
-        resume: go on with the stopped run in output; what config leaves open is as that run has it.
+        resume: continue the stopped run in output; what config leaves "auto" or None is as that run
+            has it.
             On the same machine, with as many threads and processes, losses, norms and weights are
             bit for bit those of a run that never stopped; on a GPU as far as its attention's
             backward is deterministic.
 
     Raises:
-        UserError: before anything is written, where the settings cannot work; or a full disk.
+        UserError: for settings that cannot work, before anything is written; for a full disk.
         Interrupted: after Ctrl-C, with a checkpoint of the last finished update.
     """
     ranks = find_ranks(config.device, config.rollouts)
@@ -103,7 +105,7 @@ def _prepare(
     else:
         check_output(config.output)
     config.check_complete()
-    Tracking(config, console)
+    Tracking(config, console)  # raises if the tracker's package is missing
     task = load_task(config)
     for run in (config.rollouts_from, config.output if resume else None):
         task = task if run is None else recorded_prompts(task, config, run)

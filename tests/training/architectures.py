@@ -325,7 +325,7 @@ def examine_all() -> int:
                 results[kind] = found
                 print(f"{len(results)}/{len(KINDS)} {kind}: {found['verdict']}", flush=True)
         except KeyboardInterrupt:
-            print("interrupted; the same command goes on", file=sys.stderr)
+            print("interrupted; the same command continues", file=sys.stderr)
             pool.shutdown(cancel_futures=True)
             return 130
     failed = {kind: r for kind, r in results.items() if r["verdict"] == "failed"}

@@ -1,5 +1,5 @@
 r"""Small evaluation files in the schemas of MATH-500, Minerva and AMC, made here; and the published
-ones where they lie in shared/data beside the checkout.
+ones if they are in shared/data beside the checkout.
 """
 
 import json

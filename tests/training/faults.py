@@ -90,7 +90,7 @@ def no_memory(module, name, tokens_of, tokens, nth=1):
 
 
 def no_memory_for_a_gradient():
-    """Run out of memory once, while a gradient is added: it stays behind."""
+    """Run out of memory once, while a gradient is added; it stays in parameter.grad."""
     on(the("AdamW"), "add", 30, exhaust)
 
 

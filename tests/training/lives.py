@@ -99,7 +99,7 @@ def check(mode, points, start, resume, whole_of, tmp_path):
             ended = resume("run", points=left)
         else:
             ended = start("run", *left, **MODES[mode])
-        assert "died here without a word" in ended.err
+        assert "died here without a message" in ended.err
     assert ended.code == 0, ended.err
     assert ended.out == f"{tmp_path}/run/checkpoints/step-00004\n"
     assert_same(tmp_path / "run", whole)

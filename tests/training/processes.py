@@ -98,10 +98,10 @@ def torchrun():
 
 def run_all(engine, folders, home, timeout=3 * HANG_S, **env):
     """Run each of an engine's runs in a folder of its name, and in alone/ by one process. One is
-    also stopped after two updates and taken up.
+    also stopped after two updates and resumed.
 
-    The first samples for itself. The others replay what one process has sampled, as some other
-    rounding of a product, in bf16 above all, would give them other tokens.
+    The first samples for itself. The others replay what one process has sampled: products that are
+    rounded differently, above all in bf16, would give them other tokens.
     """
     (first, (tied, asked)), *others = RUNS[engine].items()
     stopped = [("again", (tied, {**asked, "steps": 2})), ("again", (tied, asked))]

@@ -160,7 +160,7 @@ def test_keep_and_one_state(save, tmp_path):
     assert [path.parent.name for path in tmp_path.rglob(STATE)] == ["step-100000"]
     assert [path.parent.name for path in tmp_path.rglob(FACTS)] == ["step-100000"]
     (tmp_path / "checkpoints" / "step-9-mine").mkdir()
-    save(11, keep=1)  # as after a refused newer one
+    save(11, keep=1)  # older than one there, which a resume refused
     assert names(tmp_path) == ["step-00011", "step-9-mine"]
 
 

@@ -123,7 +123,7 @@ REFUSED = [
     (["--max-new-tokens", "511"], r"sampling.max_new_tokens: (\d+) prompt .* 511 exceed .* 512; "),
     (
         ["--data", "long.jsonl"],
-        r"data: the prompt of problem 0 has 5\d\d tokens, the model's context 512",
+        r"data: the prompt of problem 0 has 5\d\d tokens, too many for the model's context of 512",
     ),
     (["--template-kwargs", "{"], "template_kwargs: '{' is not a JSON object"),
     (["--attention", "none"], "attention: 'none' is refused: "),
@@ -157,7 +157,7 @@ def long(place):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_stopped_and_gone_on(number, long, tmp_path, capfd):
+def test_stopped_and_resumed(number, long, tmp_path, capfd):
     """Results equal those of one that was never stopped; others cannot write there meanwhile."""
     output, kept = tmp_path / "eval", tmp_path / "eval" / "completions.jsonl"
     base, whole = [*long[0], "--output", str(output)], long[1]
@@ -172,7 +172,7 @@ def test_stopped_and_gone_on(number, long, tmp_path, capfd):
         )
         os.kill(process.pid, number)
         ended = end(process, log)
-    said = f"em-kernels eval: interrupted; the same command goes on in {output}\n"
+    said = f"em-kernels eval: interrupted; the same command continues {output}\n"
     if number == signal.SIGINT:
         assert (ended.code, ended.out, ended.err) == (130, "", said)
     else:

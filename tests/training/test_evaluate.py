@@ -118,7 +118,7 @@ def test_interval_over_problems_covers():
 
 
 def test_interval_where_resampling_sees_no_spread():
-    """Equal rates get the bounds of right and wrong problems: 1.25 of 5 those of 1 and of 2."""
+    """Equal rates get Wilson's bounds: a mean of 1.25 of 5 the lower of 1 of 5, the upper of 2."""
     assert mean_interval(np.full(5, 0.25)) == (wilson(outcomes(1, 5))[0], wilson(outcomes(2, 5))[1])
     assert mean_interval(np.full(5, 1.0)) == wilson(outcomes(5, 5))
     low, high = mean_interval(np.array([0.5]))
@@ -242,7 +242,7 @@ def test_regrade_and_against(folder, tokenizer, tmp_path, capfd):
     assert main(["eval", "--regrade", after, "--against", before]) == 0
     said = " ".join(capfd.readouterr().out.split())
     assert f"Against {before}: +50.0 points [" in said
-    assert "p = 0.38 by McNemar's exact test: which chance explains as well." in said  # 6 / 16
+    assert "p = 0.38 by McNemar's exact test: no more than chance explains." in said  # 6 / 16
     assert "4 became right, 1 wrong." in said
 
 

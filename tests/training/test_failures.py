@@ -17,11 +17,12 @@ def test_gradient_that_is_not_finite(finished, folder, tmp_path):
 
     def overflow(module, inputs, outputs):
         calls.append(module)
-        return (inputs[0] * torch.inf,) if len(calls) > 2 * finished else None  # and the prompt
+        # An update has two backwards: the completions' and the shared prompt's.
+        return (inputs[0] * torch.inf,) if len(calls) > 2 * finished else None
 
     model.model.layers[0].mlp.register_full_backward_hook(overflow)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    kept = "step-00001 holds the last update" if finished else "no update yet"
+    kept = "step-00001 holds the last update" if finished else "no update is finished"
     message = f"lr: the gradient of update {finished + 1} is not finite; lower it; .*{kept}"
     with pytest.raises(UserError, match=message):
         run(config, model)
@@ -38,11 +39,11 @@ def test_out_of_memory_keeps_what_was_finished_and_names_the_remedies(finished, 
 
     def exhaust(module, inputs, outputs):
         calls.append(module)
-        if len(calls) > 2 * finished:  # and the prompt
+        if len(calls) > 2 * finished:  # two backwards an update, as above
             raise torch.OutOfMemoryError
 
     model.model.layers[0].mlp.register_full_backward_hook(exhaust)
-    kept = ".*step-00001 holds the last update" if finished else "no update yet"
+    kept = ".*step-00001 holds the last update" if finished else "no update is finished"
     with pytest.raises(
         UserError, match=f"out of memory with micro_batch .*; {kept}; use .*--moments bf16"
     ):

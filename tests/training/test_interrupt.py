@@ -41,7 +41,7 @@ def assert_left(output, code, out, err):
     assert last == f"interrupted; {checkpoint} holds the last update"
     assert "Traceback" not in err
     assert_opens(checkpoint)
-    assert lines(output / "rollouts.jsonl") in (4 * updates, 4 * updates + 4)  # sampled, too
+    assert lines(output / "rollouts.jsonl") in (4 * updates, 4 * updates + 4)  # or one more
 
 
 def test_ctrl_c_leaves_the_last_finished_update(folder, tmp_path):
@@ -88,7 +88,7 @@ def test_a_signal_before_the_first_update(folder, tmp_path):
     asked = long(folder, output, "--rollouts", "30000")
     ended = command(asked, tmp_path / "log", "Ctrl-C at token 5")
     assert ended.code == 130
-    assert ended.err == "em-kernels train: interrupted; no update yet\n"
+    assert ended.err == "em-kernels train: interrupted; no update is finished\n"
     assert (output / "config.yaml").exists() and not (output / "checkpoints").exists()
 
 

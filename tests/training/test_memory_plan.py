@@ -304,7 +304,7 @@ def test_activations_to_the_byte(kind, dtype, options, shared, recompute):
             begun.backward()
 
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a CPU's attention takes memory for each thread thread
+    torch.set_num_threads(1)  # a CPU's attention takes memory for each thread
     try:  # oneDNN would repack weights on some CPUs
         with recomputation(model, recompute), torch.backends.mkldnn.flags(enabled=False):
             _, live = recorded(step)

@@ -193,13 +193,14 @@ def test_norm(gradients):
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 @pytest.mark.parametrize("order", ["dense first", "words first"])
 def test_words(order, dtype, bounce, small):
+    """Gradients of some rows, as the head's of some vocabulary entries, and whole ones add up."""
     parameter = nn.Parameter(torch.randn(40, 32, dtype=dtype))
     bias = nn.Parameter(torch.randn(40, dtype=dtype))
     ours = make(nn.ParameterDict({"words": parameter, "bias": bias}), bounce=bounce)
     dense = torch.randn(32, 40, dtype=dtype).t()  # not contiguous
     index = torch.randperm(40)[:17]
     expected, expected_bias = torch.zeros(40, 32), torch.zeros(40)
-    for update in range(2):  # the second must not see the first one's gradient one's gradient
+    for update in range(2):  # the second must not see the first one's gradient
         expected.zero_(), expected_bias.zero_()
         if order == "dense first":
             ours.add(parameter, dense)

@@ -82,7 +82,7 @@ def test_stopped_runs_go_on_to_the_same_bits(by_engine, engine, env):
         assert [row[name] for row in metrics] == [row[name] for row in again]
     for whole, taken_up in zip(tensors, found, strict=True):
         assert all(torch.equal(whole[name], taken_up[name]) for name in whole)
-    assert "Going on after update 2; 0 more" in (home / "again.0.txt").read_text()
+    assert "Resuming after update 2; 0 more" in (home / "again.0.txt").read_text()
 
 
 def test_every_rank_knows_the_run_and_one_speaks(by_engine):
@@ -110,7 +110,7 @@ def test_another_number_of_processes_replays(by_engine, folders, tmp_path):
     train(config, console=console, resume=True)
     said = console.file.getvalue()
     assert "cannot be resumed from: it was made with ranks 2, not null" in said
-    assert "Going on after update 0; 3 more are trained anew" in said
+    assert "Resuming after update 0; 3 more are trained again" in said
     asked = {**BASE, "steps": 4}
     expected = alone(folders, tmp_path / "one", True, asked)
     asked = replayed(asked, tmp_path / "one")

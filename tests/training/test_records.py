@@ -224,7 +224,7 @@ def test_a_killed_process_is_reported_once(trainer, tmp_path):
     first = trainer(tmp_path, "a very long name of a phase", "update 3")
     end(first, signal.SIGKILL)
     second = trainer(tmp_path)
-    assert f"Process {first.pid} died here without a word, in update 3 since 20" in second.death
+    assert f"Process {first.pid} died here without a message, in update 3 since 20" in second.death
     assert "most likely the kernel killed it for memory" in second.death
     for remedy in ("--host-memory", "--moments bf16", "--offload-dir"):
         assert remedy in second.death
@@ -261,7 +261,7 @@ def test_the_kernels_count_is_named(trainer, tmp_path, monkeypatch):
 def test_a_marker_that_lost_its_content(left, tmp_path):
     (tmp_path / "running.json").write_bytes(left)
     with Running(tmp_path) as running:
-        assert "died here without a word" in running.death
+        assert "died here without a message" in running.death
         assert json.loads((tmp_path / "running.json").read_bytes())["pid"] == os.getpid()
 
 

@@ -79,9 +79,9 @@ def report(*folders, output=None, models=True):
 
 
 def tells(text, expected):
-    """Return whether the text has this, its numbers to one unit in their last digit.
+    """Return whether the text contains what is expected, its numbers to one unit in the last digit.
 
-    A number halfway between two is rounded up or down by the last bit of a product.
+    The last bit of a product decides how a number halfway between two is rounded.
     """
     number = r"\d+(?:\.\d+)?(?:e[+-]\d+)?"
     pattern = "".join(
@@ -205,7 +205,7 @@ def test_a_page_needs_nothing_else(trained, tmp_path):
 
 
 def test_hostile_names_prompts_and_completions(folder, tmp_path):
-    """The model's output is not to be trusted, and a character can have several tokens."""
+    """Names, prompts and output may hold HTML; one character may span several tokens."""
     tokenizer = make_tokenizer()
     texts = ["<script>alert('x')</script> &amp; \"é\" 漢字🙂\n\x1b[0m\u202e", "abc the\n\n</b>"]
     prompt = "</pre><img src=x onerror=alert(1)>"
@@ -276,7 +276,7 @@ def test_long_completions_and_several_runs(folder, tmp_path, monkeypatch):
     page = report(tmp_path / "1" / "run", tmp_path / "2" / "run", output=tmp_path / "both.html")
     assert str(tmp_path / "1" / "run") in page.words  # The folders' names are equal.
     rollouts = [read_run(tmp_path / s / "run").rollouts[1] for s in "12"]
-    assert page.told.count("tokens more") == 2 * sum(
+    assert page.told.count("more tokens") == 2 * sum(
         len(r.response_ids) > longest for group in rollouts for r in group
     )
     assert page.tags["svg"] == 10
@@ -295,11 +295,11 @@ def test_what_is_missing_is_said(what, trained, folder, tmp_path):
     elif what == "other model":
         model = save_tiny(tmp_path / "small", vocab_size=20)
         (copy / "config.yaml").write_text(config.replace(str(folder), str(model)))
-        said = f"Not here: model: {model} has other tokens than the run's completions."
+        said = f"Not here: model: {model} is not the run's: it lacks tokens that were sampled."
     else:
         for path in ("metrics.jsonl", "rollouts.jsonl", "checkpoints", "report.html"):
             shutil.move(copy / path, tmp_path / path) if (copy / path).exists() else None
-        said = "No finished update is recorded: the run was stopped before."
+        said = "No update has finished yet."
     page = report(copy)
     assert said in page.told and not page.tokens
     assert page.tags["svg"] == (0 if what == "no metrics" else 9)

@@ -207,7 +207,7 @@ def test_the_command_that_it_tells_trains_on_the_first(
     assert read(run / "metrics.jsonl")[0]["accuracy"] is not None
 
 
-def test_killed_and_gone_on(folder, tmp_path, capfd):
+def test_killed_and_resumed(folder, tmp_path, capfd):
     data = write_rows(tmp_path / "rows.jsonl", "12345678")
     assert main(selection(folder, data, tmp_path / "whole", tokens=3)) == 0
     arguments = selection(folder, data, tmp_path / "killed", tokens=3)

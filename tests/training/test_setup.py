@@ -92,7 +92,7 @@ def test_prompt_without_tokens(tmp_path):
     tokenizer = Tokenizer(models.WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Replace("x", "")
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(model)
-    with pytest.raises(UserError, match="prompt: the tokenizer makes no token of it"):
+    with pytest.raises(UserError, match="prompt: the tokenizer returns no tokens for it"):
         run(settings(model, tmp_path / "run", prompt="x", chat_template=False))
 
 
@@ -122,7 +122,8 @@ def test_a_token_that_the_model_does_not_have(folder, tmp_path):
     tokenizer.add_tokens(["<new>"])
     tokenizer.save_pretrained(model)
     with pytest.raises(
-        UserError, match=r"prompt: has token 267 \('<new>'\), the model's vocabulary 267 entries"
+        UserError,
+        match=r"prompt: has token 267 \('<new>'\), but the model's vocabulary has 267 entries",
     ):
         run(settings(model, tmp_path / "run", prompt="a <new> one"))
     assert not (tmp_path / "run").exists()

@@ -20,7 +20,7 @@ def test_less_memory_than_planned(start, resume, tmp_path):
     auto = {"micro_batch": "auto", "rollout_batch": "auto", "save_optimizer": False}
     assert start("plain", **auto).code == 0
     ended = start("whole", OUT_OF_MEMORY, **auto)
-    assert ended.code == 0 and "Out of memory: once more with micro_batch 36" in ended.err
+    assert ended.code == 0 and "Out of memory: trying again with micro_batch 36" in ended.err
     plain, whole = (read(tmp_path / name / "metrics.jsonl") for name in ("plain", "whole"))
     assert [row["micro_batch"] for row in plain] == [72] * 4
     assert [row["micro_batch"] for row in whole] == [72, 36, 36, 36]
@@ -45,7 +45,7 @@ def test_less_memory_before_the_state(start, resume, tmp_path):
     assert resume("run").code == 0
     assert_same(tmp_path / "run", tmp_path / "whole")
     ended = resume("again", points=["memory for 30 tokens"])
-    assert ended.code == 0 and "once more with micro_batch 18" in ended.err
+    assert ended.code == 0 and "trying again with micro_batch 18" in ended.err
     assert [row["micro_batch"] for row in read(tmp_path / "again" / "metrics.jsonl")][2:] == [
         36,
         18,
@@ -57,7 +57,7 @@ def test_no_memory_for_a_gradient_that_has_arrived(start, tmp_path):
     auto = {"micro_batch": "auto", "steps": 2}
     assert start("plain", **auto).code == 0
     ended = start("run", "no memory for a gradient", **auto)
-    assert ended.code == 0 and "Out of memory: once more with micro_batch 36" in ended.err
+    assert ended.code == 0 and "Out of memory: trying again with micro_batch 36" in ended.err
     plain, other = (read(tmp_path / name / "metrics.jsonl") for name in ("plain", "run"))
     for row, found in zip(plain, other, strict=True):
         assert found["grad_norm"] == pytest.approx(row["grad_norm"], rel=1e-5)
@@ -67,7 +67,7 @@ def test_no_memory_for_a_gradient_that_has_arrived(start, tmp_path):
 def test_no_memory_to_sample(start, tmp_path):
     assert start("plain", steps=2).code == 0
     ended = start("run", "memory for 2 completions", steps=2, rollout_batch="auto")
-    assert ended.code == 0 and "Out of memory: once more with rollout_batch 3" in ended.err
+    assert ended.code == 0 and "Out of memory: trying again with rollout_batch 3" in ended.err
     assert [row["rollout_batch"] for row in read(tmp_path / "run" / "metrics.jsonl")] == [1, 1]
     names = [tmp_path / name / "rollouts.jsonl" for name in ("plain", "run")]
     assert names[0].read_bytes() == names[1].read_bytes()
@@ -76,7 +76,9 @@ def test_no_memory_to_sample(start, tmp_path):
 @pytest.mark.slow
 def test_no_memory_to_start(start, tmp_path):
     line = start("run", "no memory for the optimizer").refused()
-    assert line.startswith("out of memory with micro_batch 20, rollout_batch 64; no update yet; ")
+    assert line.startswith(
+        "out of memory with micro_batch 20, rollout_batch 64; no update is finished; "
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -85,7 +87,7 @@ def test_no_memory_left_to_free(start, resume, whole_of, tmp_path):
     """Out of memory in the middle of the weights' step: another process resumes the run."""
     line = start("run", "no memory in the step").refused()
     assert line.startswith("out of memory with micro_batch 20, rollout_batch 64; --resume ")
-    assert "--resume " + f"{tmp_path}/run goes on; use --micro-batch auto, " in line
+    assert "--resume " + f"{tmp_path}/run continues it; use --micro-batch auto, " in line
     assert resume("run").code == 0
     assert_same(tmp_path / "run", whole_of("full"))
 
@@ -106,7 +108,7 @@ DISKS = [(mode, points) for points in FULL for mode in ("full", "replay")]
 def test_a_full_disk_stops_it(mode, points, start, resume, whole_of, tmp_path):
     line = start("run", *points, **MODES[mode]).refused()
     assert line.startswith("output: cannot write ") and "File too large" in line
-    goes_on = f"--resume {tmp_path}/run goes on"
+    goes_on = f"--resume {tmp_path}/run continues it"
     last = f"{tmp_path}/run/checkpoints/step-00002 holds the last update"
     assert line.endswith(f"; {last if 'completions' in points[0] else goes_on}")
     assert sorted(os.listdir(tmp_path / "run" / "checkpoints")) == ["step-00002"]
@@ -148,7 +150,7 @@ def test_another_process_in_the_folder(start, resume, whole_of, tmp_path):
         line = resume("run").refused()
         assert line == f"output: another process works in {tmp_path}/run now; wait, or name another"
         assert content(tmp_path / "run") == before
-    assert f"Process {first.pid} died here without a word, in update 1" in resume("run").err
+    assert f"Process {first.pid} died here without a message, in update 1" in resume("run").err
     assert_same(tmp_path / "run", whole_of("full"))
 
 

@@ -46,7 +46,7 @@ _DIGITS = rf"(?:\d{{1,3}}(?:,\d{{3}})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+|{_EXPONENT})?
 _NUMBER = re.compile(rf"(?:(?<!\w)-)?(?:{_DIGITS}|(?<![\w.])\.\d+)")
 _TEXT = r"\\(?:text\w*|math(?:rm|bf|it)|mbox)\s*\{([^{}]*)\}"
 _UNIT = r"\\(?:text|mathrm|mbox)\s*\{(?![eij]\})[^{}]*\}(?:\^\{?\d\}?)?$"
-_CLEANED = {  # Replaced before math-verify, which reads these otherwise.
+_CLEANED = {  # Replaced before math-verify, which would misread these.
     MINUS: "-",
     r"^(?:\\?\$|\\\(|\\\[|\s)+|(?:\\?\$|\\\)|\\\]|(?<=[^.])\.|\s)+$": "",
     r"\\displaystyle\b\s*": "",
@@ -205,7 +205,7 @@ class Grader:
             return _read(text if answer is None and len(text) <= SHORT else answer)
 
         answers = [tuple(map(answer_of, group)) for group in groups]
-        firsts = {group: _firsts(group, asked=False) for group in answers}
+        firsts = {group: _firsts(group, in_worker=False) for group in answers}
         hard = [g for g in firsts if any(_same(a, b) is None for a, b in combinations(set(g), 2))]
         firsts |= {group: first for group, first in self._ask(hard) if first}
         results = []
@@ -296,14 +296,14 @@ def _limit() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (bound, bound))
 
 
-def _firsts(answers: Sequence[_Answer], asked: bool = True) -> list[int]:
-    """Map each answer to the first equal one; only a worker, `asked`, may call math-verify."""
+def _firsts(answers: Sequence[_Answer], in_worker: bool = True) -> list[int]:
+    """Return for each answer the index of the first equal one; only workers call math-verify."""
     end = time.monotonic() + KILL_S - 2 * STEP_S
     first: dict[Fraction | str, int] = {}
 
     def same(j: int, i: int) -> bool:
         known = _same(answers[j], answers[i])
-        if known is None and asked and time.monotonic() < end:
+        if known is None and in_worker and time.monotonic() < end:
             return _verified(answers[j].latex, answers[i].latex)
         return bool(known)
 
@@ -328,7 +328,7 @@ def _parsed(latex: str) -> list[Any]:
 
 
 def _cases(side: list[Any]) -> dict[str, set[str]]:
-    """Return how each symbol is written, as math-verify lowers their case."""
+    """Return the cases in which each one-letter symbol is written; math-verify lowers them."""
     names = {str(x) for term in side for x in getattr(term, "free_symbols", ())}
     written = re.sub(r"\\[a-zA-Z]+", "", "".join(term for term in side if isinstance(term, str)))
     return {name: {c for c in written if c.lower() == name} for name in names if len(name) == 1}

@@ -87,8 +87,8 @@ def as_problem(row: Any, where: object, setting: str = "prompt_from") -> Problem
 
 
 def as_answer(value: Any) -> str | None:
-    """Return a data file's answer as text: several are joined, of GSM8K's solutions what follows
-    "####" is taken. None for a missing value (tables use NaN), a truth value or an object.
+    """Return a data file's answer as text: a list is joined, a GSM8K solution is cut to what
+    follows "####". None for a missing value (tables use NaN), a truth value or an object.
     """
     if isinstance(value, list):
         parts = [as_answer(part) or "" for part in value]
@@ -199,7 +199,7 @@ def _gym(name: str, count: int, seed: int) -> list[Problem]:
         raise UserError(f"data: reasoning-gym has no task {task!r}; it has {', '.join(near)}")
     found: dict[str, Problem] = {}  # A small task repeats itself.
     try:
-        # Problem i has seed start + i, so that nearby seeds would share problems.
+        # Problem i has seed start + i: with start = seed, nearby seeds would share problems.
         start = random.Random(seed).getrandbits(31)
         items = reasoning_gym.create_dataset(task, size=20 * count, seed=start, **settings)
     except (AssertionError, TypeError) as error:

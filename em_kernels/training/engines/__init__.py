@@ -4,8 +4,8 @@ from .base import Engine
 
 
 def engine_of(kind: str) -> type[Engine]:
-    """Return the engine that a LaunchSpec names."""
-    if kind == "fsdp2":  # imports seconds of torch, accelerate or DeepSpeed only where needed
+    """Return the class of the engine that a LaunchSpec names."""
+    if kind == "fsdp2":  # FSDP2 and DeepSpeed take seconds to import
         from .fsdp2 import Fsdp2
 
         return Fsdp2

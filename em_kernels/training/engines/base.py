@@ -72,7 +72,7 @@ class Engine(ABC):
 
     @abstractmethod
     def step(self, norm: float) -> None:
-        """Update the weights with the clipped gradient, whose norm() this is, and forget it."""
+        """Update the weights with the gradient, clipped by its norm(), and forget the gradient."""
 
     @abstractmethod
     def state(self) -> Mapping[str, Tensor]:

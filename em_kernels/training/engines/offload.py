@@ -42,8 +42,11 @@ class Bounce:
         return self.buffers[self.turn][: like.nbytes].view(like.dtype).view(like.shape)
 
     def fetch(self, source: Tensor, put: Callable[[slice, Tensor], None], reused: bool) -> None:
-        """Copy a contiguous source to the host by parts, and call put(part, host copy) for each in
-        the thread. Returns at once; where the source is reused, the current stream will wait.
+        """Start copying a contiguous source to the host by parts; the thread calls put(part, host
+        copy) for each.
+
+        Args:
+            reused: the caller will overwrite the source, so the current stream waits for the copy.
         """
         rows = max(1, BUFFER_BYTES // max(1, source[:1].nbytes))
         for start in range(0, len(source), rows):

@@ -78,9 +78,9 @@ class MasterAdamW:
         moments, gradients: dtypes in which they are kept, float32 or bfloat16.
         folder: keep masters and moments in unnamed files there; device is the CPU.
 
-    Precision: in float32 that of torch. bfloat16 moments, rounded at each update, changed the
-    weights' change of ten updates by 0.2% (relative L2 distance), with bfloat16 gradients 0.4%; for
-    a wider model 0.2% and 0.7%.
+    Precision: in float32 that of torch. bfloat16 moments are rounded at each update; over ten
+    updates, the weights' movement then differed by 0.2% (relative L2 distance), and with bfloat16
+    gradients too by 0.4%; in a wider model by 0.2% and 0.7%.
 
     Raises: UserError where the folder cannot hold the files.
     """
@@ -144,7 +144,7 @@ class MasterAdamW:
         Args:
             gradient: of the parameter's shape, which the optimizer keeps; or of some of its rows,
                 which the caller may reuse (on the current stream) when this returns.
-            rows: a slice or int64 indices; from a GPU to the host, indices wait for the stream.
+            rows: a slice or int64 indices; copying indices from a GPU waits for its stream.
 
         Raises: TypeError for a sparse gradient.
         """
@@ -222,7 +222,7 @@ class MasterAdamW:
 
     @torch.no_grad()
     def step(self, norm: float) -> None:
-        """Update with the gradient, whose norm() this is, and forget it."""
+        """Update the weights with the gradient, clipped by its norm(), and forget the gradient."""
         coefficient = min(1.0, self.clip / (norm + 1e-6))
         slots = self._with_gradient()
         for parts in _slabs(slots):

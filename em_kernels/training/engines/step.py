@@ -293,7 +293,7 @@ def entropy_step(
         config: with nothing "auto" left.
         micro_batch: tokens of one forward and backward.
         check: called before each micro-batch; may raise to abandon the work.
-        index, count: this rank of so many; computes and returns its share only.
+        index, count: this rank, of so many; only its share is computed and returned.
     """
     official, weight, options = config.official_loss, head.weight, loss_options(config, head)
     share = rank_share(rollouts, config, micro_batch, index, count)

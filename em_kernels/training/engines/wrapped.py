@@ -21,7 +21,7 @@ MASTER, *MOMENTS = KINDS[:3]
 
 
 class Wrapped(Engine):
-    """A library holds the model and torch's AdamW; a forward of its root module is the loss."""
+    """A library holds the model and torch's AdamW; calling its root module returns the loss."""
 
     root: Any  # the module to call
     optimizer: Any
@@ -77,7 +77,7 @@ class Wrapped(Engine):
             recomputation(self.model, config.gradient_checkpointing is True),
             head_reads(self.root, loss_of),
         ):
-            # Every rank makes as many calls; beyond its own micro-batches, with a mask of zeros.
+            # All ranks must make the same number of calls; the surplus ones have a mask of zeros.
             for i in range(share.rounds):
                 ranks.together(check)
                 batch = batches[i] if i < len(batches) else rollouts[:1]

@@ -1,5 +1,5 @@
-"""Sampled completions of problems, written to a file as they arrive so that a stopped command goes
-on where it was.
+"""Sampled completions of problems, written to a file as they arrive, so that a stopped command can
+be resumed.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +21,8 @@ from .task import TaskSettings
 from .teacher_forcing import mean_entropies
 
 COMPLETIONS = "completions.jsonl"
-# Last of a sample's four seeds; training's samples have three, so none shares its randomness.
+# Last of the four numbers that seed a sample. Training's samples are seeded by three, so none of
+# these streams shares its randomness.
 EVAL_STREAM, SELECT_STREAM = 1, 2
 
 
@@ -31,7 +32,7 @@ class Completion(NamedTuple):
     problem: int
     sample: int
     text: str
-    tokens: int | None
+    tokens: int | None  # None: a server did not say
     ended: bool
     entropy: float | None = None  # mean over its tokens, in nats
 
@@ -48,7 +49,7 @@ class LocalModel(NamedTuple):
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     prompts: list[list[int]]
-    stream: int
+    stream: int  # EVAL_STREAM or SELECT_STREAM
     with_entropy: bool = False
 
     def complete(self, keys: Sequence[Key], on_done: OnDone) -> None:

@@ -45,7 +45,7 @@ class EvalConfig(TaskSettings):
     sampling: Sampling = Sampling(
         temperature=0, top_k=0, top_p=1, repetition_penalty=1, max_new_tokens=3072
     )
-    """How completions are sampled; of the model's own settings only its EOS tokens count."""
+    """How completions are sampled. Of the model's generation_config only the EOS tokens apply."""
     samples: Positive = 1
     """Completions per problem; more than one needs a temperature above 0."""
     output: Path = Path("evals/eval")
@@ -60,17 +60,18 @@ class EvalConfig(TaskSettings):
     """Temperatures at which --teacher-forced gives the answer's probability."""
     server: str | None = None
     """Sample from this OpenAI-compatible server, such as vLLM's http://localhost:8000/v1, instead
-    of loading the model; --model is then its name there.
+    of loading the model; --model is then the model's name on the server.
     """
     parallel: Positive = 32
     """Concurrent requests to the server."""
 
 
 def evaluate(config: EvalConfig, console: Console, against: Path | None = None) -> dict[str, Any]:
-    """Ask or score, grade, and write results.json, which is returned.
+    """Evaluate a model; write results.json and return its content.
 
     Args:
-        against: an evaluation to compare with later; whether it can be is checked first.
+        against: folder of an evaluation that the caller will compare with; refused before the work
+            if it cannot be compared.
     """
     if config.samples > 1 and config.sampling.temperature == 0:
         raise UserError(
@@ -109,7 +110,7 @@ def evaluate(config: EvalConfig, console: Console, against: Path | None = None) 
 
 
 def regrade(folder: Path, console: Console) -> dict[str, Any]:
-    """Grade the completions that an evaluation has kept, and write results.json anew."""
+    """Grade recorded completions again; write results.json anew and return its content."""
     if not (folder / PROBLEMS).is_file():
         raise UserError(f"regrade: {folder} is no evaluation's folder: it has no {PROBLEMS}")
     try:
@@ -122,7 +123,7 @@ def regrade(folder: Path, console: Console) -> dict[str, Any]:
     problems = [as_problem(row, folder) for row in read_rows(folder / PROBLEMS, "regrade")]
 
     def refuse(missing: Sequence[Key], on_done: OnDone) -> None:
-        raise UserError(f"regrade: {folder} is not finished; run its command again")
+        raise UserError(f"regrade: {folder} is not finished; run its eval command again")
 
     name = read_results(folder, "regrade")["model"]
     return _sampled(config, name, problems, refuse, console)
@@ -139,7 +140,7 @@ def read_results(folder: Path, setting: str = "against") -> dict[str, Any]:
 
 
 def compare(before: Path, after: Path) -> str:
-    """Compare two evaluations of the same problems by McNemar's exact test, in a sentence."""
+    """Say how two evaluations of the same problems differ, by McNemar's exact test."""
     results = read_results(after)
     problems = (after / PROBLEMS).read_text(encoding="utf-8")
     _check_comparable(before, results["samples"], problems)
@@ -147,7 +148,7 @@ def compare(before: Path, after: Path) -> str:
     settings = [yaml.safe_load((folder / CONFIG).read_text("utf-8")) for folder in (before, after)]
     other = differing(*({k: v for k, v in x.items() if k not in MAY_DIFFER} for x in settings))
     change, low, high, p = paired_change(base, now)
-    verdict = "more than chance explains" if p < 0.05 else "which chance explains as well"
+    verdict = "more than chance explains" if p < 0.05 else "no more than chance explains"
     return (
         f"Against {before}: {100 * change:+.1f} points [{100 * low:.1f}, {100 * high:.1f}], "
         f"p = {p:.2g} by McNemar's exact test: {verdict}. {int((now & ~base).sum())} became right, "
@@ -202,7 +203,7 @@ def _sampled(
     complete: Completer,
     console: Console,
 ) -> dict[str, Any]:
-    """Collect the completions, grade them and write results.json."""
+    """Collect and grade completions; write results.json and return its content."""
     keys = [(i, k) for i in range(len(problems)) for k in range(config.samples)]
     kept = collect(complete, keys, config.output / COMPLETIONS, console, "completing").values()
     pairs = [(c.text, problems[c.problem].answer) for c in kept]
@@ -217,7 +218,9 @@ def _sampled(
 
 
 def _finish(config: EvalConfig, name: str, right: np.ndarray, **facts: Any) -> dict[str, Any]:
-    """Write results.json. The interval is over problems, as samples of one are not independent."""
+    """Write results.json and return its content. The interval is over problems, because the samples
+    of one problem are not independent.
+    """
     n, k = right.shape
     results = {
         "model": name,

@@ -26,14 +26,14 @@ SELECTION = "selection.jsonl"
 
 class SelectConfig(TaskSettings):
     """Rank the prompts of a pool by how much sampled completions vary: a few samples of every
-    prompt, more of the promising ones. Give the sampling settings of the training run to come; the
-    defaults are the paper's.
+    prompt, then more of the promising ones. Give the sampling settings of the planned training run;
+    the defaults are the paper's.
     """
 
     samples: Annotated[int, Field(ge=2)] = 8
     """Completions of every prompt, in the first stage."""
     more: Annotated[int, Field(ge=0)] = 24
-    """Further completions of each promising prompt, in the second stage; 0 leaves it out."""
+    """Further completions of each promising prompt, in the second stage; 0 skips it."""
     promising: Annotated[float, Field(gt=0, le=1)] = 0.25
     """Share of the prompts, highest scores first, that enter the second stage."""
     score: Literal["auto", "variance", "disagreement", "entropy"] = "auto"
@@ -56,14 +56,14 @@ class Candidate:
     pass_rate: float | None
     disagreement: float
     entropy: float
-    majority_right: bool | None
+    majority_right: bool | None  # whether the most frequent answer is
     ended: float  # share of the samples
 
     @property
     def variance(self) -> float:
         """Variance of correctness: highest where the model is right half of the time."""
         p = self.pass_rate or 0.0
-        return round(p * (1 - p), 9)  # Unrounded, rates of p and 1 - p might not tie.
+        return round(p * (1 - p), 9)  # rounded, so that rates p and 1 - p tie
 
 
 def select(
@@ -74,7 +74,9 @@ def select(
     tokenizer: PreTrainedTokenizerBase,
     console: Console,
 ) -> list[Candidate]:
-    """Rank the pool: prompts of the second stage first, then the best first, ties in its order."""
+    """Rank the pool, prompts of the second stage before the others, each by score, ties as in the
+    pool; write selection.jsonl too.
+    """
     score = config.score
     unanswered = [problem for problem in pool if problem.answer is None]
     if score == "auto":
@@ -93,7 +95,7 @@ def select(
             keys = [(i, k) for i in indices for k in range(samples)]
             kept = collect(source.complete, keys, config.output / COMPLETIONS, console, title)
             groups = [[kept[i, k] for k in range(samples)] for i in indices]
-            # A completion cut off before a box has no final answer: its last number is none.
+            # The last number of a completion that was cut off is not its answer, but a box is.
             texts = [
                 [c.text if c.ended or boxed(c.text) is not None else "" for c in group]
                 for group in groups

@@ -39,8 +39,8 @@ def wilson(right: np.ndarray) -> tuple[float, float]:
 def mean_interval(values: np.ndarray) -> tuple[float, float]:
     """Return the 95 % interval of a mean over problems, by resampling them.
 
-    Equal values leave nothing to resample: then the interval is as wide as if each problem were
-    right or wrong.
+    If all values are equal, resampling sees no spread; the interval is then Wilson's, as if each
+    problem were either right or wrong.
     """
     if np.ptp(values) == 0 and 0 <= values[0] <= 1:
         fewest, most = (np.arange(values.size) < count(values.sum()) for count in (floor, ceil))
@@ -54,8 +54,8 @@ def mean_over_prompts(change: np.ndarray, rng: np.random.Generator) -> Estimate:
     """Estimate the mean of a change (prompts, problems) by resampling both prompts and problems."""
     prompts, problems = change.shape
     by_prompt = rng.multinomial(prompts, np.full(prompts, 1 / prompts), RESAMPLES_OF_PROMPTS)
-    # Resampling a few prompts is too sure: it measures their spread around their own mean, and
-    # knows nothing of Student's t.
+    # Resampling few prompts gives too narrow an interval: its variance divides by n, not n - 1, and
+    # its quantiles are the normal ones, not Student's t. This factor corrects both.
     wider = np.sqrt(prompts / (prompts - 1)) * student.ppf(0.975, prompts - 1) / norm.ppf(0.975)
     weights = 1 / prompts + wider * (by_prompt / prompts - 1 / prompts)
     by_problem = rng.multinomial(problems, np.full(problems, 1 / problems), RESAMPLES_OF_PROMPTS)
@@ -75,8 +75,8 @@ def paired_change(before: np.ndarray, after: np.ndarray) -> PairedChange:
 
 
 def pass_at(right: np.ndarray, k: int) -> np.ndarray:
-    """Return unbiased pass@k of each problem: the chance that one of k samples is right (Chen et
-    al., arXiv 2107.03374).
+    """Return unbiased pass@k of each problem: the chance that at least one of k samples is right
+    (Chen et al., arXiv 2107.03374).
     """
     n, wrong = right.shape[1], (~right).sum(1)
     return np.array([1 - comb(int(w), k) / comb(n, k) for w in wrong])

@@ -1,5 +1,5 @@
 """`em-kernels study`: does the choice of the prompt matter, and does training do more than a lower
-temperature? The unit is the prompt.
+temperature? The unit of its statistics is the prompt.
 """
 
 import json
@@ -43,16 +43,16 @@ def arms_of(ranked: Sequence[Candidate], size: int, seed: int) -> dict[str, list
     wrong = [c for c in left[size:] if c.pass_rate == 0]
     if len(wrong) < 4:
         raise UserError(
-            f"pool: of {len(ranked)} prompts {len(wrong)} more are always wrong, and 4 are needed: "
-            "take a larger pool, or harder data"
+            f"pool: of {len(ranked)} prompts {len(wrong)} outside the other arms are always wrong, "
+            "and 4 are needed; take a larger pool, or harder data"
         )
     by_failure = rng.sample(wrong, min(size, len(wrong)))
     return dict(zip(ARMS, (left[:size], by_chance, by_failure), strict=True))
 
 
 def only_form(examples: Sequence[Problem]) -> list[Problem]:
-    """Give each example the answer of the next one that differs: they then show how an answer is
-    written, not what is right.
+    """Return the examples, each with the answer of the next one whose answer differs, so that they
+    show how an answer is written, not what is right.
     """
     found = []
     for i, problem in enumerate(examples):
@@ -68,7 +68,7 @@ def only_form(examples: Sequence[Problem]) -> list[Problem]:
 
 
 def run_study(config: StudyConfig, console: Console) -> dict[str, Any]:
-    """Select, train, score, and write study.json, which is returned."""
+    """Rank the pool, train on prompts, score; write study.json and return its content."""
     if config.pool < (least := 2 * config.prompts + 4):
         raise UserError(f"pool: {config.pool} do not make three arms; take {least} or more")
     refuse_adapters(resolve_source(config.model))  # Training would refuse them, but only later.
@@ -92,7 +92,7 @@ def run_study(config: StudyConfig, console: Console) -> dict[str, Any]:
         scores, began, fresh = dict[str, list[Any]](), time.perf_counter(), 0
         for n, (arm, candidate) in enumerate(trials):
             path = config.output / f"prompt-{candidate.index:04d}.json"
-            if path.exists():  # A kill may have come before its checkpoints were removed.
+            if path.exists():  # A kill may have come before the checkpoints were removed.
                 shutil.rmtree(config.output / "runs" / path.stem / CHECKPOINTS, True)
             else:
                 fresh += 1

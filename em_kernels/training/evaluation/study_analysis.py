@@ -19,11 +19,11 @@ EXAMPLES = 8  # worked examples of the untrained model's two controls
 def analyse(
     config: StudyConfig, base: dict[str, Any], scores: dict[str, list[Any]]
 ) -> dict[str, Any]:
-    """Return means, intervals and tests, and the sentences they support.
+    """Return the content of study.json: means, intervals, tests, and the sentences they support.
 
     Args:
-        base: scores of the untrained model.
-        scores: scores of each trained prompt, by arm.
+        base: content of untrained.json, the scores of the untrained model.
+        scores: contents of prompt-*.json, the scores of each trained prompt, by arm.
     """
     rng = np.random.default_rng(config.seed)
     greedy, sampled = np.array(base["greedy"], float), np.array(base["probability"])

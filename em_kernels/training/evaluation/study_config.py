@@ -47,4 +47,4 @@ class StudyConfig(TaskSettings):
     temperatures: Temperatures = (1.0, 0.5, 0.25)
     """Sampling temperatures of the untrained model; the trained one, at 1, must beat the best."""
     output: Path = Path("runs/study")
-    """Folder for all verdicts, and each run's records."""
+    """Folder for scores and results, and each run's records."""

@@ -39,8 +39,8 @@ class TaskSettings(Settings):
     """Number of problems; default: all of a file or dataset, 1000 of a generator."""
     template: Literal["chat", "qwen25-math-cot", "few-shot", "raw"] = "chat"
     """chat: the model's chat template. qwen25-math-cot: the prompt of Qwen2.5-Math's evaluation and
-    of the paper. few-shot: "Q: ... A:" after worked examples, without a chat template; the answer
-    ends with its line. raw: the problem's text alone.
+    of the paper. few-shot: "Q: ... A:" after worked examples, without a chat template; an answer
+    is one line. raw: the problem's text alone.
     """
     template_kwargs: str = "{}"
     """JSON object of variables for the chat template, such as {"enable_thinking": false}."""
@@ -62,7 +62,7 @@ class TaskSettings(Settings):
     """transformers' attn_implementation. auto: sdpa, or eager if the architecture has no sdpa."""
 
     def problems(self) -> tuple[list[Problem], list[Problem]]:
-        """Read the problems to ask, and the worked examples that go before each."""
+        """Return the problems to ask, and the worked examples that precede each."""
         if not self.data:
             raise UserError("data: missing; name a file, a dataset, addition or gym:TASK")
         shots = self.shots if self.template == "few-shot" else 0

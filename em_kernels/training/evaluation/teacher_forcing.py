@@ -1,4 +1,4 @@
-"""Given completions under a model, without sampling: entropies, probabilities, greedy verdicts."""
+"""Scores of given completions under a model: entropy, probability, whether greedy gives them."""
 
 from collections.abc import Iterator, Sequence
 from os.path import commonprefix
@@ -66,7 +66,7 @@ def mean_entropies(
 def known_answers(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], completions: Sequence[str]
 ) -> list[Rollout]:
-    """Tokenize few-shot prompts together with their known completions.
+    """Return few-shot prompts with their known completions as rollouts.
 
     A completion is tokenized as in a worked example, followed by an empty line and the next
     question, because some tokenizers merge the line breaks.

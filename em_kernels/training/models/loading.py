@@ -81,7 +81,7 @@ def refuse_adapters(source: str) -> None:
 
 
 def auto_dtype(device: str) -> str:
-    """Return the dtype for "auto": bfloat16 on a GPU and on CPUs that multiply it, else float32."""
+    """Return the dtype for "auto": bfloat16 on a GPU or a CPU with bf16 products, else float32."""
     return "bfloat16" if device == "cuda" or bf16_isa() else "float32"
 
 

@@ -85,8 +85,8 @@ def add_adapters(model: PreTrainedModel, config: TrainConfig) -> PeftModel:
     lora.base_model_name_or_path = model.name_or_path or config.model
     if layers.keys() != {n for n, m in model.named_modules() if isinstance(m, LoraLayer)}:
         raise UserError(
-            f"lora_targets: of a {type(model).__name__} peft adapts the experts instead of "
-            "layers named like their former parts; name its attention's layers alone"
+            f"lora_targets: in a {type(model).__name__}, peft takes some of these names for its "
+            "fused experts, which are not supported; name layers of its attention only"
         )
     module: Any
     for module in adapted.modules():

@@ -30,8 +30,8 @@ def to_bf16(weights: Tensor, start: int = 0) -> Tensor:
 
 
 def dithered(weights: Tensor) -> Tensor:
-    """Shift fp32 weights (n,) by less than half a bf16 step, so that rounding to nearest gives what
-    to_bf16 gives for the unshifted weights, as they train on too. For libraries that round so.
+    """Shift fp32 weights (n,) by less than half a bf16 step, so that rounding to nearest, as some
+    libraries do, gives what to_bf16 gives for the unshifted weights, now and after updates.
     """
     out = torch.empty_like(weights)
     for part, noise, target in _parts(weights, 0, out):

@@ -151,8 +151,9 @@ class _FakeModel:
         )
 
     def run(self, rows: int, prompt: int, new: int, shared: bool, recompute: bool) -> list[int]:
-        """Return head rows, bytes after the forward, and peaks of the forward, of the layers'
-        backward, of its end, and of both for the shared prompt. Each is linear in the depth.
+        """Return seven numbers, each linear in the depth: rows that the head reads; bytes after the
+        forward; peaks of the forward, of the layers' backward, of the embedding's backward; and of
+        these two backwards for the shared prompt.
         """
         batch = [Rollout([0] * prompt, [0] * new, False)] * rows
         with self.fake, self.live, _without_values(), recomputation(self.model, recompute):
@@ -180,6 +181,7 @@ class _FakeModel:
                 leaf.grad = torch.zeros_like(leaf) if leaf.requires_grad else None
             peaks = self._backward_peaks(prefix.backward)
             del prefix, leaf
+            # The backward has freed the first one's graph.
             again = SharedPrefix(self.model, [0] * key[0])
             self.measured_prefix = _MeasuredPrefix(key, again, peaks)
         return self.measured_prefix.prefix, self.measured_prefix.peaks
@@ -205,9 +207,9 @@ class _FakeModel:
 
 @contextmanager
 def _without_values() -> Iterator[None]:
-    """Keep transformers from reading values that fake tensors do not have: position ids, to look
-    for packed rows. And torch's grouped product of experts takes only bf16 fake tensors;
-    transformers' own takes any dtype and as much memory.
+    """Keep transformers from what fails on fake tensors: reading position ids to look for packed
+    rows, as they have no values; and torch's grouped product of experts, which takes bf16 only.
+    transformers' own product, which replaces it, takes any dtype and as much memory.
     """
     packed, grouped = masking_utils.find_packed_sequence_indices, moe._can_use_grouped_mm
     masking_utils.find_packed_sequence_indices = lambda *_: None
@@ -219,7 +221,7 @@ def _without_values() -> Iterator[None]:
 
 
 @contextmanager
-def _unsupported_is_told(config: PreTrainedConfig) -> Iterator[None]:
+def _as_user_error(config: PreTrainedConfig) -> Iterator[None]:
     """Turn what an architecture's own code raises on fake tensors into a UserError."""
     name, log = architecture(config), logging.getLogger("torch._subclasses.fake_tensor")
     before, log.disabled = log.disabled, True  # it prints a traceback of its own
@@ -237,7 +239,7 @@ def _unsupported_is_told(config: PreTrainedConfig) -> Iterator[None]:
                 "decides by its tensors' values what it computes, so its memory cannot be planned"
             )
         elif "Unrecognized configuration class" in text:
-            raise UserError(f"model: transformers opens {name} as no causal model") from error
+            raise UserError(f"model: transformers has no causal model for {name}") from error
         raise UserError(f"model: {name} {problem}; this architecture is not supported") from error
     finally:
         log.disabled = before
@@ -262,7 +264,7 @@ class ModelMemory:
     ) -> None:
         self.config, self.itemsize = config, dtype.itemsize
         self._measured: dict[tuple, ActivationBytes] = {}
-        with _unsupported_is_told(config):
+        with _as_user_error(config):
             whole = _FakeModel(config, dtype, attention, None)
             check_cache(whole.model)
             self.vocab_size, self.hidden_size = head_of(whole.model).weight.shape
@@ -294,10 +296,10 @@ class ModelMemory:
     def activations(
         self, rows: int, prompt_tokens: int, new_tokens: int, shared: bool, recompute: bool
     ) -> ActivationBytes:
-        """Run the trainer's own forward and backward of a micro-batch."""
+        """Return a micro-batch's memory, measured by the trainer's own forward and backward."""
         key = (rows, prompt_tokens, new_tokens, shared, recompute)
         if key not in self._measured:
-            with _unsupported_is_told(self.config):
+            with _as_user_error(self.config):
                 runs = [model.run(*key) for model in self.models]
             head_rows, kept, *peaks = self._full_depth(runs)
             self._measured[key] = ActivationBytes(head_rows, kept, max(peaks))
@@ -308,7 +310,7 @@ class ModelMemory:
         found = []
         for fake in self.models:
             cache = DynamicCache(config=fake.model.config)
-            with _unsupported_is_told(self.config), fake.fake, torch.no_grad(), _without_values():
+            with _as_user_error(self.config), fake.fake, torch.no_grad(), _without_values():
                 ids = torch.zeros(1, tokens, dtype=torch.int64)
                 decoder_of(fake.model)(input_ids=ids, past_key_values=cache, use_cache=True)
             layers: list[Any] = cache.layers

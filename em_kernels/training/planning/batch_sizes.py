@@ -12,7 +12,8 @@ from .plan import peak, phases
 # Estimates, not yet measured on a GPU.
 TARGET_TOKENS = {"cuda": 16384, "cpu": 1024}  # a larger micro-batch is no more efficient
 ENOUGH_TOKENS = 4096  # recompute only where a micro-batch of this size would not fit without
-EFFICIENT_TOKENS, EFFICIENT_ROWS = 2048, 16  # of a micro-batch; sampled side by side
+EFFICIENT_TOKENS = 2048  # of a micro-batch; a larger one is hardly faster
+EFFICIENT_ROWS = 16  # sampled side by side; more are hardly faster
 MAX_SAMPLED_ROWS = 256  # a step of more rows takes a GPU as long per token, and a CPU longer
 # Cap: short completions may pack up to 8x as many rows into a micro-batch.
 SHORT_ROWS = 8
@@ -20,7 +21,8 @@ SHORT_ROWS = 8
 
 @dataclass
 class BatchSizes:
-    """One rank's batch sizes: the largest whose passing memory fits into `room` bytes.
+    """One rank's batch sizes: the largest whose passing memory, which comes and goes, fits into
+    `room` bytes.
 
     settings: the sizes, for the config. passing: their bytes by component. efficient: larger ones
     would hardly be faster. The other attributes say how much work an update is.
@@ -140,5 +142,5 @@ class BatchSizes:
 
 
 def _even(total: int, size: int) -> int:
-    """Return the size of as many batches as `size` makes of a total, all of them alike."""
+    """Return the size of even batches: as few as batches of `size`, but none nearly empty."""
     return -(-total // -(-total // size))

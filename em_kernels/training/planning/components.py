@@ -48,7 +48,7 @@ def fixed_bytes(config: TrainConfig, model: ModelMemory, cuda: bool) -> FixedByt
     """Return what stays in the memory of a rank that holds the whole model."""
     sizes = model.sizes
     device = {"weights": sizes.weight_bytes, "buffers": sizes.buffer_bytes}
-    if config.four_bit:  # beside the 4 bits: a byte's scale for 64 weights, a float's for 64 * 256
+    if config.four_bit:  # 4 bits each, a one-byte scale per 64 weights, a float per 64 * 256
         linear = sizes.linear_parameters
         packed = linear // 2 + linear // 64 + linear // (64 * 256) * 4
         device["weights"] += packed - linear * model.itemsize
@@ -72,7 +72,7 @@ def fixed_bytes(config: TrainConfig, model: ModelMemory, cuda: bool) -> FixedByt
         host |= {**state, "staging": STAGING_BYTES}
     else:
         device |= state
-    # A shard that is being loaded has gone before the rest comes.
+    # A shard's memory is free again before host memory other than the process's is allocated.
     shard = min(LOADED_BYTES, sizes.weight_bytes)
     host["loading"] = max(0, shard - sum(host.values()) + PROCESS_BYTES)
     return FixedBytes({**device, "context": CONTEXT_BYTES}, host, disk)
@@ -102,7 +102,7 @@ def head_bytes(
     device, row = torch.device("cuda" if cuda else "cpu"), logit_row_bytes(model, cuda)
     rows = chunk_length(states, row, max(row, chunk_bytes), device)
     total = rows * row
-    if cuda and not config.grad_tolerance:  # the dy of chunks that wait fills the budget
+    if cuda and not config.grad_tolerance:  # logit gradients of waiting chunks fill chunk_bytes
         total = min(states * vocab_size * (4 + itemsize), chunk_bytes)
     total += states * (hidden_size * 4 + STATISTICS_BYTES)
     if config.mode != "lora":

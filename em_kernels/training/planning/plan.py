@@ -74,7 +74,7 @@ class Plan:
 
     @property
     def missing(self) -> dict[str, int]:
-        """Bytes by side, device or host; on a CPU there is one."""
+        """Bytes that device and host memory are short of; on a CPU, "host" is the only one."""
         device, host = self.device_total - self.device_limit, self.host_total - self.host_limit
         sides = {"device": device, "host": host} if self.host else {"host": device}
         return {side: size for side, size in sides.items() if size > 0}
@@ -94,7 +94,7 @@ class Plan:
 
     @property
     def merit(self) -> tuple[bool, bool, int]:
-        """Order of the plans of a mode: one that fits and is efficient comes last."""
+        """Sort key: greatest for a plan that fits and is efficient, then for one that fits."""
         return self.fits, self.fits and self.pays, -sum(self.missing.values())
 
     @property

@@ -62,7 +62,7 @@ def resolve(
     if need > free:
         raise UserError(
             f"output: {config.output} has {free / GIB:.1f} GiB of disk free, the run writes up to "
-            f"{need / GIB:.1f}; keep fewer with --save-at, --keep or --save-optimizer False"
+            f"{need / GIB:.1f}; keep less with --save-at, --keep or --save-optimizer False"
         )
     return plan
 
@@ -144,7 +144,9 @@ class Planner:
         return replace(plan, remedies=self._remedies(asked))
 
     def _remedies(self, config: TrainConfig) -> tuple[str, ...]:
-        """Return the flag that costs nothing, or the three cheapest; else the cheapest together."""
+        """Return up to three flags, cheapest first, each of which is enough; a flag that costs
+        nothing ends the list. If none is enough, return one text that joins the fewest that are.
+        """
         flags, found = cheaper(config, self.cuda, self.launch.engine), list[str]()
         for flag, change in flags.items():
             if self.plan(config.model_copy(update=change)).fits:
@@ -160,7 +162,7 @@ class Planner:
         return ()
 
     def model_memory(self, config: TrainConfig) -> ModelMemory:
-        """Measure the model with the adapters of a config, once."""
+        """Return the measured memory of the model with the adapters of a config; measures once."""
         key = (config.lora_rank, config.lora_targets) if config.mode == "lora" else None
         if key not in self.models:
             lora = config if key else None
@@ -168,8 +170,8 @@ class Planner:
         return self.models[key]
 
     def plan(self, config: TrainConfig) -> Plan:
-        """Pick the highest moment and gradient precision that still leaves room for efficient batch
-        sizes.
+        """Plan a config; "auto" precisions of moments and gradients become the highest that leave
+        room for efficient batch sizes.
         """
         key = config.model_dump_json()
         if key not in self.plans:

@@ -14,7 +14,7 @@ def update_seconds(
     new, sizes, itemsize = config.sampling.max_new_tokens, model.sizes, model.itemsize
     matrices, trained = sizes.matrix_parameters, sizes.trained_parameters
     read = matrices * itemsize
-    if config.four_bit:  # half a byte each is unpacked to memory, and that is read again
+    if config.four_bit:  # read half a byte each, write 2 bytes; `read` has these read again
         read += sizes.linear_parameters * 5 // 2
     steps = new * -(-batches.completions // int(config.rollout_batch))
     # A cache grows from nothing, and its rows end at different times: three quarters on average.

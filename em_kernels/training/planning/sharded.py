@@ -8,23 +8,24 @@ from ..settings import UserError
 from .activations import ModelMemory
 from .components import CONTEXT_BYTES, PROCESS_BYTES, SMALL_STATE_BYTES, FixedBytes
 
-BUCKET_ELEMENTS = 2 * 500_000_000  # DeepSpeed's default reduce_bucket_size, and the next one
+BUCKET_ELEMENTS = 2 * 500_000_000  # two buckets of DeepSpeed's default reduce_bucket_size
 
 
 def sharded_settings(config: TrainConfig, engine: str) -> TrainConfig:
-    """Return the settings with those that these engines support in one way only.
+    """Return the settings with mode, precisions and share_prefix as these engines need them.
 
-    Raises: UserError where the settings ask for another.
+    Raises: UserError where the settings ask for something else.
     """
     only: dict[str, Any] = {"mode": "full", "moments": "fp32", "gradients": "fp32"}
     for name, value in only.items():
         if (asked := getattr(config, name)) not in ("auto", value):
             raise UserError(
-                f"{name}: {asked} does not go with {engine}, which has {value}; launch without it"
+                f"{name}: {asked} does not go with {engine}, which has {value}; launch without "
+                f"{engine}"
             )
     for name in ("four_bit", "offload_dir"):
         if getattr(config, name):
-            raise UserError(f"{name}: does not go with {engine}; launch without it")
+            raise UserError(f"{name}: does not go with {engine}; launch without {engine}")
     # A shared prompt would need a backward of its own through every layer.
     return config.model_copy(update={**only, "share_prefix": False})
 
@@ -46,7 +47,7 @@ def sharded_bytes(
     }
     if launch.engine == "deepspeed":
         device["buckets"] = min(BUCKET_ELEMENTS, 2 * trained) * model.itemsize
-    # Rank 0 gathers the fp32 masters and their bf16 copy, or, to save it, the optimizer's state.
+    # Rank 0 gathers the fp32 masters, makes a bf16 copy, and may gather the optimizer's state.
     saves_state = config.save_optimizer
     if saves_state == "auto":
         saves_state = 12 * trained <= SMALL_STATE_BYTES

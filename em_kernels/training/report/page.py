@@ -27,7 +27,7 @@ from .figures import COLOURS, curves, density
 from .logit_shift import Measures, Shift, shift
 
 LEVELS = (0.01, 0.1, 0.3, 0.7, 1.5, 3.0)  # nats, at which a token's background changes
-SHOWN, LONGEST = 12, 256  # completions shown per update, over all runs; tokens of each
+SHOWN, LONGEST = 12, 256  # completions on a page, 1 to 3 per run and update; tokens of each
 RANKS = {"1": 1, "2": 2, "3 to 5": 5, "6 to 10": 10, "11 to 100": 100, "over 100": sys.maxsize}
 SIGNIFICANT = 0.05  # p values below this
 
@@ -100,7 +100,7 @@ def graded(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def happened(metrics: list[dict[str, Any]]) -> str:
     """Say in a sentence or two how entropy and accuracy changed."""
     if not metrics:
-        return "No finished update is recorded: the run was stopped before."
+        return "No update has finished yet."
     first, last, accuracy = metrics[0], metrics[-1], "Accuracy on the training prompt"
     text = f"From update 1 to {last['update']} the entropy went from {first['entropy']:.3g} to "
     text += f"{last['entropy']:.3g} nats per token."

@@ -60,8 +60,8 @@ class PaddedRows(NamedTuple):
 
 
 def pad_prompts(prompts: Sequence[list[int]], device: torch.device) -> PaddedRows:
-    """Pad prompts behind their common prefix, with each row's own first token: a repetition penalty
-    counts that one already.
+    """Pad prompts after their common prefix, with each row's own first token, which a repetition
+    penalty counts anyway.
     """
     longest, rows, mask = max(map(len, prompts)), list[list[int]](), list[list[int]]()
     # The last token stays out of the prefix, as generate needs one to start from.
@@ -137,7 +137,7 @@ def check_sampling(model: PreTrainedModel) -> bool:
         alone = torch.stack([_alone(model, row, tokens[3]) for row in rows])
     errors = (found - alone).norm(dim=-1) / alone.norm(dim=-1)
     longer, shorter = errors[:2].max().item(), errors[2].max().item()
-    eps = torch.finfo(dtype if dtype in HALF else torch.float32).eps  # generate stores logits so
+    eps = torch.finfo(dtype if dtype in HALF else torch.float32).eps  # generate's logits have it
     if not longer <= eps**0.5:
         raise TypeError(
             f"model: {type(model).__name__}'s completions depend on what is sampled beside them "

@@ -44,7 +44,7 @@ class Rollout:
 
 
 class _InverseCdf(LogitsProcessor):
-    """The last processor: draws a token by a given uniform, and makes all others impossible."""
+    """The last processor: draws a token by a given random number, and rules out all others."""
 
     def __init__(self, uniforms: Tensor, start: int):
         self.uniforms, self.start = uniforms, start

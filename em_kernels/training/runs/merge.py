@@ -28,12 +28,12 @@ BY_PEFT = "merge them by peft's merge_and_unload"
 
 @torch.no_grad()
 def merge(adapter: Path, output: Path) -> Path:
-    """Write the model that the adapters of a checkpoint (or of a run's newest) make of their base,
-    rsLoRA, DoRA and patterns of rank and alpha included. Sums are in fp32 and rounded by
-    rounding.py, so that small changes survive in bf16.
+    """Add the adapters of a checkpoint, or of a run's newest, to their base model, and write it to
+    a new folder, which is returned. rsLoRA, DoRA and patterns of rank and alpha are supported. Sums
+    are in fp32 and rounded by rounding.py, so that small changes survive in bf16.
 
     Memory: the base model, and one layer in fp32, twice.
-    Raises: UserError; output is written whole or not at all.
+    Raises: UserError for adapters that cannot be merged; output is written whole or not at all.
     """
     output = output.absolute()
     check_output(output)
@@ -70,10 +70,10 @@ def add_to_base(
         model: Any = get_peft_model(base, config)
         fits: Any = set_peft_model_state_dict(model, weights)
     except (RuntimeError, ValueError) as error:  # wrong shapes, missing layers
-        raise ValueError(f"{source} is not their base: {error}") from error
+        raise ValueError(f"{source} is not the adapters' base: {error}") from error
     missing = [name for name in fits.missing_keys if ".lora_" in name]
     for name in (*fits.unexpected_keys, *missing):
-        raise ValueError(f"{source} and they differ in {name}; is it their base?")
+        raise ValueError(f"{source} and the adapters differ in {name}; is it their base?")
     for layer in [m for m in model.modules() if isinstance(m, LoraLayer)]:
         inner = layer.get_base_layer()
         if not isinstance(inner, (nn.Linear, Conv1D)):

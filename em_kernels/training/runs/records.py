@@ -55,7 +55,7 @@ def write_config(run: Path, config: Settings) -> None:
 
 @contextmanager
 def resumable(output: Path, config: Settings, **facts: str) -> Iterator[None]:
-    """A context that works in a new folder, or continues a stopped command's in its folder.
+    """A context of a command that works in a new folder, or continues in that of a stopped one.
 
     Args:
         facts: what settings stood for (a model's fingerprint, say); must be the same as before.
@@ -82,7 +82,7 @@ def resumable(output: Path, config: Settings, **facts: str) -> Iterator[None]:
         try:
             yield
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"interrupted; the same command goes on in {output}") from None
+            raise KeyboardInterrupt(f"interrupted; the same command continues {output}") from None
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
@@ -207,8 +207,8 @@ class Running:
         if (kills := (_oom_kills() or 0) - (facts.get("kills") or 0)) > 0:
             cause = f"the kernel has since killed {kills} for memory, most likely this one"
         return (
-            f"Process {facts.get('pid')} died here without a word, in {facts.get('phase')} since "
-            f"{facts.get('since')}: {cause}; if memory is short, a lower --host-memory, "
+            f"Process {facts.get('pid')} died here without a message, in {facts.get('phase')} "
+            f"since {facts.get('since')}: {cause}; if memory is short, a lower --host-memory, "
             "--moments bf16 or --offload-dir help"
         )
 
