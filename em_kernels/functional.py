@@ -71,14 +71,17 @@ def fused_entropy_loss(
     Gradient: for hidden, weight and bias, equation (8) of ``em_kernels.reference``. For "mean" and
         "sum" it is computed during the forward: GEMM work is 3 times that of the forward alone, 2
         with a frozen weight; with a tolerance 1 + 2 A, or 1 + A, where a share A of the vocabulary
-        is kept. For "none" it is 4 times, as the backward recomputes the logits; 2 with weight and
-        bias frozen. No second derivatives.
+        is kept. For "none" as in :func:`fused_token_stats`. No second derivatives.
     Precision: logits, statistics and accumulated gradients are fp32 whatever the inputs' dtype;
         gradients are rounded once, to the inputs' dtype (under autocast to autocast's, as
         nn.Linear's).
-    Memory: one chunk, and fp32 gradients of what requires grad. With a tolerance dweight has rows
-        only for the entries that any chunk kept, and at most 64 MiB more are used; on a GPU two
-        chunks of half the size take turns, so that the next one is computed ahead.
+    Memory: one chunk, and an fp32 gradient of hidden. Up to 2 D tokens (D in fp32), d loss /
+        d logits (N, V) is kept until the backward, in the dtype of the weight's GEMM and, where one
+        chunk holds all tokens, in that chunk's memory; the backward multiplies dweight from it and
+        from hidden, which must not be changed before. For more tokens an fp32 dweight takes less,
+        and is kept instead. With a tolerance it has rows only for the entries that any chunk kept,
+        and at most 64 MiB more are used; on a GPU two chunks of half the size take turns, so that
+        the next one is computed ahead.
     Raises: ValueError, TypeError naming the argument; RuntimeError on double backward.
     Source: One-shot Entropy Minimization, arXiv 2505.20282; the tolerance's certificate is proven
         in ``em_kernels/ops/sparse.py``.
@@ -149,14 +152,16 @@ def fused_token_stats(
         asked for.
 
     Gradient: for hidden, weight and bias, with any upstream per token and statistic; argmax has
-        none. The backward recomputes the logits: GEMM work is 4 times that of the forward alone.
-        A single statistic with weight and bias frozen keeps its gradient from the forward: 2 times.
-        No second derivatives.
+        none. Where all fp32 logits (N, V) fit into chunk_bytes they are kept, and GEMM work is 3
+        times that of the forward alone; otherwise the backward recomputes them: 4 times. A single
+        statistic with weight and bias frozen keeps its gradient from the forward: 2 times. No
+        second derivatives.
     Precision: as in :func:`fused_entropy_loss`.
-    Memory: chunk_bytes for a slab of logits (all tokens, some vocabulary entries) and of dweight,
-        by default 64 MiB or, if that is more, 16 times an fp32 hidden. The backward holds an fp32
-        dhidden beside the returned gradients; a single statistic with a frozen head holds it from
-        the forward on.
+    Memory: the kept logits, until the graph is freed: at most chunk_bytes, by default 1 GiB or an
+        eighth of the free memory, whichever is less; and in the backward a slab of at most 64 MiB.
+        Otherwise chunk_bytes for a slab of logits (all tokens, some vocabulary entries) and of
+        dweight, by default 64 MiB or, if that is more, 16 times an fp32 hidden. The backward also
+        holds an fp32 dhidden; a single statistic with a frozen head holds it from the forward on.
     Raises: ValueError, TypeError naming the argument; RuntimeError on double backward.
     Source: equations (1)-(8) of ``em_kernels.reference``.
     """

@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from em_kernels import kernels as row_kernels
 from em_kernels.kernels import cpu, portable
 from em_kernels.ops.free_memory import free_host_bytes
+from em_kernels.ops.inputs import HeadInputs
 
 pytest.register_assert_rewrite(
     *(f"training.{name}" for name in ("adapters", "lives", "processes", "updates"))
@@ -69,6 +70,16 @@ def rows(request, monkeypatch):
             "kernels_for",
             lambda y: portable if y.dtype == torch.float64 else request.param,
         )
+
+
+@pytest.fixture(params=["kept", "accumulated"])
+def dweight(request, monkeypatch):
+    """Run the test with dweight multiplied once from a kept dy, and added up chunk by chunk."""
+
+    def keeps_dy(self, needs):
+        return request.param == "kept" and self.grad_tolerance == 0 and needs.weight
+
+    monkeypatch.setattr(HeadInputs, "keeps_dy", keeps_dy)
 
 
 @pytest.fixture

@@ -93,7 +93,7 @@ def test_work_of_statistics(needed, dtype, head):
     def both_ways():
         found = vocab_slabs.token_stats(head_inputs, with_collision_and_argmax=True)
         if needed:
-            saved = SavedStats(found.statistics, found.m, found.log_s)
+            saved = SavedStats(found.statistics, found.m, found.log_s, found.logits)
             upstream = torch.ones_like(found.statistics)
             vocab_slabs.token_stats_backward(head_inputs, upstream, saved, needs)
 

@@ -20,6 +20,7 @@ from truth import (
 from em_kernels import entropy_from_logits, fused_entropy_loss, fused_token_stats, ops
 
 pytestmark = pytest.mark.usefixtures("rows")
+both_ways = pytest.mark.usefixtures("dweight")  # a mean or sum keeps dy, or does not
 on_triton_too = pytest.mark.parametrize("rows", [*ROWS, *OLDER, TRITON, CUDA], indirect=True)
 
 
@@ -53,6 +54,7 @@ def assert_rows_close(gradient, truth):
     assert (error <= 2e-6 * truth.norm(dim=1)).all(), error / truth.norm(dim=1)
 
 
+@both_ways
 @on_triton_too
 @pytest.mark.parametrize("shift", [-1e4, -300.0, 300.0, 1e4])
 def test_shift_invariance(shift):
@@ -85,6 +87,7 @@ def test_words_masked_by_the_least_number(dtype, v):
         assert_rows_close(gradient, true_gradient)
 
 
+@both_ways
 @on_triton_too
 @pytest.mark.parametrize("gap", [200.0, 1e4, 1e30])
 def test_one_hot_rows(gap):
@@ -94,6 +97,7 @@ def test_one_hot_rows(gap):
         assert (entropy == 0).all() and (gradient == 0).all()
 
 
+@both_ways
 @on_triton_too
 @pytest.mark.parametrize("gap", [10.0, 14.0, 17.0, 20.0])
 def test_entropy_of_a_sure_model(gap):
@@ -140,6 +144,7 @@ def test_gradient_of_a_sure_logprob():
     assert_close(gradient.double(), expected, rtol=2e-5, atol=0)
 
 
+@both_ways
 @on_triton_too
 def test_logits_of_ten_thousand():
     logits = torch.linspace(-1e4, 1e4, 63).repeat(2, 1)
@@ -150,6 +155,7 @@ def test_logits_of_ten_thousand():
         assert_rows_close(gradient, true_gradient)
 
 
+@both_ways
 @on_triton_too
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_words_masked_by_the_bias(softcap):
@@ -189,6 +195,7 @@ def test_target_that_is_masked():
     assert logprob.isneginf().tolist() == [True, False, False]
 
 
+@both_ways
 @on_triton_too
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("reduction", ["sum", "none"])
@@ -220,6 +227,7 @@ def test_no_phantom_words(v):
         assert_rows_close(gradient, true_gradient)
 
 
+@both_ways
 def test_vocabulary_of_qwen():
     """V = 151936 would have 640 phantom entries in blocks of 1024."""
     hidden, weight, _, targets = draw(3, 8, 151936)
@@ -240,6 +248,7 @@ def test_vocabulary_of_qwen():
         assert_no_worse_than_eager(a, b, exact, floor=1e-5 * exact.norm().item())
 
 
+@both_ways
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_logits_of_16_bit_inputs_are_fp32(dtype):
     """Rounded to 16 bits, logits of size 20 put the entropy's second digit wrong."""
@@ -262,6 +271,7 @@ def test_logits_of_16_bit_inputs_are_fp32(dtype):
             assert relative_error(mine, true) <= torch.finfo(dtype).eps
 
 
+@both_ways
 def test_fp16_mean_over_many_tokens():
     """1/N is applied after dy is rounded to 16 bits; before, dhidden would be 2 % off here."""
     n = 4096

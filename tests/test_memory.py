@@ -105,12 +105,13 @@ def test_frozen_weight_has_no_gradient_in_memory(loss):
 @pytest.mark.parametrize("retain_graph", [False, True])
 def test_backward_holds_no_second_fp32_dweight(dtype, retain_graph):
     """The saved dweight becomes the gradient, or is rounded into it, unless the graph is kept."""
-    inputs = draw(N, 4096, V, dtype=dtype)[:2]
+    entries = 8 * V
+    inputs = draw(N, 192, entries, dtype=dtype)[:2]  # too many tokens to keep dy
     loss = fused_entropy_loss(*inputs, reduction="sum")
     found = allocations(lambda: loss.backward(retain_graph=retain_graph))
-    large = [size for size in found if size >= V * 4096 * 2]
+    large = [size for size in found if size >= entries * 192 * 2]
     fresh = dtype == torch.bfloat16 or retain_graph
-    assert large == ([V * 4096 * dtype.itemsize] if fresh else [])
+    assert large == ([entries * 192 * dtype.itemsize] if fresh else [])
 
 
 @torch.no_grad()

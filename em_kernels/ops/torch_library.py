@@ -151,8 +151,8 @@ def _(hidden, *others):
 @torch.library.custom_op(
     "em_kernels::token_stats_backward",
     mutates_args=(),
-    schema=f"(Tensor upstream, Tensor statistics, Tensor m, Tensor log_s, Tensor logits, {HEAD_SCHEMA},"
-    " bool[] needs) -> (Tensor, Tensor, Tensor)",
+    schema="(Tensor upstream, Tensor statistics, Tensor m, Tensor log_s, Tensor logits,"
+    f" {HEAD_SCHEMA}, bool[] needs) -> (Tensor, Tensor, Tensor)",
 )
 def token_stats_backward_op(upstream, statistics, m, log_s, logits, *arguments):
     """Return dhidden, dweight, dbias in the inputs' dtypes."""

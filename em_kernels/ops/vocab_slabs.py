@@ -54,7 +54,8 @@ def _kept_slabs(inputs: HeadInputs, logits: Tensor, tokens: slice | Tensor) -> I
     """Yield slabs of logits that the forward has kept, as views."""
     weight = inputs.weight
     entry_bytes = len(logits) * inputs.operand.itemsize + weight.shape[1] * inputs.dtype.itemsize
-    length = max(16, MIN_SLAB_BYTES // entry_bytes // 16 * 16)
+    budget = min(MIN_SLAB_BYTES, logits_budget(inputs.chunk_bytes, weight.device))
+    length = max(16, budget // entry_bytes // 16 * 16)  # a GPU reads such columns fast
     for start in range(0, len(weight), length):
         vocab_slice = slice(start, min(start + length, len(weight)))
         row = inputs.row_transform(tokens, vocab_slice)
