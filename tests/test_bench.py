@@ -128,7 +128,7 @@ def test_a_wrong_provider_shows_its_error(monkeypatch):
         ("stable-eager", "loss", 6),
         ("ours", "loss", 6),
         ("ours", "frozen", 4),
-        ("ours", "stats", 8),
+        ("ours", "stats", 6),
         ("ours", "forward", 2),
     ],
 )

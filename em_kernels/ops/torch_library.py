@@ -40,10 +40,11 @@ def entropy_loss_op(*arguments):
 @entropy_loss_op.register_fake
 def _(hidden, weight, *others):
     needs = others[-1]
-    wide, context = accumulation_dtype(hidden.dtype), torch.library.get_ctx()
+    wide = accumulation_dtype(hidden.dtype)
     rows = indices = dy_rows = dy_columns = chunks = 0
     if needs[1]:  # dweight, its rows that are not 0, or dy: the values of the inputs decide
-        rows, indices, dy_rows, dy_columns, chunks = (context.new_dynamic_size() for _ in range(5))
+        new_size = torch.library.get_ctx().new_dynamic_size
+        rows, indices, dy_rows, dy_columns, chunks = (new_size() for _ in range(5))
     return (
         hidden.new_empty((), dtype=wide),
         hidden.new_empty(hidden.shape if needs[0] else (0,), dtype=wide),
