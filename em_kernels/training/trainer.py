@@ -13,7 +13,7 @@ from .distributed import Ranks, find_ranks
 from .interrupts import Interrupted, StopRequest, doing
 from .models.loading import architecture
 from .planning.plan import Plan
-from .planning.planner import resolve
+from .planning.planner import Planner
 from .resume import recorded_prompts, recorded_settings, why_stop_early
 from .run import Run, TrainResult
 from .runs.records import Running, check_output
@@ -116,6 +116,9 @@ def _prepare(
     loaded_bytes = 0 if model is None else sum(p.nbytes for p in model.parameters())
     what = f"planning memory of {architecture(task.model_config)}"
     with console.status("planning memory"), doing(what):
-        plan = resolve(config, task.model_config, longest, ranks.device, loaded_bytes, ranks.launch)
+        planner = Planner(
+            config, task.model_config, longest, ranks.device, 0, loaded_bytes, ranks.launch
+        )
+        plan = planner.resolve()
     plan.config.check_complete()
     return Prepared(config, task, plan)

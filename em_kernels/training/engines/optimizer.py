@@ -22,19 +22,15 @@ NORM_ROW = 256  # elements summed in fp32: a CPU's norm of 2^24 at once is wrong
 
 
 def state_bytes(
-    numels: Iterable[int],
+    count: int,
     *,
     weight_bytes: int,
     moments: torch.dtype,
     gradients: torch.dtype,
     master_is_parameter: bool,
 ) -> dict[str, int]:
-    """Return the bytes of masters, both moments and gradients.
-
-    Args:
-        numels: elements of each parameter, whose dtype has weight_bytes.
-    """
-    count, exact = sum(numels), weight_bytes == 8
+    """Return the bytes of masters, both moments and gradients of so many parameters."""
+    exact = weight_bytes == 8
     return {
         "master": 0 if master_is_parameter else count * (8 if exact else 4),
         "moments": count * (8 if exact else moments.itemsize) * 2,

@@ -28,43 +28,11 @@ from .components import (
     SMALL_STATE_BYTES,
     default_chunk_bytes,
     fixed_bytes,
+    sharded_bytes,
 )
 from .plan import GIB, RATES, Plan, cheaper, peak
-from .run_time import update_seconds
-from .sharded import sharded_bytes, sharded_settings
 
 ONE_PROCESS = LaunchSpec()
-
-
-def resolve(
-    config: TrainConfig,
-    model_config: PreTrainedConfig,
-    prompt_tokens: int,
-    device: torch.device,
-    loaded_bytes: int = 0,
-    launch: LaunchSpec = ONE_PROCESS,
-) -> Plan:
-    """Return the plan of a run, its settings complete.
-
-    Raises: UserError where nothing fits: what is missing, and what would help, cheapest first.
-    """
-    planner = Planner(config, model_config, prompt_tokens, device, 0, loaded_bytes, launch)
-    plan = planner.choose()
-    if not plan.fits:
-        help = f"try {', or '.join(plan.remedies)}" if plan.remedies else "take a smaller model"
-        raise UserError(f"memory: mode {plan.name}: {'; '.join(plan.problems)}; {help}")
-    place = config.output.absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    need = sum(size for name, size in plan.disk.items() if not name.endswith("(offload)"))
-    need -= sum(path.stat().st_size for path in config.output.rglob("*") if path.is_file())
-    if need > free:
-        raise UserError(
-            f"output: {config.output} has {free / GIB:.1f} GiB of disk free, the run writes up to "
-            f"{need / GIB:.1f}; keep less with --save-at, --keep or --save-optimizer False"
-        )
-    return plan
 
 
 class Planner:
@@ -96,10 +64,10 @@ class Planner:
         if config.dtype == "auto":
             config = config.model_copy(update={"dtype": auto_dtype(device.type)})
         self.config, self.dtype = config, getattr(torch, config.dtype)
-        if config.host_memory is None:
-            limit = free_host_bytes() // launch.on_machine + (0 if self.cuda else loaded_bytes)
-        else:
-            limit = int(config.host_memory * GIB) // launch.on_machine
+        host = free_host_bytes() if config.host_memory is None else int(config.host_memory * GIB)
+        limit = host // launch.on_machine
+        if config.host_memory is None and not self.cuda:
+            limit += loaded_bytes
         self.device_limit = self.host_limit = limit
         if self.cuda and config.gpu_memory is not None:
             self.device_limit = int(config.gpu_memory * GIB)
@@ -110,6 +78,27 @@ class Planner:
             raise UserError("gpu_memory: torch sees no CUDA GPU; give the GiB of one to plan for")
         self.models: dict[tuple | None, ModelMemory] = {}
         self.plans: dict[str, Plan] = {}
+
+    def resolve(self) -> Plan:
+        """Return the plan of a run that starts now.
+
+        Raises: UserError where nothing fits: what is missing, and what would help, cheapest first.
+        """
+        plan, output = self.choose(), self.config.output
+        if not plan.fits:
+            help = f"try {', or '.join(plan.remedies)}" if plan.remedies else "take a smaller model"
+            raise UserError(f"memory: mode {plan.name}: {'; '.join(plan.problems)}; {help}")
+        absolute = output.absolute()
+        there = next(path for path in (absolute, *absolute.parents) if path.exists())
+        free = shutil.disk_usage(there).free
+        need = sum(size for name, size in plan.disk.items() if not name.endswith("(offload)"))
+        need -= sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
+        if need > free:
+            raise UserError(
+                f"output: {output} has {free / GIB:.1f} GiB of disk free, the run writes up to "
+                f"{need / GIB:.1f}; keep less with --save-at, --keep or --save-optimizer False"
+            )
+        return plan
 
     def modes(self) -> list[Plan]:
         """Plan each mode, whatever the settings say."""
@@ -192,6 +181,10 @@ class Planner:
         """Plan with the mode and precision of a config, and with the largest batches that fit."""
         model, cuda, lora = self.model_memory(config), self.cuda, config.mode == "lora"
         sizes, trained = model.sizes, model.sizes.trained_parameters
+        state_bytes = trained * (4 + 2 * PRECISIONS[config.moments].itemsize)
+        if config.save_optimizer == "auto":
+            save_optimizer = state_bytes <= SMALL_STATE_BYTES
+            config = config.model_copy(update={"save_optimizer": save_optimizer})
         if self.launch.engine == "replicas":
             device, host, disk = fixed_bytes(config, model, cuda)
         else:
@@ -199,9 +192,8 @@ class Planner:
         room = self.device_limit - sum(device.values())
         room = int(room / (1 + FRAGMENTED_SHARE)) if cuda else room
         chunk = config.chunk_bytes or default_chunk_bytes(model, self.device_limit, cuda)
-        batches = BatchSizes(
-            config, model, self.prompt_tokens, self.launch.ranks, cuda, chunk, room
-        )
+        ranks, tokens = self.launch.ranks, self.prompt_tokens
+        batches = BatchSizes(config, model, tokens, ranks, cuda, chunk, room)
         slab = min(SLAB, trained)
         rounding = 2 * slab + 4 * min(LENGTH, slab) if device.get("master") else 0
         copied = not cuda and not lora and model.itemsize == 4
@@ -209,13 +201,10 @@ class Planner:
         passing = {**batches.passing, "rounding": rounding, "bf16 copy": saving}
         if cuda:
             device["fragments"] = int(FRAGMENTED_SHARE * peak(passing))
-        state_bytes = trained * (4 + 2 * PRECISIONS[config.moments].itemsize)
-        complete: dict[str, Any] = {
+        complete = {
             "lr": config.lr or (LORA_LR if lora else FULL_LR),
             "attention": attention_of(config.attention, self.model_config),
         }
-        if config.save_optimizer == "auto":
-            complete["save_optimizer"] = state_bytes <= SMALL_STATE_BYTES
         config = config.model_copy(update={**complete, **batches.settings})
         saved = len({step for step in config.save_at if step < config.steps} | {config.steps})
         kept = min(saved, config.keep + 1) if config.keep else saved
@@ -240,8 +229,27 @@ class Planner:
             self.host_limit,
             disk,
             download,
-            update_seconds(config, model, batches, self.rates),
+            batches.update_seconds(config, self.rates),
             once,
             self.rates,
             pays=batches.efficient,
         )
+
+
+def sharded_settings(config: TrainConfig, engine: str) -> TrainConfig:
+    """Return the settings with mode, precisions and share_prefix as FSDP2 and DeepSpeed need them.
+
+    Raises: UserError where the settings ask for something else.
+    """
+    only: dict[str, Any] = {"mode": "full", "moments": "fp32", "gradients": "fp32"}
+    for name, value in only.items():
+        if (asked := getattr(config, name)) not in ("auto", value):
+            raise UserError(
+                f"{name}: {asked} does not go with {engine}, which has {value}; launch without "
+                f"{engine}"
+            )
+    for name in ("four_bit", "offload_dir"):
+        if getattr(config, name):
+            raise UserError(f"{name}: does not go with {engine}; launch without {engine}")
+    # A shared prompt would need a backward of its own through every layer.
+    return config.model_copy(update={**only, "share_prefix": False})
