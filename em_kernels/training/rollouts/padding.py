@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from os.path import commonprefix
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -51,37 +51,30 @@ def ready_to_generate(model: PreTrainedModel) -> Iterator[None]:
         model.generation_config = config
 
 
-class PaddedRows(NamedTuple):
-    """Length of the rows' common prefix, token ids (n, P), attention mask (n, P)."""
-
-    prefix: int
-    ids: Tensor
-    mask: Tensor
-
-
-def pad_prompts(prompts: Sequence[list[int]], device: torch.device) -> PaddedRows:
+def pad_prompts(
+    model: PreTrainedModel, prompts: Sequence[list[int]]
+) -> tuple[Tensor, Tensor, DynamicCache]:
     """Pad prompts after their common prefix, with each row's own first token, which a repetition
     penalty counts anyway.
+
+    Returns: token ids (n, P), attention mask (n, P), and the KV cache of the prefix, which is
+        computed once.
     """
-    longest, rows, mask = max(map(len, prompts)), list[list[int]](), list[list[int]]()
+    longest, rows, masks = max(map(len, prompts)), list[list[int]](), list[list[int]]()
     # The last token stays out of the prefix, as generate needs one to start from.
     same = len(commonprefix([ids[:-1] for ids in prompts]))
     for ids in prompts:
         gap = longest - len(ids)
         rows.append(ids[:same] + ids[:1] * gap + ids[same:])
-        mask.append([1] * same + [0] * gap + [1] * (len(ids) - same))
-    return PaddedRows(same, torch.tensor(rows, device=device), torch.tensor(mask, device=device))
-
-
-def prefilled(model: PreTrainedModel, ids: Tensor, same: int) -> DynamicCache:
-    """Return a KV cache for rows (n, P) whose first `same` tokens are equal and computed once."""
+        masks.append([1] * same + [0] * gap + [1] * (len(ids) - same))
+    ids, mask = (torch.tensor(x, device=model.device) for x in (rows, masks))
     cache = DynamicCache(config=model.config)
     if same > 0:
         model(  # FSDP requires a call of the root module, not of its decoder.
             input_ids=ids[:1, :same], past_key_values=cache, use_cache=True, logits_to_keep=1
         )
         cache.batch_repeat_interleave(len(ids))
-    return cache
+    return ids, mask, cache
 
 
 def run_generate(
@@ -104,28 +97,13 @@ def run_generate(
     )
 
 
-def _side_by_side(model: PreTrainedModel, rows: Sequence[list[int]], token: int) -> Tensor:
-    """Return logits (n, 2, V) of the next token, and of the one after `token`, from a batch."""
-    same, ids, mask = pad_prompts(rows, model.device)
-    config = {"max_length": ids.shape[1] + 2, "pad_token_id": 0, "output_logits": True}
-    forced = {"prefix_allowed_tokens_fn": lambda row, ids: [token]}
-    output = run_generate(model, ids, mask, prefilled(model, ids, same), config, **forced)
-    return wide(torch.stack(output.logits, 1))
-
-
-def _alone(model: PreTrainedModel, row: list[int], token: int) -> Tensor:
-    """Return the same logits (2, V) for one row, without batch, padding or cache."""
-    ids = torch.tensor([[*row, token]], device=model.device)
-    return wide(model(input_ids=ids, use_cache=False).logits[0, -2:])
-
-
 @torch.no_grad()
 def check_sampling(model: PreTrainedModel) -> bool:
     """Measure whether prompts of unequal length can be sampled in one padded batch.
 
-    Compares logits from a batch, in fp32, with those of each row alone: the padded row's may differ
-    by up to 4 times what the two unpadded rows' differ by, which is rounding. :func:`can_pad`
-    reuses the result.
+    Compares logits of two tokens from a batch, in fp32, with those of each row alone: the padded
+    row's may differ by up to 4 times what the two unpadded rows' differ by, which is rounding.
+    :func:`can_pad` reuses the result.
 
     Raises: TypeError if the unpadded rows differ by more than rounding too.
     """
@@ -133,8 +111,14 @@ def check_sampling(model: PreTrainedModel) -> bool:
     tokens = [(17 * i + 5) % vocab_size for i in range(24)]
     rows = [tokens[:5] + tokens[start:end] for start, end in ((5, 14), (9, 18), (18, 22))]
     with ready_to_generate(model), in_fp32(model) as dtype:
-        found = _side_by_side(model, rows, tokens[3])
-        alone = torch.stack([_alone(model, row, tokens[3]) for row in rows])
+        ids, mask, cache = pad_prompts(model, rows)
+        config = {"max_length": ids.shape[1] + 2, "pad_token_id": 0, "output_logits": True}
+        forced = {"prefix_allowed_tokens_fn": lambda row, ids: tokens[3:4]}
+        output = run_generate(model, ids, mask, cache, config, **forced)
+        found = wide(torch.stack(output.logits, 1))
+        ends = [torch.tensor([[*row, tokens[3]]], device=model.device) for row in rows]
+        logits = [model(input_ids=row, use_cache=False).logits[0, -2:] for row in ends]
+        alone = wide(torch.stack(logits))
     errors = (found - alone).norm(dim=-1) / alone.norm(dim=-1)
     longer, shorter = errors[:2].max().item(), errors[2].max().item()
     eps = torch.finfo(dtype if dtype in HALF else torch.float32).eps  # generate's logits have it

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from ..config import Sampling
-from .padding import can_pad, pad_prompts, prefilled, ready_to_generate, run_generate
+from .padding import can_pad, pad_prompts, ready_to_generate, run_generate
 
 LEAVE_SHARE = 8  # The batch is rebuilt once 1/8 of its rows have finished.
 
@@ -60,15 +60,14 @@ class _SegmentEnd(StoppingCriteria):
     """Records the length at which each row ends; stops generate once enough rows have ended."""
 
     def __init__(
-        self, ends: StoppingCriteriaList, rows: int, start: int, check: Callable[[], None] | None
+        self, ends: StoppingCriteriaList, rows: int, start: int, check: Callable[[], object]
     ) -> None:
         self.ends, self.start, self.check = ends, start, check
         self.enough = -(-rows // LEAVE_SHARE)
         self.length: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor | None, **kwargs: object) -> Tensor:
-        if self.check is not None:
-            self.check()
+        self.check()
         if self.length is None:
             self.length = input_ids.new_zeros(len(input_ids))
         ended = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
@@ -77,18 +76,6 @@ class _SegmentEnd(StoppingCriteria):
         now = ended & (self.length == 0)
         self.length = torch.where(now, input_ids.shape[1], self.length)
         return torch.full_like(ended, int((self.length > 0).sum()) >= self.enough)
-
-
-def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return all end-of-sequence ids of the model's generation_config and its tokenizer."""
-    ids = model.generation_config.eos_token_id if model.generation_config else None
-    every = {*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id}
-    return sorted(every - {None})
-
-
-def uniforms_for(seeds: Sequence[Sequence[int]], length: int) -> Tensor:
-    """Return uniforms in [0, 1), (len(seeds), length), a row per seed; equal on every device."""
-    return torch.tensor(np.stack([np.random.default_rng(seed).random(length) for seed in seeds]))
 
 
 @torch.no_grad()
@@ -100,10 +87,11 @@ def generate(
     sampling: Sampling,
     *,
     batch_size: int = 64,
-    on_done: Callable[[int], None] | None = None,
-    check: Callable[[], None] | None = None,
+    on_done: Callable[[int], object] = lambda count: None,
+    check: Callable[[], object] = lambda: None,
 ) -> list[Rollout]:
-    """Sample a completion for each prompt.
+    """Sample a completion for each prompt, up to an end-of-sequence id of the model's
+    generation_config or its tokenizer.
 
     Args:
         prompts: token ids; prompts of similar length are sampled together, and their common prefix
@@ -113,14 +101,15 @@ def generate(
         check: called after every token; may raise to abandon the work.
     """
     results: dict[int, Rollout] = {}
-    ends = eos_ids(model, tokenizer)
-    lengths = [len(ids) for ids in prompts]
-    pad = len(set(lengths)) > 1 and can_pad(model, max(lengths) + sampling.max_new_tokens)
+    eos = model.generation_config.eos_token_id if model.generation_config else None
+    ends = sorted({*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None})
+    lengths, new = [len(ids) for ids in prompts], sampling.max_new_tokens
+    pad = len(set(lengths)) > 1 and can_pad(model, max(lengths) + new)
     sample = partial(_generate_batch, model, tokenizer, sampling, ends, on_done, check)
     with ready_to_generate(model):
         for batch in _batches(lengths, batch_size, pad):
-            uniforms = uniforms_for([seeds[i] for i in batch], sampling.max_new_tokens)
-            done = sample([prompts[i] for i in batch], uniforms.to(model.device))
+            uniforms = np.stack([np.random.default_rng(seeds[i]).random(new) for i in batch])
+            done = sample([prompts[i] for i in batch], torch.tensor(uniforms, device=model.device))
             results.update(zip(batch, done, strict=True))
     return [results[i] for i in range(len(prompts))]
 
@@ -142,13 +131,13 @@ def _generate_batch(
     tokenizer: PreTrainedTokenizerBase,
     sampling: Sampling,
     ends: list[int],
-    on_done: Callable[[int], None] | None,
-    check: Callable[[], None] | None,
+    on_done: Callable[[int], object],
+    check: Callable[[], object],
     prompts: Sequence[list[int]],
     uniforms: Tensor,
 ) -> list[Rollout]:
     """Sample one batch in segments, between which finished rows leave."""
-    same, ids, mask = pad_prompts(prompts, model.device)
+    ids, mask, cache = pad_prompts(model, prompts)
     prompt_length = ids.shape[1]
     longest = prompt_length + sampling.max_new_tokens
     endings = StoppingCriteriaList()
@@ -158,7 +147,6 @@ def _generate_batch(
         endings.append(StopStringCriteria(tokenizer, list(sampling.stop)))
     results: dict[int, Rollout] = {}
     rows = torch.arange(len(ids), device=ids.device)  # each row's index in prompts
-    cache = prefilled(model, ids, same)
     while len(rows):
         processors = LogitsProcessorList()
         if sampling.repetition_penalty != 1:
@@ -185,8 +173,7 @@ def _generate_batch(
             response = ids[i, prompt_length : stop_at[i]].tolist()
             row = int(rows[i])
             results[row] = Rollout(prompts[row], response, bool(ended[i]))
-        if on_done is not None:
-            on_done(int(finished.sum()))
+        on_done(int(finished.sum()))
         going = (~finished).nonzero()[:, 0]
         mask = torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
         ids, rows, mask = ids[going], rows[going], mask[going]
