@@ -65,12 +65,6 @@ class Ranks:
         """True on rank 0, which writes the run's folder and the console."""
         return self.index == 0
 
-    def describe(self) -> dict[str, Any]:
-        """Return what of the launch changes the last digits of results; {} for one process."""
-        if self.launch == LaunchSpec():
-            return {}
-        return {"ranks": self.count, "engine": self.launch.engine}
-
     def gather(self, value: T) -> list[T]:
         """Return each rank's value, in order; the same list on all."""
         values: list[Any] = [value] * self.count

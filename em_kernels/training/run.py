@@ -17,7 +17,7 @@ from ..ops.free_memory import peak_memory_gib
 from .config import TrainConfig
 from .console import progress_on, update_line
 from .data.grading import Grader
-from .distributed import Ranks
+from .distributed import LaunchSpec, Ranks
 from .engines import engine_of
 from .engines.step import StepLoss
 from .interrupts import Interrupted, StopRequest, doing
@@ -53,7 +53,9 @@ class Run:
     ) -> None:
         self.asked, self.config, self.plan = asked, plan.config, plan
         self.task, self.console, self.ranks = task, console, ranks
-        self.prompt_index = [i % len(task.prompts) for i in range(plan.config.rollouts)]
+        index = [i % len(task.prompts) for i in range(plan.config.rollouts)]
+        self.prompts = [task.prompts[i] for i in index]  # of each completion
+        self.answers = [task.problems[i].answer for i in index]
         self.result, self.grader = TrainResult(asked.output), Grader()
         self.recorded: dict[int, list[Rollout]] = {}  # completions to replay, by update
         self.stopped = StoppedRun()  # where this run resumes
@@ -99,9 +101,8 @@ class Run:
 
     def _completions_in(self, run: Path) -> dict[int, list[Rollout]]:
         """Read a run's completions of this task's prompts, by update."""
-        prompts = [self.task.prompts[i] for i in self.prompt_index]
         vocab_size = self.task.model_config.get_text_config().vocab_size
-        return replayable(run, prompts, vocab_size, self.config.sampling.max_new_tokens)
+        return replayable(run, self.prompts, vocab_size, self.config.sampling.max_new_tokens)
 
     def start(self, resume: bool) -> None:
         """Begin the run's folder; or restore its newest state, and completions sampled after it."""
@@ -141,7 +142,9 @@ class Run:
 
     def _defining(self) -> dict[str, Any]:
         """Return the settings with which a checkpoint must have been made, to resume from it."""
-        return defining_settings(self.config) | self.ranks.describe()
+        launch = self.ranks.launch
+        several = {"ranks": launch.ranks, "engine": launch.engine}  # they change the last digits
+        return defining_settings(self.config) | (several if launch != LaunchSpec() else {})
 
     def update(self, update: int, stop: StopRequest) -> None:
         """Sample completions and record them; compute the gradient; step; record the metrics."""
@@ -198,7 +201,7 @@ class Run:
             return generate(
                 self.engine.model,
                 self.task.tokenizer,
-                [self.task.prompts[self.prompt_index[i]] for i in indices],
+                [self.prompts[i] for i in indices],
                 [(config.seed, update, i) for i in indices],
                 config.sampling,
                 batch_size=batch_size,
@@ -238,8 +241,8 @@ class Run:
         """Grade the completions and write them down; return their accuracy."""
         responses = [rollout.response_ids for rollout in rollouts]
         texts = self.task.tokenizer.batch_decode(responses, skip_special_tokens=True)
-        answers = [self.task.problems[i].answer for i in self.prompt_index]
-        right = self.grader.grade(list(zip(texts, answers, strict=True)), lambda _: stop.check())
+        pairs = list(zip(texts, self.answers, strict=True))
+        right = self.grader.grade(pairs, lambda _: stop.check())
         records = [
             {
                 "update": update,
@@ -247,14 +250,14 @@ class Run:
                 "prompt_ids": rollout.prompt_ids,
                 "response_ids": rollout.response_ids,
                 "ended": rollout.ended,
-                "correct": None if answers[index] is None else right[index],
+                "correct": None if self.answers[index] is None else right[index],
                 "text": text,
             }
             for index, (rollout, text) in enumerate(zip(rollouts, texts, strict=True))
         ]
         if update > len(self.stopped.completions):
             append(self.config.output / ROLLOUTS, records)
-        graded = [right[i] for i, answer in enumerate(answers) if answer is not None]
+        graded = [r for r, a in zip(right, self.answers, strict=True) if a is not None]
         return sum(graded) / len(graded) if graded else None
 
     def save(self) -> None:
@@ -288,8 +291,7 @@ class Run:
         if is_out_of_memory(error):
             sizes = ", ".join(f"{name} {size}" for name, size in self.sizes.items())
             asked = {name: getattr(self.asked, name) for name in self.sizes}
-            config = self.config.model_copy(update=asked)
             on_cuda, engine = self.ranks.device.type == "cuda", self.ranks.launch.engine
-            remedies = ", ".join(cheaper(config, on_cuda, engine))
-            return UserError(f"out of memory with {sizes}; {kept}; use {remedies}")
+            remedies = cheaper(self.config.model_copy(update=asked), on_cuda, engine)
+            return UserError(f"out of memory with {sizes}; {kept}; use {', '.join(remedies)}")
         return error

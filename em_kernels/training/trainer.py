@@ -1,7 +1,6 @@
 """Train a model by One-shot Entropy Minimization."""
 
 from contextlib import closing
-from typing import NamedTuple
 
 import torch
 from rich.console import Console
@@ -20,14 +19,6 @@ from .runs.records import Running, check_output
 from .runs.trackers import Tracking
 from .settings import UserError
 from .task import Task, load_task
-
-
-class Prepared(NamedTuple):
-    """Everything that a run starts from."""
-
-    config: TrainConfig  # as asked; the plan has it with nothing left "auto"
-    task: Task
-    plan: Plan
 
 
 def train(
@@ -98,8 +89,8 @@ def train(
 
 def _prepare(
     config: TrainConfig, model: PreTrainedModel | None, resume: bool, ranks: Ranks, console: Console
-) -> Prepared:
-    """Resolve settings, task and plan; write nothing."""
+) -> tuple[TrainConfig, Task, Plan]:
+    """Return settings as asked, task, and a plan with nothing left "auto"; write nothing."""
     if resume:
         config = recorded_settings(config)
     else:
@@ -121,4 +112,4 @@ def _prepare(
         )
         plan = planner.resolve()
     plan.config.check_complete()
-    return Prepared(config, task, plan)
+    return config, task, plan

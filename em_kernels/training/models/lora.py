@@ -1,9 +1,8 @@
-"""LoRA adapters: where they go, adding and saving them; and the 4-bit settings of their base."""
+"""LoRA adapters: where they go, adding and saving them."""
 
 import dataclasses
 import warnings
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import nn
-from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from ...hf import decoder_of
@@ -95,20 +94,6 @@ def add_adapters(model: PreTrainedModel, config: TrainConfig) -> PeftModel:
             # In eval mode bitsandbytes would repack the weights, and lose the gradient.
             module.support_avx512bf16_for_cpu = False
     return adapted
-
-
-def four_bit_config() -> BitsAndBytesConfig:
-    """Return from_pretrained's settings for linear layers in NF4, doubly quantised; transformers
-    leaves out the LM head by itself.
-    """
-    if find_spec("bitsandbytes") is None:
-        raise UserError("4bit: bitsandbytes is not installed; pip install 'em-kernels[4bit]'")
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
 
 
 def write_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> Callable[[Path], None]:

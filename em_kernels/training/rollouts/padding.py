@@ -63,10 +63,10 @@ def pad_prompts(
     longest, rows, masks = max(map(len, prompts)), list[list[int]](), list[list[int]]()
     # The last token stays out of the prefix, as generate needs one to start from.
     same = len(commonprefix([ids[:-1] for ids in prompts]))
-    for ids in prompts:
-        gap = longest - len(ids)
-        rows.append(ids[:same] + ids[:1] * gap + ids[same:])
-        masks.append([1] * same + [0] * gap + [1] * (len(ids) - same))
+    for row in prompts:
+        gap = longest - len(row)
+        rows.append(row[:same] + row[:1] * gap + row[same:])
+        masks.append([1] * same + [0] * gap + [1] * (len(row) - same))
     ids, mask = (torch.tensor(x, device=model.device) for x in (rows, masks))
     cache = DynamicCache(config=model.config)
     if same > 0:
