@@ -103,10 +103,7 @@ def launcher(launch: LaunchSpec) -> list[str]:
 
 
 def open_config(model: str) -> PreTrainedConfig:
-    """Open the config of what the setting `model` names, which may also be a config.json.
-
-    Raises: UserError where there is none.
-    """
+    """Open the config of what `model` names, which may be a config.json; UserError without one."""
     if not model:
         raise UserError('model: missing; name a hub id, a local folder, a config.json, or "demo"')
     if model == "demo":
@@ -137,9 +134,7 @@ def download_bytes(model: str) -> int | None:
 
 
 def command_of(config: TrainConfig, chosen: Plan) -> TrainConfig:
-    """Return the user's settings for the printed command, with mode and precisions as the plan has
-    them.
-    """
+    """Return the user's settings for the printed command, with mode and precisions as planned."""
     changes: dict[str, Any] = {name: getattr(chosen.config, name) for name in PINNED}
     path = Path(config.model)
     if path.suffix == ".json":

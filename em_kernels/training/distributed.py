@@ -1,6 +1,4 @@
-"""A run's processes, one per device, started by `accelerate launch` or torchrun, and their
-communication; a single process is a special case.
-"""
+"""A run's processes, one per device, started by `accelerate launch` or torchrun, or just one."""
 
 import os
 import time
@@ -85,8 +83,8 @@ class Ranks:
         return total.to(values.device)
 
     def from_main(self, make: Callable[[], T]) -> T:
-        """Return on every rank what make() returns on rank 0. If it raises a UserError there, the
-        other ranks exit silently; Interrupted is raised on all.
+        """Return what make() returns on rank 0. If it raises a UserError there, the others exit
+        silently; Interrupted is raised on all.
         """
         if self.count == 1:
             return make()
@@ -131,10 +129,7 @@ class Ranks:
 
 
 def find_ranks(device: str, rollouts: int | None = None) -> Ranks:
-    """Find the processes that accelerate or torchrun has started.
-
-    Args:
-        rollouts: completions of an update, of which each process needs one.
+    """Find the processes that accelerate or torchrun has started; each needs one of the rollouts.
 
     Raises: UserError for a launch that is not supported.
     """

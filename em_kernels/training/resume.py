@@ -27,10 +27,7 @@ class StoppedRun(NamedTuple):
 
 
 def recorded_settings(config: TrainConfig) -> TrainConfig:
-    """Return config, with what it leaves "auto" or None as the run in config.output has it.
-
-    Raises: UserError where there is no run, or a setting would change its numbers.
-    """
+    """Return config, with what it leaves "auto" or None as the run in config.output has it."""
     recorded = read_yaml(config.output / CONFIG)
     kept = {name: value for name, value in recorded if getattr(config, name) in ("auto", None)}
     kept["share_prefix"] = config.share_prefix and recorded.share_prefix
@@ -66,7 +63,6 @@ def find_stopped_run(
 
     Args:
         completions: the run's own, by update.
-        settings: those that a checkpoint must have been made with.
     """
     output = config.output
     metrics = read_metrics(output)[: len(completions)]

@@ -42,8 +42,7 @@ class Bounce:
         return self.buffers[self.turn][: like.nbytes].view(like.dtype).view(like.shape)
 
     def fetch(self, source: Tensor, put: Callable[[slice, Tensor], None], reused: bool) -> None:
-        """Start copying a contiguous source to the host by parts; the thread calls put(part, host
-        copy) for each.
+        """Start copying a contiguous source to the host; the thread calls put(part, copy) of each.
 
         Args:
             reused: the caller will overwrite the source, so the current stream waits for the copy.
@@ -99,10 +98,7 @@ def _waiter_for(stream: torch.cuda.Stream) -> Callable[[], object]:
 def zeros_in_files(
     folder: Path, kinds: Mapping[str, Sequence[tuple[int, torch.dtype]]]
 ) -> dict[str, list[Tensor]]:
-    """Return zeros (n,) for each (n, dtype), in a mapped file for each kind.
-
-    Raises: UserError where the folder cannot hold them.
-    """
+    """Return zeros (n,) for each (n, dtype), in a mapped file for each kind."""
     # Rounded up to 4 elements, so that each tensor starts at a multiple of 8 bytes.
     lengths = {kind: [-(-n // 4) * 4 * d.itemsize for n, d in kinds[kind]] for kind in kinds}
     need = sum(map(sum, lengths.values()))

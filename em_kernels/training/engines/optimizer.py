@@ -179,9 +179,7 @@ class MasterAdamW:
             self._bounce.fetch(source, put, reused=rows is not None)
 
     def _wide(self, parts: list[tuple[_Slot, slice]], kind: str, row: int) -> list[Tensor]:
-        """Return the parts of a kind of state in their masters' dtype: where that is wider, copies
-        in a row of the scratch memory.
-        """
+        """Return parts of a kind of state; where masters are wider, in a row of the scratch."""
         found, start = [], 0
         for slot, part in parts:
             tensor = getattr(slot, kind)[part]
@@ -269,9 +267,7 @@ class MasterAdamW:
             slot.has_gradient, slot.parameter.grad = False, None
 
     def state(self) -> dict[str, Tensor]:
-        """Return masters, moments (no copies) and step counts, as master.NAME, exp_avg.NAME,
-        exp_avg_sq.NAME and step.NAME.
-        """
+        """Return masters, moments (no copies), step counts: KIND.NAME for each of KINDS, step.NAME."""
         self._wait()
         state = {}
         for slot in self._slots.values():
@@ -284,8 +280,7 @@ class MasterAdamW:
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Continue from a state(), with its masters in the parameters and no gradient.
 
-        Raises: ValueError, with nothing changed, for a name that is missing, unknown, or of another
-        shape.
+        Raises: ValueError, with nothing changed, for a name that is missing, unknown or misshapen.
         """
         current = self.state()
         for name in [*current, *state]:

@@ -1,6 +1,4 @@
-"""One update's loss and gradients: micro-batches behind a prompt that is computed once, activations
-recomputed, the head's gradient handed on in slabs.
-"""
+"""An update's loss and gradients by micro-batches, behind a prompt that is computed once."""
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -115,9 +113,7 @@ class SharedPrefix:
 
 @torch.no_grad()
 def can_share_prefix(model: PreTrainedModel) -> bool:
-    """Return True if continuing a SharedPrefix gives the model's own hidden states; models with
-    sliding windows cannot.
-    """
+    """Return True if continuing a SharedPrefix gives the model's own hidden states."""
     if {type(layer) for layer in DynamicCache(config=model.config).layers} != {DynamicLayer}:
         return False
     vocab_size = model.config.get_text_config().vocab_size
@@ -173,11 +169,7 @@ def by_prompt(rollouts: Sequence[Rollout], share: bool) -> Groups:
 def micro_batches(
     rollouts: Sequence[Rollout], tokens: int, computed: int = 0, rows: int | None = None
 ) -> Iterator[list[Rollout]]:
-    """Yield the rollouts in order, in batches of at most so many padded tokens and rows.
-
-    Args:
-        computed: first tokens of each rollout that do not count.
-    """
+    """Yield the rollouts in batches of so many padded tokens, less the `computed`, and rows."""
     batch: list[Rollout] = []
     for rollout in rollouts:
         longest = max(map(len, [*batch, rollout])) - computed
@@ -290,7 +282,6 @@ def entropy_step(
 
     Args:
         rollouts: all of the update.
-        config: with nothing "auto" left.
         micro_batch: tokens of one forward and backward.
         check: called before each micro-batch; may raise to abandon the work.
         index, count: this rank, of so many; only its share is computed and returned.

@@ -126,9 +126,7 @@ def load_model(
 
 
 def four_bit_config() -> BitsAndBytesConfig:
-    """Return from_pretrained's settings for linear layers in NF4, doubly quantised; transformers
-    leaves out the LM head by itself.
-    """
+    """Return from_pretrained's settings for linear layers but the head in NF4, doubly quantised."""
     if find_spec("bitsandbytes") is None:
         raise UserError("4bit: bitsandbytes is not installed; pip install 'em-kernels[4bit]'")
     return BitsAndBytesConfig(

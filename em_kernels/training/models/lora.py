@@ -22,10 +22,7 @@ ALL = "all-linear"
 
 
 def adapted_layers(model: PreTrainedModel, config: TrainConfig) -> dict[str, nn.Linear | Conv1D]:
-    """Return the linear layers that lora_targets names; works on the meta device too.
-
-    Raises: UserError for a target that names the LM head, a layer that is not linear, or nothing.
-    """
+    """Return the linear layers that lora_targets names; UserError if it names anything else."""
     head, modules = model.get_output_embeddings(), dict(model.named_modules())
     decoder = set(decoder_of(model).modules())  # A vision tower's layers are not adapted.
     linear = {n: m for n, m in modules.items() if is_linear(m) and m is not head and m in decoder}

@@ -180,9 +180,7 @@ class _FakeModel:
         return self._backward_peaks(prefix.backward)
 
     def _backward_peaks(self, backward: Callable[[], object]) -> tuple[int, int]:
-        """Return the peak until all layers have their gradients, and the peak of what follows: the
-        embedding's gradient.
-        """
+        """Return the peaks of the layers' gradients, and of the embedding's after those."""
         embedding, layers_peak = self.model.get_input_embeddings().weight, 0
 
         def drop(p: nn.Parameter) -> None:
@@ -200,9 +198,8 @@ class _FakeModel:
 
 @contextmanager
 def _without_values() -> Iterator[None]:
-    """Keep transformers from what fails on fake tensors: reading position ids to look for packed
-    rows, as they have no values; and torch's grouped product of experts, which takes bf16 only.
-    transformers' own product, which replaces it, takes any dtype and as much memory.
+    """Keep transformers from what fails on fake tensors: position ids without values, and torch's
+    grouped product of experts, which takes bf16 only; transformers' own takes as much memory.
     """
     packed, grouped = masking_utils.find_packed_sequence_indices, moe._can_use_grouped_mm
     masking_utils.find_packed_sequence_indices = lambda *_: None
@@ -239,13 +236,7 @@ def _as_user_error(config: PreTrainedConfig) -> Iterator[None]:
 
 
 class ModelMemory:
-    """Parameter, activation and KV cache sizes of a model, from its config alone.
-
-    can_share_prefix: every layer's KV cache is a plain one.
-
-    Args:
-        lora: settings of adapters, or None to train the weights themselves.
-    """
+    """Parameter, activation and KV cache sizes of a model, from its config alone."""
 
     def __init__(
         self,

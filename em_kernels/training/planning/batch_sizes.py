@@ -1,6 +1,4 @@
-"""Choose one rank's batch sizes: micro-batch, completions sampled side by side, logits chunk; and
-estimate an update's seconds with them.
-"""
+"""One rank's batch sizes (micro-batch, completions sampled at once, logits), and their speed."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -118,8 +116,8 @@ class BatchSizes:
         }
 
     def _worst_case(self, rows: int) -> dict[str, int]:
-        """Return the bytes of the micro-batch that needs most: of full-length completions, or of
-        short ones, which are more rows, each with the shared prompt's keys and values.
+        """Return the bytes of the micro-batch that needs most: of long completions, or of short
+        ones, which are more rows, each with the shared prompt's keys and values.
         """
         shapes = [(rows, self.new_tokens)]
         widest = min(self.max_rows, SHORT_ROWS * rows)
@@ -129,8 +127,8 @@ class BatchSizes:
         return max((self._passing(*shape) for shape in shapes), key=peak)
 
     def _largest(self, components: Callable[[int], dict[str, int]], max_rows: int) -> int:
-        """Return up to `max_rows` rows, at least 1, that fit into the room. Interpolates
-        between 1 row and `max_rows`: activations are convex in the rows, so it is seldom too many.
+        """Return how many rows, 1 to `max_rows`, fit into the room. Interpolates: activations are
+        convex in the rows, so it is seldom too many.
         """
         if max_rows == 1 or self.room <= 0:
             return 1
@@ -144,11 +142,7 @@ class BatchSizes:
         return max(1, min(max_rows - 1, 1 + int((self.room - first) / slope)))
 
     def update_seconds(self, config: TrainConfig, rates: Rates) -> dict[str, float]:
-        """Return an update's seconds by phase, an upper bound: each completion has full length.
-
-        Args:
-            config: with these batch sizes.
-        """
+        """Return an update's seconds by phase, at most: each completion has full length."""
         model, sizes, new, completions = (
             self.model,
             self.model.sizes,

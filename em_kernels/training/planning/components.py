@@ -79,9 +79,7 @@ def fixed_bytes(config: TrainConfig, model: ModelMemory, cuda: bool) -> FixedByt
 def sharded_bytes(
     config: TrainConfig, model: ModelMemory, launch: LaunchSpec, cuda: bool
 ) -> FixedBytes:
-    """Return what stays in the memory of a rank where FSDP2 or DeepSpeed shard the model. Its
-    weights are whole, for sampling.
-    """
+    """Return what stays in a rank's memory under FSDP2 or DeepSpeed: all weights, to sample."""
     sizes, trained = model.sizes, model.sizes.trained_parameters
     each = {"master": 4, "moments": 8, "gradients": 4}
     state = {name: size * trained // launch.ranks for name, size in each.items()}
@@ -101,9 +99,7 @@ def sharded_bytes(
 
 
 def logit_row_bytes(model: ModelMemory, cuda: bool) -> int:
-    """Return bytes per token: fp32 logits; on a GPU also their gradient, and the next chunk's
-    logits.
-    """
+    """Return bytes per token: fp32 logits; on a GPU also their gradient, and the next logits."""
     return model.vocab_size * (4 + (4 + model.itemsize) * cuda)
 
 
@@ -116,9 +112,8 @@ def default_chunk_bytes(model: ModelMemory, device_limit: int, cuda: bool) -> in
 def head_bytes(
     config: TrainConfig, model: ModelMemory, states: int, chunk_bytes: int, cuda: bool
 ) -> int:
-    """Return the bytes of `entropy_loss_into` on so many hidden states: logits, fp32 dhidden, a
-    slab of the head's gradient; with a tolerance also the columns that a chunk chose (at most half
-    of all) or a sample of the others.
+    """Return the bytes of `entropy_loss_into` on so many states: logits, dhidden, a slab of the
+    head's gradient; with a tolerance also a chunk's chosen columns, or a sample of the others.
     """
     vocab_size, hidden_size, itemsize = model.vocab_size, model.hidden_size, model.itemsize
     device, row = torch.device("cuda" if cuda else "cpu"), logit_row_bytes(model, cuda)

@@ -133,8 +133,8 @@ class Planner:
         return replace(plan, remedies=self._remedies(asked))
 
     def _remedies(self, config: TrainConfig) -> tuple[str, ...]:
-        """Return up to three flags, cheapest first, each of which is enough; a flag that costs
-        nothing ends the list. If none is enough, return one text that joins the fewest that are.
+        """Return up to three flags, cheapest first, each of which is enough; one that costs nothing
+        ends the list. If none is enough, return one text that joins the fewest that are.
         """
         flags, found = cheaper(config, self.cuda, self.launch.engine), list[str]()
         for flag, change in flags.items():
@@ -159,9 +159,7 @@ class Planner:
         return self.models[key]
 
     def plan(self, config: TrainConfig) -> Plan:
-        """Plan a config; "auto" precisions of moments and gradients become the highest that leave
-        room for efficient batch sizes.
-        """
+        """Plan a config, with the highest "auto" precisions that leave room for efficient batches."""
         key = config.model_dump_json()
         if key not in self.plans:
             best: Plan | None = None
@@ -237,10 +235,7 @@ class Planner:
 
 
 def sharded_settings(config: TrainConfig, engine: str) -> TrainConfig:
-    """Return the settings with mode, precisions and share_prefix as FSDP2 and DeepSpeed need them.
-
-    Raises: UserError where the settings ask for something else.
-    """
+    """Return the settings as FSDP2 and DeepSpeed need them; UserError for other wishes."""
     only: dict[str, Any] = {"mode": "full", "moments": "fp32", "gradients": "fp32"}
     for name, value in only.items():
         if (asked := getattr(config, name)) not in ("auto", value):

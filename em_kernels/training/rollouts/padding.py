@@ -36,9 +36,7 @@ def check_cache(model: PreTrainedModel) -> None:
 
 @contextmanager
 def ready_to_generate(model: PreTrainedModel) -> Iterator[None]:
-    """A context with the model in eval mode, which a KV cache needs, and with an empty
-    generation_config, whose settings generate would inherit.
-    """
+    """Put the model in eval mode, for the cache, and hide its generation_config from generate."""
     modes = [(module, module.training) for module in model.modules()]
     config = model.generation_config
     model.eval()
@@ -55,10 +53,7 @@ def pad_prompts(
     model: PreTrainedModel, prompts: Sequence[list[int]]
 ) -> tuple[Tensor, Tensor, DynamicCache]:
     """Pad prompts after their common prefix, with each row's own first token, which a repetition
-    penalty counts anyway.
-
-    Returns: token ids (n, P), attention mask (n, P), and the KV cache of the prefix, which is
-        computed once.
+    penalty counts anyway; return ids (n, P), mask (n, P), and a KV cache that has the prefix.
     """
     longest, rows, masks = max(map(len, prompts)), list[list[int]](), list[list[int]]()
     # The last token stays out of the prefix, as generate needs one to start from.
@@ -146,12 +141,9 @@ def can_pad(model: PreTrainedModel, longest: int) -> bool:
 
 @contextmanager
 def in_fp32(model: PreTrainedModel) -> Iterator[torch.dtype]:
-    """A context in which a 16-bit model computes in fp32, one module's weights widened at a time.
+    """Let a 16-bit model compute in fp32, one module's weights at a time; yields that dtype.
 
-    Yields the dtype that is computed in. Quantised models keep their own, as their layers remember
-    the dtype of their first input.
-
-    Memory: the largest module's weights in fp32.
+    Quantised models keep their own, as their layers remember the dtype of their first input.
     """
     if model.dtype not in HALF or getattr(model, "hf_quantizer", None) is not None:
         yield model.dtype

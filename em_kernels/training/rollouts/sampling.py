@@ -90,8 +90,7 @@ def generate(
     on_done: Callable[[int], object] = lambda count: None,
     check: Callable[[], object] = lambda: None,
 ) -> list[Rollout]:
-    """Sample a completion for each prompt, up to an end-of-sequence id of the model's
-    generation_config or its tokenizer.
+    """Sample a completion for each prompt, until an end-of-sequence id of model or tokenizer.
 
     Args:
         prompts: token ids; prompts of similar length are sampled together, and their common prefix

@@ -66,10 +66,7 @@ def _as_user_error(url: str) -> Iterator[None]:
 
 
 def model_name(url: str, model: str) -> str:
-    """Return the model, or if it is "" the only one that the server has.
-
-    Raises: UserError if the server has several or none, or does not answer.
-    """
+    """Return the model; if it is "", the only one of the server, or UserError if it has others."""
     if model:
         return model
     with _client(openai.OpenAI, url) as client, _as_user_error(url):
