@@ -74,10 +74,8 @@ class Run:
         if (source := config.rollouts_from) is not None:
             self.recorded = ranks.from_main(lambda: self._completions_in(source))
             if len(self.recorded) < config.steps:
-                raise UserError(
-                    f"rollouts_from: {source} holds {len(self.recorded)} whole updates of "
-                    f"{config.steps}; lower steps"
-                )
+                found = f"{len(self.recorded)} whole updates of {config.steps}"
+                raise UserError(f"rollouts_from: {source} holds {found}; lower steps")
         name = architecture(task.model_config)
         if model is None:
             # FSDP2 moves its parts to the device one after another.

@@ -25,16 +25,12 @@ class Bounce:
         self.thread = ThreadPoolExecutor(max_workers=1)
         self.busy: list[Callable[[], object]] = [lambda: None] * 2  # waits until a buffer is free
         self.turn = 0
+        self.buffers = [torch.empty(BUFFER_BYTES, dtype=torch.uint8) for _ in range(2)]
         try:
-            self.buffers = [self._buffer(on_gpu) for _ in range(2)]
+            self.buffers = [x.pin_memory() if on_gpu else x for x in self.buffers]
         except RuntimeError as error:
             reason = str(error).split("\n")[0]
             warnings.warn(f"offload: slower, as no memory can be pinned: {reason}", stacklevel=3)
-            self.buffers = [self._buffer(False) for _ in range(2)]
-
-    @staticmethod
-    def _buffer(pinned: bool) -> Tensor:
-        return torch.empty(BUFFER_BYTES, dtype=torch.uint8, device="cpu", pin_memory=pinned)
 
     def _next(self, like: Tensor) -> Tensor:
         self.turn ^= 1

@@ -116,13 +116,13 @@ class MasterAdamW:
             mapped.get(kind) or [torch.empty(n, dtype=d, device=device).zero_() for n, d in s]
             for kind, s in sizes.items()
         ]
-        slots = [_Slot(names[p], p, *tensors) for p, *tensors in zip(names, *state, strict=True)]
-        for slot in slots:
-            if len(slot.master) == slot.parameter.numel():
+        self._slots: dict[Tensor, _Slot] = {}
+        for p, *tensors in zip(names, *state, strict=True):
+            self._slots[p] = slot = _Slot(names[p], p, *tensors)
+            if len(slot.master) == p.numel():
                 slot.master.copy_(slot.weights())
             else:  # the parameter is its own master
                 slot.master = slot.weights()
-        self._slots: dict[Tensor, _Slot] = dict(zip(names, slots, strict=True))
         away = [p.device for p in names if p.device.type != device.type]
         self._bounce = Bounce(away[0]) if away else None
         self._scratch = torch.empty(3, SLAB, device=device, dtype=torch.float32)
@@ -194,9 +194,8 @@ class MasterAdamW:
         """Sum the gradients over the ranks, with the same bits on each."""
         slots = list(self._slots.values())
         self._wait()
-        for slot, *anywhere in zip(
-            slots, *ranks.gather([slot.has_gradient for slot in slots]), strict=True
-        ):
+        reached = ranks.gather([slot.has_gradient for slot in slots])
+        for slot, *anywhere in zip(slots, *reached, strict=True):
             if any(anywhere) and not slot.has_gradient:
                 slot.has_gradient = True
                 slot.gradient.zero_()
@@ -267,7 +266,7 @@ class MasterAdamW:
             slot.has_gradient, slot.parameter.grad = False, None
 
     def state(self) -> dict[str, Tensor]:
-        """Return masters, moments (no copies), step counts: KIND.NAME for each of KINDS, step.NAME."""
+        """Return masters, moments (no copies) and steps: master.NAME, exp_avg.NAME, step.NAME."""
         self._wait()
         state = {}
         for slot in self._slots.values():
@@ -310,9 +309,8 @@ class MasterAdamW:
 def square_sum(values: Tensor) -> Tensor:
     """Return the sum of squares of a (n,) tensor, in fp64."""
     rows = values[: len(values) // NORM_ROW * NORM_ROW].view(-1, NORM_ROW)
-    norms = [torch.linalg.vector_norm(rows, dim=1)]
-    norms.append(torch.linalg.vector_norm(values[rows.numel() :])[None])
-    return torch.cat(norms).double().square().sum()
+    rest = torch.linalg.vector_norm(values[rows.numel() :])[None]
+    return torch.cat([torch.linalg.vector_norm(rows, dim=1), rest]).double().square().sum()
 
 
 def _slabs(slots: Iterable[_Slot]) -> Iterator[list[tuple[_Slot, slice]]]:

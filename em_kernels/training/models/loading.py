@@ -58,20 +58,18 @@ def open_source(model: str) -> tuple[str, PreTrainedConfig, PreTrainedTokenizerB
     except Exception as error:  # transformers and the hub client raise many kinds.
         raise UserError(f"model: cannot open {model!r}: {in_short(error)}") from error
     if getattr(model_config, "quantization_config", None) is not None:
-        raise UserError(
-            f"model: {model!r} is quantised; name the model it was made from (mode lora with 4bit "
-            "quantises that while loading)"
+        remedy = (
+            "name the model it was made from (mode lora with 4bit quantises that while loading)"
         )
+        raise UserError(f"model: {model!r} is quantised; {remedy}")
     return source, model_config, tokenizer
 
 
 def refuse_adapters(source: str) -> None:
     """Raise UserError for a folder that has adapters instead of a whole model."""
     if Path(source, ADAPTERS).exists():
-        raise UserError(
-            f"model: {source} holds adapters; em-kernels merge RUN --output DIR makes a model of "
-            "them"
-        )
+        remedy = "em-kernels merge RUN --output DIR makes a model of them"
+        raise UserError(f"model: {source} holds adapters; {remedy}")
 
 
 def auto_dtype(device: str) -> str:
@@ -118,10 +116,8 @@ def load_model(
         name = min(loading["missing_keys"])
         raise UserError(f"model: {named!r} lacks weights: {name}; take a complete copy")
     for name, stored, shape in sorted(loading["mismatched_keys"]):
-        raise UserError(
-            f"model: {named!r}: {name} is stored as {tuple(stored)}, and config.json says "
-            f"{tuple(shape)}; take the config.json of these weights"
-        )
+        why = f"{name} is stored as {tuple(stored)}, and config.json says {tuple(shape)}"
+        raise UserError(f"model: {named!r}: {why}; take the config.json of these weights")
     return model
 
 
@@ -160,10 +156,8 @@ def in_short(error: Exception) -> str:
     """Return an exception of transformers or the hub client as one short line."""
     text = in_one_line(error)
     if "trust_remote_code" in text:
-        return (
-            "it brings code of its own, which is not run here; take a model of an architecture "
-            "that transformers has"
-        )
+        remedy = "take a model of an architecture that transformers has"
+        return f"it brings code of its own, which is not run here; {remedy}"
     return text[:300]
 
 

@@ -32,15 +32,12 @@ def adapted_layers(model: PreTrainedModel, config: TrainConfig) -> dict[str, nn.
     for target in config.lora_targets:
         named = {name for name in modules if f".{name}".endswith(f".{target}")}  # peft's rule
         if any(modules[name] is head for name in named):
-            raise UserError(
-                f"lora_targets: {target} is the output head, which the loss reads without "
-                f"adapters; leave it out, as {ALL} does"
-            )
+            why = f"{target} is the output head, which the loss reads without adapters"
+            raise UserError(f"lora_targets: {why}; leave it out, as {ALL} does")
         if not named or not named <= linear.keys():
             known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
-            raise UserError(
-                f"lora_targets: {target} names no linear layer; there are {known}; or {ALL} alone"
-            )
+            why = f"{target} names no linear layer; there are {known}"
+            raise UserError(f"lora_targets: {why}; or {ALL} alone")
         found |= named
     return {name: layer for name, layer in linear.items() if name in found}
 
@@ -80,10 +77,9 @@ def add_adapters(model: PreTrainedModel, config: TrainConfig) -> PeftModel:
         adapted = get_peft_model(model, lora)
     lora.base_model_name_or_path = model.name_or_path or config.model
     if layers.keys() != {n for n, m in model.named_modules() if isinstance(m, LoraLayer)}:
-        raise UserError(
-            f"lora_targets: in a {type(model).__name__}, peft takes some of these names for its "
-            "fused experts, which are not supported; name layers of its attention only"
-        )
+        why = "peft takes some of these names for its fused experts, which are not supported"
+        where = f"in a {type(model).__name__}"
+        raise UserError(f"lora_targets: {where}, {why}; name layers of its attention only")
     module: Any
     for module in adapted.modules():
         module.training = module in training  # peft's modules start in training mode.

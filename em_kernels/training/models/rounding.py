@@ -46,9 +46,8 @@ def _parts(weights: Tensor, start: int, out: Tensor) -> Iterator[tuple[Tensor, T
     device, done = weights.device, 0
     if device not in _noise:
         generator = torch.Generator().manual_seed(0)
-        _noise[device] = torch.randint(
-            1 << 16, (LENGTH,), dtype=torch.int32, generator=generator
-        ).to(device)
+        noise = torch.randint(1 << 16, (LENGTH,), dtype=torch.int32, generator=generator)
+        _noise[device] = noise.to(device)
     while done < len(weights):
         at = (start + done) % LENGTH
         end = min(len(weights), done + LENGTH - at)

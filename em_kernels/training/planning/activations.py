@@ -225,9 +225,8 @@ def _as_user_error(config: PreTrainedConfig) -> Iterator[None]:
         if text.startswith("model: "):  # raised by this library
             raise UserError(text) from error
         if isinstance(error, DataDependentOutputException):
-            problem = (
-                "decides by its tensors' values what it computes, so its memory cannot be planned"
-            )
+            how = "decides by its tensors' values what it computes"
+            problem = f"{how}, so its memory cannot be planned"
         elif "Unrecognized configuration class" in text:
             raise UserError(f"model: transformers has no causal model for {name}") from error
         raise UserError(f"model: {name} {problem}; this architecture is not supported") from error

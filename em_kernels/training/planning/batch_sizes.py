@@ -161,14 +161,9 @@ class BatchSizes:
         if config.gradient_checkpointing:
             flops += 2 * (matrices - model.vocab_size * model.hidden_size)
         tokens = completions * new + self.prompt_tokens * self.computed_prompts
-        seconds = {
-            "sampling": max(
-                fetched / rates.bandwidth,
-                produced / rates.flops,
-                steps * model.layers / rates.layers,
-            ),
-            "training": tokens * flops / rates.flops,
-        }
+        launching = steps * model.layers / rates.layers
+        sampling = max(fetched / rates.bandwidth, produced / rates.flops, launching)
+        seconds = {"sampling": sampling, "training": tokens * flops / rates.flops}
         gradient_bytes = PRECISIONS[config.gradients].itemsize
         state_bytes = 4 + 2 * PRECISIONS[config.moments].itemsize  # master and both moments
         adamw_bytes = trained * (2 * state_bytes + gradient_bytes)

@@ -18,18 +18,9 @@ from ..engines.optimizer import PRECISIONS, SLAB
 from ..models.loading import attention_of, auto_dtype
 from ..models.rounding import LENGTH
 from ..settings import UserError
+from . import components
 from .activations import ModelMemory
 from .batch_sizes import BatchSizes
-from .components import (
-    CONTEXT_BYTES,
-    FRAGMENTED_SHARE,
-    LIBRARIES_BYTES,
-    NOISE_BYTES,
-    SMALL_STATE_BYTES,
-    default_chunk_bytes,
-    fixed_bytes,
-    sharded_bytes,
-)
 from .plan import GIB, RATES, Plan, cheaper, peak
 
 ONE_PROCESS = LaunchSpec()
@@ -73,7 +64,8 @@ class Planner:
             self.device_limit = int(config.gpu_memory * GIB)
         elif self.cuda and torch.cuda.is_available():
             # Asking creates the context; its libraries are loaded later.
-            self.device_limit = free_bytes(device) + loaded_bytes + CONTEXT_BYTES - LIBRARIES_BYTES
+            context = components.CONTEXT_BYTES - components.LIBRARIES_BYTES
+            self.device_limit = free_bytes(device) + loaded_bytes + context
         elif self.cuda:
             raise UserError("gpu_memory: torch sees no CUDA GPU; give the GiB of one to plan for")
         self.models: dict[tuple | None, ModelMemory] = {}
@@ -94,10 +86,9 @@ class Planner:
         need = sum(size for name, size in plan.disk.items() if not name.endswith("(offload)"))
         need -= sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
         if need > free:
-            raise UserError(
-                f"output: {output} has {free / GIB:.1f} GiB of disk free, the run writes up to "
-                f"{need / GIB:.1f}; keep less with --save-at, --keep or --save-optimizer False"
-            )
+            sizes = f"{free / GIB:.1f} GiB of disk free, the run writes up to {need / GIB:.1f}"
+            remedy = "keep less with --save-at, --keep or --save-optimizer False"
+            raise UserError(f"output: {output} has {sizes}; {remedy}")
         return plan
 
     def modes(self) -> list[Plan]:
@@ -121,7 +112,7 @@ class Planner:
         """Pick the first allowed mode that fits; else the last one, with remedies."""
         modes: list[Any] = [self.config.mode]
         if modes == ["auto"]:
-            modes = ["full", *["offload"] * self.cuda, "lora"]
+            modes = ["full", "offload", "lora"] if self.cuda else ["full", "lora"]
             if self.config.four_bit or self.config.offload_dir:
                 modes = ["lora" if self.config.four_bit else "offload"]
         for mode in modes:
@@ -159,20 +150,17 @@ class Planner:
         return self.models[key]
 
     def plan(self, config: TrainConfig) -> Plan:
-        """Plan a config, with the highest "auto" precisions that leave room for efficient batches."""
+        """Plan a config, with the highest "auto" precisions that leave room for good batches."""
         key = config.model_dump_json()
         if key not in self.plans:
-            best: Plan | None = None
+            plans: list[Plan] = []
             for moments, gradients in (("fp32", "fp32"), ("bf16", "fp32"), ("bf16", "bf16")):
                 wanted = {"moments": moments, "gradients": gradients}
                 wanted = {k: v for k, v in wanted.items() if getattr(config, k) == "auto"}
-                plan = self._plan_exactly(config.model_copy(update=wanted))
-                if best is None or plan.merit > best.merit:
-                    best = plan
-                if best.fits and best.pays:
+                plans.append(self._plan_exactly(config.model_copy(update=wanted)))
+                if plans[-1].fits and plans[-1].pays:
                     break
-            assert best is not None
-            self.plans[key] = best
+            self.plans[key] = max(plans, key=lambda plan: plan.merit)
         return self.plans[key]
 
     def _plan_exactly(self, config: TrainConfig) -> Plan:
@@ -181,24 +169,24 @@ class Planner:
         sizes, trained = model.sizes, model.sizes.trained_parameters
         state_bytes = trained * (4 + 2 * PRECISIONS[config.moments].itemsize)
         if config.save_optimizer == "auto":
-            save_optimizer = state_bytes <= SMALL_STATE_BYTES
+            save_optimizer = state_bytes <= components.SMALL_STATE_BYTES
             config = config.model_copy(update={"save_optimizer": save_optimizer})
         if self.launch.engine == "replicas":
-            device, host, disk = fixed_bytes(config, model, cuda)
+            device, host, disk = components.fixed_bytes(config, model, cuda)
         else:
-            device, host, disk = sharded_bytes(config, model, self.launch, cuda)
+            device, host, disk = components.sharded_bytes(config, model, self.launch, cuda)
         room = self.device_limit - sum(device.values())
-        room = int(room / (1 + FRAGMENTED_SHARE)) if cuda else room
-        chunk = config.chunk_bytes or default_chunk_bytes(model, self.device_limit, cuda)
+        room = int(room / (1 + components.FRAGMENTED_SHARE)) if cuda else room
+        chunk = config.chunk_bytes or components.default_chunk_bytes(model, self.device_limit, cuda)
         ranks, tokens = self.launch.ranks, self.prompt_tokens
         batches = BatchSizes(config, model, tokens, ranks, cuda, chunk, room)
-        slab = min(SLAB, trained)
-        rounding = 2 * slab + 4 * min(LENGTH, slab) if device.get("master") else 0
-        copied = not cuda and not lora and model.itemsize == 4
-        saving = sizes.weight_bytes // 2 + NOISE_BYTES if copied else 0
-        passing = {**batches.passing, "rounding": rounding, "bf16 copy": saving}
+        passing = {**batches.passing, "rounding": 0, "bf16 copy": 0}
+        if device.get("master"):
+            passing["rounding"] = 2 * min(SLAB, trained) + 4 * min(LENGTH, SLAB, trained)
+        if not cuda and not lora and model.itemsize == 4:
+            passing["bf16 copy"] = sizes.weight_bytes // 2 + components.NOISE_BYTES
         if cuda:
-            device["fragments"] = int(FRAGMENTED_SHARE * peak(passing))
+            device["fragments"] = int(components.FRAGMENTED_SHARE * peak(passing))
         complete = {
             "lr": config.lr or (LORA_LR if lora else FULL_LR),
             "attention": attention_of(config.attention, self.model_config),
@@ -210,26 +198,24 @@ class Planner:
         disk["checkpoints"] = kept * checkpoint
         if config.save_optimizer:  # the next state is written before the last one is removed
             disk["optimizer state"] = state_bytes * min(2, saved)
-        download = self.download
+        weights, download = sizes.weight_bytes // model.itemsize, self.download
         if download is None:
-            itemsize = getattr(self.model_config.dtype, "itemsize", 2)
-            download = sizes.weight_bytes // model.itemsize * itemsize
-        once = {
-            "download": download / self.rates.download,
-            "loading": sizes.weight_bytes / self.rates.disk,
-            "checkpoints": saved * checkpoint / self.rates.disk,
-        }
+            download = weights * getattr(self.model_config.dtype, "itemsize", 2)
         return Plan(
-            config,
-            {**device, **passing},
-            host,
-            self.device_limit,
-            self.host_limit,
-            disk,
-            download,
-            batches.update_seconds(config, self.rates),
-            once,
-            self.rates,
+            config=config,
+            device={**device, **passing},
+            host=host,
+            device_limit=self.device_limit,
+            host_limit=self.host_limit,
+            disk=disk,
+            download=download,
+            seconds=batches.update_seconds(config, self.rates),
+            once={
+                "download": download / self.rates.download,
+                "loading": sizes.weight_bytes / self.rates.disk,
+                "checkpoints": saved * checkpoint / self.rates.disk,
+            },
+            rates=self.rates,
             pays=batches.efficient,
         )
 
@@ -239,10 +225,8 @@ def sharded_settings(config: TrainConfig, engine: str) -> TrainConfig:
     only: dict[str, Any] = {"mode": "full", "moments": "fp32", "gradients": "fp32"}
     for name, value in only.items():
         if (asked := getattr(config, name)) not in ("auto", value):
-            raise UserError(
-                f"{name}: {asked} does not go with {engine}, which has {value}; launch without "
-                f"{engine}"
-            )
+            why = f"{asked} does not go with {engine}, which has {value}"
+            raise UserError(f"{name}: {why}; launch without {engine}")
     for name in ("four_bit", "offload_dir"):
         if getattr(config, name):
             raise UserError(f"{name}: does not go with {engine}; launch without {engine}")

@@ -23,15 +23,12 @@ PADS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 def check_cache(model: PreTrainedModel) -> None:
     """Raise TypeError if rows of the model's KV cache cannot be repeated and dropped."""
     kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
+    name = type(model).__name__
     for kind in kinds - {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer}:
-        raise TypeError(
-            f"model: {type(model).__name__} keeps a {kind.__name__}; only attention is supported"
-        )
+        raise TypeError(f"model: {name} keeps a {kind.__name__}; only attention is supported")
     if not takes(decoder_of(model), "past_key_values", "use_cache"):
-        raise TypeError(
-            f"model: {type(model).__name__} takes no keys and values of earlier tokens; this "
-            "architecture is not supported"
-        )
+        why = f"{name} takes no keys and values of earlier tokens"
+        raise TypeError(f"model: {why}; this architecture is not supported")
 
 
 @contextmanager
@@ -118,10 +115,9 @@ def check_sampling(model: PreTrainedModel) -> bool:
     longer, shorter = errors[:2].max().item(), errors[2].max().item()
     eps = torch.finfo(dtype if dtype in HALF else torch.float32).eps  # generate's logits have it
     if not longer <= eps**0.5:
-        raise TypeError(
-            f"model: {type(model).__name__}'s completions depend on what is sampled beside them "
-            f"(logits differ by {longer:.2g} of their size); this architecture is not supported"
-        )
+        why = f"{type(model).__name__}'s completions depend on what is sampled beside them"
+        error = f"logits differ by {longer:.2g} of their size"
+        raise TypeError(f"model: {why} ({error}); this architecture is not supported")
     # Unpadded rows may happen to agree exactly; a few operations' rounding, 8 eps, is always fine.
     PADS[model] = shorter <= 4 * max(longer, 8 * eps)
     return PADS[model]

@@ -10,20 +10,7 @@ from functools import partial
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import (
-    EosTokenCriteria,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    RepetitionPenaltyLogitsProcessor,
-    StoppingCriteria,
-    StoppingCriteriaList,
-    StopStringCriteria,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, generation
 
 from ..config import Sampling
 from .padding import can_pad, pad_prompts, ready_to_generate, run_generate
@@ -43,7 +30,7 @@ class Rollout:
         return len(self.prompt_ids) + len(self.response_ids)
 
 
-class _InverseCdf(LogitsProcessor):
+class _InverseCdf(generation.LogitsProcessor):
     """The last processor: draws a token by a given random number, and rules out all others."""
 
     def __init__(self, uniforms: Tensor, start: int):
@@ -56,11 +43,15 @@ class _InverseCdf(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(1, token, 0)
 
 
-class _SegmentEnd(StoppingCriteria):
+class _SegmentEnd(generation.StoppingCriteria):
     """Records the length at which each row ends; stops generate once enough rows have ended."""
 
     def __init__(
-        self, ends: StoppingCriteriaList, rows: int, start: int, check: Callable[[], object]
+        self,
+        ends: generation.StoppingCriteriaList,
+        rows: int,
+        start: int,
+        check: Callable[[], object],
     ) -> None:
         self.ends, self.start, self.check = ends, start, check
         self.enough = -(-rows // LEAVE_SHARE)
@@ -139,28 +130,30 @@ def _generate_batch(
     ids, mask, cache = pad_prompts(model, prompts)
     prompt_length = ids.shape[1]
     longest = prompt_length + sampling.max_new_tokens
-    endings = StoppingCriteriaList()
+    endings = generation.StoppingCriteriaList()
     if ends:
-        endings.append(EosTokenCriteria(eos_token_id=ends))
+        endings.append(generation.EosTokenCriteria(eos_token_id=ends))
     if sampling.stop:
-        endings.append(StopStringCriteria(tokenizer, list(sampling.stop)))
+        endings.append(generation.StopStringCriteria(tokenizer, list(sampling.stop)))
     results: dict[int, Rollout] = {}
     rows = torch.arange(len(ids), device=ids.device)  # each row's index in prompts
     while len(rows):
-        processors = LogitsProcessorList()
+        processors = generation.LogitsProcessorList()
         if sampling.repetition_penalty != 1:
-            processors.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+            processors.append(
+                generation.RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)
+            )
         if sampling.temperature > 0:
             if sampling.temperature != 1:
-                processors.append(TemperatureLogitsWarper(sampling.temperature))
+                processors.append(generation.TemperatureLogitsWarper(sampling.temperature))
             if sampling.top_k:
-                processors.append(TopKLogitsWarper(sampling.top_k))
+                processors.append(generation.TopKLogitsWarper(sampling.top_k))
             if sampling.top_p < 1:
-                processors.append(TopPLogitsWarper(sampling.top_p))
+                processors.append(generation.TopPLogitsWarper(sampling.top_p))
             processors.append(_InverseCdf(uniforms[rows], prompt_length))
         segment_end = _SegmentEnd(endings, len(rows), prompt_length, check)
         config = {"max_length": longest, "pad_token_id": ends[0] if ends else 0}
-        stop = {"stopping_criteria": StoppingCriteriaList([segment_end])}
+        stop = {"stopping_criteria": generation.StoppingCriteriaList([segment_end])}
         output = run_generate(model, ids, mask, cache, config, logits_processor=processors, **stop)
         ids, cache = output.sequences, output.past_key_values
         length = segment_end.length
