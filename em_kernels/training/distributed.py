@@ -129,10 +129,7 @@ class Ranks:
 
 
 def find_ranks(device: str, rollouts: int | None = None) -> Ranks:
-    """Find the processes that accelerate or torchrun has started; each needs one of the rollouts.
-
-    Raises: UserError for a launch that is not supported.
-    """
+    """Find the processes that accelerate or torchrun has started; each needs a rollout."""
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device: cuda was asked for, but torch sees no CUDA GPU; use auto or cpu")
     if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "").lower() == "true":

@@ -2,10 +2,11 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from rich.console import Console
@@ -25,11 +26,10 @@ from .models.loading import architecture, load_model, tell_attention
 from .out_of_memory import halve_until_it_fits, is_out_of_memory
 from .planning.components import CONTEXT_BYTES
 from .planning.plan import Plan, cheaper
-from .resume import StoppedRun, find_stopped_run
 from .rollouts.sampling import Rollout, generate
 from .run_folder import METRICS, ROLLOUTS, checkpoint_folder
-from .runs.checkpoint import defining_settings, read_state, save_checkpoint
-from .runs.records import append, check_output, cut_off, repetition, replayable, write_config
+from .runs import records
+from .runs.checkpoint import defining_settings, newest_state, read_state, save_checkpoint
 from .settings import UserError
 from .task import Task
 
@@ -43,6 +43,16 @@ class TrainResult:
     output: Path
     checkpoint: Path | None = None
     metrics: list[dict[str, Any]] = field(default_factory=list)
+
+
+class StoppedRun(NamedTuple):
+    """What a stopped run left on disk."""
+
+    update: int = 0  # the last one whose weights are in the checkpoint
+    checkpoint: Path | None = None
+    has_state: bool = False  # the checkpoint holds the optimizer's state
+    metrics: Sequence[dict[str, Any]] = ()
+    completions: Mapping[int, list[Rollout]] = {}
 
 
 class Run:
@@ -100,19 +110,16 @@ class Run:
     def _completions_in(self, run: Path) -> dict[int, list[Rollout]]:
         """Read a run's completions of this task's prompts, by update."""
         vocab_size = self.task.model_config.get_text_config().vocab_size
-        return replayable(run, self.prompts, vocab_size, self.config.sampling.max_new_tokens)
+        return records.replayable(
+            run, self.prompts, vocab_size, self.config.sampling.max_new_tokens
+        )
 
     def start(self, resume: bool) -> None:
         """Begin the run's folder; or restore its newest state, and completions sampled after it."""
         if not resume:
             self.ranks.from_main(self._begin)
             return
-        output = self.config.output
-        self.stopped = stopped = self.ranks.from_main(
-            lambda: find_stopped_run(
-                self.config, self._completions_in(output), self._defining(), self.console
-            )
-        )
+        self.stopped = stopped = self.ranks.from_main(self._find_stopped_run)
         # The recorded sizes may have been "auto", and may be halved again.
         self.asked = self.asked.model_copy(update=dict.fromkeys(self.sizes, "auto"))
         self.recorded |= stopped.completions
@@ -121,12 +128,30 @@ class Run:
         if stopped.has_state and stopped.checkpoint is not None:
             self.engine.load(read_state(stopped.checkpoint))
         self._take_recorded_sizes(stopped.update)
-        more = len(stopped.completions) - stopped.update
-        self.console.print(
-            f"Resuming after update {stopped.update}; {more} more are trained again on their "
-            "recorded completions.",
-            soft_wrap=True,
-        )
+        more = f"{len(stopped.completions) - stopped.update} more are trained again on their"
+        told = f"Resuming after update {stopped.update}; {more} recorded completions."
+        self.console.print(told, soft_wrap=True)
+
+    def _find_stopped_run(self) -> StoppedRun:
+        """Find where to resume, and cut off what the stopped run left half-written."""
+        config, output = self.config, self.config.output
+        completions = self._completions_in(output)
+        metrics = records.read_metrics(output)[: len(completions)]
+        state, refused = newest_state(output, self._defining())
+        if state is not None and state.update > len(metrics):
+            why = "records before it are missing"
+            refused.append(f"{state.checkpoint} cannot be resumed from: {why}")
+            state = None
+        for line in refused:
+            self.console.print(line, markup=False, soft_wrap=True)
+        update, checkpoint = (0, None) if state is None else (state.update, state.checkpoint)
+        has_ended = len(metrics) >= config.steps or why_stop_early(config, metrics)
+        last = checkpoint_folder(output, len(metrics))
+        if state is None and last.exists() and has_ended:
+            update, checkpoint = len(metrics), last
+        records.trim(output, rollouts_upto=len(completions), metrics_upto=len(metrics))
+        records.write_config(output, config)
+        return StoppedRun(update, checkpoint, state is not None, metrics, completions)
 
     def _take_recorded_sizes(self, update: int) -> None:
         """Use the batch sizes with which this update was trained before the stop."""
@@ -135,8 +160,10 @@ class Run:
                 self.sizes |= {name: row[name] for name in self.sizes if name in row}
 
     def _begin(self) -> None:
-        check_output(self.config.output)  # again: now the folder is locked to other processes
-        write_config(self.config.output, self.config.located())
+        records.check_output(
+            self.config.output
+        )  # again: now the folder is locked to other processes
+        records.write_config(self.config.output, self.config.located())
 
     def _defining(self) -> dict[str, Any]:
         """Return the settings with which a checkpoint must have been made, to resume from it."""
@@ -171,7 +198,7 @@ class Run:
             "tokens": tokens,
             "mean_length": tokens / count,
             "ended": sum(rollout.ended for rollout in rollouts) / count,
-            "repetition": sum(repetition(r.response_ids) for r in rollouts) / count,
+            "repetition": sum(records.repetition(r.response_ids) for r in rollouts) / count,
             "tokens_per_s": tokens / (end - start),
             "sampling_s": sampled - start,
             "training_s": end - sampled,
@@ -180,11 +207,11 @@ class Run:
             **self.sizes,
         }
         if update > len(self.stopped.metrics):
-            ranks.from_main(lambda: append(config.output / METRICS, [row]))
+            ranks.from_main(lambda: records.append(config.output / METRICS, [row]))
         self.result.metrics.append(row)
         self.is_whole = True
         self.console.print(update_line(row, config.steps), soft_wrap=True)
-        if warning := cut_off(rollouts):
+        if warning := records.cut_off(rollouts):
             self.console.print(warning, soft_wrap=True)
 
     def _sample(
@@ -214,10 +241,7 @@ class Run:
 
     def _forward_backward(self, rollouts: Sequence[Rollout], stop: StopRequest) -> StepLoss:
         """Compute the gradient and the loss of all ranks."""
-
-        def work(micro_batch: int) -> StepLoss:
-            return self.engine.forward_backward(rollouts, micro_batch, stop.check)
-
+        work = partial(self.engine.forward_backward, rollouts, check=stop.check)
         smallest = max(len(rollout.response_ids) for rollout in rollouts)
         if self.config.official_loss or not self.engine.retries:
             smallest = self.sizes["micro_batch"]  # no retry: it would change the loss, or fail
@@ -241,7 +265,7 @@ class Run:
         texts = self.task.tokenizer.batch_decode(responses, skip_special_tokens=True)
         pairs = list(zip(texts, self.answers, strict=True))
         right = self.grader.grade(pairs, lambda _: stop.check())
-        records = [
+        rows = [
             {
                 "update": update,
                 "index": index,
@@ -254,7 +278,7 @@ class Run:
             for index, (rollout, text) in enumerate(zip(rollouts, texts, strict=True))
         ]
         if update > len(self.stopped.completions):
-            append(self.config.output / ROLLOUTS, records)
+            records.append(self.config.output / ROLLOUTS, rows)
         graded = [r for r, a in zip(right, self.answers, strict=True) if a is not None]
         return sum(graded) / len(graded) if graded else None
 
@@ -293,3 +317,12 @@ class Run:
             remedies = cheaper(self.config.model_copy(update=asked), on_cuda, engine)
             return UserError(f"out of memory with {sizes}; {kept}; use {', '.join(remedies)}")
         return error
+
+
+def why_stop_early(config: TrainConfig, metrics: Sequence[Mapping[str, Any]]) -> str:
+    """Return the reason to stop after the last of these updates, or an empty string."""
+    if metrics and metrics[-1]["entropy"] < config.stop_below * metrics[0]["entropy"]:
+        return f"entropy below {config.stop_below:g} of its start"
+    if metrics and metrics[-1]["repetition"] > config.stop_repetition:
+        return f"more than {config.stop_repetition:g} of the 4-grams repeat"
+    return ""

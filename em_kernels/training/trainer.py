@@ -1,21 +1,24 @@
 """Train a model by One-shot Entropy Minimization."""
 
 from contextlib import closing
+from pathlib import Path
 
 import torch
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from .config import TrainConfig
+from .config import TrainConfig, read_yaml
 from .console import Terminal
+from .data.problems import texts_of
 from .distributed import Ranks, find_ranks
 from .interrupts import Interrupted, StopRequest, doing
 from .models.loading import architecture
 from .planning.plan import Plan
 from .planning.planner import Planner
-from .resume import recorded_prompts, recorded_settings, why_stop_early
-from .run import Run, TrainResult
-from .runs.records import Running, check_output
+from .run import Run, TrainResult, why_stop_early
+from .run_folder import CONFIG
+from .runs.checkpoint import defining_settings
+from .runs.records import Running, check_output, differing, read_rollouts
 from .runs.trackers import Tracking
 from .settings import UserError
 from .task import Task, load_task
@@ -107,9 +110,35 @@ def _prepare(
     loaded_bytes = 0 if model is None else sum(p.nbytes for p in model.parameters())
     what = f"planning memory of {architecture(task.model_config)}"
     with console.status("planning memory"), doing(what):
-        planner = Planner(
-            config, task.model_config, longest, ranks.device, 0, loaded_bytes, ranks.launch
-        )
+        device, launch = ranks.device, ranks.launch
+        planner = Planner(config, task.model_config, longest, device, 0, loaded_bytes, launch)
         plan = planner.resolve()
     plan.config.check_complete()
     return config, task, plan
+
+
+def recorded_settings(config: TrainConfig) -> TrainConfig:
+    """Return config, with what it leaves "auto" or None as the run in config.output has it."""
+    recorded = read_yaml(config.output / CONFIG)
+    kept = {name: value for name, value in recorded if getattr(config, name) in ("auto", None)}
+    kept["share_prefix"] = config.share_prefix and recorded.share_prefix
+    config = config.model_copy(update=kept)
+    if what := differing(defining_settings(recorded), defining_settings(config)):
+        raise UserError(f"resume: the run was made with {what}; go on with that, or start another")
+    return config
+
+
+def recorded_prompts(task: Task, config: TrainConfig, run: Path) -> Task:
+    """Return the task with the prompts of a run's completions, where they differ only by the date.
+
+    Some chat templates, such as Llama's, write today's date into the prompt.
+    """
+    has_date = task.chat_template and "strftime_now" in str(task.tokenizer.chat_template)
+    recorded = read_rollouts(run, config.rollouts) if has_date else {}
+    if not recorded:
+        return task
+    prompts = [rollout.prompt_ids for rollout in recorded[1][: len(task.prompts)]]
+    texts = task.tokenizer.batch_decode(prompts)
+    pairs = zip(task.problems, texts, strict=True)
+    same = all(part.strip() in text for p, text in pairs for part in texts_of(p.prompt))
+    return task._replace(prompts=prompts) if same else task  # other prompts are refused later

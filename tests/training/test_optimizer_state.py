@@ -80,7 +80,7 @@ def test_state_bytes(dtype, moments, gradients, files, tmp_path):
         weight_bytes=dtype.itemsize,
         moments=moments,
         gradients=gradients,
-        master_is_parameter=shared,
+        shared=shared,
     )
 
 

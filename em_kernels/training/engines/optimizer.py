@@ -22,17 +22,12 @@ NORM_ROW = 256  # elements summed in fp32: a CPU's norm of 2^24 at once is wrong
 
 
 def state_bytes(
-    count: int,
-    *,
-    weight_bytes: int,
-    moments: torch.dtype,
-    gradients: torch.dtype,
-    master_is_parameter: bool,
+    count: int, weight_bytes: int, moments: torch.dtype, gradients: torch.dtype, shared: bool
 ) -> dict[str, int]:
-    """Return the bytes of masters, both moments and gradients of so many parameters."""
+    """Return the bytes of masters (shared: they are the parameters), both moments, gradients."""
     exact = weight_bytes == 8
     return {
-        "master": 0 if master_is_parameter else count * (8 if exact else 4),
+        "master": 0 if shared else count * (8 if exact else 4),
         "moments": count * (8 if exact else moments.itemsize) * 2,
         "gradients": count * (8 if exact else gradients.itemsize),
     }
@@ -77,8 +72,6 @@ class MasterAdamW:
     Precision: in float32 that of torch. bfloat16 moments are rounded at each update; over ten
     updates, the weights' movement then differed by 0.2% (relative L2 distance), and with bfloat16
     gradients too by 0.4%; in a wider model by 0.2% and 0.7%.
-
-    Raises: UserError where the folder cannot hold the files.
     """
 
     def __init__(
@@ -141,8 +134,6 @@ class MasterAdamW:
             gradient: of the parameter's shape, which the optimizer keeps; or of some of its rows,
                 which the caller may reuse (on the current stream) when this returns.
             rows: a slice or int64 indices; copying indices from a GPU waits for its stream.
-
-        Raises: TypeError for a sparse gradient.
         """
         slot = self._slots[parameter]
         if gradient.is_sparse:

@@ -91,8 +91,6 @@ def load_model(
     Args:
         four_bit: quantise the linear layers while loading, as the frozen base of a LoRA.
         named: what the user called the model, for messages; default: source.
-
-    Raises: UserError for weights that cannot be read, are missing or have another shape.
     """
     named = named or source
     quantisation = four_bit_config() if four_bit else None

@@ -54,13 +54,9 @@ def fixed_bytes(config: TrainConfig, model: ModelMemory, cuda: bool) -> FixedByt
         device["adapters"] = sizes.trained_bytes
     offload, folder = config.mode == "offload" and cuda, config.offload_dir is not None
     itemsize = sizes.trained_bytes // sizes.trained_parameters
-    state = state_bytes(
-        sizes.trained_parameters,
-        weight_bytes=itemsize,
-        moments=PRECISIONS[config.moments],
-        gradients=PRECISIONS[config.gradients],
-        master_is_parameter=itemsize == 4 and not offload and not folder,
-    )
+    moments, gradients = PRECISIONS[config.moments], PRECISIONS[config.gradients]
+    shared = itemsize == 4 and not offload and not folder
+    state = state_bytes(sizes.trained_parameters, itemsize, moments, gradients, shared)
     disk = {f"{n} (offload)": state.pop(n) for n in ("master", "moments") if folder}
     state["scratch"] = SCRATCH_BYTES + (NOISE_BYTES if itemsize < 4 else 0)
     if not cuda:
@@ -94,8 +90,10 @@ def sharded_bytes(
     saving = (18 if config.save_optimizer else 6) * trained // launch.on_machine
     if not cuda:
         return {**device, **state, "saving": saving}, {}, {}
-    device["context"], host = CONTEXT_BYTES, {"process": PROCESS_BYTES, "saving": saving}
-    return (device, {**host, **state}, {}) if launch.on_host else ({**device, **state}, host, {})
+    host = {"process": PROCESS_BYTES, "saving": saving}
+    if launch.on_host:
+        return {**device, "context": CONTEXT_BYTES}, {**host, **state}, {}
+    return {**device, **state, "context": CONTEXT_BYTES}, host, {}
 
 
 def logit_row_bytes(model: ModelMemory, cuda: bool) -> int:

@@ -27,14 +27,11 @@ ONE_PROCESS = LaunchSpec()
 
 
 class Planner:
-    """Plans one run on one machine; measurements of one mode are reused for the others.
+    """Plans one process of a run; measurements of one mode are reused for the others.
 
     Args:
         download: bytes to download; None: all weights, in the dtype that the config names.
         loaded_bytes: those of the model that are on the device already.
-        launch: the run's processes; the plan is of one of them.
-
-    Raises: UserError for settings that the launch's engine does not support.
     """
 
     def __init__(
@@ -94,19 +91,14 @@ class Planner:
     def modes(self) -> list[Plan]:
         """Plan each mode, whatever the settings say."""
         folder = self.config.offload_dir or self.config.output / "offload"
-        modes: list[dict[str, Any]] = [
-            {"mode": "full"},
-            {"mode": "offload"},
-            {"mode": "offload", "offload_dir": folder},
-            {"mode": "lora"},
-            {"mode": "lora", "four_bit": True},
-        ]
+        plain: dict[str, Any] = {"offload_dir": None, "four_bit": False}
+        full, offload, lora = ({**plain, "mode": mode} for mode in ("full", "offload", "lora"))
+        modes = [full, offload, offload | {"offload_dir": folder}, lora, lora | {"four_bit": True}]
         if self.launch.engine != "replicas":
             del modes[1:]
         elif not self.cuda:  # host and device share their memory, and 4 bits need a GPU
             del modes[4], modes[1]
-        plain = {"offload_dir": None, "four_bit": False}
-        return [self.plan(self.config.model_copy(update={**plain, **mode})) for mode in modes]
+        return [self.plan(self.config.model_copy(update=mode)) for mode in modes]
 
     def choose(self) -> Plan:
         """Pick the first allowed mode that fits; else the last one, with remedies."""

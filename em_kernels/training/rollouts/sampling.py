@@ -6,6 +6,7 @@ that it does not depend on what is sampled beside it.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,20 +48,15 @@ class _SegmentEnd(generation.StoppingCriteria):
     """Records the length at which each row ends; stops generate once enough rows have ended."""
 
     def __init__(
-        self,
-        ends: generation.StoppingCriteriaList,
-        rows: int,
-        start: int,
-        check: Callable[[], object],
+        self, ends: Sequence[Any], rows: int, start: int, check: Callable[[], object]
     ) -> None:
         self.ends, self.start, self.check = ends, start, check
         self.enough = -(-rows // LEAVE_SHARE)
-        self.length: Tensor | None = None
+        self.length = torch.zeros(rows, dtype=torch.int64)  # 0 while a row goes on
 
     def __call__(self, input_ids: Tensor, scores: Tensor | None, **kwargs: object) -> Tensor:
         self.check()
-        if self.length is None:
-            self.length = input_ids.new_zeros(len(input_ids))
+        self.length = self.length.to(input_ids.device)
         ended = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         for criterion in self.ends:  # Stop strings that begin in the prompt do not count.
             ended |= criterion(input_ids[:, self.start :], scores)
@@ -84,8 +80,7 @@ def generate(
     """Sample a completion for each prompt, until an end-of-sequence id of model or tokenizer.
 
     Args:
-        prompts: token ids; prompts of similar length are sampled together, and their common prefix
-            is computed once.
+        prompts: token ids; those of similar length are sampled together.
         seeds: the integers that each completion's randomness depends on.
         on_done: called with the number of completions just finished.
         check: called after every token; may raise to abandon the work.
@@ -130,9 +125,7 @@ def _generate_batch(
     ids, mask, cache = pad_prompts(model, prompts)
     prompt_length = ids.shape[1]
     longest = prompt_length + sampling.max_new_tokens
-    endings = generation.StoppingCriteriaList()
-    if ends:
-        endings.append(generation.EosTokenCriteria(eos_token_id=ends))
+    endings: list[Any] = [generation.EosTokenCriteria(eos_token_id=ends)] if ends else []
     if sampling.stop:
         endings.append(generation.StopStringCriteria(tokenizer, list(sampling.stop)))
     results: dict[int, Rollout] = {}
@@ -140,9 +133,8 @@ def _generate_batch(
     while len(rows):
         processors = generation.LogitsProcessorList()
         if sampling.repetition_penalty != 1:
-            processors.append(
-                generation.RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)
-            )
+            penalty = sampling.repetition_penalty
+            processors.append(generation.RepetitionPenaltyLogitsProcessor(penalty))
         if sampling.temperature > 0:
             if sampling.temperature != 1:
                 processors.append(generation.TemperatureLogitsWarper(sampling.temperature))
@@ -157,7 +149,6 @@ def _generate_batch(
         output = run_generate(model, ids, mask, cache, config, logits_processor=processors, **stop)
         ids, cache = output.sequences, output.past_key_values
         length = segment_end.length
-        assert length is not None
         ended = (length > 0) & (length <= ids.shape[1])
         finished = torch.ones_like(ended) if ids.shape[1] >= longest else ended
         stop_at = torch.where(ended, length, ids.shape[1]).tolist()

@@ -108,8 +108,6 @@ def complete(
         seeds: one for each prompt, of which servers get 31 bits.
         on_done: called as completions arrive, in any order, with the prompt's index, the text, its
             length in tokens if the server says, and whether it ended by itself.
-
-    Raises: UserError for a server that cannot be reached, refuses a request or keeps failing.
     """
     dialects, pending = _dialects(sampling), iter(range(len(prompts)))
     common: dict[str, Any] = {"model": model, "temperature": sampling.temperature}
