@@ -39,8 +39,6 @@ Example:
   em-kernels plan --model Qwen/Qwen2.5-Math-7B --gpu-memory 22.5 --host-memory 89"""
 CAUTION = """Entropy minimisation is sensitive to the prompt and the seed; a plan promises that a \
 run fits, not that the model gets better."""
-# Settings that the printed command has as the plan chose them.
-PINNED = ("mode", "four_bit", "offload_dir", "moments", "gradients")
 
 
 def run(arguments: list[str]) -> int:
@@ -127,7 +125,8 @@ def download_bytes(model: str) -> int | None:
 
 def command_of(config: TrainConfig, chosen: Plan) -> TrainConfig:
     """Return the user's settings for the printed command, with mode and precisions as planned."""
-    changes: dict[str, Any] = {name: getattr(chosen.config, name) for name in PINNED}
+    pinned = ("mode", "four_bit", "offload_dir", "moments", "gradients")
+    changes: dict[str, Any] = {name: getattr(chosen.config, name) for name in pinned}
     path = Path(config.model)
     if path.suffix == ".json":
         changes["model"] = str(path.parent)

@@ -25,9 +25,8 @@ TIMEOUT = timedelta(hours=2)  # while rank 0 reads or writes; NCCL's own is ten 
 class LaunchSpec(NamedTuple):
     """A run's processes, and who holds weights and optimizer.
 
-    engine: replicas: every rank holds all of both, and gradients are added up (accelerate's
-        MULTI_GPU or MULTI_CPU); fsdp2: every rank holds a part of both; deepspeed: every rank holds
-        all weights, and a part of gradients and optimizer (ZeRO 2).
+    engine: replicas: every rank holds all of both, and gradients are added up; fsdp2: a part of
+        both; deepspeed: all weights, and a part of gradients and optimizer (ZeRO 2).
     """
 
     ranks: int = 1
@@ -156,9 +155,8 @@ def find_ranks(device: str, rollouts: int | None = None) -> Ranks:
     if getattr(ranks.plugin, "fsdp_version", 2) != 2:
         ranks.refuse(UserError("fsdp: version 1 is not supported; launch with --fsdp_version 2"))
     if stage != 2:
-        why = "each process would hold all gradients"
-        if stage == 3:
-            why = "sampling reads every weight at every token, which it would fetch each time"
+        fetched = "sampling reads every weight at every token, which it would fetch each time"
+        why = fetched if stage == 3 else "each process would hold all gradients"
         remedy = "use stage 2, or FSDP2"
         ranks.refuse(UserError(f"deepspeed: ZeRO stage {stage} is not supported: {why}; {remedy}"))
     if rollouts is not None and rollouts < ranks.count:

@@ -34,11 +34,7 @@ def find_device(device: str) -> torch.device:
 def check_context(
     config: PreTrainedConfig, longest: int, new: int, subject: str, remedy: str
 ) -> None:
-    """Raise UserError where the longest prompt and `new` tokens exceed the model's context.
-
-    Args:
-        subject, remedy: the beginning and the end of the message about a prompt that is too long.
-    """
+    """Raise UserError where the longest prompt and `new` tokens exceed the model's context."""
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     if context is not None and longest >= context:
         why = f"too many for the model's context of {context}"

@@ -50,9 +50,7 @@ def train(
         Interrupted: after Ctrl-C, with a checkpoint of the last finished update.
     """
     ranks = find_ranks(config.device, config.rollouts)
-    console = console or Terminal(stderr=True)
-    if not ranks.is_main:
-        console = Console(quiet=True)
+    console = (console or Terminal(stderr=True)) if ranks.is_main else Console(quiet=True)
     config, task, plan = ranks.from_main(lambda: _prepare(config, model, resume, ranks, console))
     run = Run(config, plan, task, console, ranks)
     try:

@@ -40,10 +40,7 @@ class Engine:
         self.prepare()
 
     def check_model(self) -> bool:
-        """Check the model; return True if prompts of unequal length may be sampled side by side.
-
-        Raises: UserError where loss or samples would not be of the model's own distribution.
-        """
+        """Return True if unequal prompts may be sampled together; UserError for unfit models."""
         try:
             head = head_of(self.model)
             check_head(self.model, head)

@@ -10,15 +10,13 @@ _noise: dict[torch.device, Tensor] = {}
 
 
 def to_bf16(weights: Tensor, start: int = 0) -> Tensor:
-    """Round fp32 weights (n,) to bf16, up or down by a threshold that is fixed for each element.
+    """Round fp32 weights (n,), a parameter's from `start` on, to bf16, up or down by a threshold
+    that is fixed for each element.
 
     Ten updates of 2e-5 move weights by far less than bf16's spacing, so that rounding to nearest
     returns bf16 weights to where they started (measured on a 135M model: 5 % of the movement was
     left). As with stochastic rounding, here the movement is kept on average; and the result depends
     on the weights alone.
-
-    Args:
-        start: index of the first weight in its flattened parameter.
     """
     out = torch.empty_like(weights, dtype=torch.bfloat16)
     for part, noise, target in _parts(weights, start, out):

@@ -160,14 +160,13 @@ class _FakeModel:
                 if shared:
                     self.prefix_peaks = self._peaks_of_prefix(prompt)
                     self.prefix = SharedPrefix(self.model, [0] * prompt)
-            prefix = self.prefix
             self.live.take_peak()
-            states = scored_states(self.model, batch, prefix, False)
-            if prefix is not None:
-                states = torch.cat([prefix.last, states])
+            states = scored_states(self.model, batch, self.prefix, False)
+            if self.prefix is not None:
+                states = torch.cat([self.prefix.last, states])
             count, kept, forward = len(states), self.live.live, self.live.take_peak()
             peaks = self._backward_peaks(lambda: states.backward(torch.zeros_like(states)))
-            for leaf in prefix.leaves if prefix is not None else ():
+            for leaf in self.prefix.leaves if self.prefix is not None else ():
                 leaf.grad = None
         return [count, kept, forward, *peaks, *self.prefix_peaks]
 

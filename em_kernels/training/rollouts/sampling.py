@@ -1,6 +1,5 @@
-"""Sampling of completions with transformers' generate. Common prefixes are computed once, rows that
-finished leave the batch, and each completion draws from its own row of uniform random numbers, so
-that it does not depend on what is sampled beside it.
+"""Sampling of completions with transformers' generate. Each draws from its own row of uniform
+random numbers, so it does not depend on what is sampled beside it; finished rows leave the batch.
 """
 
 from collections.abc import Callable, Iterator, Sequence
