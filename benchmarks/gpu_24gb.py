@@ -30,7 +30,7 @@ from benchmarks.inputs import PROMPT
 from benchmarks.loops import EachUpdate
 from em_kernels.ops.free_memory import peak_memory_gib
 from em_kernels.training.config import Sampling, TrainConfig
-from em_kernels.training.planning.planner import resolve
+from em_kernels.training.planning.planner import Planner
 from em_kernels.training.settings import UserError
 from em_kernels.training.trainer import train
 
@@ -120,7 +120,7 @@ def run_part(name: str, dry_run: bool, folder: Path) -> dict:
     )
     model_config = AutoConfig.from_pretrained(folder)
     try:
-        plan = resolve(asked, model_config, prompt, device)
+        plan = Planner(asked, model_config, prompt, device).resolve()
     except UserError as error:
         return {"skipped": str(error)}
     torch.manual_seed(0)

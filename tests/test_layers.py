@@ -39,7 +39,7 @@ training.evaluation
 training.trainer
 training.run
 training.planning
-training.engines training.task training.resume
+training.engines training.task
 training.runs
 training.distributed training.models
 training.rollouts training.data

@@ -37,12 +37,8 @@ No GPU is needed here.
 
 Example:
   em-kernels plan --model Qwen/Qwen2.5-Math-7B --gpu-memory 22.5 --host-memory 89"""
-CAUTION = (
-    "Entropy minimisation is sensitive to the prompt and the seed; a plan promises that a run "
-    "fits, not that the model gets better."
-)
-# Settings that the printed command has as the plan chose them.
-PINNED = ("mode", "four_bit", "offload_dir", "moments", "gradients")
+CAUTION = """Entropy minimisation is sensitive to the prompt and the seed; a plan promises that a \
+run fits, not that the model gets better."""
 
 
 def run(arguments: list[str]) -> int:
@@ -64,20 +60,18 @@ def run(arguments: list[str]) -> int:
     model_config = open_config(config.model)
     tokens, new_tokens = known.prompt_tokens, config.sampling.max_new_tokens
     check_context(model_config, tokens, new_tokens, "prompt_tokens:", "lower it")
-    cuda = config.device == "cuda" or (
-        config.device == "auto" and (torch.cuda.is_available() or config.gpu_memory is not None)
-    )
-    device = torch.device("cuda" if cuda else "cpu")
+    cuda = torch.cuda.is_available() or config.gpu_memory is not None
+    kind = config.device if config.device != "auto" else "cuda" if cuda else "cpu"
     what = f"planning memory of {architecture(model_config)}"
     with Terminal(stderr=True).status("running the model's shapes"), doing(what):
         download = download_bytes(config.model)
+        device = torch.device(kind)
         planner = Planner(config, model_config, tokens, device, download, launch=launch)
         modes, chosen = planner.modes(), planner.choose()
     command = shlex.join([*launcher(launch), "train", *as_flags(command_of(config, chosen))])
     if known.json:
-        plans = [as_json(plan) for plan in modes]
-        found = {"modes": plans, "chosen": as_json(chosen), "command": command, "note": CAUTION}
-        print(json.dumps(found, indent=2))
+        found = {"modes": list(map(as_json, modes)), "chosen": as_json(chosen)}
+        print(json.dumps({**found, "command": command, "note": CAUTION}, indent=2))
     else:
         show(Terminal(), modes, chosen, command)
         if launch.ranks > 1:
@@ -89,24 +83,17 @@ def launcher(launch: LaunchSpec) -> list[str]:
     """Return the beginning of the command that launches these processes."""
     if launch == LaunchSpec():
         return ["em-kernels"]
-    options = {
-        "replicas": ["--multi_gpu"] if launch.ranks > 1 else [],
-        "fsdp2": ["--use_fsdp", "--fsdp_version", "2"],
-        "deepspeed": ["--use_deepspeed", "--zero_stage", "2"],
+    options, on_host = {
+        "replicas": ("--multi_gpu" if launch.ranks > 1 else "", ""),
+        "fsdp2": ("--use_fsdp --fsdp_version 2", "--fsdp_offload_params true"),
+        "deepspeed": ("--use_deepspeed --zero_stage 2", "--offload_optimizer_device cpu"),
     }[launch.engine]
-    if launch.on_host and launch.engine == "fsdp2":
-        options += ["--fsdp_offload_params", "true"]
-    elif launch.on_host:
-        options += ["--offload_optimizer_device", "cpu"]
-    count = ["--num_processes", str(launch.ranks)]
-    return ["accelerate", "launch", *count, *options, "-m", "em_kernels.cli"]
+    flags = f"--num_processes {launch.ranks} {options} {on_host if launch.on_host else ''}"
+    return ["accelerate", "launch", *flags.split(), "-m", "em_kernels.cli"]
 
 
 def open_config(model: str) -> PreTrainedConfig:
-    """Open the config of what the setting `model` names, which may also be a config.json.
-
-    Raises: UserError where there is none.
-    """
+    """Open the config of what `model` names, which may be a config.json; UserError without one."""
     if not model:
         raise UserError('model: missing; name a hub id, a local folder, a config.json, or "demo"')
     if model == "demo":
@@ -137,10 +124,9 @@ def download_bytes(model: str) -> int | None:
 
 
 def command_of(config: TrainConfig, chosen: Plan) -> TrainConfig:
-    """Return the user's settings for the printed command, with mode and precisions as the plan has
-    them.
-    """
-    changes: dict[str, Any] = {name: getattr(chosen.config, name) for name in PINNED}
+    """Return the user's settings for the printed command, with mode and precisions as planned."""
+    pinned = ("mode", "four_bit", "offload_dir", "moments", "gradients")
+    changes: dict[str, Any] = {name: getattr(chosen.config, name) for name in pinned}
     path = Path(config.model)
     if path.suffix == ".json":
         changes["model"] = str(path.parent)
@@ -152,13 +138,9 @@ def command_of(config: TrainConfig, chosen: Plan) -> TrainConfig:
 def as_json(plan: Plan) -> dict[str, Any]:
     """Return a plan as JSON values, in bytes and seconds."""
     names = ("name", "fits", "problems", "device_total", "host_total", "run_seconds")
-    return {
-        **{name: getattr(plan, name) for name in names},
-        "phases": phases(plan.device),
-        **vars(plan),
-        "config": plan.config.model_dump(mode="json"),
-        "rates": plan.rates._asdict(),
-    }
+    found = {name: getattr(plan, name) for name in names} | {"phases": phases(plan.device)}
+    settings, rates = plan.config.model_dump(mode="json"), plan.rates._asdict()
+    return {**found, **vars(plan), "config": settings, "rates": rates}
 
 
 def show(console: Console, modes: list[Plan], chosen: Plan, command: str) -> None:
@@ -169,24 +151,16 @@ def show(console: Console, modes: list[Plan], chosen: Plan, command: str) -> Non
     table = Table(*columns, "update", "run", "fits", title=title)
     for plan in modes:
         sizes = [plan.device_total, plan.host_total, sum(plan.disk.values()) + plan.download]
+        batches = f"{plan.config.micro_batch} tokens", f"{plan.config.rollout_batch} at once"
         seconds = [sum(plan.seconds.values()), plan.run_seconds]
-        table.add_row(
-            plan.name,
-            *(f"{size / GIB:.1f}" for size in sizes),
-            f"{plan.config.micro_batch} tokens",
-            f"{plan.config.rollout_batch} at once",
-            *(f"{s / 60:.1f}" for s in seconds),
-            "yes" if plan.fits else "no",
-        )
+        cells = [f"{size / GIB:.1f}" for size in sizes]
+        cells += [*batches, *(f"{s / 60:.1f}" for s in seconds), "yes" if plan.fits else "no"]
+        table.add_row(plan.name, *cells)
     console.print(table)
     parts = Table(f"mode {chosen.name}", "GiB", "", title="Components")
-    always = "" if shared else "device"
-    for where, components in (
-        (always, chosen.device),
-        ("host", chosen.host),
-        ("disk", chosen.disk),
-    ):
-        for name, size in components.items():
+    places = ("" if shared else "device", "host", "disk")
+    for where, part in zip(places, (chosen.device, chosen.host, chosen.disk), strict=True):
+        for name, size in part.items():
             when = [phase for phase, members in PHASES.items() if name in members]
             if size >= GIB // 1000:
                 place = f"in {' and '.join(when)}" if when else where
@@ -202,11 +176,9 @@ def show(console: Console, modes: list[Plan], chosen: Plan, command: str) -> Non
         ", ".join(f"{name} {s:.1f}" for name, s in seconds.items())
         for seconds in (chosen.seconds, chosen.once)
     )
+    full = f"{chosen.config.sampling.max_new_tokens} tokens"
     say(f"Available: {limits}")
-    say(
-        "Seconds of an update in which all completions reach "
-        f"{chosen.config.sampling.max_new_tokens} tokens: {each}. Once: {once}."
-    )
+    say(f"Seconds of an update in which all completions reach {full}: {each}. Once: {once}.")
     say(
         f"Assuming {machine}: {r.flops / 1e12:g} TFLOP/s, {r.bandwidth / 1e9:g} GB/s of device "
         f"memory, {r.pcie / 1e9:g} between host and device, {r.host / 1e9:g} in AdamW on the host, "

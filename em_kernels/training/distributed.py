@@ -1,6 +1,4 @@
-"""A run's processes, one per device, started by `accelerate launch` or torchrun, and their
-communication; a single process is a special case.
-"""
+"""A run's processes, one per device, started by `accelerate launch` or torchrun, or just one."""
 
 import os
 import time
@@ -27,9 +25,8 @@ TIMEOUT = timedelta(hours=2)  # while rank 0 reads or writes; NCCL's own is ten 
 class LaunchSpec(NamedTuple):
     """A run's processes, and who holds weights and optimizer.
 
-    engine: replicas: every rank holds all of both, and gradients are added up (accelerate's
-        MULTI_GPU or MULTI_CPU); fsdp2: every rank holds a part of both; deepspeed: every rank holds
-        all weights, and a part of gradients and optimizer (ZeRO 2).
+    engine: replicas: every rank holds all of both, and gradients are added up; fsdp2: a part of
+        both; deepspeed: all weights, and a part of gradients and optimizer (ZeRO 2).
     """
 
     ranks: int = 1
@@ -65,12 +62,6 @@ class Ranks:
         """True on rank 0, which writes the run's folder and the console."""
         return self.index == 0
 
-    def describe(self) -> dict[str, Any]:
-        """Return what of the launch changes the last digits of results; {} for one process."""
-        if self.launch == LaunchSpec():
-            return {}
-        return {"ranks": self.count, "engine": self.launch.engine}
-
     def gather(self, value: T) -> list[T]:
         """Return each rank's value, in order; the same list on all."""
         values: list[Any] = [value] * self.count
@@ -91,8 +82,8 @@ class Ranks:
         return total.to(values.device)
 
     def from_main(self, make: Callable[[], T]) -> T:
-        """Return on every rank what make() returns on rank 0. If it raises a UserError there, the
-        other ranks exit silently; Interrupted is raised on all.
+        """Return what make() returns on rank 0. If it raises a UserError there, the others exit
+        silently; Interrupted is raised on all.
         """
         if self.count == 1:
             return make()
@@ -137,13 +128,7 @@ class Ranks:
 
 
 def find_ranks(device: str, rollouts: int | None = None) -> Ranks:
-    """Find the processes that accelerate or torchrun has started.
-
-    Args:
-        rollouts: completions of an update, of which each process needs one.
-
-    Raises: UserError for a launch that is not supported.
-    """
+    """Find the processes that accelerate or torchrun has started; each needs a rollout."""
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device: cuda was asked for, but torch sees no CUDA GPU; use auto or cpu")
     if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "").lower() == "true":
@@ -170,9 +155,8 @@ def find_ranks(device: str, rollouts: int | None = None) -> Ranks:
     if getattr(ranks.plugin, "fsdp_version", 2) != 2:
         ranks.refuse(UserError("fsdp: version 1 is not supported; launch with --fsdp_version 2"))
     if stage != 2:
-        why = "each process would hold all gradients"
-        if stage == 3:
-            why = "sampling reads every weight at every token, which it would fetch each time"
+        fetched = "sampling reads every weight at every token, which it would fetch each time"
+        why = fetched if stage == 3 else "each process would hold all gradients"
         remedy = "use stage 2, or FSDP2"
         ranks.refuse(UserError(f"deepspeed: ZeRO stage {stage} is not supported: {why}; {remedy}"))
     if rollouts is not None and rollouts < ranks.count:

@@ -16,12 +16,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def halve_until_it_fits(
     work: Callable[[int], T], size: int, smallest: int, on_retry: Callable[[int], object]
 ) -> T:
-    """Return work(size); each time that a GPU runs out of memory, start again with half the size.
-
-    Args:
-        smallest: at this size or below, the torch.OutOfMemoryError is raised.
-        on_retry: called with each new size.
-    """
+    """Return work(size); where a GPU runs out of memory, try again with half, to `smallest`."""
     while True:
         try:
             return work(size)

@@ -2,10 +2,11 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from rich.console import Console
@@ -17,7 +18,7 @@ from ..ops.free_memory import peak_memory_gib
 from .config import TrainConfig
 from .console import progress_on, update_line
 from .data.grading import Grader
-from .distributed import Ranks
+from .distributed import LaunchSpec, Ranks
 from .engines import engine_of
 from .engines.step import StepLoss
 from .interrupts import Interrupted, StopRequest, doing
@@ -25,11 +26,10 @@ from .models.loading import architecture, load_model, tell_attention
 from .out_of_memory import halve_until_it_fits, is_out_of_memory
 from .planning.components import CONTEXT_BYTES
 from .planning.plan import Plan, cheaper
-from .resume import StoppedRun, find_stopped_run
 from .rollouts.sampling import Rollout, generate
 from .run_folder import METRICS, ROLLOUTS, checkpoint_folder
-from .runs.checkpoint import defining_settings, read_state, save_checkpoint
-from .runs.records import append, check_output, cut_off, repetition, replayable, write_config
+from .runs import records
+from .runs.checkpoint import defining_settings, newest_state, read_state, save_checkpoint
 from .settings import UserError
 from .task import Task
 
@@ -45,6 +45,16 @@ class TrainResult:
     metrics: list[dict[str, Any]] = field(default_factory=list)
 
 
+class StoppedRun(NamedTuple):
+    """What a stopped run left on disk."""
+
+    update: int = 0  # the last one whose weights are in the checkpoint
+    checkpoint: Path | None = None
+    has_state: bool = False  # the checkpoint holds the optimizer's state
+    metrics: Sequence[dict[str, Any]] = ()
+    completions: Mapping[int, list[Rollout]] = {}
+
+
 class Run:
     """A run in progress: its engine, its records, its checkpoints."""
 
@@ -53,7 +63,9 @@ class Run:
     ) -> None:
         self.asked, self.config, self.plan = asked, plan.config, plan
         self.task, self.console, self.ranks = task, console, ranks
-        self.prompt_index = [i % len(task.prompts) for i in range(plan.config.rollouts)]
+        index = [i % len(task.prompts) for i in range(plan.config.rollouts)]
+        self.prompts = [task.prompts[i] for i in index]  # of each completion
+        self.answers = [task.problems[i].answer for i in index]
         self.result, self.grader = TrainResult(asked.output), Grader()
         self.recorded: dict[int, list[Rollout]] = {}  # completions to replay, by update
         self.stopped = StoppedRun()  # where this run resumes
@@ -72,10 +84,8 @@ class Run:
         if (source := config.rollouts_from) is not None:
             self.recorded = ranks.from_main(lambda: self._completions_in(source))
             if len(self.recorded) < config.steps:
-                raise UserError(
-                    f"rollouts_from: {source} holds {len(self.recorded)} whole updates of "
-                    f"{config.steps}; lower steps"
-                )
+                found = f"{len(self.recorded)} whole updates of {config.steps}"
+                raise UserError(f"rollouts_from: {source} holds {found}; lower steps")
         name = architecture(task.model_config)
         if model is None:
             # FSDP2 moves its parts to the device one after another.
@@ -99,21 +109,17 @@ class Run:
 
     def _completions_in(self, run: Path) -> dict[int, list[Rollout]]:
         """Read a run's completions of this task's prompts, by update."""
-        prompts = [self.task.prompts[i] for i in self.prompt_index]
         vocab_size = self.task.model_config.get_text_config().vocab_size
-        return replayable(run, prompts, vocab_size, self.config.sampling.max_new_tokens)
+        return records.replayable(
+            run, self.prompts, vocab_size, self.config.sampling.max_new_tokens
+        )
 
     def start(self, resume: bool) -> None:
         """Begin the run's folder; or restore its newest state, and completions sampled after it."""
         if not resume:
             self.ranks.from_main(self._begin)
             return
-        output = self.config.output
-        self.stopped = stopped = self.ranks.from_main(
-            lambda: find_stopped_run(
-                self.config, self._completions_in(output), self._defining(), self.console
-            )
-        )
+        self.stopped = stopped = self.ranks.from_main(self._find_stopped_run)
         # The recorded sizes may have been "auto", and may be halved again.
         self.asked = self.asked.model_copy(update=dict.fromkeys(self.sizes, "auto"))
         self.recorded |= stopped.completions
@@ -122,12 +128,30 @@ class Run:
         if stopped.has_state and stopped.checkpoint is not None:
             self.engine.load(read_state(stopped.checkpoint))
         self._take_recorded_sizes(stopped.update)
-        more = len(stopped.completions) - stopped.update
-        self.console.print(
-            f"Resuming after update {stopped.update}; {more} more are trained again on their "
-            "recorded completions.",
-            soft_wrap=True,
-        )
+        more = f"{len(stopped.completions) - stopped.update} more are trained again on their"
+        told = f"Resuming after update {stopped.update}; {more} recorded completions."
+        self.console.print(told, soft_wrap=True)
+
+    def _find_stopped_run(self) -> StoppedRun:
+        """Find where to resume, and cut off what the stopped run left half-written."""
+        config, output = self.config, self.config.output
+        completions = self._completions_in(output)
+        metrics = records.read_metrics(output)[: len(completions)]
+        state, refused = newest_state(output, self._defining())
+        if state is not None and state.update > len(metrics):
+            why = "records before it are missing"
+            refused.append(f"{state.checkpoint} cannot be resumed from: {why}")
+            state = None
+        for line in refused:
+            self.console.print(line, markup=False, soft_wrap=True)
+        update, checkpoint = (0, None) if state is None else (state.update, state.checkpoint)
+        has_ended = len(metrics) >= config.steps or why_stop_early(config, metrics)
+        last = checkpoint_folder(output, len(metrics))
+        if state is None and last.exists() and has_ended:
+            update, checkpoint = len(metrics), last
+        records.trim(output, rollouts_upto=len(completions), metrics_upto=len(metrics))
+        records.write_config(output, config)
+        return StoppedRun(update, checkpoint, state is not None, metrics, completions)
 
     def _take_recorded_sizes(self, update: int) -> None:
         """Use the batch sizes with which this update was trained before the stop."""
@@ -136,12 +160,16 @@ class Run:
                 self.sizes |= {name: row[name] for name in self.sizes if name in row}
 
     def _begin(self) -> None:
-        check_output(self.config.output)  # again: now the folder is locked to other processes
-        write_config(self.config.output, self.config.located())
+        records.check_output(
+            self.config.output
+        )  # again: now the folder is locked to other processes
+        records.write_config(self.config.output, self.config.located())
 
     def _defining(self) -> dict[str, Any]:
         """Return the settings with which a checkpoint must have been made, to resume from it."""
-        return defining_settings(self.config) | self.ranks.describe()
+        launch = self.ranks.launch
+        several = {"ranks": launch.ranks, "engine": launch.engine}  # they change the last digits
+        return defining_settings(self.config) | (several if launch != LaunchSpec() else {})
 
     def update(self, update: int, stop: StopRequest) -> None:
         """Sample completions and record them; compute the gradient; step; record the metrics."""
@@ -170,7 +198,7 @@ class Run:
             "tokens": tokens,
             "mean_length": tokens / count,
             "ended": sum(rollout.ended for rollout in rollouts) / count,
-            "repetition": sum(repetition(r.response_ids) for r in rollouts) / count,
+            "repetition": sum(records.repetition(r.response_ids) for r in rollouts) / count,
             "tokens_per_s": tokens / (end - start),
             "sampling_s": sampled - start,
             "training_s": end - sampled,
@@ -179,11 +207,11 @@ class Run:
             **self.sizes,
         }
         if update > len(self.stopped.metrics):
-            ranks.from_main(lambda: append(config.output / METRICS, [row]))
+            ranks.from_main(lambda: records.append(config.output / METRICS, [row]))
         self.result.metrics.append(row)
         self.is_whole = True
         self.console.print(update_line(row, config.steps), soft_wrap=True)
-        if warning := cut_off(rollouts):
+        if warning := records.cut_off(rollouts):
             self.console.print(warning, soft_wrap=True)
 
     def _sample(
@@ -198,7 +226,7 @@ class Run:
             return generate(
                 self.engine.model,
                 self.task.tokenizer,
-                [self.task.prompts[self.prompt_index[i]] for i in indices],
+                [self.prompts[i] for i in indices],
                 [(config.seed, update, i) for i in indices],
                 config.sampling,
                 batch_size=batch_size,
@@ -213,10 +241,7 @@ class Run:
 
     def _forward_backward(self, rollouts: Sequence[Rollout], stop: StopRequest) -> StepLoss:
         """Compute the gradient and the loss of all ranks."""
-
-        def work(micro_batch: int) -> StepLoss:
-            return self.engine.forward_backward(rollouts, micro_batch, stop.check)
-
+        work = partial(self.engine.forward_backward, rollouts, check=stop.check)
         smallest = max(len(rollout.response_ids) for rollout in rollouts)
         if self.config.official_loss or not self.engine.retries:
             smallest = self.sizes["micro_batch"]  # no retry: it would change the loss, or fail
@@ -238,23 +263,23 @@ class Run:
         """Grade the completions and write them down; return their accuracy."""
         responses = [rollout.response_ids for rollout in rollouts]
         texts = self.task.tokenizer.batch_decode(responses, skip_special_tokens=True)
-        answers = [self.task.problems[i].answer for i in self.prompt_index]
-        right = self.grader.grade(list(zip(texts, answers, strict=True)), lambda _: stop.check())
-        records = [
+        pairs = list(zip(texts, self.answers, strict=True))
+        right = self.grader.grade(pairs, lambda _: stop.check())
+        rows = [
             {
                 "update": update,
                 "index": index,
                 "prompt_ids": rollout.prompt_ids,
                 "response_ids": rollout.response_ids,
                 "ended": rollout.ended,
-                "correct": None if answers[index] is None else right[index],
+                "correct": None if self.answers[index] is None else right[index],
                 "text": text,
             }
             for index, (rollout, text) in enumerate(zip(rollouts, texts, strict=True))
         ]
         if update > len(self.stopped.completions):
-            append(self.config.output / ROLLOUTS, records)
-        graded = [right[i] for i, answer in enumerate(answers) if answer is not None]
+            records.append(self.config.output / ROLLOUTS, rows)
+        graded = [r for r, a in zip(right, self.answers, strict=True) if a is not None]
         return sum(graded) / len(graded) if graded else None
 
     def save(self) -> None:
@@ -288,8 +313,16 @@ class Run:
         if is_out_of_memory(error):
             sizes = ", ".join(f"{name} {size}" for name, size in self.sizes.items())
             asked = {name: getattr(self.asked, name) for name in self.sizes}
-            config = self.config.model_copy(update=asked)
             on_cuda, engine = self.ranks.device.type == "cuda", self.ranks.launch.engine
-            remedies = ", ".join(cheaper(config, on_cuda, engine))
-            return UserError(f"out of memory with {sizes}; {kept}; use {remedies}")
+            remedies = cheaper(self.config.model_copy(update=asked), on_cuda, engine)
+            return UserError(f"out of memory with {sizes}; {kept}; use {', '.join(remedies)}")
         return error
+
+
+def why_stop_early(config: TrainConfig, metrics: Sequence[Mapping[str, Any]]) -> str:
+    """Return the reason to stop after the last of these updates, or an empty string."""
+    if metrics and metrics[-1]["entropy"] < config.stop_below * metrics[0]["entropy"]:
+        return f"entropy below {config.stop_below:g} of its start"
+    if metrics and metrics[-1]["repetition"] > config.stop_repetition:
+        return f"more than {config.stop_repetition:g} of the 4-grams repeat"
+    return ""

@@ -34,21 +34,14 @@ def find_device(device: str) -> torch.device:
 def check_context(
     config: PreTrainedConfig, longest: int, new: int, subject: str, remedy: str
 ) -> None:
-    """Raise UserError where the longest prompt and `new` tokens exceed the model's context.
-
-    Args:
-        subject, remedy: the beginning and the end of the message about a prompt that is too long.
-    """
+    """Raise UserError where the longest prompt and `new` tokens exceed the model's context."""
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     if context is not None and longest >= context:
-        raise UserError(
-            f"{subject} {longest} tokens, too many for the model's context of {context}; {remedy}"
-        )
+        why = f"too many for the model's context of {context}"
+        raise UserError(f"{subject} {longest} tokens, {why}; {remedy}")
     if context is not None and longest + new > context:
-        raise UserError(
-            f"sampling.max_new_tokens: {longest} prompt tokens and {new} exceed the model's "
-            f"context of {context}; give at most {context - longest}"
-        )
+        why = f"{longest} prompt tokens and {new} exceed the model's context of {context}"
+        raise UserError(f"sampling.max_new_tokens: {why}; give at most {context - longest}")
 
 
 def load_task(config: TrainConfig) -> Task:
@@ -63,10 +56,9 @@ def load_task(config: TrainConfig) -> Task:
         raise UserError("prompt: the tokenizer returns no tokens for it")
     vocab_size, highest = model_config.get_text_config().vocab_size, max(map(max, prompts))
     if highest >= vocab_size:
-        raise UserError(
-            f"prompt: has token {highest} ({tokenizer.decode(highest)!r}), but the model's "
-            f"vocabulary has {vocab_size} entries; leave it out, or name this tokenizer's model"
-        )
+        token = f"token {highest} ({tokenizer.decode(highest)!r})"
+        why = f"has {token}, but the model's vocabulary has {vocab_size} entries"
+        raise UserError(f"prompt: {why}; leave it out, or name this tokenizer's model")
     longest, new = max(map(len, prompts)), config.sampling.max_new_tokens
     check_context(model_config, longest, new, "prompt: has", "shorten it")
     return Task(source, tokenizer, problems, prompts, chat_template, model_config)

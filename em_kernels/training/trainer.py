@@ -1,33 +1,27 @@
 """Train a model by One-shot Entropy Minimization."""
 
 from contextlib import closing
-from typing import NamedTuple
+from pathlib import Path
 
 import torch
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from .config import TrainConfig
+from .config import TrainConfig, read_yaml
 from .console import Terminal
+from .data.problems import texts_of
 from .distributed import Ranks, find_ranks
 from .interrupts import Interrupted, StopRequest, doing
 from .models.loading import architecture
 from .planning.plan import Plan
-from .planning.planner import resolve
-from .resume import recorded_prompts, recorded_settings, why_stop_early
-from .run import Run, TrainResult
-from .runs.records import Running, check_output
+from .planning.planner import Planner
+from .run import Run, TrainResult, why_stop_early
+from .run_folder import CONFIG
+from .runs.checkpoint import defining_settings
+from .runs.records import Running, check_output, differing, read_rollouts
 from .runs.trackers import Tracking
 from .settings import UserError
 from .task import Task, load_task
-
-
-class Prepared(NamedTuple):
-    """Everything that a run starts from."""
-
-    config: TrainConfig  # as asked; the plan has it with nothing left "auto"
-    task: Task
-    plan: Plan
 
 
 def train(
@@ -56,9 +50,7 @@ def train(
         Interrupted: after Ctrl-C, with a checkpoint of the last finished update.
     """
     ranks = find_ranks(config.device, config.rollouts)
-    console = console or Terminal(stderr=True)
-    if not ranks.is_main:
-        console = Console(quiet=True)
+    console = (console or Terminal(stderr=True)) if ranks.is_main else Console(quiet=True)
     config, task, plan = ranks.from_main(lambda: _prepare(config, model, resume, ranks, console))
     run = Run(config, plan, task, console, ranks)
     try:
@@ -98,8 +90,8 @@ def train(
 
 def _prepare(
     config: TrainConfig, model: PreTrainedModel | None, resume: bool, ranks: Ranks, console: Console
-) -> Prepared:
-    """Resolve settings, task and plan; write nothing."""
+) -> tuple[TrainConfig, Task, Plan]:
+    """Return settings as asked, task, and a plan with nothing left "auto"; write nothing."""
     if resume:
         config = recorded_settings(config)
     else:
@@ -116,6 +108,35 @@ def _prepare(
     loaded_bytes = 0 if model is None else sum(p.nbytes for p in model.parameters())
     what = f"planning memory of {architecture(task.model_config)}"
     with console.status("planning memory"), doing(what):
-        plan = resolve(config, task.model_config, longest, ranks.device, loaded_bytes, ranks.launch)
+        device, launch = ranks.device, ranks.launch
+        planner = Planner(config, task.model_config, longest, device, 0, loaded_bytes, launch)
+        plan = planner.resolve()
     plan.config.check_complete()
-    return Prepared(config, task, plan)
+    return config, task, plan
+
+
+def recorded_settings(config: TrainConfig) -> TrainConfig:
+    """Return config, with what it leaves "auto" or None as the run in config.output has it."""
+    recorded = read_yaml(config.output / CONFIG)
+    kept = {name: value for name, value in recorded if getattr(config, name) in ("auto", None)}
+    kept["share_prefix"] = config.share_prefix and recorded.share_prefix
+    config = config.model_copy(update=kept)
+    if what := differing(defining_settings(recorded), defining_settings(config)):
+        raise UserError(f"resume: the run was made with {what}; go on with that, or start another")
+    return config
+
+
+def recorded_prompts(task: Task, config: TrainConfig, run: Path) -> Task:
+    """Return the task with the prompts of a run's completions, where they differ only by the date.
+
+    Some chat templates, such as Llama's, write today's date into the prompt.
+    """
+    has_date = task.chat_template and "strftime_now" in str(task.tokenizer.chat_template)
+    recorded = read_rollouts(run, config.rollouts) if has_date else {}
+    if not recorded:
+        return task
+    prompts = [rollout.prompt_ids for rollout in recorded[1][: len(task.prompts)]]
+    texts = task.tokenizer.batch_decode(prompts)
+    pairs = zip(task.problems, texts, strict=True)
+    same = all(part.strip() in text for p, text in pairs for part in texts_of(p.prompt))
+    return task._replace(prompts=prompts) if same else task  # other prompts are refused later

@@ -203,16 +203,16 @@ INSIDE = {  # in the middle of a write, or of something that must happen as a wh
 }
 BETWEEN = {
     "nothing yet": lambda: after(the("Running"), "__enter__", 1),
-    "settings": lambda: after(the("run"), "write_config", 1),
+    "settings": lambda: after(the("records"), "write_config", 1),
     "token 5 of update 1": lambda: on(the("Ends"), "__call__", 5),
     "token 30": lambda: on(the("Ends"), "__call__", 30),
-    "completions of update 3": lambda: after(the("run"), "append", 5),
+    "completions of update 3": lambda: after(the("records"), "append", 5),
     "the second micro-batch of update 1": lambda: on(the("step"), "scored_states", 2),
     "the last micro-batch of update 4": lambda: on(the("SharedPrefix"), "backward", 5),
     "the norm of update 2": lambda: on(the("AdamW"), "norm", 2),
     "the step of update 2": lambda: on(the("AdamW"), "step", 2),
     "the step of update 3, done": lambda: after(the("AdamW"), "step", 3),
-    "the metrics of update 2": lambda: after(the("run"), "append", 4),
+    "the metrics of update 2": lambda: after(the("records"), "append", 4),
     "the first save": lambda: after(the("run"), "save_checkpoint", 1),
     "the end": lambda: on(the("Running"), "__exit__", 1),
 }
@@ -231,10 +231,10 @@ OTHERS = {
     "no memory for the optimizer": lambda: on(the("AdamW"), "__init__", 1, exhaust),
     "no memory in the step": lambda: on(the("AdamW"), "_copy_back", 2 * SLABS, exhaust),
     "full at completions of update 3": lambda: on(
-        the("run"), "append", 5, lambda: full("rollouts.jsonl")
+        the("records"), "append", 5, lambda: full("rollouts.jsonl")
     ),
     "full at metrics of update 3": lambda: on(
-        the("run"), "append", 6, lambda: full("metrics.jsonl")
+        the("records"), "append", 6, lambda: full("metrics.jsonl")
     ),
     "room for a checkpoint": lambda: on(
         the("run"), "save_checkpoint", 2, lambda: limit(resource.RLIM_INFINITY)
@@ -257,7 +257,7 @@ OTHERS = {
     # In evaluations and studies:
     "5 completions": lambda: after(the("completions"), "append", 5),
     "held after 5 completions": lambda: on(the("completions"), "append", 5, None, hold),
-    "update 1 of the second run of two": lambda: after(the("run"), "append", 6),
+    "update 1 of the second run of two": lambda: after(the("records"), "append", 6),
     # In what is printed:
     "nobody reads stdout": lambda: unread(1),
     "nobody reads stderr": lambda: unread(2),

@@ -21,7 +21,8 @@ from training.tiny import PLAIN, save_tiny
 from transformers import AutoModelForCausalLM
 
 from em_kernels.hf import check_head, head_of
-from em_kernels.training.models.lora import adapted_layers, add_adapters, four_bit_config
+from em_kernels.training.models.loading import four_bit_config
+from em_kernels.training.models.lora import adapted_layers, add_adapters
 from em_kernels.training.rollouts.sampling import generate
 from em_kernels.training.runs.merge import merge
 from em_kernels.training.settings import UserError

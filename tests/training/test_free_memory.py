@@ -6,8 +6,7 @@ from training.tiny import run, save_tiny, settings
 from transformers import AutoConfig
 
 from em_kernels.ops.free_memory import free_host_bytes
-from em_kernels.training.distributed import LaunchSpec
-from em_kernels.training.planning.planner import resolve
+from em_kernels.training.planning.planner import Planner
 from em_kernels.training.runs import checkpoint
 
 
@@ -77,5 +76,5 @@ def test_disk_holds_the_next_state_beside_the_last(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "sync", measured)
     run(config)
     model_config = AutoConfig.from_pretrained(folder)
-    planned = resolve(config, model_config, 10, torch.device("cpu"), 0, LaunchSpec())
+    planned = Planner(config, model_config, 10, torch.device("cpu")).resolve()
     assert max(seen) == pytest.approx(sum(planned.disk.values()), rel=0.02)

@@ -23,7 +23,7 @@ from em_kernels.training.planning import planner
 from em_kernels.training.planning.activations import ModelMemory
 from em_kernels.training.planning.components import fixed_bytes, head_bytes, logit_row_bytes
 from em_kernels.training.planning.plan import GIB, phases
-from em_kernels.training.planning.planner import Planner, resolve
+from em_kernels.training.planning.planner import Planner
 from em_kernels.training.rollouts.sampling import Rollout
 from em_kernels.training.settings import UserError
 
@@ -172,7 +172,7 @@ def measurements():
 
 
 def test_settings_are_filled_in(small):
-    plan = resolve(config(**SHORT), small, 20, CPU)
+    plan = Planner(config(**SHORT), small, 20, CPU).resolve()
     left = [name for name, value in plan.config if value == "auto" and name != "device"]
     assert not left and plan.fits
     chosen = plan.config
@@ -182,7 +182,7 @@ def test_settings_are_filled_in(small):
     assert chosen.micro_batch <= 1024 and chosen.rollout_batch == 64
     assert chosen.gradient_checkpointing is False and chosen.save_optimizer is True
     assert (plan.device["master"] == 0) == (dtype == "float32") and not plan.host
-    assert resolve(chosen, small, 20, CPU).config == chosen
+    assert Planner(chosen, small, 20, CPU).resolve().config == chosen
 
 
 def test_what_the_user_fixed_stays(small):
@@ -197,7 +197,7 @@ def test_what_the_user_fixed_stays(small):
         "lr": 1e-3,
         "save_optimizer": False,
     }
-    plan = resolve(config(**fixed, **SHORT), small, 20, CPU)
+    plan = Planner(config(**fixed, **SHORT), small, 20, CPU).resolve()
     assert {name: getattr(plan.config, name) for name in fixed} == fixed
     count = plan.device["weights"] // 2
     names = ("weights", "master", "moments", "gradients")
@@ -205,7 +205,7 @@ def test_what_the_user_fixed_stays(small):
 
 
 def test_lora_has_its_own_lr(small):
-    plan = resolve(config(mode="lora", **SHORT), small, 20, CPU)
+    plan = Planner(config(mode="lora", **SHORT), small, 20, CPU).resolve()
     assert plan.config.lr == 2e-4
     a_layer = 16 * (2 * 128 + 2 * 96 + 3 * 224)
     assert plan.device["adapters"] == 4 * 8 * a_layer
@@ -215,7 +215,7 @@ def test_batches_shrink_with_memory():
     sizes = []
     for gib in (0.56, 0.53):
         asked = config(gpu_memory=gib, host_memory=8, mode="full", **SHORT)
-        plan = resolve(asked, two_layers(), 20, CUDA)
+        plan = Planner(asked, two_layers(), 20, CUDA).resolve()
         assert plan.device_total <= plan.device_limit == int(gib * GIB)
         sizes.append((plan.config.micro_batch, plan.config.rollout_batch))
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) > 1
@@ -232,7 +232,7 @@ def test_refusals_name_what_is_missing_and_what_helps(changes, remedy):
     asked = config(mode="full", gpu_memory=0.54, host_memory=8, **changes, **SHORT)
     message = rf"^memory: mode full: \d\.\d+ GiB of device memory are missing \(.*; try {remedy}$"
     with pytest.raises(UserError, match=message):
-        resolve(asked, two_layers(), 20, CUDA)
+        Planner(asked, two_layers(), 20, CUDA).resolve()
 
 
 def test_remedies_in_the_order_of_their_cost():
@@ -240,7 +240,7 @@ def test_remedies_in_the_order_of_their_cost():
     model_config = AutoConfig.for_model("llama", **shape)
     asked = config(mode="offload", moments="fp32", gradients="fp32", gpu_memory=8, host_memory=4.5)
     with pytest.raises(UserError, match="^memory: mode offload: .* of host memory") as raised:
-        resolve(asked, model_config, 20, CUDA)
+        Planner(asked, model_config, 20, CUDA).resolve()
     assert str(raised.value).endswith(
         "try --moments bf16, or --gradients bf16, or --mode offload --offload-dir DIR"
     )
@@ -248,14 +248,14 @@ def test_remedies_in_the_order_of_their_cost():
 
 def test_no_remedy():
     with pytest.raises(UserError, match="take a smaller model"):
-        resolve(config(gpu_memory=0.4, host_memory=8, **SHORT), two_layers(), 20, CUDA)
+        Planner(config(gpu_memory=0.4, host_memory=8, **SHORT), two_layers(), 20, CUDA).resolve()
 
 
 def test_planning_for_a_gpu_without_one():
     if torch.cuda.is_available():
         pytest.skip("a CUDA GPU is there")
     with pytest.raises(UserError, match="^gpu_memory: "):
-        resolve(config(), two_layers(), 20, CUDA)
+        Planner(config(), two_layers(), 20, CUDA).resolve()
 
 
 def recorded(function):
@@ -283,7 +283,7 @@ def test_activations_to_the_byte(kind, dtype, options, shared, recompute):
     model_config = AutoConfig.for_model(kind, **SMALL, **options)
     memory = ModelMemory(model_config, dtype, attention)
     assert memory.can_share_prefix == (kind != "gemma2")  # not with a sliding window
-    assert 0 < memory.largest_linear < memory.sizes.linear_parameters
+    assert 0 < memory.sizes.largest_linear < memory.sizes.linear_parameters
     rows, prompt, new = 4, 20, 40
     found = memory.activations(rows, prompt, new, shared, recompute)
     model = AutoModelForCausalLM.from_config(

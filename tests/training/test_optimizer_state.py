@@ -76,11 +76,11 @@ def test_state_bytes(dtype, moments, gradients, files, tmp_path):
         "gradients": sum(s.gradient.nbytes for s in slots),
     }
     assert real == state_bytes(
-        (p.numel() for p in model.parameters() if p.requires_grad),
+        sum(p.numel() for p in model.parameters() if p.requires_grad),
         weight_bytes=dtype.itemsize,
         moments=moments,
         gradients=gradients,
-        master_is_parameter=shared,
+        shared=shared,
     )
 
 

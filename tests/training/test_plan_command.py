@@ -11,7 +11,7 @@ from em_kernels.commands import plan
 from em_kernels.commands.flags import as_flags, train_settings
 from em_kernels.training.config import TrainConfig
 from em_kernels.training.planning.plan import GIB
-from em_kernels.training.planning.planner import resolve
+from em_kernels.training.planning.planner import Planner
 from em_kernels.training.settings import UserError
 
 
@@ -57,7 +57,7 @@ def test_command_for_another_machine(file, folder, capsys):
     assert chosen["rates"]["flops"] > 0 and "sensitive" in found["note"]
     train = train_settings("plan", flags_of(found["command"]), "")[0]
     assert train.model == str(folder) and train.prompt == "a b" and train.mode == chosen["name"]
-    again = resolve(train, two_layers(), 20, torch.device("cuda"))
+    again = Planner(train, two_layers(), 20, torch.device("cuda")).resolve()
     assert again.device == chosen["device"] and again.host == chosen["host"]
     different = {
         k for k, v in again.config.model_dump(mode="json").items() if v != chosen["config"][k]

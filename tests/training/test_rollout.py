@@ -349,7 +349,7 @@ def test_a_stop_string_does_not_begin_in_the_prompt(tokenizer):
     prompt = tokenizer("abc\n").input_ids
     newline = tokenizer("\n").input_ids
     ends = StoppingCriteriaList([StopStringCriteria(tokenizer, ["\n\n"])])
-    segment = _SegmentEnd(ends, 1, len(prompt), None)
+    segment = _SegmentEnd(ends, 1, len(prompt), lambda: None)
     assert not segment(torch.tensor([prompt + newline]), None)
     assert segment(torch.tensor([prompt + newline + newline]), None)
     assert segment.length.tolist() == [len(prompt) + 2]

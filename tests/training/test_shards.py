@@ -11,8 +11,7 @@ from em_kernels.commands.plan import run as plan_command
 from em_kernels.training.config import TrainConfig
 from em_kernels.training.distributed import LaunchSpec
 from em_kernels.training.planning.plan import GIB
-from em_kernels.training.planning.planner import Planner
-from em_kernels.training.planning.sharded import sharded_settings
+from em_kernels.training.planning.planner import Planner, sharded_settings
 from em_kernels.training.settings import UserError
 
 CUDA = torch.device("cuda")

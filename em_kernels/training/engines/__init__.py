@@ -13,6 +13,4 @@ def engine_of(kind: str) -> type[Engine]:
         from .deepspeed import DeepSpeed
 
         return DeepSpeed
-    from .replicas import Replicas
-
-    return Replicas
+    return Engine

@@ -1,30 +1,33 @@
-"""The interface of an engine, which holds a model's weights and optimizer on one or more ranks.
+"""The engine of one process, or of several that each hold the whole model; wrapped.py has others.
 
 All engines compute the same update: the mean over all ranks' tokens, clip, AdamW on fp32 masters.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...functional import entropy_loss_into
-from ...hf import check_head, head_of
+from ...hf import check_head, head_of, require_gradients
 from ..config import TrainConfig
 from ..distributed import Ranks
 from ..rollouts.padding import check_cache, check_sampling
 from ..rollouts.sampling import Rollout
-from ..runs.checkpoint import Writer
+from ..runs.checkpoint import Writer, write_model
 from ..settings import UserError
-from .step import StepLoss
+from .optimizer import PRECISIONS, MasterAdamW, adamw_options
+from .step import StepLoss, can_share_prefix, entropy_step
 
 
-class Engine(ABC):
-    """A model in training. Every rank makes the same calls."""
+class Engine:
+    """A model in training, whole on each rank, with the trainer's own optimizer; gradients are
+    added up once an update. Every rank makes the same calls.
+    """
 
-    retries = False  # a rank that runs out of memory may compute its share again, alone
+    retries = True  # a rank that runs out of memory may compute its share again, alone
 
     def __init__(
         self,
@@ -37,10 +40,7 @@ class Engine(ABC):
         self.prepare()
 
     def check_model(self) -> bool:
-        """Check the model; return True if prompts of unequal length may be sampled side by side.
-
-        Raises: UserError where loss or samples would not be of the model's own distribution.
-        """
+        """Return True if unequal prompts may be sampled together; UserError for unfit models."""
         try:
             head = head_of(self.model)
             check_head(self.model, head)
@@ -52,39 +52,67 @@ class Engine(ABC):
         except (TypeError, ValueError) as error:
             raise UserError(str(error)) from error
 
-    @abstractmethod
     def prepare(self) -> None:
         """Make the optimizer; raise UserError for a model or settings that do not suit."""
+        model, config = self.model, self.config
+        if config.mode == "lora":  # add_adapters comes before any forward
+            from ..models.lora import add_adapters, write_adapter  # peft takes seconds
+
+            self.write = write_adapter(add_adapters(model, config), self.tokenizer)
+        else:
+            self.write = write_model(model, self.tokenizer)
+        self.check_model()
+        if config.mode != "lora":
+            require_gradients(model)
+        if config.share_prefix and not can_share_prefix(model):
+            self.config = config.model_copy(update={"share_prefix": False})
+        offload = config.mode == "offload"
+        self.optimizer = MasterAdamW(
+            model.named_parameters(),
+            **adamw_options(config),
+            clip=config.clip,
+            device=torch.device("cpu") if offload else self.ranks.device,
+            moments=PRECISIONS[config.moments],
+            gradients=PRECISIONS[config.gradients],
+            folder=config.offload_dir if offload else None,
+        )
 
     def gathered_weights(self) -> AbstractContextManager[object]:
         """Return a context in which each rank may call the model by itself."""
         return nullcontext()
 
-    @abstractmethod
     def forward_backward(
         self, rollouts: Sequence[Rollout], micro_batch: int, check: Callable[[], None]
     ) -> StepLoss:
         """Compute this rank's share of the gradient anew, and return its share of the loss."""
+        self.optimizer.clear()
+        model, config, rank = self.model, self.config, (self.ranks.index, self.ranks.count)
+        return entropy_step(
+            model, head_of(model), rollouts, config, self.optimizer, micro_batch, check, *rank
+        )
 
-    @abstractmethod
     def norm(self) -> float:
         """Return the global L2 norm of all ranks' gradient."""
+        if self.ranks.count > 1:
+            self.optimizer.add_up(self.ranks)
+        return self.optimizer.norm()
 
-    @abstractmethod
     def step(self, norm: float) -> None:
         """Update the weights with the gradient, clipped by its norm(), and forget the gradient."""
+        self.optimizer.step(norm)
 
-    @abstractmethod
     def state(self) -> Mapping[str, Tensor]:
         """Return what MasterAdamW.state() does, whole, on rank 0."""
+        return self.optimizer.state()
 
-    @abstractmethod
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Continue from a state(), which every rank is given whole."""
+        self.optimizer.load(state)
 
-    @abstractmethod
     def writer(self) -> Writer:
         """Return a writer that fills a folder with the model, on rank 0."""
+        return self.write
 
-    def close(self) -> None:  # noqa: B027
+    def close(self) -> None:
         """Release the model."""
+        self.optimizer.close()

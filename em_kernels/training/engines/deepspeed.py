@@ -17,10 +17,8 @@ class DeepSpeed(Wrapped):
         settings = self.ranks.plugin.deepspeed_config
         for name in ("optimizer", "scheduler"):
             if name in settings:
-                raise UserError(
-                    f"deepspeed: leave {name} out of its configuration; lr, betas, eps and "
-                    "weight_decay are settings of the run"
-                )
+                why = "lr, betas, eps and weight_decay are settings of the run"
+                raise UserError(f"deepspeed: leave {name} out of its configuration; {why}")
         settings.update(
             train_micro_batch_size_per_gpu=1,  # required, and read by nothing
             gradient_accumulation_steps=1,

@@ -25,16 +25,12 @@ class Bounce:
         self.thread = ThreadPoolExecutor(max_workers=1)
         self.busy: list[Callable[[], object]] = [lambda: None] * 2  # waits until a buffer is free
         self.turn = 0
+        self.buffers = [torch.empty(BUFFER_BYTES, dtype=torch.uint8) for _ in range(2)]
         try:
-            self.buffers = [self._buffer(on_gpu) for _ in range(2)]
+            self.buffers = [x.pin_memory() if on_gpu else x for x in self.buffers]
         except RuntimeError as error:
             reason = str(error).split("\n")[0]
             warnings.warn(f"offload: slower, as no memory can be pinned: {reason}", stacklevel=3)
-            self.buffers = [self._buffer(False) for _ in range(2)]
-
-    @staticmethod
-    def _buffer(pinned: bool) -> Tensor:
-        return torch.empty(BUFFER_BYTES, dtype=torch.uint8, device="cpu", pin_memory=pinned)
 
     def _next(self, like: Tensor) -> Tensor:
         self.turn ^= 1
@@ -42,8 +38,7 @@ class Bounce:
         return self.buffers[self.turn][: like.nbytes].view(like.dtype).view(like.shape)
 
     def fetch(self, source: Tensor, put: Callable[[slice, Tensor], None], reused: bool) -> None:
-        """Start copying a contiguous source to the host by parts; the thread calls put(part, host
-        copy) for each.
+        """Start copying a contiguous source to the host; the thread calls put(part, copy) of each.
 
         Args:
             reused: the caller will overwrite the source, so the current stream waits for the copy.
@@ -99,10 +94,7 @@ def _waiter_for(stream: torch.cuda.Stream) -> Callable[[], object]:
 def zeros_in_files(
     folder: Path, kinds: Mapping[str, Sequence[tuple[int, torch.dtype]]]
 ) -> dict[str, list[Tensor]]:
-    """Return zeros (n,) for each (n, dtype), in a mapped file for each kind.
-
-    Raises: UserError where the folder cannot hold them.
-    """
+    """Return zeros (n,) for each (n, dtype), in a mapped file for each kind."""
     # Rounded up to 4 elements, so that each tensor starts at a multiple of 8 bytes.
     lengths = {kind: [-(-n // 4) * 4 * d.itemsize for n, d in kinds[kind]] for kind in kinds}
     need = sum(map(sum, lengths.values()))

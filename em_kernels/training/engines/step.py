@@ -1,11 +1,10 @@
-"""One update's loss and gradients: micro-batches behind a prompt that is computed once, activations
-recomputed, the head's gradient handed on in slabs.
-"""
+"""An update's loss and gradients by micro-batches, behind a prompt that is computed once."""
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -77,10 +76,8 @@ class SharedPrefix:
         cache.layers = kept
         states = hidden_states(model, torch.tensor([ids], device=model.device), cache)
         if any(layer.keys is None for layer in kept):
-            raise TypeError(
-                f"model: {type(model).__name__} does not fill the cache it is given; this "
-                "architecture is not supported"
-            )
+            why = f"{type(model).__name__} does not fill the cache it is given"
+            raise TypeError(f"model: {why}; this architecture is not supported")
         self.outputs: list[Any] = [states[:, -1]]
         for layer in kept:
             self.outputs += [layer.keys, layer.values]
@@ -115,9 +112,7 @@ class SharedPrefix:
 
 @torch.no_grad()
 def can_share_prefix(model: PreTrainedModel) -> bool:
-    """Return True if continuing a SharedPrefix gives the model's own hidden states; models with
-    sliding windows cannot.
-    """
+    """Return True if continuing a SharedPrefix gives the model's own hidden states."""
     if {type(layer) for layer in DynamicCache(config=model.config).layers} != {DynamicLayer}:
         return False
     vocab_size = model.config.get_text_config().vocab_size
@@ -173,11 +168,7 @@ def by_prompt(rollouts: Sequence[Rollout], share: bool) -> Groups:
 def micro_batches(
     rollouts: Sequence[Rollout], tokens: int, computed: int = 0, rows: int | None = None
 ) -> Iterator[list[Rollout]]:
-    """Yield the rollouts in order, in batches of at most so many padded tokens and rows.
-
-    Args:
-        computed: first tokens of each rollout that do not count.
-    """
+    """Yield the rollouts in batches of so many padded tokens, less the `computed`, and rows."""
     batch: list[Rollout] = []
     for rollout in rollouts:
         longest = max(map(len, [*batch, rollout])) - computed
@@ -197,14 +188,13 @@ def padded_ids(
     """
     spans = [scored_positions(rollout, official) for rollout in batch]
     columns = max(span.stop for span in spans) - first
-    rows: list[list[int]] = []
-    index: list[int] = []
+    rows, index = list[list[int]](), list[int]()
     for row, (rollout, span) in enumerate(zip(batch, spans, strict=True)):
         tokens = (rollout.prompt_ids + rollout.response_ids)[first : span.stop]
         rows.append(tokens + [0] * (columns - len(tokens)))
         index += [row * columns + t - first for t in span if t >= first]
-    ids = torch.tensor(rows, dtype=torch.int64, device=device)
-    return ids, torch.tensor(index, dtype=torch.int64, device=device)
+    ids, scored = (torch.tensor(x, dtype=torch.int64, device=device) for x in (rows, index))
+    return ids, scored
 
 
 def scored_states(
@@ -255,11 +245,7 @@ def rank_share(
         rollouts = sorted(rollouts, key=len)
         works = [work_of(rollouts[i::count], micro_batch) for i in range(count)]
     batches = [[batch for _, group in work for batch in group] for work in works]
-    tokens = [
-        sum(len(scored_positions(rollout, official)) for rollout in batch)
-        for rank_batches in batches
-        for batch in rank_batches
-    ]
+    tokens = [sum(len(scored_positions(r, official)) for r in batch) for batch in chain(*batches)]
     mine = [(ids, group) for ids, group in works[index] if group]
     return RankShare(mine, sum(tokens), sum(n > 0 for n in tokens), max(map(len, batches)))
 
@@ -290,7 +276,6 @@ def entropy_step(
 
     Args:
         rollouts: all of the update.
-        config: with nothing "auto" left.
         micro_batch: tokens of one forward and backward.
         check: called before each micro-batch; may raise to abandon the work.
         index, count: this rank, of so many; only its share is computed and returned.

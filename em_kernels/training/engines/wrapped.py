@@ -1,6 +1,6 @@
 """Engines in which a library, FSDP2 or DeepSpeed through accelerate, holds the model."""
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,9 +20,10 @@ from .step import StepLoss, loss_options, padded_ids, rank_share, recomputation
 MASTER, *MOMENTS = KINDS[:3]
 
 
-class Wrapped(Engine):
+class Wrapped(Engine, ABC):
     """A library holds the model and torch's AdamW; calling its root module returns the loss."""
 
+    retries = False
     root: Any  # the module to call
     optimizer: Any
     updates = 0
@@ -30,9 +31,8 @@ class Wrapped(Engine):
     def prepare(self) -> None:
         pads = self.ranks.from_main(self.check_model)  # other ranks may not have the weights yet
         require_gradients(self.model)
-        frozen = [n for n, p in self.model.named_parameters() if not p.requires_grad]
-        if frozen:
-            why = f"model: {frozen[0]} is no part of the language model and stays as it is"
+        for name in (n for n, p in self.model.named_parameters() if not p.requires_grad):
+            why = f"model: {name} is no part of the language model and stays as it is"
             remedy = "use one process, or torchrun without FSDP"
             self.ranks.refuse(UserError(f"{why}; this engine trains all of a model: {remedy}"))
         self.wrap()
@@ -88,12 +88,9 @@ class Wrapped(Engine):
         return StepLoss(sum(loss.item() for loss in losses), *report.tolist())
 
     def state(self) -> Mapping[str, Tensor]:
-        state: dict[str, Tensor] = {}
-        for kind in (MASTER, *MOMENTS):
-            state |= {f"{kind}.{name}": tensor for name, tensor in self._gather(kind).items()}
-        for name, _ in self.model.named_parameters():
-            state[f"step.{name}"] = torch.tensor(self.updates)
-        return state
+        steps = {f"step.{n}": torch.tensor(self.updates) for n, _ in self.model.named_parameters()}
+        kinds = {kind: self._gather(kind) for kind in (MASTER, *MOMENTS)}
+        return steps | {f"{kind}.{n}": x for kind, found in kinds.items() for n, x in found.items()}
 
     def writer(self) -> Writer:
         weights = self._gather(MASTER)
@@ -101,12 +98,11 @@ class Wrapped(Engine):
             weights = {name: weight.bfloat16() for name, weight in weights.items()}
         return write_model(self.model, self.tokenizer, weights)
 
+    def close(self) -> None:
+        pass
+
     @torch.no_grad()
     def _gather(self, kind: str) -> dict[str, Tensor]:
         """Gather a kind of state into rank 0's host memory; the other ranks get nothing."""
-        gathered = {}
-        for name, parameter in self.model.named_parameters():
-            tensor = self.full(kind, parameter)
-            if self.ranks.is_main:
-                gathered[name] = tensor.cpu()
-        return gathered
+        whole = ((name, self.full(kind, p)) for name, p in self.model.named_parameters())
+        return {name: tensor.cpu() for name, tensor in whole if self.ranks.is_main}

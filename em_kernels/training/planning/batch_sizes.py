@@ -1,16 +1,17 @@
-"""Choose one rank's batch sizes: micro-batch, completions sampled side by side, logits chunk."""
+"""One rank's batch sizes (micro-batch, completions sampled at once, logits), and their speed."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from ..config import TrainConfig
+from ..engines.optimizer import PRECISIONS
 from .activations import ModelMemory
 from .components import completion_bytes, head_bytes
-from .plan import peak, phases
+from .plan import Rates, peak, phases
 
 # Estimates, not yet measured on a GPU.
-TARGET_TOKENS = {"cuda": 16384, "cpu": 1024}  # a larger micro-batch is no more efficient
+GPU_TOKENS, CPU_TOKENS = 16384, 1024  # a larger micro-batch is no more efficient
 ENOUGH_TOKENS = 4096  # recompute only where a micro-batch of this size would not fit without
 EFFICIENT_TOKENS = 2048  # of a micro-batch; a larger one is hardly faster
 EFFICIENT_ROWS = 16  # sampled side by side; more are hardly faster
@@ -25,7 +26,7 @@ class BatchSizes:
     `room` bytes.
 
     settings: the sizes, for the config. passing: their bytes by component. efficient: larger ones
-    would hardly be faster. The other attributes say how much work an update is.
+    would hardly be faster.
     """
 
     config: TrainConfig
@@ -71,7 +72,7 @@ class BatchSizes:
         """Choose the rows of a micro-batch; return them and the rows that would be efficient."""
         config, target = self.config, self.config.micro_batch
         if target == "auto":
-            target = TARGET_TOKENS["cuda" if self.cuda else "cpu"]
+            target = GPU_TOKENS if self.cuda else CPU_TOKENS
         target_rows = rows = max(1, min(self.max_rows, target // self.row_tokens))
         self.recompute = config.gradient_checkpointing is True
         if config.gradient_checkpointing == "auto":
@@ -107,7 +108,7 @@ class BatchSizes:
         config, model = self.config, self.model
         found = model.activations(rows, self.prompt_tokens, new_tokens, self.shared, self.recompute)
         head = head_bytes(config, model, found.head_rows, self.chunk_bytes, self.cuda)
-        unpacked = 2 * model.largest_linear if config.four_bit else 0  # a layer in 16 bits
+        unpacked = 2 * model.sizes.largest_linear if config.four_bit else 0  # a layer in 16 bits
         return {
             "activations": found.after_forward,
             "logits chunk": head,
@@ -115,8 +116,8 @@ class BatchSizes:
         }
 
     def _worst_case(self, rows: int) -> dict[str, int]:
-        """Return the bytes of the micro-batch that needs most: of full-length completions, or of
-        short ones, which are more rows, each with the shared prompt's keys and values.
+        """Return the bytes of the micro-batch that needs most: of long completions, or of short
+        ones, which are more rows, each with the shared prompt's keys and values.
         """
         shapes = [(rows, self.new_tokens)]
         widest = min(self.max_rows, SHORT_ROWS * rows)
@@ -126,8 +127,8 @@ class BatchSizes:
         return max((self._passing(*shape) for shape in shapes), key=peak)
 
     def _largest(self, components: Callable[[int], dict[str, int]], max_rows: int) -> int:
-        """Return up to `max_rows` rows, at least 1, that fit into the room. Interpolates
-        between 1 row and `max_rows`: activations are convex in the rows, so it is seldom too many.
+        """Return how many rows, 1 to `max_rows`, fit into the room. Interpolates: activations are
+        convex in the rows, so it is seldom too many.
         """
         if max_rows == 1 or self.room <= 0:
             return 1
@@ -139,6 +140,44 @@ class BatchSizes:
             return 1
         slope = (last - first) / (max_rows - 1)
         return max(1, min(max_rows - 1, 1 + int((self.room - first) / slope)))
+
+    def update_seconds(self, config: TrainConfig, rates: Rates) -> dict[str, float]:
+        """Return an update's seconds by phase, at most: each completion has full length."""
+        model, sizes, new, completions = (
+            self.model,
+            self.model.sizes,
+            self.new_tokens,
+            self.completions,
+        )
+        matrices, trained = sizes.matrix_parameters, sizes.trained_parameters
+        read = matrices * model.itemsize
+        if config.four_bit:  # read half a byte each, write 2 bytes; `read` has these read again
+            read += sizes.linear_parameters * 5 // 2
+        steps = new * -(-completions // int(config.rollout_batch))
+        # A cache grows from nothing, its rows end at different times: three quarters on average.
+        fetched = steps * read + completions * new * self.cache_bytes * 3 // 4
+        produced = completions * new * 2 * matrices
+        flops = (4 if config.mode == "lora" else 6) * matrices
+        if config.gradient_checkpointing:
+            flops += 2 * (matrices - model.vocab_size * model.hidden_size)
+        tokens = completions * new + self.prompt_tokens * self.computed_prompts
+        launching = steps * model.layers / rates.layers
+        sampling = max(fetched / rates.bandwidth, produced / rates.flops, launching)
+        seconds = {"sampling": sampling, "training": tokens * flops / rates.flops}
+        gradient_bytes = PRECISIONS[config.gradients].itemsize
+        state_bytes = 4 + 2 * PRECISIONS[config.moments].itemsize  # master and both moments
+        adamw_bytes = trained * (2 * state_bytes + gradient_bytes)
+        weights_to_device = trained * model.itemsize / rates.pcie
+        if config.mode == "offload":
+            added_up = trained * (model.itemsize + 2 * gradient_bytes) / rates.host
+            backwards = self.micro_batches + self.shared_prompts
+            seconds["gradients to host"] = backwards * max(weights_to_device, added_up)
+            seconds["AdamW"] = adamw_bytes / rates.host + weights_to_device
+        else:
+            seconds["AdamW"] = adamw_bytes / rates.bandwidth
+        if config.offload_dir is not None:
+            seconds["AdamW"] += trained * 2 * state_bytes / rates.disk
+        return seconds
 
 
 def _even(total: int, size: int) -> int:

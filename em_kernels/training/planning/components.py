@@ -1,6 +1,6 @@
 """Memory and disk of a run by component: what always stays, the head's loss, sampling."""
 
-from typing import NamedTuple
+from typing import TypeAlias
 
 import torch
 
@@ -9,6 +9,7 @@ from ...ops.sparse import SAMPLE
 from ...ops.weight_gradient import MIN_SLAB_ENTRIES
 from ...ops.weight_gradient import SLAB_BYTES as HEAD_SLAB_BYTES
 from ..config import TrainConfig
+from ..distributed import LaunchSpec
 from ..engines.offload import BUFFER_BYTES
 from ..engines.optimizer import PRECISIONS, SLAB, state_bytes
 from ..models.rounding import LENGTH
@@ -28,6 +29,7 @@ WRITTEN_BYTES = 2 * GIB  # a model is written in shards of 2 GB
 LOADED_BYTES = 5 * GIB  # a published model comes in shards of at most 5 GB
 CHUNK_BYTES = 256 * MIB  # the default of chunk_bytes
 SMALL_STATE_BYTES = 8 * GIB  # of the optimizer, which save_optimizer "auto" saves
+BUCKET_ELEMENTS = 2 * 500_000_000  # two buckets of DeepSpeed's default reduce_bucket_size
 # Measured as the peaks of `entropy_loss_into` and of `generate` with its logits processors under
 # torch.profiler on a CPU; the same for vocabularies of 50,000 and 150,000, for 8 and 16 rows.
 STATISTICS_BYTES = 132  # a token
@@ -36,12 +38,8 @@ GREEDY_BYTES, PLAIN_BYTES, TOP_K_BYTES, TOP_P_BYTES = 16, 24, 28, 34  # a vocabu
 CUDA_SORT_BYTES = 24  # a vocabulary entry: keys and indices once more, in a GPU's sort (estimated)
 
 
-class FixedBytes(NamedTuple):
-    """Bytes that stay all the time, by component."""
-
-    device: dict[str, int]
-    host: dict[str, int]
-    disk: dict[str, int]
+# Bytes that stay all the time, by component: on the device, the host, the disk.
+FixedBytes: TypeAlias = tuple[dict[str, int], dict[str, int], dict[str, int]]
 
 
 def fixed_bytes(config: TrainConfig, model: ModelMemory, cuda: bool) -> FixedBytes:
@@ -56,17 +54,13 @@ def fixed_bytes(config: TrainConfig, model: ModelMemory, cuda: bool) -> FixedByt
         device["adapters"] = sizes.trained_bytes
     offload, folder = config.mode == "offload" and cuda, config.offload_dir is not None
     itemsize = sizes.trained_bytes // sizes.trained_parameters
-    state = state_bytes(
-        [sizes.trained_parameters],
-        weight_bytes=itemsize,
-        moments=PRECISIONS[config.moments],
-        gradients=PRECISIONS[config.gradients],
-        master_is_parameter=itemsize == 4 and not offload and not folder,
-    )
+    moments, gradients = PRECISIONS[config.moments], PRECISIONS[config.gradients]
+    shared = itemsize == 4 and not offload and not folder
+    state = state_bytes(sizes.trained_parameters, itemsize, moments, gradients, shared)
     disk = {f"{n} (offload)": state.pop(n) for n in ("master", "moments") if folder}
     state["scratch"] = SCRATCH_BYTES + (NOISE_BYTES if itemsize < 4 else 0)
     if not cuda:
-        return FixedBytes({**device, **state}, {}, disk)
+        return {**device, **state}, {}, disk
     host = {"process": PROCESS_BYTES, "saving": min(WRITTEN_BYTES, sizes.weight_bytes)}
     if offload:
         host |= {**state, "staging": STAGING_BYTES}
@@ -75,13 +69,35 @@ def fixed_bytes(config: TrainConfig, model: ModelMemory, cuda: bool) -> FixedByt
     # A shard's memory is free again before host memory other than the process's is allocated.
     shard = min(LOADED_BYTES, sizes.weight_bytes)
     host["loading"] = max(0, shard - sum(host.values()) + PROCESS_BYTES)
-    return FixedBytes({**device, "context": CONTEXT_BYTES}, host, disk)
+    return {**device, "context": CONTEXT_BYTES}, host, disk
+
+
+def sharded_bytes(
+    config: TrainConfig, model: ModelMemory, launch: LaunchSpec, cuda: bool
+) -> FixedBytes:
+    """Return what stays in a rank's memory under FSDP2 or DeepSpeed: all weights, to sample."""
+    sizes, trained = model.sizes, model.sizes.trained_parameters
+    each = {"master": 4, "moments": 8, "gradients": 4}
+    state = {name: size * trained // launch.ranks for name, size in each.items()}
+    device = {
+        "weights": sizes.weight_bytes,
+        "buffers": sizes.buffer_bytes,
+        "head's gradient": model.vocab_size * model.hidden_size * (4 + model.itemsize),
+    }
+    if launch.engine == "deepspeed":
+        device["buckets"] = min(BUCKET_ELEMENTS, 2 * trained) * model.itemsize
+    # Rank 0 gathers the fp32 masters, makes a bf16 copy, and may gather the optimizer's state.
+    saving = (18 if config.save_optimizer else 6) * trained // launch.on_machine
+    if not cuda:
+        return {**device, **state, "saving": saving}, {}, {}
+    host = {"process": PROCESS_BYTES, "saving": saving}
+    if launch.on_host:
+        return {**device, "context": CONTEXT_BYTES}, {**host, **state}, {}
+    return {**device, **state, "context": CONTEXT_BYTES}, host, {}
 
 
 def logit_row_bytes(model: ModelMemory, cuda: bool) -> int:
-    """Return bytes per token: fp32 logits; on a GPU also their gradient, and the next chunk's
-    logits.
-    """
+    """Return bytes per token: fp32 logits; on a GPU also their gradient, and the next logits."""
     return model.vocab_size * (4 + (4 + model.itemsize) * cuda)
 
 
@@ -94,9 +110,8 @@ def default_chunk_bytes(model: ModelMemory, device_limit: int, cuda: bool) -> in
 def head_bytes(
     config: TrainConfig, model: ModelMemory, states: int, chunk_bytes: int, cuda: bool
 ) -> int:
-    """Return the bytes of `entropy_loss_into` on so many hidden states: logits, fp32 dhidden, a
-    slab of the head's gradient; with a tolerance also the columns that a chunk chose (at most half
-    of all) or a sample of the others.
+    """Return the bytes of `entropy_loss_into` on so many states: logits, dhidden, a slab of the
+    head's gradient; with a tolerance also a chunk's chosen columns, or a sample of the others.
     """
     vocab_size, hidden_size, itemsize = model.vocab_size, model.hidden_size, model.itemsize
     device, row = torch.device("cuda" if cuda else "cpu"), logit_row_bytes(model, cuda)

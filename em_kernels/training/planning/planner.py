@@ -18,64 +18,20 @@ from ..engines.optimizer import PRECISIONS, SLAB
 from ..models.loading import attention_of, auto_dtype
 from ..models.rounding import LENGTH
 from ..settings import UserError
+from . import components
 from .activations import ModelMemory
 from .batch_sizes import BatchSizes
-from .components import (
-    CONTEXT_BYTES,
-    FRAGMENTED_SHARE,
-    LIBRARIES_BYTES,
-    NOISE_BYTES,
-    SMALL_STATE_BYTES,
-    default_chunk_bytes,
-    fixed_bytes,
-)
 from .plan import GIB, RATES, Plan, cheaper, peak
-from .run_time import update_seconds
-from .sharded import sharded_bytes, sharded_settings
 
 ONE_PROCESS = LaunchSpec()
 
 
-def resolve(
-    config: TrainConfig,
-    model_config: PreTrainedConfig,
-    prompt_tokens: int,
-    device: torch.device,
-    loaded_bytes: int = 0,
-    launch: LaunchSpec = ONE_PROCESS,
-) -> Plan:
-    """Return the plan of a run, its settings complete.
-
-    Raises: UserError where nothing fits: what is missing, and what would help, cheapest first.
-    """
-    planner = Planner(config, model_config, prompt_tokens, device, 0, loaded_bytes, launch)
-    plan = planner.choose()
-    if not plan.fits:
-        help = f"try {', or '.join(plan.remedies)}" if plan.remedies else "take a smaller model"
-        raise UserError(f"memory: mode {plan.name}: {'; '.join(plan.problems)}; {help}")
-    place = config.output.absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    need = sum(size for name, size in plan.disk.items() if not name.endswith("(offload)"))
-    need -= sum(path.stat().st_size for path in config.output.rglob("*") if path.is_file())
-    if need > free:
-        raise UserError(
-            f"output: {config.output} has {free / GIB:.1f} GiB of disk free, the run writes up to "
-            f"{need / GIB:.1f}; keep less with --save-at, --keep or --save-optimizer False"
-        )
-    return plan
-
-
 class Planner:
-    """Plans one run on one machine; measurements of one mode are reused for the others.
+    """Plans one process of a run; measurements of one mode are reused for the others.
 
     Args:
         download: bytes to download; None: all weights, in the dtype that the config names.
         loaded_bytes: those of the model that are on the device already.
-        launch: the run's processes; the plan is of one of them.
-
-    Raises: UserError for settings that the launch's engine does not support.
     """
 
     def __init__(
@@ -96,43 +52,59 @@ class Planner:
         if config.dtype == "auto":
             config = config.model_copy(update={"dtype": auto_dtype(device.type)})
         self.config, self.dtype = config, getattr(torch, config.dtype)
-        if config.host_memory is None:
-            limit = free_host_bytes() // launch.on_machine + (0 if self.cuda else loaded_bytes)
-        else:
-            limit = int(config.host_memory * GIB) // launch.on_machine
+        host = free_host_bytes() if config.host_memory is None else int(config.host_memory * GIB)
+        limit = host // launch.on_machine
+        if config.host_memory is None and not self.cuda:
+            limit += loaded_bytes
         self.device_limit = self.host_limit = limit
         if self.cuda and config.gpu_memory is not None:
             self.device_limit = int(config.gpu_memory * GIB)
         elif self.cuda and torch.cuda.is_available():
             # Asking creates the context; its libraries are loaded later.
-            self.device_limit = free_bytes(device) + loaded_bytes + CONTEXT_BYTES - LIBRARIES_BYTES
+            context = components.CONTEXT_BYTES - components.LIBRARIES_BYTES
+            self.device_limit = free_bytes(device) + loaded_bytes + context
         elif self.cuda:
             raise UserError("gpu_memory: torch sees no CUDA GPU; give the GiB of one to plan for")
         self.models: dict[tuple | None, ModelMemory] = {}
         self.plans: dict[str, Plan] = {}
 
+    def resolve(self) -> Plan:
+        """Return the plan of a run that starts now.
+
+        Raises: UserError where nothing fits: what is missing, and what would help, cheapest first.
+        """
+        plan, output = self.choose(), self.config.output
+        if not plan.fits:
+            help = f"try {', or '.join(plan.remedies)}" if plan.remedies else "take a smaller model"
+            raise UserError(f"memory: mode {plan.name}: {'; '.join(plan.problems)}; {help}")
+        absolute = output.absolute()
+        there = next(path for path in (absolute, *absolute.parents) if path.exists())
+        free = shutil.disk_usage(there).free
+        need = sum(size for name, size in plan.disk.items() if not name.endswith("(offload)"))
+        need -= sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
+        if need > free:
+            sizes = f"{free / GIB:.1f} GiB of disk free, the run writes up to {need / GIB:.1f}"
+            remedy = "keep less with --save-at, --keep or --save-optimizer False"
+            raise UserError(f"output: {output} has {sizes}; {remedy}")
+        return plan
+
     def modes(self) -> list[Plan]:
         """Plan each mode, whatever the settings say."""
         folder = self.config.offload_dir or self.config.output / "offload"
-        modes: list[dict[str, Any]] = [
-            {"mode": "full"},
-            {"mode": "offload"},
-            {"mode": "offload", "offload_dir": folder},
-            {"mode": "lora"},
-            {"mode": "lora", "four_bit": True},
-        ]
+        plain: dict[str, Any] = {"offload_dir": None, "four_bit": False}
+        full, offload, lora = ({**plain, "mode": mode} for mode in ("full", "offload", "lora"))
+        modes = [full, offload, offload | {"offload_dir": folder}, lora, lora | {"four_bit": True}]
         if self.launch.engine != "replicas":
             del modes[1:]
         elif not self.cuda:  # host and device share their memory, and 4 bits need a GPU
             del modes[4], modes[1]
-        plain = {"offload_dir": None, "four_bit": False}
-        return [self.plan(self.config.model_copy(update={**plain, **mode})) for mode in modes]
+        return [self.plan(self.config.model_copy(update=mode)) for mode in modes]
 
     def choose(self) -> Plan:
         """Pick the first allowed mode that fits; else the last one, with remedies."""
         modes: list[Any] = [self.config.mode]
         if modes == ["auto"]:
-            modes = ["full", *["offload"] * self.cuda, "lora"]
+            modes = ["full", "offload", "lora"] if self.cuda else ["full", "lora"]
             if self.config.four_bit or self.config.offload_dir:
                 modes = ["lora" if self.config.four_bit else "offload"]
         for mode in modes:
@@ -144,8 +116,8 @@ class Planner:
         return replace(plan, remedies=self._remedies(asked))
 
     def _remedies(self, config: TrainConfig) -> tuple[str, ...]:
-        """Return up to three flags, cheapest first, each of which is enough; a flag that costs
-        nothing ends the list. If none is enough, return one text that joins the fewest that are.
+        """Return up to three flags, cheapest first, each of which is enough; one that costs nothing
+        ends the list. If none is enough, return one text that joins the fewest that are.
         """
         flags, found = cheaper(config, self.cuda, self.launch.engine), list[str]()
         for flag, change in flags.items():
@@ -170,52 +142,47 @@ class Planner:
         return self.models[key]
 
     def plan(self, config: TrainConfig) -> Plan:
-        """Plan a config; "auto" precisions of moments and gradients become the highest that leave
-        room for efficient batch sizes.
-        """
+        """Plan a config, with the highest "auto" precisions that leave room for good batches."""
         key = config.model_dump_json()
         if key not in self.plans:
-            best: Plan | None = None
+            plans: list[Plan] = []
             for moments, gradients in (("fp32", "fp32"), ("bf16", "fp32"), ("bf16", "bf16")):
                 wanted = {"moments": moments, "gradients": gradients}
                 wanted = {k: v for k, v in wanted.items() if getattr(config, k) == "auto"}
-                plan = self._plan_exactly(config.model_copy(update=wanted))
-                if best is None or plan.merit > best.merit:
-                    best = plan
-                if best.fits and best.pays:
+                plans.append(self._plan_exactly(config.model_copy(update=wanted)))
+                if plans[-1].fits and plans[-1].pays:
                     break
-            assert best is not None
-            self.plans[key] = best
+            self.plans[key] = max(plans, key=lambda plan: plan.merit)
         return self.plans[key]
 
     def _plan_exactly(self, config: TrainConfig) -> Plan:
         """Plan with the mode and precision of a config, and with the largest batches that fit."""
         model, cuda, lora = self.model_memory(config), self.cuda, config.mode == "lora"
         sizes, trained = model.sizes, model.sizes.trained_parameters
-        if self.launch.engine == "replicas":
-            device, host, disk = fixed_bytes(config, model, cuda)
-        else:
-            device, host, disk = sharded_bytes(config, model, self.launch, cuda)
-        room = self.device_limit - sum(device.values())
-        room = int(room / (1 + FRAGMENTED_SHARE)) if cuda else room
-        chunk = config.chunk_bytes or default_chunk_bytes(model, self.device_limit, cuda)
-        batches = BatchSizes(
-            config, model, self.prompt_tokens, self.launch.ranks, cuda, chunk, room
-        )
-        slab = min(SLAB, trained)
-        rounding = 2 * slab + 4 * min(LENGTH, slab) if device.get("master") else 0
-        copied = not cuda and not lora and model.itemsize == 4
-        saving = sizes.weight_bytes // 2 + NOISE_BYTES if copied else 0
-        passing = {**batches.passing, "rounding": rounding, "bf16 copy": saving}
-        if cuda:
-            device["fragments"] = int(FRAGMENTED_SHARE * peak(passing))
         state_bytes = trained * (4 + 2 * PRECISIONS[config.moments].itemsize)
-        complete: dict[str, Any] = {
+        if config.save_optimizer == "auto":
+            save_optimizer = state_bytes <= components.SMALL_STATE_BYTES
+            config = config.model_copy(update={"save_optimizer": save_optimizer})
+        if self.launch.engine == "replicas":
+            device, host, disk = components.fixed_bytes(config, model, cuda)
+        else:
+            device, host, disk = components.sharded_bytes(config, model, self.launch, cuda)
+        room = self.device_limit - sum(device.values())
+        room = int(room / (1 + components.FRAGMENTED_SHARE)) if cuda else room
+        chunk = config.chunk_bytes or components.default_chunk_bytes(model, self.device_limit, cuda)
+        ranks, tokens = self.launch.ranks, self.prompt_tokens
+        batches = BatchSizes(config, model, tokens, ranks, cuda, chunk, room)
+        passing = {**batches.passing, "rounding": 0, "bf16 copy": 0}
+        if device.get("master"):
+            passing["rounding"] = 2 * min(SLAB, trained) + 4 * min(LENGTH, SLAB, trained)
+        if not cuda and not lora and model.itemsize == 4:
+            passing["bf16 copy"] = sizes.weight_bytes // 2 + components.NOISE_BYTES
+        if cuda:
+            device["fragments"] = int(components.FRAGMENTED_SHARE * peak(passing))
+        complete = {
             "lr": config.lr or (LORA_LR if lora else FULL_LR),
             "attention": attention_of(config.attention, self.model_config),
         }
-        if config.save_optimizer == "auto":
-            complete["save_optimizer"] = state_bytes <= SMALL_STATE_BYTES
         config = config.model_copy(update={**complete, **batches.settings})
         saved = len({step for step in config.save_at if step < config.steps} | {config.steps})
         kept = min(saved, config.keep + 1) if config.keep else saved
@@ -223,25 +190,37 @@ class Planner:
         disk["checkpoints"] = kept * checkpoint
         if config.save_optimizer:  # the next state is written before the last one is removed
             disk["optimizer state"] = state_bytes * min(2, saved)
-        download = self.download
+        weights, download = sizes.weight_bytes // model.itemsize, self.download
         if download is None:
-            itemsize = getattr(self.model_config.dtype, "itemsize", 2)
-            download = sizes.weight_bytes // model.itemsize * itemsize
-        once = {
-            "download": download / self.rates.download,
-            "loading": sizes.weight_bytes / self.rates.disk,
-            "checkpoints": saved * checkpoint / self.rates.disk,
-        }
+            download = weights * getattr(self.model_config.dtype, "itemsize", 2)
         return Plan(
-            config,
-            {**device, **passing},
-            host,
-            self.device_limit,
-            self.host_limit,
-            disk,
-            download,
-            update_seconds(config, model, batches, self.rates),
-            once,
-            self.rates,
+            config=config,
+            device={**device, **passing},
+            host=host,
+            device_limit=self.device_limit,
+            host_limit=self.host_limit,
+            disk=disk,
+            download=download,
+            seconds=batches.update_seconds(config, self.rates),
+            once={
+                "download": download / self.rates.download,
+                "loading": sizes.weight_bytes / self.rates.disk,
+                "checkpoints": saved * checkpoint / self.rates.disk,
+            },
+            rates=self.rates,
             pays=batches.efficient,
         )
+
+
+def sharded_settings(config: TrainConfig, engine: str) -> TrainConfig:
+    """Return the settings as FSDP2 and DeepSpeed need them; UserError for other wishes."""
+    only: dict[str, Any] = {"mode": "full", "moments": "fp32", "gradients": "fp32"}
+    for name, value in only.items():
+        if (asked := getattr(config, name)) not in ("auto", value):
+            why = f"{asked} does not go with {engine}, which has {value}"
+            raise UserError(f"{name}: {why}; launch without {engine}")
+    for name in ("four_bit", "offload_dir"):
+        if getattr(config, name):
+            raise UserError(f"{name}: does not go with {engine}; launch without {engine}")
+    # A shared prompt would need a backward of its own through every layer.
+    return config.model_copy(update={**only, "share_prefix": False})

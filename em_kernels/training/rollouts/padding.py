@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from os.path import commonprefix
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -23,22 +23,17 @@ PADS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 def check_cache(model: PreTrainedModel) -> None:
     """Raise TypeError if rows of the model's KV cache cannot be repeated and dropped."""
     kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
+    name = type(model).__name__
     for kind in kinds - {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer}:
-        raise TypeError(
-            f"model: {type(model).__name__} keeps a {kind.__name__}; only attention is supported"
-        )
+        raise TypeError(f"model: {name} keeps a {kind.__name__}; only attention is supported")
     if not takes(decoder_of(model), "past_key_values", "use_cache"):
-        raise TypeError(
-            f"model: {type(model).__name__} takes no keys and values of earlier tokens; this "
-            "architecture is not supported"
-        )
+        why = f"{name} takes no keys and values of earlier tokens"
+        raise TypeError(f"model: {why}; this architecture is not supported")
 
 
 @contextmanager
 def ready_to_generate(model: PreTrainedModel) -> Iterator[None]:
-    """A context with the model in eval mode, which a KV cache needs, and with an empty
-    generation_config, whose settings generate would inherit.
-    """
+    """Put the model in eval mode, for the cache, and hide its generation_config from generate."""
     modes = [(module, module.training) for module in model.modules()]
     config = model.generation_config
     model.eval()
@@ -51,37 +46,27 @@ def ready_to_generate(model: PreTrainedModel) -> Iterator[None]:
         model.generation_config = config
 
 
-class PaddedRows(NamedTuple):
-    """Length of the rows' common prefix, token ids (n, P), attention mask (n, P)."""
-
-    prefix: int
-    ids: Tensor
-    mask: Tensor
-
-
-def pad_prompts(prompts: Sequence[list[int]], device: torch.device) -> PaddedRows:
+def pad_prompts(
+    model: PreTrainedModel, prompts: Sequence[list[int]]
+) -> tuple[Tensor, Tensor, DynamicCache]:
     """Pad prompts after their common prefix, with each row's own first token, which a repetition
-    penalty counts anyway.
+    penalty counts anyway; return ids (n, P), mask (n, P), and a KV cache that has the prefix.
     """
-    longest, rows, mask = max(map(len, prompts)), list[list[int]](), list[list[int]]()
+    longest, rows, masks = max(map(len, prompts)), list[list[int]](), list[list[int]]()
     # The last token stays out of the prefix, as generate needs one to start from.
     same = len(commonprefix([ids[:-1] for ids in prompts]))
-    for ids in prompts:
-        gap = longest - len(ids)
-        rows.append(ids[:same] + ids[:1] * gap + ids[same:])
-        mask.append([1] * same + [0] * gap + [1] * (len(ids) - same))
-    return PaddedRows(same, torch.tensor(rows, device=device), torch.tensor(mask, device=device))
-
-
-def prefilled(model: PreTrainedModel, ids: Tensor, same: int) -> DynamicCache:
-    """Return a KV cache for rows (n, P) whose first `same` tokens are equal and computed once."""
+    for row in prompts:
+        gap = longest - len(row)
+        rows.append(row[:same] + row[:1] * gap + row[same:])
+        masks.append([1] * same + [0] * gap + [1] * (len(row) - same))
+    ids, mask = (torch.tensor(x, device=model.device) for x in (rows, masks))
     cache = DynamicCache(config=model.config)
     if same > 0:
         model(  # FSDP requires a call of the root module, not of its decoder.
             input_ids=ids[:1, :same], past_key_values=cache, use_cache=True, logits_to_keep=1
         )
         cache.batch_repeat_interleave(len(ids))
-    return cache
+    return ids, mask, cache
 
 
 def run_generate(
@@ -104,28 +89,13 @@ def run_generate(
     )
 
 
-def _side_by_side(model: PreTrainedModel, rows: Sequence[list[int]], token: int) -> Tensor:
-    """Return logits (n, 2, V) of the next token, and of the one after `token`, from a batch."""
-    same, ids, mask = pad_prompts(rows, model.device)
-    config = {"max_length": ids.shape[1] + 2, "pad_token_id": 0, "output_logits": True}
-    forced = {"prefix_allowed_tokens_fn": lambda row, ids: [token]}
-    output = run_generate(model, ids, mask, prefilled(model, ids, same), config, **forced)
-    return wide(torch.stack(output.logits, 1))
-
-
-def _alone(model: PreTrainedModel, row: list[int], token: int) -> Tensor:
-    """Return the same logits (2, V) for one row, without batch, padding or cache."""
-    ids = torch.tensor([[*row, token]], device=model.device)
-    return wide(model(input_ids=ids, use_cache=False).logits[0, -2:])
-
-
 @torch.no_grad()
 def check_sampling(model: PreTrainedModel) -> bool:
     """Measure whether prompts of unequal length can be sampled in one padded batch.
 
-    Compares logits from a batch, in fp32, with those of each row alone: the padded row's may differ
-    by up to 4 times what the two unpadded rows' differ by, which is rounding. :func:`can_pad`
-    reuses the result.
+    Compares logits of two tokens from a batch, in fp32, with those of each row alone: the padded
+    row's may differ by up to 4 times what the two unpadded rows' differ by, which is rounding.
+    :func:`can_pad` reuses the result.
 
     Raises: TypeError if the unpadded rows differ by more than rounding too.
     """
@@ -133,16 +103,21 @@ def check_sampling(model: PreTrainedModel) -> bool:
     tokens = [(17 * i + 5) % vocab_size for i in range(24)]
     rows = [tokens[:5] + tokens[start:end] for start, end in ((5, 14), (9, 18), (18, 22))]
     with ready_to_generate(model), in_fp32(model) as dtype:
-        found = _side_by_side(model, rows, tokens[3])
-        alone = torch.stack([_alone(model, row, tokens[3]) for row in rows])
+        ids, mask, cache = pad_prompts(model, rows)
+        config = {"max_length": ids.shape[1] + 2, "pad_token_id": 0, "output_logits": True}
+        forced = {"prefix_allowed_tokens_fn": lambda row, ids: tokens[3:4]}
+        output = run_generate(model, ids, mask, cache, config, **forced)
+        found = wide(torch.stack(output.logits, 1))
+        ends = [torch.tensor([[*row, tokens[3]]], device=model.device) for row in rows]
+        logits = [model(input_ids=row, use_cache=False).logits[0, -2:] for row in ends]
+        alone = wide(torch.stack(logits))
     errors = (found - alone).norm(dim=-1) / alone.norm(dim=-1)
     longer, shorter = errors[:2].max().item(), errors[2].max().item()
     eps = torch.finfo(dtype if dtype in HALF else torch.float32).eps  # generate's logits have it
     if not longer <= eps**0.5:
-        raise TypeError(
-            f"model: {type(model).__name__}'s completions depend on what is sampled beside them "
-            f"(logits differ by {longer:.2g} of their size); this architecture is not supported"
-        )
+        why = f"{type(model).__name__}'s completions depend on what is sampled beside them"
+        error = f"logits differ by {longer:.2g} of their size"
+        raise TypeError(f"model: {why} ({error}); this architecture is not supported")
     # Unpadded rows may happen to agree exactly; a few operations' rounding, 8 eps, is always fine.
     PADS[model] = shorter <= 4 * max(longer, 8 * eps)
     return PADS[model]
@@ -162,12 +137,9 @@ def can_pad(model: PreTrainedModel, longest: int) -> bool:
 
 @contextmanager
 def in_fp32(model: PreTrainedModel) -> Iterator[torch.dtype]:
-    """A context in which a 16-bit model computes in fp32, one module's weights widened at a time.
+    """Let a 16-bit model compute in fp32, one module's weights at a time; yields that dtype.
 
-    Yields the dtype that is computed in. Quantised models keep their own, as their layers remember
-    the dtype of their first input.
-
-    Memory: the largest module's weights in fp32.
+    Quantised models keep their own, as their layers remember the dtype of their first input.
     """
     if model.dtype not in HALF or getattr(model, "hf_quantizer", None) is not None:
         yield model.dtype

@@ -1,32 +1,19 @@
-"""Sampling of completions with transformers' generate. Common prefixes are computed once, rows that
-finished leave the batch, and each completion draws from its own row of uniform random numbers, so
-that it does not depend on what is sampled beside it.
+"""Sampling of completions with transformers' generate. Each draws from its own row of uniform
+random numbers, so it does not depend on what is sampled beside it; finished rows leave the batch.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import (
-    EosTokenCriteria,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    RepetitionPenaltyLogitsProcessor,
-    StoppingCriteria,
-    StoppingCriteriaList,
-    StopStringCriteria,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, generation
 
 from ..config import Sampling
-from .padding import can_pad, pad_prompts, prefilled, ready_to_generate, run_generate
+from .padding import can_pad, pad_prompts, ready_to_generate, run_generate
 
 LEAVE_SHARE = 8  # The batch is rebuilt once 1/8 of its rows have finished.
 
@@ -43,7 +30,7 @@ class Rollout:
         return len(self.prompt_ids) + len(self.response_ids)
 
 
-class _InverseCdf(LogitsProcessor):
+class _InverseCdf(generation.LogitsProcessor):
     """The last processor: draws a token by a given random number, and rules out all others."""
 
     def __init__(self, uniforms: Tensor, start: int):
@@ -56,39 +43,25 @@ class _InverseCdf(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(1, token, 0)
 
 
-class _SegmentEnd(StoppingCriteria):
+class _SegmentEnd(generation.StoppingCriteria):
     """Records the length at which each row ends; stops generate once enough rows have ended."""
 
     def __init__(
-        self, ends: StoppingCriteriaList, rows: int, start: int, check: Callable[[], None] | None
+        self, ends: Sequence[Any], rows: int, start: int, check: Callable[[], object]
     ) -> None:
         self.ends, self.start, self.check = ends, start, check
         self.enough = -(-rows // LEAVE_SHARE)
-        self.length: Tensor | None = None
+        self.length = torch.zeros(rows, dtype=torch.int64)  # 0 while a row goes on
 
     def __call__(self, input_ids: Tensor, scores: Tensor | None, **kwargs: object) -> Tensor:
-        if self.check is not None:
-            self.check()
-        if self.length is None:
-            self.length = input_ids.new_zeros(len(input_ids))
+        self.check()
+        self.length = self.length.to(input_ids.device)
         ended = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         for criterion in self.ends:  # Stop strings that begin in the prompt do not count.
             ended |= criterion(input_ids[:, self.start :], scores)
         now = ended & (self.length == 0)
         self.length = torch.where(now, input_ids.shape[1], self.length)
         return torch.full_like(ended, int((self.length > 0).sum()) >= self.enough)
-
-
-def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return all end-of-sequence ids of the model's generation_config and its tokenizer."""
-    ids = model.generation_config.eos_token_id if model.generation_config else None
-    every = {*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id}
-    return sorted(every - {None})
-
-
-def uniforms_for(seeds: Sequence[Sequence[int]], length: int) -> Tensor:
-    """Return uniforms in [0, 1), (len(seeds), length), a row per seed; equal on every device."""
-    return torch.tensor(np.stack([np.random.default_rng(seed).random(length) for seed in seeds]))
 
 
 @torch.no_grad()
@@ -100,27 +73,27 @@ def generate(
     sampling: Sampling,
     *,
     batch_size: int = 64,
-    on_done: Callable[[int], None] | None = None,
-    check: Callable[[], None] | None = None,
+    on_done: Callable[[int], object] = lambda count: None,
+    check: Callable[[], object] = lambda: None,
 ) -> list[Rollout]:
-    """Sample a completion for each prompt.
+    """Sample a completion for each prompt, until an end-of-sequence id of model or tokenizer.
 
     Args:
-        prompts: token ids; prompts of similar length are sampled together, and their common prefix
-            is computed once.
+        prompts: token ids; those of similar length are sampled together.
         seeds: the integers that each completion's randomness depends on.
         on_done: called with the number of completions just finished.
         check: called after every token; may raise to abandon the work.
     """
     results: dict[int, Rollout] = {}
-    ends = eos_ids(model, tokenizer)
-    lengths = [len(ids) for ids in prompts]
-    pad = len(set(lengths)) > 1 and can_pad(model, max(lengths) + sampling.max_new_tokens)
+    eos = model.generation_config.eos_token_id if model.generation_config else None
+    ends = sorted({*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None})
+    lengths, new = [len(ids) for ids in prompts], sampling.max_new_tokens
+    pad = len(set(lengths)) > 1 and can_pad(model, max(lengths) + new)
     sample = partial(_generate_batch, model, tokenizer, sampling, ends, on_done, check)
     with ready_to_generate(model):
         for batch in _batches(lengths, batch_size, pad):
-            uniforms = uniforms_for([seeds[i] for i in batch], sampling.max_new_tokens)
-            done = sample([prompts[i] for i in batch], uniforms.to(model.device))
+            uniforms = np.stack([np.random.default_rng(seeds[i]).random(new) for i in batch])
+            done = sample([prompts[i] for i in batch], torch.tensor(uniforms, device=model.device))
             results.update(zip(batch, done, strict=True))
     return [results[i] for i in range(len(prompts))]
 
@@ -142,42 +115,39 @@ def _generate_batch(
     tokenizer: PreTrainedTokenizerBase,
     sampling: Sampling,
     ends: list[int],
-    on_done: Callable[[int], None] | None,
-    check: Callable[[], None] | None,
+    on_done: Callable[[int], object],
+    check: Callable[[], object],
     prompts: Sequence[list[int]],
     uniforms: Tensor,
 ) -> list[Rollout]:
     """Sample one batch in segments, between which finished rows leave."""
-    same, ids, mask = pad_prompts(prompts, model.device)
+    ids, mask, cache = pad_prompts(model, prompts)
     prompt_length = ids.shape[1]
     longest = prompt_length + sampling.max_new_tokens
-    endings = StoppingCriteriaList()
-    if ends:
-        endings.append(EosTokenCriteria(eos_token_id=ends))
+    endings: list[Any] = [generation.EosTokenCriteria(eos_token_id=ends)] if ends else []
     if sampling.stop:
-        endings.append(StopStringCriteria(tokenizer, list(sampling.stop)))
+        endings.append(generation.StopStringCriteria(tokenizer, list(sampling.stop)))
     results: dict[int, Rollout] = {}
     rows = torch.arange(len(ids), device=ids.device)  # each row's index in prompts
-    cache = prefilled(model, ids, same)
     while len(rows):
-        processors = LogitsProcessorList()
+        processors = generation.LogitsProcessorList()
         if sampling.repetition_penalty != 1:
-            processors.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+            penalty = sampling.repetition_penalty
+            processors.append(generation.RepetitionPenaltyLogitsProcessor(penalty))
         if sampling.temperature > 0:
             if sampling.temperature != 1:
-                processors.append(TemperatureLogitsWarper(sampling.temperature))
+                processors.append(generation.TemperatureLogitsWarper(sampling.temperature))
             if sampling.top_k:
-                processors.append(TopKLogitsWarper(sampling.top_k))
+                processors.append(generation.TopKLogitsWarper(sampling.top_k))
             if sampling.top_p < 1:
-                processors.append(TopPLogitsWarper(sampling.top_p))
+                processors.append(generation.TopPLogitsWarper(sampling.top_p))
             processors.append(_InverseCdf(uniforms[rows], prompt_length))
         segment_end = _SegmentEnd(endings, len(rows), prompt_length, check)
         config = {"max_length": longest, "pad_token_id": ends[0] if ends else 0}
-        stop = {"stopping_criteria": StoppingCriteriaList([segment_end])}
+        stop = {"stopping_criteria": generation.StoppingCriteriaList([segment_end])}
         output = run_generate(model, ids, mask, cache, config, logits_processor=processors, **stop)
         ids, cache = output.sequences, output.past_key_values
         length = segment_end.length
-        assert length is not None
         ended = (length > 0) & (length <= ids.shape[1])
         finished = torch.ones_like(ended) if ids.shape[1] >= longest else ended
         stop_at = torch.where(ended, length, ids.shape[1]).tolist()
@@ -185,8 +155,7 @@ def _generate_batch(
             response = ids[i, prompt_length : stop_at[i]].tolist()
             row = int(rows[i])
             results[row] = Rollout(prompts[row], response, bool(ended[i]))
-        if on_done is not None:
-            on_done(int(finished.sum()))
+        on_done(int(finished.sum()))
         going = (~finished).nonzero()[:, 0]
         mask = torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
         ids, rows, mask = ids[going], rows[going], mask[going]

@@ -60,16 +60,12 @@ def _as_user_error(url: str) -> Iterator[None]:
         remedy = REMEDIES.get(getattr(error, "status_code", 0), CHECK_LOG)
         raise UserError(f"server: {url}: {_server_message(error)[:300]}; {remedy}") from None
     except (AttributeError, IndexError, TypeError, ValueError):
-        raise UserError(
-            f"server: {url} does not answer as OpenAI's API does; {CHECK_ADDRESS}"
-        ) from None
+        why = f"{url} does not answer as OpenAI's API does"
+        raise UserError(f"server: {why}; {CHECK_ADDRESS}") from None
 
 
 def model_name(url: str, model: str) -> str:
-    """Return the model, or if it is "" the only one that the server has.
-
-    Raises: UserError if the server has several or none, or does not answer.
-    """
+    """Return the model; if it is "", the only one of the server, or UserError if it has others."""
     if model:
         return model
     with _client(openai.OpenAI, url) as client, _as_user_error(url):
@@ -110,11 +106,8 @@ def complete(
 
     Args:
         seeds: one for each prompt, of which servers get 31 bits.
-        parallel: requests in flight.
         on_done: called as completions arrive, in any order, with the prompt's index, the text, its
             length in tokens if the server says, and whether it ended by itself.
-
-    Raises: UserError for a server that cannot be reached, refuses a request or keeps failing.
     """
     dialects, pending = _dialects(sampling), iter(range(len(prompts)))
     common: dict[str, Any] = {"model": model, "temperature": sampling.temperature}
@@ -133,10 +126,8 @@ def complete(
                     raise
                 if dialect in dialects:  # Another request may have removed it meanwhile.
                     dialects.remove(dialect)
-        raise UserError(
-            f"server: {url} takes no top_k or repetition_penalty; set sampling.top_k 0 and "
-            "sampling.repetition_penalty 1"
-        )
+        remedy = "set sampling.top_k 0 and sampling.repetition_penalty 1"
+        raise UserError(f"server: {url} takes no top_k or repetition_penalty; {remedy}")
 
     async def work(client: Any) -> None:
         for i in pending:
