@@ -11,13 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..training.console import Terminal
-from ..training.evaluation.evaluate import (
-    EvalConfig,
-    compare,
-    evaluate,
-    read_results,
-    regrade,
-)
+from ..training.evaluation.evaluate import EvalConfig, compare, evaluate, read_results, regrade
 from ..training.evaluation.statistics import mean_interval, percent
 from ..training.settings import UserError
 from .flags import parse_settings

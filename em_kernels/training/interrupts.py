@@ -17,15 +17,17 @@ class StopRequest:
     Args:
         patient: defer all. Under a launcher one Ctrl-C arrives twice: from the terminal, and
             forwarded by the launcher.
+
+    `requested` is the signal's number, 0 before it arrives.
     """
 
     def __init__(self, patient: bool = False) -> None:
-        self.requested, self.patient = False, patient
+        self.requested, self.patient = 0, patient
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested and not self.patient:
             raise KeyboardInterrupt
-        self.requested = True
+        self.requested = number
 
     def __enter__(self) -> "StopRequest":
         in_main_thread = threading.current_thread() is threading.main_thread()
@@ -35,7 +37,7 @@ class StopRequest:
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self.previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)  # None: not set by Python
 
     def check(self) -> None:
         """Raise Interrupted if a stop was requested."""

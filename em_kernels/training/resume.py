@@ -9,7 +9,7 @@ from rich.console import Console
 from .config import TrainConfig, read_yaml
 from .data.problems import texts_of
 from .rollouts.sampling import Rollout
-from .run_folder import CONFIG, checkpoint_folder
+from .run_folder import CONFIG, checkpoint_folder, update_of
 from .runs.checkpoint import defining_settings, newest_state
 from .runs.records import differing, read_metrics, read_rollouts, trim, write_config
 from .settings import UserError
@@ -71,12 +71,12 @@ def find_stopped_run(
     output = config.output
     metrics = read_metrics(output)[: len(completions)]
     state, refused = newest_state(output, settings)
-    if state is not None and state.update > len(metrics):
-        refused.append(f"{state.checkpoint} cannot be resumed from: records before it are missing")
+    if state is not None and update_of(state) > len(metrics):
+        refused.append(f"{state} cannot be resumed from: records before it are missing")
         state = None
     for line in refused:
         console.print(line, markup=False, soft_wrap=True)
-    update, checkpoint = (0, None) if state is None else (state.update, state.checkpoint)
+    update, checkpoint = (0, None) if state is None else (update_of(state), state)
     has_ended = len(metrics) >= config.steps or why_stop_early(config, metrics)
     last = checkpoint_folder(output, len(metrics))
     if state is None and last.exists() and has_ended:

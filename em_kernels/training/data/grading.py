@@ -8,13 +8,12 @@ import re
 import resource
 import signal
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, TimeoutError, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from fractions import Fraction
 from functools import lru_cache, partial
@@ -27,6 +26,8 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from pebble import ProcessPool
+
+from ..interrupts import StopRequest
 
 STEP_S = 3  # math-verify's limit to parse an answer, and to compare two
 KILL_S = 5 * STEP_S  # limit of a worker, which takes three steps for a pair
@@ -227,9 +228,12 @@ class Grader:
                 self.close()
                 workers = min(2, os.cpu_count() or 1)  # They take 0.2 GB each.
                 self._pool = ProcessPool(workers, initializer=_limit, context=_Context())
-                with _delayed_sigint():  # An interrupted start leaves a worker behind.
-                    if not self._pool.active:  # Reading `active` starts the workers.
-                        continue
+                with StopRequest(patient=True) as stop:  # An interrupted start leaves a worker.
+                    is_active = self._pool.active  # Reading it starts the workers.
+                if stop.requested:
+                    signal.raise_signal(stop.requested)
+                if not is_active:
+                    continue
             with suppress(RuntimeError, TimeoutError):  # The pool breaks, or has lost a question.
                 schedule = partial(self._pool.schedule, _firsts, timeout=KILL_S)
                 asked: dict[Future, Any] = {schedule(args=(q,)): q for q in pending}
@@ -242,23 +246,6 @@ class Grader:
                 self.close()
         if pending:
             raise RuntimeError("the worker processes that compare answers do not start")
-
-
-@contextmanager
-def _delayed_sigint() -> Iterator[None]:
-    """A context after which Ctrl-C takes effect, whichever thread receives it."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    received = list[int]()
-    before = signal.getsignal(signal.SIGINT) or signal.SIG_DFL
-    signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if received:
-            signal.raise_signal(signal.SIGINT)
 
 
 class _Worker(SpawnProcess):
@@ -364,12 +351,6 @@ def _verified(known: str, found: str) -> bool:
         sizes = [abs(x) for term in terms for x in term.atoms(Float) if x]
         numbers = [x.evalf() for x in terms if _is_number(x)]
         sizes += [abs(x) for x in numbers if isinstance(x, Float) and 0 < abs(x) < 1]
-        return verify(
-            *both,
-            float_rounding=max(
-                [6, *(3 - floor(log10(x)) for x in sizes)]
-            ),  # 4 digits or 6 decimals
-            allow_set_relation_comp=True,
-            timeout_seconds=STEP_S,
-        )
+        digits = max([6, *(3 - floor(log10(x)) for x in sizes)])  # 4 digits or 6 decimals
+        return verify(*both, digits, allow_set_relation_comp=True, timeout_seconds=STEP_S)
     return False

@@ -24,12 +24,12 @@ from .completions import (
     Completer,
     Completion,
     Key,
-    LocalModel,
     OnDone,
     collect,
+    local_completer,
 )
 from .statistics import mean_interval, paired_change, pass_at, wilson
-from .task import TaskSettings, digest, open_model, token_ids
+from .task import TaskSettings, digest, open_model
 from .teacher_forcing import known_answers, score_answers
 
 PROBLEMS, RESULTS = "problems.jsonl", "results.json"
@@ -73,20 +73,15 @@ def evaluate(config: EvalConfig, console: Console, against: Path | None = None) 
         against: folder of an evaluation that the caller will compare with; refused before the work
             if it cannot be compared.
     """
-    if config.samples > 1 and config.sampling.temperature == 0:
-        raise UserError(
-            f"samples: {config.samples} are all the same at sampling.temperature 0; raise it"
-        )
+    if (k := config.samples) > 1 and config.sampling.temperature == 0:
+        raise UserError(f"samples: {k} are all the same at sampling.temperature 0; raise it")
     if config.teacher_forced and (config.template != "few-shot" or config.server):
         raise UserError("teacher_forced: needs template few-shot, and no server")
     problems, shots = config.problems()
     if any(problem.answer is None for problem in problems):
         raise UserError(f"data: not every problem of {config.data} has an answer to compare with")
     prompts, name = [config.prompt(problem, shots) for problem in problems], config.model
-    rows = "".join(
-        json.dumps({"prompt": problem.prompt, "answer": problem.answer}) + "\n"
-        for problem in problems
-    )
+    rows = "".join(json.dumps({"prompt": p.prompt, "answer": p.answer}) + "\n" for p in problems)
     if against is not None:
         _check_comparable(against, config.samples, rows)
     if config.teacher_forced:
@@ -96,16 +91,15 @@ def evaluate(config: EvalConfig, console: Console, against: Path | None = None) 
     elif config.server is not None:
         name, complete = _on_server(config, config.server, prompts)
     else:
-        model, tokenizer = open_model(config, console)
-        ids = token_ids(config, tokenizer, model, prompts)
-        complete = LocalModel(config, model, tokenizer, ids, EVAL_STREAM).complete
+        opened = open_model(config, console)
+        complete = local_completer(config, *opened, prompts, EVAL_STREAM)
     served = name if config.server else fingerprint(config.model)
     with resumable(config.output, config, model=served, data=digest(problems, prompts)):
         write_whole(config.output / PROBLEMS, rows)
         if config.teacher_forced:
-            scores = score_answers(model, known, config.temperatures, console)
-            rates = zip(config.temperatures, np.exp(scores.logprob).tolist(), strict=True)
-            return _finish(config, name, scores.greedy[:, None], probability=dict(rates))
+            greedy, logprob = score_answers(model, known, config.temperatures, console)
+            rates = zip(config.temperatures, np.exp(logprob).tolist(), strict=True)
+            return _finish(config, name, greedy[:, None], probability=dict(rates))
         return _sampled(config, name, problems, complete, console)
 
 
@@ -197,11 +191,7 @@ def _on_server(
 
 
 def _sampled(
-    config: EvalConfig,
-    name: str,
-    problems: Sequence[Problem],
-    complete: Completer,
-    console: Console,
+    config: EvalConfig, name: str, problems: list[Problem], complete: Completer, console: Console
 ) -> dict[str, Any]:
     """Collect and grade completions; write results.json and return its content."""
     keys = [(i, k) for i in range(len(problems)) for k in range(config.samples)]
@@ -211,17 +201,16 @@ def _sampled(
         bar = progress.add_task("grading", total=len(pairs))
         verdicts = grader.grade(pairs, lambda count: progress.advance(bar, count))
     tokens = [c.tokens for c in kept if c.tokens is not None]
-    mean_tokens = float(np.mean(tokens)) if tokens else None
-    ended = float(np.mean([c.ended for c in kept]))
-    right = np.array(verdicts).reshape(len(problems), config.samples)
-    return _finish(config, name, right, mean_tokens=mean_tokens, ended=ended)
+    facts = {"mean_tokens": float(np.mean(tokens)) if tokens else None}
+    facts["ended"] = float(np.mean([c.ended for c in kept]))
+    return _finish(config, name, np.array(verdicts).reshape(-1, config.samples), **facts)
 
 
 def _finish(config: EvalConfig, name: str, right: np.ndarray, **facts: Any) -> dict[str, Any]:
-    """Write results.json and return its content. The interval is over problems, because the samples
-    of one problem are not independent.
-    """
-    n, k = right.shape
+    """Write results.json and return its content."""
+    n, k = (
+        right.shape
+    )  # Samples of one problem depend on each other: the interval is over problems.
     results = {
         "model": name,
         "data": config.data,

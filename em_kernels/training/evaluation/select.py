@@ -18,8 +18,8 @@ from ..data.problems import Conversation, Problem
 from ..models.loading import fingerprint
 from ..runs.records import resumable, write_whole
 from ..settings import UserError
-from .completions import COMPLETIONS, SELECT_STREAM, LocalModel, collect
-from .task import TaskSettings, digest, token_ids
+from .completions import COMPLETIONS, SELECT_STREAM, collect, local_completer
+from .task import TaskSettings, digest
 
 SELECTION = "selection.jsonl"
 
@@ -86,14 +86,13 @@ def select(
             f"score: variance needs answers, which {len(unanswered)} problems lack; use auto"
         )
     prompts = [config.prompt(problem, shots) for problem in pool]
-    ids = token_ids(config, tokenizer, model, prompts)
-    source = LocalModel(config, model, tokenizer, ids, SELECT_STREAM, with_entropy=True)
+    complete = local_completer(config, model, tokenizer, prompts, SELECT_STREAM, with_entropy=True)
     facts = {"model": fingerprint(config.model), "data": digest(pool, prompts)}
     with resumable(config.output, config, **facts), Grader() as grader:
 
         def ranked(indices: Sequence[int], samples: int, title: str) -> list[Candidate]:
             keys = [(i, k) for i in indices for k in range(samples)]
-            kept = collect(source.complete, keys, config.output / COMPLETIONS, console, title)
+            kept = collect(complete, keys, config.output / COMPLETIONS, console, title)
             groups = [[kept[i, k] for k in range(samples)] for i in indices]
             # The last number of a completion that was cut off is not its answer, but a box is.
             texts = [

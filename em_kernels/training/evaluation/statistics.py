@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from functools import partial
 from math import ceil, comb, floor
-from typing import NamedTuple
 
 import numpy as np
 from scipy.stats import binomtest, bootstrap, norm
@@ -11,23 +10,6 @@ from scipy.stats import t as student
 
 RESAMPLES = 2000
 RESAMPLES_OF_PROMPTS = 4000
-
-
-class Estimate(NamedTuple):
-    """A mean and its 95 % interval."""
-
-    mean: float
-    low: float
-    high: float
-
-
-class PairedChange(NamedTuple):
-    """A change of accuracy on the same problems."""
-
-    change: float
-    low: float  # 95 % interval: the normal approximation for paired proportions
-    high: float
-    p: float  # McNemar's exact test
 
 
 def wilson(right: np.ndarray) -> tuple[float, float]:
@@ -50,8 +32,10 @@ def mean_interval(values: np.ndarray) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
-def mean_over_prompts(change: np.ndarray, rng: np.random.Generator) -> Estimate:
-    """Estimate the mean of a change (prompts, problems) by resampling both prompts and problems."""
+def mean_over_prompts(change: np.ndarray, rng: np.random.Generator) -> tuple[float, float, float]:
+    """Return the mean of a change (prompts, problems), and the ends of its 95 % interval, by
+    resampling both prompts and problems.
+    """
     prompts, problems = change.shape
     by_prompt = rng.multinomial(prompts, np.full(prompts, 1 / prompts), RESAMPLES_OF_PROMPTS)
     # Resampling few prompts gives too narrow an interval: its variance divides by n, not n - 1, and
@@ -61,17 +45,19 @@ def mean_over_prompts(change: np.ndarray, rng: np.random.Generator) -> Estimate:
     by_problem = rng.multinomial(problems, np.full(problems, 1 / problems), RESAMPLES_OF_PROMPTS)
     draws = ((weights @ change) * (by_problem / problems)).sum(1)
     low, high = np.quantile(draws, (0.025, 0.975))
-    return Estimate(float(change.mean()), float(low), float(high))
+    return float(change.mean()), float(low), float(high)
 
 
-def paired_change(before: np.ndarray, after: np.ndarray) -> PairedChange:
-    """Compare verdicts on the same problems before and after."""
+def paired_change(before: np.ndarray, after: np.ndarray) -> tuple[float, float, float, float]:
+    """Return the change of accuracy on the same problems, the ends of its 95 % interval (the normal
+    approximation for paired proportions), and the p value of McNemar's exact test.
+    """
     gained, lost = int((after & ~before).sum()), int((before & ~after).sum())
     n, changed = before.size, gained + lost
     change = (gained - lost) / n
     half = 1.96 * np.sqrt(max(changed - (gained - lost) ** 2 / n, 0)) / n
     p = binomtest(gained, changed).pvalue if changed else 1.0
-    return PairedChange(change, change - half, change + half, p)
+    return change, change - half, change + half, p
 
 
 def pass_at(right: np.ndarray, k: int) -> np.ndarray:

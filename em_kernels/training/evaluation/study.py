@@ -23,10 +23,9 @@ from ..settings import UserError
 from ..trainer import train
 from .select import Candidate, SelectConfig, select
 from .statistics import percent
-from .study_analysis import ARMS, EXAMPLES, analyse
-from .study_config import StudyConfig
+from .study_analysis import ARMS, EXAMPLES, StudyConfig, analyse
 from .task import TaskSettings, digest, open_model
-from .teacher_forcing import AnswerScores, known_answers, score_answers
+from .teacher_forcing import known_answers, score_answers
 
 Opened: TypeAlias = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
@@ -129,12 +128,8 @@ class _Study(NamedTuple):
         return SelectConfig(**same, more=0, output=config.output / "pool")
 
     def score(
-        self,
-        opened: Opened,
-        examples: Sequence[Problem],
-        temperatures: Sequence[float],
-        title: str,
-    ) -> AnswerScores:
+        self, opened: Opened, examples: list[Problem], temperatures: Sequence[float], title: str
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Score the held-out answers after worked examples."""
         model, tokenizer = opened
         prompts = [few_shot(examples, problem) for problem in self.held_out]
@@ -142,7 +137,7 @@ class _Study(NamedTuple):
         known = known_answers(tokenizer, prompts, answers)
         return score_answers(model, known, temperatures, self.console, title)
 
-    def untrained(self, opened: Opened, more: Sequence[Problem]) -> dict[str, Any]:
+    def untrained(self, opened: Opened, more: list[Problem]) -> dict[str, Any]:
         """Score the untrained model: with the usual examples, with more, and with examples of the
         answer's form only.
         """
@@ -154,7 +149,7 @@ class _Study(NamedTuple):
             base = {"greedy": greedy.tolist(), "probability": np.exp(logprob).tolist()}
             for name, examples in (("more", more), ("form", only_form(more))):
                 title = f"untrained, {len(examples)} examples {name}"
-                base[name] = self.score(opened, examples, (1.0,), title).greedy.tolist()
+                base[name] = self.score(opened, examples, (1.0,), title)[0].tolist()
             write_whole(path, json.dumps(base) + "\n")
         return json.loads(path.read_text())
 

@@ -137,8 +137,7 @@ def token_ids(
     """Tokenize prompts, checked against the model's context length."""
     kwargs = json_object("template_kwargs", config.template_kwargs)
     found = [encode(tokenizer, text, config.template == "chat", kwargs) for text in texts]
-    lengths, new = list(map(len, found)), config.sampling.max_new_tokens
-    row = config.skip + lengths.index(max(lengths))
-    told = f"data: the prompt of problem {row} has"
-    check_context(model.config, max(lengths), new, told, "leave it out")
+    longest, new = max(found, key=len), config.sampling.max_new_tokens
+    told = f"data: the prompt of problem {config.skip + found.index(longest)} has"
+    check_context(model.config, len(longest), new, told, "leave it out")
     return found

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from os.path import commonprefix
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,13 +20,6 @@ from ..settings import UserError
 from ..task import check_context
 
 TOKENS_AT_ONCE = 8192
-
-
-class AnswerScores(NamedTuple):
-    """Scores of n known answers."""
-
-    greedy: np.ndarray  # (n,) bool: every token of the answer is the most probable one
-    logprob: np.ndarray  # (temperatures, n) nats, of the whole answer
 
 
 @torch.no_grad()
@@ -71,7 +64,7 @@ def known_answers(
     A completion is tokenized as in a worked example, followed by an empty line and the next
     question, because some tokenizers merge the line breaks.
     """
-    rollouts = list[Rollout]()
+    rollouts = []
     for prompt, completion in zip(prompts, completions, strict=True):
         ids, text = tokenised(tokenizer, prompt), prompt + completion
         count = len(tokenised(tokenizer, f"{text}\nQ:"))  # without an EOS
@@ -93,8 +86,12 @@ def score_answers(
     temperatures: Sequence[float],
     console: Console,
     title: str = "scoring",
-) -> AnswerScores:
-    """Score known answers under a model, each in one forward."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """Score n known answers under a model, each in one forward.
+
+    Returns: (n,) bools, True where every token is the most probable one; (temperatures, n)
+        log-probabilities of the whole answers, in nats.
+    """
     head, longest = head_of(model), max(map(len, rollouts))
     check_context(model.config, longest, 0, "data: a problem with its answer has", "leave it out")
     greedy = np.zeros(len(rollouts), dtype=bool)
@@ -106,14 +103,12 @@ def score_answers(
             targets = torch.tensor(sum(tokens, []), device=states.device)
             lengths = list(map(len, tokens))
             for row, temperature in enumerate(temperatures):
-                given = {"temperature": temperature, **head.arguments()}
-                stats = fused_token_stats(
-                    states, head.weight, targets, stats=("logprob", "argmax"), **given
-                )
+                given: Any = {"temperature": temperature, "stats": ("logprob", "argmax")}
+                stats = fused_token_stats(states, head.weight, targets, **given, **head.arguments())
                 assert stats.argmax is not None and stats.logprob is not None
                 right = (stats.argmax == targets).cpu().split(lengths)
                 parts = stats.logprob.double().cpu().split(lengths)
                 for i, hits, part in zip(members, right, parts, strict=True):
                     greedy[i], logprob[row, i] = hits.all().item(), part.sum().item()
             progress.advance(bar, len(members))
-    return AnswerScores(greedy, logprob)
+    return greedy, logprob

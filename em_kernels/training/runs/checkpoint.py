@@ -6,7 +6,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from safetensors.torch import load_file
@@ -27,13 +27,6 @@ WITHOUT_EFFECT = {  # settings that do not change an update's numbers
     *("output", "steps", "save_at", "save_optimizer", "keep", "stop_below", "stop_repetition"),
     *("gpu_memory", "host_memory", "offload_dir", "rollouts_from", "answer", "report_to"),
 }
-
-
-class SavedState(NamedTuple):
-    """A checkpoint that has the optimizer's state, and its update."""
-
-    update: int
-    checkpoint: Path
 
 
 def defining_settings(config: TrainConfig) -> dict[str, Any]:
@@ -122,10 +115,10 @@ def save_checkpoint(
     return folder
 
 
-def newest_state(run: Path, settings: Mapping[str, Any]) -> tuple[SavedState | None, list[str]]:
+def newest_state(run: Path, settings: Mapping[str, Any]) -> tuple[Path | None, list[str]]:
     """Find the newest undamaged state made with these settings, and remove what a kill left.
 
-    Returns: the state, if there is one, and for each newer one a line that says why it is refused.
+    Returns: its checkpoint, if any, and for each newer one a line that says why it is refused.
     """
     refused = list[str]()
     _clear(*_leftovers(run / CHECKPOINTS))
@@ -135,7 +128,7 @@ def newest_state(run: Path, settings: Mapping[str, Any]) -> tuple[SavedState | N
         if (folder / STATE).exists() or (folder / FACTS).exists():
             if (why := _refusal(folder, settings)) is None:
                 _drop_states(steps)
-                return SavedState(update_of(folder), folder), refused
+                return folder, refused
             refused.append(f"{folder} cannot be resumed from: {why}")
     return None, refused
 
