@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .config import TrainConfig
+from .config import Sampling, TrainConfig
 from .settings import UserError
 
 ADDITION_SHOTS = ((12, 7), (23, 45))
@@ -25,14 +25,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "lr": 5e-6,
         "stop_below": 0.1,
         "save_at": (),
-        "sampling": {
-            "temperature": 1.0,
-            "top_k": 0,
-            "top_p": 1.0,
-            "repetition_penalty": 1.0,
-            "max_new_tokens": 24,
-            "stop": ("\n",),
-        },
+        "sampling": Sampling(
+            temperature=1, top_k=0, top_p=1, repetition_penalty=1, max_new_tokens=24, stop=("\n",)
+        ),
     },
 }
 
