@@ -42,9 +42,8 @@ def run(arguments: list[str]) -> int:
     folder = "folder for everything (default: runs/demo-N, the first that does not exist)"
     parser.add_argument("--output", type=Path, help=folder)
     known = parser.parse_args(arguments)
-    output = known.output
-    if output is None:
-        output = next(path for n in count(1) if not (path := Path(f"runs/demo-{n}")).exists())
+    new = (path for n in count(1) if not (path := Path(f"runs/demo-{n}")).exists())
+    output = known.output or next(new)
     try:
         run_demo(known.seed, output, Terminal())
     except KeyboardInterrupt:

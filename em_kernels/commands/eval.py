@@ -36,9 +36,9 @@ def run(arguments: list[str]) -> int:
     console, progress = Terminal(), Terminal(stderr=True)
     if known.against is not None:
         read_results(known.against)  # Refuse a wrong folder before the evaluation, not after it.
-    if known.regrade is not None and rest:
-        raise UserError(f"regrade: goes with --against alone, not with {rest[0]}")
     if known.regrade is not None:
+        if rest:
+            raise UserError(f"regrade: goes with --against alone, not with {rest[0]}")
         folder, results = known.regrade, regrade(known.regrade, progress)
     else:
         config = parse_settings(EvalConfig, "eval", rest, HELP)
@@ -59,9 +59,8 @@ def show_results(results: Mapping[str, Any], console: Console) -> None:
     table.add_row(name, percent(results["accuracy"], results["interval"]))
     for pass_k, share in results["pass_at"].items() if k > 1 else ():
         table.add_row(f"pass@{pass_k}", percent(share))
-    for temperature, row in rates.items():
-        values = np.array(row)
-        cells = percent(values.mean(), mean_interval(values))
+    for temperature, values in rates.items():
+        cells = percent(np.mean(values), mean_interval(np.array(values)))
         table.add_row(f"probability of the answer, T = {float(temperature):g}", cells)
     title = f"{results['model']} on {n} problems of {results['data']}"
     console.print(title, markup=False, soft_wrap=True)

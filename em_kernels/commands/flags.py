@@ -26,11 +26,10 @@ def train_settings(command: str, arguments: list[str], examples: str) -> tuple[T
 
     Returns: the settings, and True if a run is to be resumed.
     """
-    parser = argparse.ArgumentParser(
-        prog=f"em-kernels {command}", add_help=False, allow_abbrev=False
-    )
+    prog = f"em-kernels {command}"
+    parser = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
     sources = parser.add_mutually_exclusive_group()
-    sources.add_argument("--preset")
+    sources.add_argument("--preset", default="one-shot-em")
     sources.add_argument("--config", type=Path)
     if command == "train":
         sources.add_argument("--resume", type=Path)
@@ -38,13 +37,10 @@ def train_settings(command: str, arguments: list[str], examples: str) -> tuple[T
     run = getattr(known, "resume", None)
     if run is not None and not (run / CONFIG).exists():
         raise UserError(f"resume: {run} is not the folder of a run: it has no {CONFIG}")
-    default = TrainConfig()
     if run is not None:
         default = read_yaml(run / CONFIG).model_copy(update={"output": run})
-    elif known.config is not None:
-        default = read_yaml(known.config)
-    elif known.preset is not None:
-        default = preset(known.preset)
+    else:
+        default = preset(known.preset) if known.config is None else read_yaml(known.config)
     # A prompt given by flag replaces the prompt of the source, be it a text or a file.
     given = {argument.split("=")[0].replace("_", "-") for argument in rest}
     if "--prompt-from" in given and "--prompt" not in given:
@@ -72,7 +68,7 @@ def as_flags(config: TrainConfig) -> list[str]:
     default = TrainConfig()
     changed = {n: v for n, v in config if n != "sampling" and v != getattr(default, n)}
     changed |= {n: v for n, v in config.sampling if v != getattr(default.sampling, n)}
-    flags: list[str] = []
+    flags = []
     for name, value in changed.items():
         flag = "4bit" if name == "four_bit" else name.replace("_", "-")
         if isinstance(getattr(default, name, None), bool):

@@ -17,10 +17,8 @@ OPTIONAL = ("accelerate", "flash-attn", "vllm", "deepspeed", "bitsandbytes")
 
 def run(arguments: list[str]) -> int:
     """Print versions, device, row kernels in use, optional packages."""
-    argparse.ArgumentParser(
-        prog="em-kernels info",
-        description="Versions, device, row kernels in use, optional packages.",
-    ).parse_args(arguments)
+    about = "Versions, device, row kernels in use, optional packages."
+    argparse.ArgumentParser(prog="em-kernels info", description=about).parse_args(arguments)
 
     def installed(package: str) -> str:
         try:

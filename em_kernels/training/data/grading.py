@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, TimeoutError, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from fractions import Fraction
 from functools import lru_cache, partial
@@ -143,16 +143,13 @@ def _is_letter(key: Fraction | str) -> bool:
     return isinstance(key, str) and len(key) == 1 and key.isalpha()
 
 
-class Grader:
+class Grader(AbstractContextManager["Grader"]):
     """Compares completions with answers and with each other; a context manager.
 
     Workers start with the first answer that is neither a number nor a word.
     """
 
     _pool: ProcessPool | None = None
-
-    def __enter__(self) -> "Grader":
-        return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
@@ -211,8 +208,7 @@ class Grader:
         firsts |= {group: first for group, first in self._ask(hard) if first}
         results = []
         for group in answers:
-            counts = Counter(firsts[group])
-            first, count = max(counts.items(), key=lambda item: item[1], default=(0, 0))
+            ((first, count),) = Counter(firsts[group]).most_common(1) or [(0, 0)]
             results.append((first, count / max(len(group), 1)))
         return results
 

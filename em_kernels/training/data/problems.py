@@ -58,8 +58,7 @@ def read_rows(path: Path, setting: str = "prompt_from") -> list[dict[str, Any]]:
                 return json.loads(text)
             return [json.loads(line) for line in text.split("\n") if line.strip()]
     except (OSError, ValueError, RecursionError) as error:  # RecursionError: deep nesting
-        reason = in_one_line(error)
-        raise UserError(f"{setting}: cannot read {path}: {reason}") from error
+        raise UserError(f"{setting}: cannot read {path}: {in_one_line(error)}") from error
     raise UserError(f"{setting}: {path} is neither .jsonl nor .parquet")
 
 
@@ -71,7 +70,7 @@ def as_problem(row: Any, where: object, setting: str = "prompt_from") -> Problem
     if isinstance(prompt, list):
         prompt = _conversation(prompt, f"{setting}: {where}")
     texts = texts_of(prompt) if isinstance(prompt, (str, list)) else []
-    if not isinstance(prompt, (str, list)) or not any(text.strip() for text in texts):
+    if not any(text.strip() for text in texts):
         known = ", ".join(PROMPT_COLUMNS)
         raise UserError(f"{setting}: {where}: a row has no text in any of the columns {known}")
     if any(not text.isprintable() and has_surrogates(text) for text in texts):
@@ -79,11 +78,9 @@ def as_problem(row: Any, where: object, setting: str = "prompt_from") -> Problem
     reward = row.get("reward_model")
     answers = {**row, **(reward if isinstance(reward, dict) else {})}
     given = [as_answer(answers.get(name)) for name in ANSWER_COLUMNS]
-    answer = next((text for text in given if text), None)
-    solution = row.get("solution")
-    if answer is None and isinstance(solution, str):  # Minerva
-        answer = boxed(solution)
-    return Problem(prompt, answer or None)
+    if isinstance(solution := row.get("solution"), str):  # Minerva
+        given.append(boxed(solution))
+    return Problem(prompt, next(filter(None, given), None))
 
 
 def as_answer(value: Any) -> str | None:
@@ -152,10 +149,8 @@ def read_problems(
     numbers), of "gym:NAME" (distinct problems of a reasoning-gym task), or of a dataset of the hub.
 
     Args:
-        subset, split: of a dataset of the hub.
-        count: problems; None: all, or 1000 of a generator.
+        count: None: all, or 1000 of a generator.
         more: problems beyond those, for worked examples and to skip.
-        seed: seed of a generator.
     """
     generated = source == "addition" or source.startswith("gym:")
     if generated or count is not None:
@@ -165,8 +160,9 @@ def read_problems(
         pairs = [(a, b) for a in range(10, 100) for b in range(10, 100)]
         pairs = [pair for pair in pairs if pair not in ADDITION_SHOTS]
         pairs = [*ADDITION_SHOTS, *rng.sample(pairs, len(pairs))]
-        sums = [(f"{a} + {b}", str(a + b)) for a, b in pairs]
-        found = [Problem(f"What is {task}?", total, f"{task} = {total}") for task, total in sums]
+        found = [
+            Problem(f"What is {a} + {b}?", f"{a + b}", f"{a} + {b} = {a + b}") for a, b in pairs
+        ]
     elif generated:
         assert count is not None
         found = _gym(source.removeprefix("gym:"), count, seed)
@@ -192,8 +188,8 @@ def _gym(name: str, count: int, seed: int) -> list[Problem]:
         pairs = urllib.parse.parse_qsl(text, strict_parsing=True) if text else []
         settings = {key: yaml.safe_load(value) for key, value in pairs}
     except (ValueError, yaml.YAMLError) as error:
-        reason = in_one_line(error)
-        raise UserError(f"data: gym:{name} is not TASK?setting=value&...: {reason}") from error
+        why = f"is not TASK?setting=value&...: {in_one_line(error)}"
+        raise UserError(f"data: gym:{name} {why}") from error
     if task not in DATASETS:
         near = difflib.get_close_matches(task, DATASETS, n=3) or sorted(DATASETS)
         raise UserError(f"data: reasoning-gym has no task {task!r}; it has {', '.join(near)}")
@@ -257,10 +253,8 @@ def encode(
     try:
         text = tokenizer.apply_chat_template(messages, **settings)
     except Exception as error:  # A template may raise anything.
-        raise UserError(
-            f"chat_template: it refuses the prompt: {in_one_line(error)}; change the prompt or "
-            "template_kwargs"
-        ) from error
+        why = f"it refuses the prompt: {in_one_line(error)}"
+        raise UserError(f"chat_template: {why}; change the prompt or template_kwargs") from error
     for message in messages if messages is prompt else ():
         # Templates drop the thoughts before an answer.
         content = message["content"].rpartition("</think>")[2].strip()

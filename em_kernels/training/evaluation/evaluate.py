@@ -112,15 +112,15 @@ def regrade(folder: Path, console: Console) -> dict[str, Any]:
         config = EvalConfig(**{**settings, "output": folder})  # The folder may have been moved.
     except (OSError, TypeError) as error:
         raise UserError(f"regrade: {folder} is no evaluation's folder: {error}") from error
+    results = read_results(folder, "regrade")
     if config.teacher_forced:
-        return read_results(folder, "regrade")
+        return results
     problems = [as_problem(row, folder) for row in read_rows(folder / PROBLEMS, "regrade")]
 
     def refuse(missing: Sequence[Key], on_done: OnDone) -> None:
         raise UserError(f"regrade: {folder} is not finished; run its eval command again")
 
-    name = read_results(folder, "regrade")["model"]
-    return _sampled(config, name, problems, refuse, console)
+    return _sampled(config, results["model"], problems, refuse, console)
 
 
 def read_results(folder: Path, setting: str = "against") -> dict[str, Any]:
@@ -128,9 +128,8 @@ def read_results(folder: Path, setting: str = "against") -> dict[str, Any]:
     try:
         return json.loads((folder / RESULTS).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{setting}: {folder} is not the folder of a finished evaluation: {error}"
-        ) from error
+        why = f"{folder} is not the folder of a finished evaluation: {error}"
+        raise UserError(f"{setting}: {why}") from error
 
 
 def compare(before: Path, after: Path) -> str:
@@ -164,10 +163,9 @@ def _on_server(
     """Return the model's name on the server, and a function that samples there."""
     from ..rollouts.server import complete, model_name
 
-    name, chat = model_name(url, config.model), config.template == "chat"
-    messages: list[str | Conversation] = [
-        [{"role": "user", "content": p}] if chat and isinstance(p, str) else p for p in prompts
-    ]
+    name, messages = model_name(url, config.model), list[str | Conversation](prompts)
+    if config.template == "chat":
+        messages = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
     if any(not isinstance(x, str) and x[-1]["role"] == "assistant" for x in messages):
         raise UserError(
             "server: OpenAI's API cannot continue a conversation that ends in the assistant's "

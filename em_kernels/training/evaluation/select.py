@@ -77,13 +77,12 @@ def select(
     """Rank the pool, prompts of the second stage before the others, each by score, ties as in the
     pool; write selection.jsonl too.
     """
-    score = config.score
-    unanswered = [problem for problem in pool if problem.answer is None]
+    score, unanswered = config.score, sum(problem.answer is None for problem in pool)
     if score == "auto":
         score = "disagreement" if unanswered else "variance"
     if score == "variance" and unanswered:
         raise UserError(
-            f"score: variance needs answers, which {len(unanswered)} problems lack; use auto"
+            f"score: variance needs answers, which {unanswered} problems lack; use auto"
         )
     prompts = [config.prompt(problem, shots) for problem in pool]
     complete = local_completer(config, model, tokenizer, prompts, SELECT_STREAM, with_entropy=True)
@@ -102,32 +101,32 @@ def select(
             with console.status("grading"):
                 agreed = grader.agreement(texts)
                 right = grader.grade([(c.text, pool[c.problem].answer) for c in kept.values()])
-            found = list[Candidate]()
-            for n, (i, group) in enumerate(zip(indices, groups, strict=True)):
-                majority, share = agreed[n]
+            found = []
+            for n, (i, group, (majority, share)) in enumerate(
+                zip(indices, groups, agreed, strict=True)
+            ):
                 verdicts = right[n * samples :][:samples]
                 known, voted = pool[i].answer is not None, texts[n][majority] != ""
-                found.append(
-                    Candidate(
-                        prompt=prompts[i],
-                        answer=pool[i].answer,
-                        index=i,
-                        samples=samples,
-                        pass_rate=sum(verdicts) / samples if known else None,
-                        disagreement=1 - share,
-                        entropy=float(np.mean([c.entropy or 0.0 for c in group])),
-                        majority_right=verdicts[majority] and voted if known else None,
-                        ended=float(np.mean([c.ended for c in group])),
-                    )
+                candidate = Candidate(
+                    prompt=prompts[i],
+                    answer=pool[i].answer,
+                    index=i,
+                    samples=samples,
+                    pass_rate=sum(verdicts) / samples if known else None,
+                    disagreement=1 - share,
+                    entropy=float(np.mean([c.entropy or 0.0 for c in group])),
+                    majority_right=verdicts[majority] and voted if known else None,
+                    ended=float(np.mean([c.ended for c in group])),
                 )
+                found.append(candidate)
             return sorted(found, key=lambda c: (-getattr(c, score), c.index))
 
         ranking = ranked(range(len(pool)), config.samples, f"sampling {len(pool)} prompts")
         if config.more:
-            chosen = [c.index for c in ranking[: max(1, round(len(pool) * config.promising))]]
-            title = f"more of {len(chosen)}"
-            best = ranked(sorted(chosen), config.samples + config.more, title)
-            ranking = best + [c for c in ranking if c.index not in set(chosen)]
+            count = max(1, round(len(pool) * config.promising))
+            chosen = sorted(c.index for c in ranking[:count])
+            best = ranked(chosen, config.samples + config.more, f"more of {count}")
+            ranking = best + ranking[count:]
         rows = [{**asdict(c), "variance": c.variance} for c in ranking]
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_whole(config.output / SELECTION, lines)

@@ -56,8 +56,7 @@ def only_form(examples: Sequence[Problem]) -> list[Problem]:
     found = []
     for i, problem in enumerate(examples):
         own, later = problem.answer or "", [*examples[i:], *examples[:i]]
-        other = next((e.answer for e in later if e.answer and e.answer != own), None)
-        if other is None:
+        if not (other := next((e.answer for e in later if e.answer and e.answer != own), None)):
             raise UserError(
                 f"data: the first {len(examples)} problems all have the answer {own}; use others"
             )
@@ -83,13 +82,17 @@ def run_study(config: StudyConfig, console: Console) -> dict[str, Any]:
     opened = open_model(config, console)
     facts = {"data": digest(problems, [few_shot(shots, problem) for problem in problems])}
     with resumable(config.output, config, model=fingerprint(config.model), **facts):
-        ranked = select(study.selection(), pool, shots, *opened, console)
+        same = config.model_dump(include=set(TaskSettings.model_fields) & config.model_fields_set)
+        for name in ("sampling", "template", "model", "data", "samples"):
+            same[name] = getattr(config, name)
+        selection = SelectConfig(**same, more=0, output=config.output / "pool")
+        ranked = select(selection, pool, shots, *opened, console)
         base = study.untrained(opened, examples)
         del opened  # Training needs its memory.
         arms = arms_of(ranked, config.prompts, config.seed)
         trials = [(arm, candidate) for arm in ARMS for candidate in arms[arm]]
         scores, began, fresh = dict[str, list[Any]](), time.perf_counter(), 0
-        for n, (arm, candidate) in enumerate(trials):
+        for n, (arm, candidate) in enumerate(trials, 1):
             path = config.output / f"prompt-{candidate.index:04d}.json"
             if path.exists():  # A kill may have come before the checkpoints were removed.
                 shutil.rmtree(config.output / "runs" / path.stem / CHECKPOINTS, True)
@@ -100,12 +103,10 @@ def run_study(config: StudyConfig, console: Console) -> dict[str, Any]:
             scores.setdefault(arm, []).append(found)
             greedy = " ".join(percent(np.mean(s["greedy"])) for s in found["scores"])
             each = (time.perf_counter() - began) / max(fresh, 1)
-            left = f", about {each * (len(trials) - n - 1) / 60:.0f} min left" if fresh else ""
-            console.print(
-                f"{n + 1}/{len(trials)} {arm}, right in {candidate.pass_rate:.0%}: greedy "
-                f"{percent(np.mean(base['greedy']))} to {greedy} %{left}",
-                soft_wrap=True,
-            )
+            left = f", about {each * (len(trials) - n) / 60:.0f} min left" if fresh else ""
+            line = f"{n}/{len(trials)} {arm}, right in {candidate.pass_rate:.0%}: greedy "
+            line += f"{percent(np.mean(base['greedy']))} to {greedy} %{left}"
+            console.print(line, soft_wrap=True)
         report = analyse(config, base, scores)
         write_whole(config.output / "study.json", json.dumps(report) + "\n")
     return report
@@ -119,23 +120,13 @@ class _Study(NamedTuple):
     held_out: list[Problem]
     console: Console
 
-    def selection(self) -> SelectConfig:
-        """Return the settings by which the pool is ranked, in one stage."""
-        config = self.config
-        same = config.model_dump(include=set(TaskSettings.model_fields) & config.model_fields_set)
-        for name in ("sampling", "template", "model", "data", "samples"):
-            same[name] = getattr(config, name)
-        return SelectConfig(**same, more=0, output=config.output / "pool")
-
     def score(
         self, opened: Opened, examples: list[Problem], temperatures: Sequence[float], title: str
     ) -> tuple[np.ndarray, np.ndarray]:
         """Score the held-out answers after worked examples."""
-        model, tokenizer = opened
         prompts = [few_shot(examples, problem) for problem in self.held_out]
-        answers = [problem.completion for problem in self.held_out]
-        known = known_answers(tokenizer, prompts, answers)
-        return score_answers(model, known, temperatures, self.console, title)
+        known = known_answers(opened[1], prompts, [problem.completion for problem in self.held_out])
+        return score_answers(opened[0], known, temperatures, self.console, title)
 
     def untrained(self, opened: Opened, more: list[Problem]) -> dict[str, Any]:
         """Score the untrained model: with the usual examples, with more, and with examples of the
@@ -171,19 +162,20 @@ class _Study(NamedTuple):
         )
         with self.console.status(f"{path.stem}: training"):
             result = train(settings, console=Console(quiet=True), resume=(run / CONFIG).exists())
-        rows = []
+        scores = []
         for update in config.updates:
             checkpoint = str(checkpoint_folder(run, update))
             opened = open_model(config.model_copy(update={"model": checkpoint}), self.console)
             title = f"{path.stem}, update {update}"
             greedy, logprob = self.score(opened, self.shots, (1.0,), title)
             probability = np.exp(logprob[0]).tolist()
-            rows.append({"update": update, "greedy": greedy.tolist(), "probability": probability})
-        facts = {
+            scores.append({"update": update, "greedy": greedy.tolist(), "probability": probability})
+        found = {
             "index": candidate.index,
             "pass_rate": candidate.pass_rate,
             "entropy": [row["entropy"] for row in result.metrics],
             "majority_right": candidate.majority_right,
+            "scores": scores,
         }
-        write_whole(path, json.dumps({**facts, "scores": rows}) + "\n")
+        write_whole(path, json.dumps(found) + "\n")
         shutil.rmtree(run / CHECKPOINTS)

@@ -66,29 +66,25 @@ class TaskSettings(Settings):
         if not self.data:
             raise UserError("data: missing; name a file, a dataset, addition or gym:TASK")
         shots = self.shots if self.template == "few-shot" else 0
-        found = read_problems(
-            self.data,
-            subset=self.subset,
-            split=self.split,
-            count=self.count,
-            more=shots + self.skip,
-            seed=self.seed,
+        start, same = (
+            shots + self.skip,
+            self.model_dump(include={"subset", "split", "count", "seed"}),
         )
-        if len(found) <= shots + self.skip:
+        found = read_problems(self.data, more=start, **same)
+        if len(found) <= start:
             raise UserError(
                 f"data: {self.data} has {len(found)} problems; {shots} worked examples and "
                 f"{self.skip} skipped leave none; lower skip or shots"
             )
-        return found[shots + self.skip :], found[:shots]
+        return found[start:], found[:shots]
 
     def prompt(self, problem: Problem, shots: Sequence[Problem]) -> str | Conversation:
         """Return the prompt's text; for template chat the user's message, or all messages."""
         if self.template == "few-shot":
             return few_shot(shots, problem)
         if self.template != "chat" and not isinstance(problem.prompt, str):
-            raise UserError(
-                f"template: {self.template} takes prompts of one text, not conversations; use chat"
-            )
+            why = f"{self.template} takes prompts of one text, not conversations; use chat"
+            raise UserError(f"template: {why}")
         cot = self.template == "qwen25-math-cot"
         return QWEN25_MATH_COT.format(problem.prompt) if cot else problem.prompt
 

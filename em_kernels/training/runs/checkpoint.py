@@ -108,8 +108,8 @@ def save_checkpoint(
             path.rename(path.with_name(f".{path.name}.partial"))
         _clear(*_leftovers(folder.parent))
     except Exception as error:  # safetensors and tokenizers have classes of their own.
-        why = in_one_line(error)
-        raise UserError(f"output: cannot write the checkpoint {folder}: {why}") from error
+        why = f"cannot write the checkpoint {folder}: {in_one_line(error)}"
+        raise UserError(f"output: {why}") from error
     finally:
         _clear(partial, old)
     return folder

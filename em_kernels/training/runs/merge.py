@@ -97,10 +97,9 @@ def check_mergeable(config: PeftConfig) -> None:
             "save_pretrained(path_initial_model_for_weight_conversion=...), which makes them a "
             "plain LoRA"
         )
-    for name in ("modules_to_save", "trainable_token_indices", "target_parameters"):
+    extras = ("modules_to_save", "trainable_token_indices", "target_parameters")
+    for name in (*extras, "layer_replication"):
         if getattr(config, name, None):
             raise ValueError(f"these adapters have {name}; {BY_PEFT}")
     if config.bias != "none":
         raise ValueError(f"these adapters have bias {config.bias!r}; {BY_PEFT}")
-    if config.layer_replication:
-        raise ValueError(f"these adapters have layer_replication; {BY_PEFT}")

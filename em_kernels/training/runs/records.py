@@ -68,14 +68,13 @@ def resumable(output: Path, config: Settings, **facts: str) -> Iterator[None]:
         if (output / CONFIG).exists():
             before = yaml.safe_load((output / CONFIG).read_text(encoding="utf-8"))
             if what := differing(before, config.model_dump(mode="json"), ignored=MAY_CHANGE):
-                raise UserError(
-                    f"output: {output} was made with {what}; go on with that, or name another"
-                )
+                why = f"was made with {what}; go on with that, or name another"
+                raise UserError(f"output: {output} {why}")
             recorded = json.loads((output / INPUTS).read_text(encoding="utf-8"))
-            if changed := [name for name in facts if facts[name] != recorded.get(name)]:
-                raise UserError(
-                    f"{changed[0]}: is not what it was when {output} was begun; name another output"
-                )
+            for name in facts:
+                if facts[name] != recorded.get(name):
+                    why = f"is not what it was when {output} was begun; name another output"
+                    raise UserError(f"{name}: {why}")
         else:
             write_whole(output / INPUTS, json.dumps(facts) + "\n")
             write_config(output, config)
@@ -93,7 +92,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 def read_lines(path: Path, key: str) -> list[dict[str, Any]]:
     """Return the rows of a file that will be appended to; a torn last line is cut off."""
     rows = _rows(path, key)
-    _truncate(path, rows[-1][1] if rows else 0)
+    _truncate(path, max((end for _, end in rows), default=0))
     return [row for row, _ in rows]
 
 
@@ -232,10 +231,10 @@ def repetition(ids: Sequence[int]) -> float:
 
 def cut_off(rollouts: Sequence[Rollout]) -> str | None:
     """Return a warning if most completions did not end by themselves."""
-    cut = sum(not rollout.ended for rollout in rollouts)
+    if (cut := sum(not rollout.ended for rollout in rollouts)) <= len(rollouts) / 2:
+        return None
     advice = "raise sampling.max_new_tokens, or check sampling.stop"
-    warning = f"Warning: {cut} of {len(rollouts)} completions were cut off; {advice}."
-    return warning if cut > len(rollouts) / 2 else None
+    return f"Warning: {cut} of {len(rollouts)} completions were cut off; {advice}."
 
 
 def sync(path: Path) -> None:
