@@ -28,7 +28,6 @@ Examples:
 
 
 def run(arguments: list[str]) -> int:
-    """Evaluate a model or regrade saved completions, and compare if asked."""
     parser = argparse.ArgumentParser(prog="em-kernels eval", add_help=False, allow_abbrev=False)
     parser.add_argument("--regrade", type=Path)
     parser.add_argument("--against", type=Path)

@@ -6,8 +6,7 @@ from typing import TypeVar
 
 import tyro
 
-from ..training.config import TrainConfig, read_yaml
-from ..training.presets import preset
+from ..training.config import TrainConfig, preset, read_yaml
 from ..training.run_folder import CONFIG
 from ..training.settings import Settings, UserError
 

@@ -16,7 +16,6 @@ OPTIONAL = ("accelerate", "flash-attn", "vllm", "deepspeed", "bitsandbytes")
 
 
 def run(arguments: list[str]) -> int:
-    """Print versions, device, row kernels in use, optional packages."""
     about = "Versions, device, row kernels in use, optional packages."
     argparse.ArgumentParser(prog="em-kernels info", description=about).parse_args(arguments)
 

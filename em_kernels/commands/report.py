@@ -8,7 +8,6 @@ from ..training.run_folder import REPORT
 
 
 def run(arguments: list[str]) -> int:
-    """Write the page, and print its path."""
     parser = argparse.ArgumentParser(
         prog="em-kernels report",
         description="Write one self-contained HTML page about runs of em-kernels train: what "

@@ -26,7 +26,6 @@ Examples:
 
 
 def run(arguments: list[str]) -> int:
-    """Rank the prompts, write the ranking, show the best."""
     config = parse_settings(SelectConfig, "select", arguments, HELP)
     pool, shots = config.problems()
     console = Terminal(stderr=True)

@@ -17,7 +17,6 @@ Examples:
 
 
 def run(arguments: list[str]) -> int:
-    """Run the study; print its table, conclusions and file."""
     config = parse_settings(StudyConfig, "study", arguments, HELP)
     report = run_study(config, Terminal(stderr=True))
     console = Terminal()

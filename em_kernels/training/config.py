@@ -1,4 +1,4 @@
-"""Settings of sampling and of a training run, with defaults (the paper's) and ranges."""
+"""Settings of sampling and of a training run: defaults (the paper's), ranges, presets."""
 
 import os
 from collections.abc import Set
@@ -237,3 +237,40 @@ def read_yaml(path: Path) -> TrainConfig:
         raise UserError(f"config: {path}: {error}") from None
     except TypeError as error:
         raise UserError(f"config: {path}: names of settings must be text") from error
+
+
+ADDITION_SHOTS = ((12, 7), (23, 45))
+DEMO_SHOTS = "".join(
+    f"Q: What is {a} + {b}?\nA: {a} + {b} = {a + b}\n\n" for a, b in ADDITION_SHOTS
+)
+PRESETS: dict[str, dict[str, Any]] = {
+    "one-shot-em": {},
+    # The official train.py runs 8 GPUs that sample the same 8 completions each; its "step" is a
+    # micro-batch of 2 completions.
+    "official": {"rollouts": 8, "steps": 2, "micro_batch_rows": 2, "official_loss": True},
+    "demo": {
+        "model": "demo",
+        "prompt": f"{DEMO_SHOTS}Q: What is 38 + 45?\nA:",
+        "answer": "83",
+        "chat_template": False,
+        "output": "runs/demo-train",
+        "rollouts": 32,
+        "steps": 5,
+        "lr": 5e-6,
+        "stop_below": 0.1,
+        "save_at": (),
+        "sampling": Sampling(
+            temperature=1, top_k=0, top_p=1, repetition_penalty=1, max_new_tokens=24, stop=("\n",)
+        ),
+    },
+}
+
+
+def preset(name: str) -> TrainConfig:
+    """Return the settings of a preset; those it leaves out have their defaults (the paper's).
+
+    Raises: UserError for an unknown name.
+    """
+    if name not in PRESETS:
+        raise UserError(f"preset: {name!r} is unknown; choose one of {', '.join(PRESETS)}")
+    return TrainConfig(**PRESETS[name])

@@ -16,8 +16,7 @@ from typing import Any, TypeAlias
 import yaml
 from transformers import PreTrainedTokenizerBase
 
-from ..config import TrainConfig
-from ..presets import ADDITION_SHOTS
+from ..config import ADDITION_SHOTS, TrainConfig
 from ..settings import UserError, has_surrogates, in_one_line
 from .grading import boxed
 
@@ -66,7 +65,7 @@ def as_problem(row: Any, where: object, setting: str = "prompt_from") -> Problem
     """Return a row's prompt and answer, whichever of the usual columns hold them."""
     if not isinstance(row, dict):
         raise UserError(f"{setting}: {where}: a row is {type(row).__name__}, not an object")
-    prompt = next((row[name] for name in PROMPT_COLUMNS if row.get(name)), None)
+    prompt: Any = next((row[name] for name in PROMPT_COLUMNS if row.get(name)), None)
     if isinstance(prompt, list):
         prompt = _conversation(prompt, f"{setting}: {where}")
     texts = texts_of(prompt) if isinstance(prompt, (str, list)) else []
@@ -241,10 +240,8 @@ def encode(
     """
     if not chat_template:
         if not isinstance(prompt, str):
-            raise UserError(
-                f"prompt: is a conversation of {len(prompt)} messages, which only a chat template "
-                "joins; use the model's, or give one text"
-            )
+            why = f"is a conversation of {len(prompt)} messages, which only a chat template joins"
+            raise UserError(f"prompt: {why}; use the model's, or give one text")
         return tokenised(tokenizer, prompt)
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     begun = messages[-1]["role"] == "assistant"
@@ -259,10 +256,8 @@ def encode(
         # Templates drop the thoughts before an answer.
         content = message["content"].rpartition("</think>")[2].strip()
         if content not in text:
-            raise UserError(
-                f"prompt: the chat template leaves out what the {message['role']} says; say it in "
-                "a user's message, or use no chat template"
-            )
+            why = f"the chat template leaves out what the {message['role']} says"
+            raise UserError(f"prompt: {why}; say it in a user's message, or use no chat template")
     return tokenizer(text, add_special_tokens=False).input_ids
 
 

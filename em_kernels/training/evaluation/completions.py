@@ -83,10 +83,8 @@ def local_completer(
             try:
                 on_done(halve_until_it_fits(partial(sample, keys), size, 1, on_retry))
             except torch.OutOfMemoryError:
-                raise UserError(
-                    "batch_size: out of memory with 1; lower sampling.max_new_tokens, or take a "
-                    "smaller model"
-                ) from None
+                remedy = "lower sampling.max_new_tokens, or take a smaller model"
+                raise UserError(f"batch_size: out of memory with 1; {remedy}") from None
             keys = keys[size:]
 
     return complete

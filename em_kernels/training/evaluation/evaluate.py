@@ -167,10 +167,8 @@ def _on_server(
     if config.template == "chat":
         messages = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
     if any(not isinstance(x, str) and x[-1]["role"] == "assistant" for x in messages):
-        raise UserError(
-            "server: OpenAI's API cannot continue a conversation that ends in the assistant's "
-            "words; evaluate the model on this machine, without server"
-        )
+        why = "OpenAI's API cannot continue a conversation that ends in the assistant's words"
+        raise UserError(f"server: {why}; evaluate the model on this machine, without server")
     kwargs = json_object("template_kwargs", config.template_kwargs)
 
     def sample(keys: Sequence[Key], on_done: OnDone) -> None:

@@ -81,9 +81,7 @@ def select(
     if score == "auto":
         score = "disagreement" if unanswered else "variance"
     if score == "variance" and unanswered:
-        raise UserError(
-            f"score: variance needs answers, which {unanswered} problems lack; use auto"
-        )
+        raise UserError(f"score: variance needs answers; {unanswered} problems lack them; use auto")
     prompts = [config.prompt(problem, shots) for problem in pool]
     complete = local_completer(config, model, tokenizer, prompts, SELECT_STREAM, with_entropy=True)
     facts = {"model": fingerprint(config.model), "data": digest(pool, prompts)}

@@ -41,10 +41,8 @@ def arms_of(ranked: Sequence[Candidate], size: int, seed: int) -> dict[str, list
     left = [c for c in ranked if c not in by_chance]
     wrong = [c for c in left[size:] if c.pass_rate == 0]
     if len(wrong) < 4:
-        raise UserError(
-            f"pool: of {len(ranked)} prompts {len(wrong)} outside the other arms are always wrong, "
-            "and 4 are needed; take a larger pool, or harder data"
-        )
+        few = f"of {len(ranked)} prompts {len(wrong)} outside the other arms are always wrong"
+        raise UserError(f"pool: {few}, and 4 are needed; take a larger pool, or harder data")
     by_failure = rng.sample(wrong, min(size, len(wrong)))
     return dict(zip(ARMS, (left[:size], by_chance, by_failure), strict=True))
 
@@ -57,9 +55,8 @@ def only_form(examples: Sequence[Problem]) -> list[Problem]:
     for i, problem in enumerate(examples):
         own, later = problem.answer or "", [*examples[i:], *examples[:i]]
         if not (other := next((e.answer for e in later if e.answer and e.answer != own), None)):
-            raise UserError(
-                f"data: the first {len(examples)} problems all have the answer {own}; use others"
-            )
+            same = f"the first {len(examples)} problems all have the answer {own}"
+            raise UserError(f"data: {same}; use others")
         worked = (problem.worked or own).removesuffix(own) + other
         found.append(Problem(problem.prompt, other, worked))
     return found

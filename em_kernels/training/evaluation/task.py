@@ -72,9 +72,9 @@ class TaskSettings(Settings):
         )
         found = read_problems(self.data, more=start, **same)
         if len(found) <= start:
+            left = f"{shots} worked examples and {self.skip} skipped leave none"
             raise UserError(
-                f"data: {self.data} has {len(found)} problems; {shots} worked examples and "
-                f"{self.skip} skipped leave none; lower skip or shots"
+                f"data: {self.data} has {len(found)} problems; {left}; lower skip or shots"
             )
         return found[start:], found[:shots]
 

@@ -72,10 +72,8 @@ def known_answers(
         pairs = zip(found.input_ids[:count], found.offset_mapping[:count], strict=True)
         whole = [token for token, (start, _) in pairs if start < len(text)]
         if whole[: len(ids)] != ids:
-            raise UserError(
-                "teacher_forced: the tokenizer joins the end of the prompt with "
-                f"{completion!r}; sample instead"
-            )
+            why = f"the tokenizer joins the end of the prompt with {completion!r}"
+            raise UserError(f"teacher_forced: {why}; sample instead")
         rollouts.append(Rollout(ids, whole[len(ids) :], True))
     return rollouts
 

@@ -51,10 +51,8 @@ class Run(NamedTuple):
 def read_run(folder: Path) -> Run:
     """Read a run's records; UserError for a folder that is no run's, or damaged records."""
     if not (folder / CONFIG).is_file():
-        raise UserError(
-            f"RUN: {folder} is not the folder of a run: it has no {CONFIG}; name the --output of "
-            "an em-kernels train"
-        )
+        why = f"{folder} is not the folder of a run: it has no {CONFIG}"
+        raise UserError(f"RUN: {why}; name the --output of an em-kernels train")
     config, metrics = read_yaml(folder / CONFIG), read_metrics(folder)
     rollouts, n = read_rollouts(folder, config.rollouts), config.rollouts
     lines = (folder / ROLLOUTS).read_bytes().split(b"\n") if rollouts else []

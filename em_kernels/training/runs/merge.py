@@ -93,9 +93,8 @@ def check_mergeable(config: PeftConfig) -> None:
     if start not in REPEATABLE:
         raise ValueError(
             f"init_lora_weights {start!r} changed the base model by something that is not saved; "
-            "save the adapters again where they were trained, with peft's "
-            "save_pretrained(path_initial_model_for_weight_conversion=...), which makes them a "
-            "plain LoRA"
+            "save them as a plain LoRA where they were trained, with peft's "
+            "save_pretrained(path_initial_model_for_weight_conversion=...)"
         )
     extras = ("modules_to_save", "trainable_token_indices", "target_parameters")
     for name in (*extras, "layer_replication"):

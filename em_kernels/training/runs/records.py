@@ -114,10 +114,9 @@ def read_rollouts(run: Path, rollouts: int) -> dict[int, list[Rollout]]:
                 if not ids or not all(type(i) is int and i >= 0 for i in ids):
                     raise ValueError
         except (KeyError, TypeError, ValueError):
-            raise UserError(
-                f"rollouts: line {number + 1} of {path} is not completion {index} (of {rollouts}) "
-                f"of update {update}; set rollouts to as many as were sampled"
-            ) from None
+            place = f"completion {index} (of {rollouts}) of update {update}"
+            why = f"line {number + 1} of {path} is not {place}"
+            raise UserError(f"rollouts: {why}; set rollouts to as many as were sampled") from None
         completions.append(rollout)
     updates = len(completions) // rollouts
     return {i + 1: completions[i * rollouts :][:rollouts] for i in range(updates)}
@@ -135,15 +134,11 @@ def replayable(
     for rollouts in recorded.values():
         responses = [rollout.response_ids for rollout in rollouts]
         if [r.prompt_ids for r in rollouts] != prompts or max(map(max, responses)) >= vocab_size:
-            raise UserError(
-                f"prompt: the completions in {run} are of another prompt, or another tokenizer; "
-                "give the run's own"
-            )
+            why = f"the completions in {run} are of another prompt, or another tokenizer"
+            raise UserError(f"prompt: {why}; give the run's own")
         if (length := max(map(len, responses))) > longest:
-            raise UserError(
-                f"sampling.max_new_tokens: {longest} is less than the {length} tokens of a "
-                f"completion in {run}; give at least as many"
-            )
+            why = f"{longest} is less than the {length} tokens of a completion in {run}"
+            raise UserError(f"sampling.max_new_tokens: {why}; give at least as many")
     return recorded
 
 
@@ -176,9 +171,8 @@ class Running:
                 raise BlockingIOError
         except BlockingIOError:
             self.file.close()
-            raise UserError(
-                f"output: another process works in {self.path.parent} now; wait, or name another"
-            ) from None
+            why = f"another process works in {self.path.parent} now"
+            raise UserError(f"output: {why}; wait, or name another") from None
         except OSError:  # The file system has no locks.
             pass
         self.death, self.kills = self._previous_death(), _oom_kills()
