@@ -1,6 +1,4 @@
-"""`em-kernels demo`: One-shot EM of a 135M model on two-digit addition, with controls, by running
-the commands that a user would type.
-"""
+"""`em-kernels demo`: One-shot EM on two-digit addition, by the commands that a user would type."""
 
 import argparse
 import os

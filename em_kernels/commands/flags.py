@@ -21,10 +21,7 @@ SOURCES = f"""--preset NAME starts from a preset; flags override it:
 
 
 def train_settings(command: str, arguments: list[str], examples: str) -> tuple[TrainConfig, bool]:
-    """Parse flags on top of --resume RUN, --config FILE or --preset NAME.
-
-    Returns: the settings, and True if a run is to be resumed.
-    """
+    """Return settings from flags on top of --resume, --config or --preset; and True to resume."""
     prog = f"em-kernels {command}"
     parser = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
     sources = parser.add_mutually_exclusive_group()

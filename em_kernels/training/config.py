@@ -219,10 +219,7 @@ class TrainConfig(Settings):
 
 
 def read_yaml(path: Path) -> TrainConfig:
-    """Read training settings from a YAML file; those it leaves out have their defaults.
-
-    Raises: UserError for a file that cannot be read, or for settings that are refused.
-    """
+    """Read settings from a YAML file; UserError where that cannot be done, or they are refused."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -267,10 +264,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def preset(name: str) -> TrainConfig:
-    """Return the settings of a preset; those it leaves out have their defaults (the paper's).
-
-    Raises: UserError for an unknown name.
-    """
+    """Return the settings of a preset; those it leaves out have their defaults (the paper's)."""
     if name not in PRESETS:
         raise UserError(f"preset: {name!r} is unknown; choose one of {', '.join(PRESETS)}")
     return TrainConfig(**PRESETS[name])

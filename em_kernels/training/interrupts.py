@@ -14,11 +14,7 @@ class Interrupted(KeyboardInterrupt):
 class StopRequest:
     """A context that defers the first Ctrl-C or SIGTERM to the next check(); a second acts at once.
 
-    Args:
-        patient: defer all. Under a launcher one Ctrl-C arrives twice: from the terminal, and
-            forwarded by the launcher.
-
-    `requested` is the signal's number, 0 before it arrives.
+    A patient one defers all: under a launcher one Ctrl-C arrives twice, from the terminal too.
     """
 
     def __init__(self, patient: bool = False) -> None:
@@ -47,9 +43,7 @@ class StopRequest:
 
 @contextmanager
 def doing(what: str) -> Iterator[None]:
-    """Label unexpected exceptions with what was being done, for cli.py's message; when nested, the
-    innermost label counts.
-    """
+    """Label unexpected exceptions for cli.py with what was being done; the innermost counts."""
     try:
         yield
     except Exception as error:

@@ -72,9 +72,7 @@ def final_answer(text: str) -> str | None:
 
 
 def boxed(text: str) -> str | None:
-    r"""Return the content of the last \boxed{}, \fbox{} or (without braces) \boxed 5; None if there
-    is none, or it is cut off.
-    """
+    r"""Return the content of the last \boxed{}, \fbox{} or \boxed 5; None if it is cut off."""
     boxes = list(_BOX.finditer(text))
     if not boxes:
         return None
@@ -144,10 +142,7 @@ def _is_letter(key: Fraction | str) -> bool:
 
 
 class Grader(AbstractContextManager["Grader"]):
-    """Compares completions with answers and with each other; a context manager.
-
-    Workers start with the first answer that is neither a number nor a word.
-    """
+    """Compares completions with answers and with each other; workers start when first needed."""
 
     _pool: ProcessPool | None = None
 
@@ -166,12 +161,9 @@ class Grader(AbstractContextManager["Grader"]):
         pairs: Sequence[tuple[str, str | None]],
         on_done: Callable[[int], None] | None = None,
     ) -> list[bool]:
-        """Grade (completion, answer) pairs; without an answer, a completion is wrong.
+        """Grade (completion, answer) pairs; on_done is called with the number just graded.
 
-        So is one that takes a worker too long, takes too much memory or crashes the worker.
-
-        Args:
-            on_done: called with the number of pairs just graded.
+        Without an answer, or where a worker dies or takes too long, a completion is wrong.
         """
         done = on_done or (lambda count: None)
         right = [False] * len(pairs)

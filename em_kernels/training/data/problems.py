@@ -235,9 +235,7 @@ def encode(
     chat_template: bool,
     template_kwargs: Mapping[str, Any] = {},
 ) -> list[int]:
-    """Return the token ids of a prompt, raw or through the chat template; a conversation that ends
-    with the assistant's words is continued there.
-    """
+    """Return a prompt's token ids, raw or through the chat template; assistant's words go on."""
     if not chat_template:
         if not isinstance(prompt, str):
             why = f"is a conversation of {len(prompt)} messages, which only a chat template joins"

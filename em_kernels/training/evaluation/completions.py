@@ -1,6 +1,4 @@
-"""Sampled completions of problems, written to a file as they arrive, so that a stopped command can
-be resumed.
-"""
+"""Sampled completions of problems, kept in a file as they arrive, to resume a stopped command."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -51,10 +49,7 @@ def local_completer(
     stream: int,
     with_entropy: bool = False,
 ) -> Completer:
-    """Return a function that samples in batches of similar length, longest prompts first.
-
-    Raises: UserError for a prompt that is too long for the model's context.
-    """
+    """Return a function that samples in batches of similar length, longest prompts first."""
     prompt_ids, sampling = token_ids(task, tokenizer, model, prompts), task.sampled()
 
     def sample(keys: Sequence[Key], count: int) -> list[Completion]:

@@ -67,12 +67,7 @@ class EvalConfig(TaskSettings):
 
 
 def evaluate(config: EvalConfig, console: Console, against: Path | None = None) -> dict[str, Any]:
-    """Evaluate a model; write results.json and return its content.
-
-    Args:
-        against: folder of an evaluation that the caller will compare with; refused before the work
-            if it cannot be compared.
-    """
+    """Evaluate a model, to compare with `against`; write results.json and return its content."""
     if (k := config.samples) > 1 and config.sampling.temperature == 0:
         raise UserError(f"samples: {k} are all the same at sampling.temperature 0; raise it")
     if config.teacher_forced and (config.template != "few-shot" or config.server):
@@ -139,7 +134,7 @@ def compare(before: Path, after: Path) -> str:
     _check_comparable(before, results["samples"], problems)
     base, now = (np.array(found["right"])[:, 0] for found in (read_results(before), results))
     settings = [yaml.safe_load((folder / CONFIG).read_text("utf-8")) for folder in (before, after)]
-    other = differing(*({k: v for k, v in x.items() if k not in MAY_DIFFER} for x in settings))
+    other = differing(*settings, ignored=MAY_DIFFER)
     change, low, high, p = paired_change(base, now)
     verdict = "more than chance explains" if p < 0.05 else "no more than chance explains"
     return (
@@ -204,15 +199,14 @@ def _sampled(
 
 def _finish(config: EvalConfig, name: str, right: np.ndarray, **facts: Any) -> dict[str, Any]:
     """Write results.json and return its content."""
-    n, k = (
-        right.shape
-    )  # Samples of one problem depend on each other: the interval is over problems.
+    n, k = right.shape
     results = {
         "model": name,
         "data": config.data,
         "problems": n,
         "samples": k,
         "accuracy": float(right.mean()),
+        # Over problems, as the samples of one problem are not independent.
         "interval": wilson(right) if k == 1 else mean_interval(right.mean(1)),
         "pass_at": {str(2**i): float(pass_at(right, 2**i).mean()) for i in range(k.bit_length())},
         **facts,

@@ -74,9 +74,7 @@ def select(
     tokenizer: PreTrainedTokenizerBase,
     console: Console,
 ) -> list[Candidate]:
-    """Rank the pool, prompts of the second stage before the others, each by score, ties as in the
-    pool; write selection.jsonl too.
-    """
+    """Rank the pool by score, prompts of the second stage first; write selection.jsonl too."""
     score, unanswered = config.score, sum(problem.answer is None for problem in pool)
     if score == "auto":
         score = "disagreement" if unanswered else "variance"

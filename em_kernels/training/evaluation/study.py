@@ -1,6 +1,4 @@
-"""`em-kernels study`: does the choice of the prompt matter, and does training do more than a lower
-temperature? The unit of its statistics is the prompt.
-"""
+"""`em-kernels study`: does the choice of the prompt matter, is training more than sharpening?"""
 
 import json
 import random
@@ -48,9 +46,7 @@ def arms_of(ranked: Sequence[Candidate], size: int, seed: int) -> dict[str, list
 
 
 def only_form(examples: Sequence[Problem]) -> list[Problem]:
-    """Return the examples, each with the answer of the next one whose answer differs, so that they
-    show how an answer is written, not what is right.
-    """
+    """Give each example the next one's answer: they show how it is written, not what is right."""
     found = []
     for i, problem in enumerate(examples):
         own, later = problem.answer or "", [*examples[i:], *examples[:i]]
@@ -126,9 +122,7 @@ class _Study(NamedTuple):
         return score_answers(opened[0], known, temperatures, self.console, title)
 
     def untrained(self, opened: Opened, more: list[Problem]) -> dict[str, Any]:
-        """Score the untrained model: with the usual examples, with more, and with examples of the
-        answer's form only.
-        """
+        """Score the untrained model with the usual examples, with more, with their form only."""
         path = self.config.output / "untrained.json"
         if not path.exists():
             title = f"untrained, {len(self.shots)} examples"

@@ -63,12 +63,7 @@ class StudyConfig(TaskSettings):
 def analyse(
     config: StudyConfig, base: dict[str, Any], scores: dict[str, list[Any]]
 ) -> dict[str, Any]:
-    """Return the content of study.json: means, intervals, tests, and the sentences they support.
-
-    Args:
-        base: content of untrained.json, the scores of the untrained model.
-        scores: contents of prompt-*.json, the scores of each trained prompt, by arm.
-    """
+    """Return the content of study.json, from untrained.json, and prompt-*.json by arm."""
     rng = np.random.default_rng(config.seed)
     greedy, sampled = np.array(base["greedy"], float), np.array(base["probability"])
     best, form = int(sampled.mean(1).argmax()), np.array(base["form"], float)

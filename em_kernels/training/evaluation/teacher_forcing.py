@@ -26,9 +26,7 @@ TOKENS_AT_ONCE = 8192
 def response_states(
     model: PreTrainedModel, rollouts: Sequence[Rollout]
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """Yield, batch by batch, the indices of some rollouts and the hidden states (n, D) that predict
-    their response tokens. A prefix that all prompts share is computed once.
-    """
+    """Yield batches of rollouts' indices and the states (n, D) that predict their responses."""
     order = sorted(range(len(rollouts)), key=lambda i: len(rollouts[i]))
     same = len(commonprefix([rollout.prompt_ids[:-1] for rollout in rollouts]))
     prompt = None

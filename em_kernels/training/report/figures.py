@@ -28,10 +28,6 @@ STYLE: Any = {
     "svg.hashsalt": "em_kernels",  # the same run gives the same file
     "text.parse_math": False,  # a run may be called $x$
     "figure.constrained_layout.use": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.facecolor": "none",
-    "figure.facecolor": "none",
     "axes.titlelocation": "left",
     "axes.titlesize": 11,
     "axes.titleweight": "bold",
@@ -40,6 +36,8 @@ STYLE: Any = {
     "grid.alpha": 0.2,
     "lines.markersize": 5,
     "legend.frameon": False,
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right"), False),
+    **dict.fromkeys(("axes.facecolor", "figure.facecolor"), "none"),
     **dict.fromkeys(INKED, INK),
 }
 CURVES = {  # by key of metrics.jsonl: title, unit, factor, least upper end of the axis
@@ -56,11 +54,7 @@ CURVES = {  # by key of metrics.jsonl: title, unit, factor, least upper end of t
 
 
 def plot(axes: Axes, described: str, png: Path) -> Markup:
-    """Write the PNG, and return the SVG for an HTML page, its ids made unique there.
-
-    Args:
-        described: the plot in words, for screen readers.
-    """
+    """Write the PNG; return the SVG for an HTML page, `described` in words for screen readers."""
     figure, (_, labels) = axes.get_figure(), axes.get_legend_handles_labels()
     assert isinstance(figure, Figure)
     figure.set_size_inches(4.6, 3 + 0.1 * len(labels))

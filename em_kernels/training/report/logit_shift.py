@@ -1,6 +1,4 @@
-"""A run's completions under the base and the trained model: each token's distribution, and how raw
-logits are distributed.
-"""
+"""A run's completions under the base and the trained model: distributions of tokens and logits."""
 
 import gc
 import os
@@ -108,10 +106,7 @@ def shift(
     last: Sequence[Rollout] | None,
     console: Console,
 ) -> Shift:
-    """Measure completions with config.model and with the checkpoint, one model in memory at a time.
-
-    Raises: UserError where a model cannot be opened.
-    """
+    """Measure completions with config.model, then with the checkpoint, one in memory at a time."""
     attention = "sdpa" if config.attention.startswith("flash") else config.attention
     device = find_device("auto")
     source, model_config, tokenizer = open_source(config.model)

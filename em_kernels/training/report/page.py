@@ -229,10 +229,7 @@ def write_report(
     """Write one self-contained HTML page, and its plots as PNGs in a folder beside it.
 
     Args:
-        runs: folders of runs, finished or not.
         models: load base and trained models, one at a time, for what needs them.
-
-    Raises: UserError for a folder that is no run's, or if the output cannot be written.
     """
     console = console or Terminal(stderr=True)
     names = [run.resolve().name for run in runs]

@@ -116,10 +116,7 @@ def save_checkpoint(
 
 
 def newest_state(run: Path, settings: Mapping[str, Any]) -> tuple[Path | None, list[str]]:
-    """Find the newest undamaged state made with these settings, and remove what a kill left.
-
-    Returns: its checkpoint, if any, and for each newer one a line that says why it is refused.
-    """
+    """Find the checkpoint of the newest good state of these settings, and why newer are bad."""
     refused = list[str]()
     _clear(*_leftovers(run / CHECKPOINTS))
     steps = steps_in(run / CHECKPOINTS)

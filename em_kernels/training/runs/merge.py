@@ -61,10 +61,7 @@ def merge(adapter: Path, output: Path) -> Path:
 def add_to_base(
     base: PreTrainedModel, config: PeftConfig, weights: Mapping[str, Tensor]
 ) -> PreTrainedModel:
-    """Add adapters to their base's weights, in place; return the base.
-
-    Raises: ValueError for adapters of another base, on layers that are not linear, or not finite.
-    """
+    """Add adapters to their base's weights, in place; ValueError for adapters of another base."""
     source = config.base_model_name_or_path
     try:
         model: Any = get_peft_model(base, config)

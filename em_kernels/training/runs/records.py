@@ -55,12 +55,9 @@ def write_config(run: Path, config: Settings) -> None:
 
 @contextmanager
 def resumable(output: Path, config: Settings, **facts: str) -> Iterator[None]:
-    """A context of a command that works in a new folder, or continues in that of a stopped one.
+    """A context of a command that works in a new folder, or goes on in that of a stopped one.
 
-    Args:
-        facts: what settings stood for (a model's fingerprint, say); must be the same as before.
-
-    Raises: UserError if the folder holds anything else, or another process works there.
+    `facts` are what settings stood for (a model's fingerprint, say); they must be as before.
     """
     if not (output / CONFIG).exists():
         check_output(output, "choose another")
@@ -97,10 +94,7 @@ def read_lines(path: Path, key: str) -> list[dict[str, Any]]:
 
 
 def read_rollouts(run: Path, rollouts: int) -> dict[int, list[Rollout]]:
-    """Return the recorded completions by update; an update with fewer than `rollouts` is left out.
-
-    Raises: UserError for a folder that is no run's, or for a line that is not the next completion.
-    """
+    """Return the recorded completions by update; an update with fewer than all is left out."""
     path, completions = run / ROLLOUTS, list[Rollout]()
     if not path.exists() and not (run / CONFIG).exists():
         raise UserError(f"rollouts_from: {run} has no {ROLLOUTS}; name the folder of a run")
@@ -125,11 +119,7 @@ def read_rollouts(run: Path, rollouts: int) -> dict[int, list[Rollout]]:
 def replayable(
     run: Path, prompts: Sequence[list[int]], vocab_size: int, longest: int
 ) -> dict[int, list[Rollout]]:
-    """Return the recorded completions by update, checked to be of these prompts.
-
-    Raises: UserError for other prompts, ids beyond the model's vocabulary, or more than `longest`
-        tokens.
-    """
+    """Return the recorded completions by update; refuse those of other prompts or settings."""
     recorded = read_rollouts(run, len(prompts))
     for rollouts in recorded.values():
         responses = [rollout.response_ids for rollout in rollouts]
@@ -150,10 +140,7 @@ def trim(run: Path, *, rollouts_upto: int, metrics_upto: int) -> None:
 
 
 class Running:
-    """A context that creates a run's folder and marks it as in use by this process.
-
-    `death` is a message about the previous process there, if it was killed.
-    """
+    """A context that marks a run's folder as in use; `death` says if a process was killed there."""
 
     def __init__(self, run: Path) -> None:
         self.path = run / MARKER

@@ -34,10 +34,7 @@ class Tracking(AbstractContextManager["Tracking"]):
             raise UserError(f"report_to: {name} is not installed; pip install {name}") from None
 
     def start(self, done: int) -> None:
-        """Start the log, or continue it after `done` updates.
-
-        Raises: UserError if the tracker does not start.
-        """
+        """Start the log, or continue it after `done` updates; UserError if that fails."""
         name, output, self.done = self.config.report_to, self.config.output, done
         if name == "none":
             return
