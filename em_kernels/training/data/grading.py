@@ -104,12 +104,12 @@ def _read(answer: str | None) -> _Answer:
             return _Answer(Fraction(answer.replace(",", "")), rf"\boxed{{{latex}}}")
     key = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", re.sub(_TEXT, r"\1", answer))
     key = re.sub(r"^\(?([A-Za-z])\)?$", r"\1", key).replace("infinity", r"\infty")
-    return _Answer(key.casefold() if _is_word(key) else key, rf"\boxed{{{answer}}}")
+    return _Answer(key.casefold() if _letters(key) > 2 else key, rf"\boxed{{{answer}}}")
 
 
-def _is_word(key: Fraction | str) -> bool:
-    """Return True for a word, False for what may be a product of variables."""
-    return isinstance(key, str) and len(key) > 2 and key.isalpha()
+def _letters(key: Fraction | str) -> int:
+    """Count the letters of a key of letters only; over two are a word, no product of variables."""
+    return len(key) if isinstance(key, str) and key.isalpha() else 0
 
 
 def _answer_of(text: str) -> _Answer:
@@ -129,16 +129,12 @@ def _same(known: _Answer, found: _Answer) -> bool | None:
     keys = known.key, found.key
     if "" in keys or known.key == found.key:
         return "" not in keys
-    if _is_letter(known.key):  # math-verify takes a and A for the same.
+    if _letters(known.key) == 1:  # math-verify takes a and A for the same.
         option = _OPTION.match(found.latex)
-        if option or _is_letter(found.key):
+        if option or _letters(found.key) == 1:
             return option is not None and known.key in option.groups()
-    certain = all(isinstance(key, Fraction) or _is_word(key) for key in keys)
+    certain = all(isinstance(key, Fraction) or _letters(key) > 2 for key in keys)
     return False if certain or not (known.latex and found.latex) else None
-
-
-def _is_letter(key: Fraction | str) -> bool:
-    return isinstance(key, str) and len(key) == 1 and key.isalpha()
 
 
 class Grader(AbstractContextManager["Grader"]):
@@ -183,11 +179,8 @@ class Grader(AbstractContextManager["Grader"]):
         return right
 
     def agreement(self, groups: Sequence[Sequence[str]]) -> list[tuple[int, float]]:
-        """Return per prompt the index of the first completion with the most frequent answer, and
-        the fraction of completions that give it.
-
-        A short completion without box and number, such as "Friday", is its own answer; all longer
-        ones count as one answer.
+        """Return per prompt the index of the first completion with the most frequent answer, and its
+        share. Completions without box and number are one answer, unless they are short.
         """
 
         def answer_of(text: str) -> _Answer:

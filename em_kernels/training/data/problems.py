@@ -144,8 +144,7 @@ def read_problems(
     more: int = 0,
     seed: int = 0,
 ) -> list[Problem]:
-    """Return problems of a .jsonl or .parquet file, of "addition" (distinct sums of two two-digit
-    numbers), of "gym:NAME" (distinct problems of a reasoning-gym task), or of a dataset of the hub.
+    """Return problems of a file, "addition", "gym:NAME" (reasoning-gym) or a dataset of the hub.
 
     Args:
         count: None: all, or 1000 of a generator.
@@ -260,9 +259,7 @@ def encode(
 
 
 def tokenised(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Return the token ids of a raw prompt, with the special tokens that the tokenizer puts before
-    it but without an EOS that it appends, after which a model would begin another text.
-    """
+    """Return a raw prompt's token ids; without a final EOS, which would begin another text."""
     ids, written = tokenizer(text).input_ids, tokenizer(text, add_special_tokens=False).input_ids
     ends = {tokenizer.eos_token_id, tokenizer.sep_token_id}
 

@@ -1,6 +1,4 @@
-"""`em-kernels select`: which prompt to train on. With answers the one whose correctness varies most
-over samples (arXiv 2505.20282), without them the one whose final answers disagree most.
-"""
+"""`em-kernels select`: rank prompts to train on, by what their samples do (arXiv 2505.20282)."""
 
 import json
 from collections.abc import Sequence

@@ -19,11 +19,8 @@ def wilson(right: np.ndarray) -> tuple[float, float]:
 
 
 def mean_interval(values: np.ndarray) -> tuple[float, float]:
-    """Return the 95 % interval of a mean over problems, by resampling them.
-
-    If all values are equal, resampling sees no spread; the interval is then Wilson's, as if each
-    problem were either right or wrong.
-    """
+    """Return the 95 % interval of a mean over problems, by resampling them."""
+    # Of equal values resampling sees no spread: as if each problem were either right or wrong.
     if np.ptp(values) == 0 and 0 <= values[0] <= 1:
         fewest, most = (np.arange(values.size) < count(values.sum()) for count in (floor, ceil))
         return wilson(fewest)[0], wilson(most)[1]
@@ -33,9 +30,7 @@ def mean_interval(values: np.ndarray) -> tuple[float, float]:
 
 
 def mean_over_prompts(change: np.ndarray, rng: np.random.Generator) -> tuple[float, float, float]:
-    """Return the mean of a change (prompts, problems), and the ends of its 95 % interval, by
-    resampling both prompts and problems.
-    """
+    """Return a mean (prompts, problems) and its 95 % interval, by resampling along both."""
     prompts, problems = change.shape
     by_prompt = rng.multinomial(prompts, np.full(prompts, 1 / prompts), RESAMPLES_OF_PROMPTS)
     # Resampling few prompts gives too narrow an interval: its variance divides by n, not n - 1, and
@@ -49,9 +44,7 @@ def mean_over_prompts(change: np.ndarray, rng: np.random.Generator) -> tuple[flo
 
 
 def paired_change(before: np.ndarray, after: np.ndarray) -> tuple[float, float, float, float]:
-    """Return the change of accuracy on the same problems, the ends of its 95 % interval (the normal
-    approximation for paired proportions), and the p value of McNemar's exact test.
-    """
+    """Return the change on the same problems, its 95 % interval, and McNemar's exact p value."""
     gained, lost = int((after & ~before).sum()), int((before & ~after).sum())
     n, changed = before.size, gained + lost
     change = (gained - lost) / n
@@ -61,9 +54,7 @@ def paired_change(before: np.ndarray, after: np.ndarray) -> tuple[float, float, 
 
 
 def pass_at(right: np.ndarray, k: int) -> np.ndarray:
-    """Return unbiased pass@k of each problem: the chance that at least one of k samples is right
-    (Chen et al., arXiv 2107.03374).
-    """
+    """Return each problem's unbiased pass@k (Chen et al., arXiv 2107.03374)."""
     n, wrong = right.shape[1], (~right).sum(1)
     return np.array([1 - comb(int(w), k) / comb(n, k) for w in wrong])
 

@@ -29,10 +29,8 @@ Opened: TypeAlias = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
 def arms_of(ranked: Sequence[Candidate], size: int, seed: int) -> dict[str, list[Candidate]]:
-    """Draw the three arms of prompts from a ranked pool.
-
-    The random arm is drawn first, from the whole pool, so that it stays random; then the best of
-    the others, then random ones of the rest that are always wrong.
+    """Draw the three arms: random prompts first, so that they stay random; then the best of the
+    others; then random ones of the rest that are always wrong.
     """
     rng = random.Random(seed)
     by_chance = rng.sample(sorted(ranked, key=lambda c: c.index), size)

@@ -57,13 +57,10 @@ def mean_entropies(
 def known_answers(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], completions: Sequence[str]
 ) -> list[Rollout]:
-    """Return few-shot prompts with their known completions as rollouts.
-
-    A completion is tokenized as in a worked example, followed by an empty line and the next
-    question, because some tokenizers merge the line breaks.
-    """
+    """Return few-shot prompts with their known completions as rollouts."""
     rollouts = []
     for prompt, completion in zip(prompts, completions, strict=True):
+        # As in a worked example, before the next question: some tokenizers merge the line breaks.
         ids, text = tokenised(tokenizer, prompt), prompt + completion
         count = len(tokenised(tokenizer, f"{text}\nQ:"))  # without an EOS
         found = tokenizer(f"{text}\nQ:", return_offsets_mapping=True)

@@ -57,16 +57,11 @@ class Shift(NamedTuple):
 def measure(
     model: PreTrainedModel,
     rollouts: Sequence[Rollout],
-    temperature: float,
+    temperature: float,  # of entropy and probability; all else is of raw logits
     console: Console,
-    tops: Tensor | None = None,
+    tops: Tensor | None = None,  # (n,) vocabulary entries to rank; default: the most probable
 ) -> Measures:
-    """Measure every response token, in order, a chunk of logits at a time.
-
-    Args:
-        temperature: of entropy and probability. Moments, histogram and ranks are of raw logits.
-        tops: (n,) vocabulary entries to rank; default: the most probable ones.
-    """
+    """Measure every response token, in order, a chunk of logits at a time."""
     head = head_of(model)
     shape = RowTransform(head.bias, head.weight.new_ones(1), head.logit_scale, head.softcap)
     rows = max(1, LOGITS_AT_ONCE // len(head.weight))

@@ -95,15 +95,11 @@ def happened(metrics: list[dict[str, Any]]) -> str:
     if not metrics:
         return "No update has finished yet."
     first, last, accuracy = metrics[0], metrics[-1], "Accuracy on the training prompt"
-    start, end = (f"{row['entropy']:.3g}" for row in (first, last))
-    text = (
-        f"From update 1 to {last['update']} the entropy went from {start} to {end} nats per token."
-    )
+    n, (start, end) = last["update"], (f"{row['entropy']:.3g}" for row in (first, last))
+    text = f"From update 1 to {n} the entropy went from {start} to {end} nats per token."
     if first is last:
-        text = (
-            f"One update was made; the entropy before it was {start} nats per token, and nothing "
-        )
-        text += "was sampled after it."
+        text = f"One update was made; the entropy before it was {start} nats per token, "
+        text += "and nothing was sampled after it."
     # An answer may have been added on resume.
     if not (known := [row for row in metrics if row["accuracy"] is not None]):
         return f"{text} Accuracy is not known: the prompt came without an answer."

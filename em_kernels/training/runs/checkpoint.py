@@ -41,10 +41,7 @@ def write_model(
 ) -> Writer:
     """Return a function that writes a bf16 folder for from_pretrained, vLLM and GGUF converters.
 
-    Args:
-        weights: values to write for each parameter, by name; default: the model's own.
-
-    Memory: none on the device; on the host 2 GB, or 2 bytes per weight if they are not bf16.
+    It takes no memory on the device; on the host 2 GB, or 2 bytes per weight if they are not bf16.
     """
 
     def write(folder: Path) -> None:

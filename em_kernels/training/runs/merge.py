@@ -28,12 +28,10 @@ BY_PEFT = "merge them by peft's merge_and_unload"
 
 @torch.no_grad()
 def merge(adapter: Path, output: Path) -> Path:
-    """Add the adapters of a checkpoint, or of a run's newest, to their base model, and write it to
-    a new folder, which is returned. rsLoRA, DoRA and patterns of rank and alpha are supported. Sums
-    are in fp32 and rounded by rounding.py, so that small changes survive in bf16.
+    """Add the adapters of a checkpoint, or of a run's newest, to their base model in a new folder.
 
-    Memory: the base model, and one layer in fp32, twice.
-    Raises: UserError for adapters that cannot be merged; output is written whole or not at all.
+    Sums are in fp32 and rounded by rounding.py, so that small changes survive in bf16. rsLoRA, DoRA
+    and patterns of rank and alpha are supported. UserError where nothing can be merged.
     """
     output = output.absolute()
     check_output(output)
