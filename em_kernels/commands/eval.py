@@ -40,7 +40,7 @@ def run(arguments: list[str]) -> int:
             raise UserError(f"regrade: goes with --against alone, not with {rest[0]}")
         folder, results = known.regrade, regrade(known.regrade, progress)
     else:
-        config = parse_settings(EvalConfig, "eval", rest, HELP)
+        config = parse_settings(EvalConfig(), "eval", rest, HELP)
         folder, results = config.output, evaluate(config, progress, known.against)
     show_results(results, console)
     if known.against is not None:

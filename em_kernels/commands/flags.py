@@ -43,19 +43,17 @@ def train_settings(command: str, arguments: list[str], examples: str) -> tuple[T
         default = default.model_copy(update={"prompt": None, "answer": None})
     if "--prompt" in given and "--prompt-from" not in given:
         default = default.model_copy(update={"prompt_from": None, "answer": None})
-    return parse_settings(TrainConfig, command, rest, SOURCES + examples, default), run is not None
+    return parse_settings(default, command, rest, SOURCES + examples), run is not None
 
 
-def parse_settings(
-    kind: type[T], command: str, arguments: list[str], text: str, default: T | None = None
-) -> T:
+def parse_settings(default: T, command: str, arguments: list[str], text: str) -> T:
     """Parse a command's flags; --help shows `text` and explains each setting."""
     return tyro.cli(
-        tyro.conf.OmitArgPrefixes[kind],  # type: ignore[valid-type, misc]
+        tyro.conf.OmitArgPrefixes[type(default)],  # type: ignore[misc]
         args=arguments,
-        default=default or kind(),
+        default=default,
         prog=f"em-kernels {command}",
-        description=f"{' '.join((kind.__doc__ or '').split())}\n\n{text}",
+        description=f"{' '.join((default.__doc__ or '').split())}\n\n{text}",
     )
 
 
@@ -69,8 +67,6 @@ def as_flags(config: TrainConfig) -> list[str]:
         flag = "4bit" if name == "four_bit" else name.replace("_", "-")
         if isinstance(getattr(default, name, None), bool):
             flags.append(f"--{flag}" if value else f"--no-{flag}")
-        elif isinstance(value, tuple):
-            flags += [f"--{flag}", *map(str, value)]
         else:
-            flags += [f"--{flag}", str(value)]
+            flags += [f"--{flag}", *map(str, value if isinstance(value, tuple) else (value,))]
     return flags

@@ -26,10 +26,10 @@ Examples:
 
 
 def run(arguments: list[str]) -> int:
-    config = parse_settings(SelectConfig, "select", arguments, HELP)
+    config = parse_settings(SelectConfig(), "select", arguments, HELP)
     pool, shots = config.problems()
     console = Terminal(stderr=True)
-    ranked = select(config, pool, shots, *open_model(config, console), console)
+    ranked = select(config, pool, shots, open_model(config, console), console)
     show_ranking(config, ranked, Terminal())
     print(config.output / SELECTION)
     return 0

@@ -17,7 +17,7 @@ Examples:
 
 
 def run(arguments: list[str]) -> int:
-    config = parse_settings(StudyConfig, "study", arguments, HELP)
+    config = parse_settings(StudyConfig(), "study", arguments, HELP)
     report = run_study(config, Terminal(stderr=True))
     console = Terminal()
     console.print(table_of(report))

@@ -23,13 +23,19 @@ def in_one_line(error: object) -> str:
 class Settings(BaseModel):
     """Base class of settings: immutable, strict about names; field docstrings are the --help."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        for field in cls.model_fields.values():  # --help would keep the source's line breaks
+            field.description = " ".join((field.description or "").split())
 
     def __init__(self, **values: Any) -> None:
         """Raises: UserError for an unknown setting, a value of the wrong kind or out of range."""
-        for name, value in values.items():
-            if has_surrogates(str(value)):
-                raise UserError(f"{name}: is not text in UTF-8")
+        if wrong := [name for name, value in values.items() if has_surrogates(str(value))]:
+            raise UserError(f"{wrong[0]}: is not text in UTF-8")
         try:
             super().__init__(**values)
         except ValidationError as error:

@@ -1,7 +1,4 @@
-"""Grading of completions: numbers are compared by value, words by their letters, other mathematics
-by math-verify. Completions are untrusted, so math-verify runs in worker processes with limits of
-time and memory.
-"""
+"""Grading of completions, which are untrusted: math-verify runs in workers with limits."""
 
 import os
 import re
@@ -179,7 +176,7 @@ class Grader(AbstractContextManager["Grader"]):
         return right
 
     def agreement(self, groups: Sequence[Sequence[str]]) -> list[tuple[int, float]]:
-        """Return per prompt the index of the first completion with the most frequent answer, and its
+        """Return per prompt the index of the first completion with the commonest answer, and its
         share. Completions without box and number are one answer, unless they are short.
         """
 

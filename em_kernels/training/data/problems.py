@@ -7,11 +7,10 @@ import random
 import re
 import urllib.parse
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from decimal import Decimal
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import yaml
 from transformers import PreTrainedTokenizerBase
@@ -30,8 +29,7 @@ QWEN25_MATH_COT = (
 Conversation: TypeAlias = list[dict[str, Any]]  # messages whose contents are text
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """A prompt, its answer if known, and how a worked example writes the answer."""
 
     prompt: str | Conversation  # A single user message is stored as its text.
@@ -89,9 +87,8 @@ def as_answer(value: Any) -> str | None:
     if isinstance(value, list):
         parts = [as_answer(part) or "" for part in value]
         return ", ".join(parts) if all(parts) else None
-    if isinstance(value, bool | dict | None) or (
-        isinstance(value, float | Decimal) and not math.isfinite(value)
-    ):
+    missing = isinstance(value, float | Decimal) and not math.isfinite(value)
+    if missing or isinstance(value, bool | dict | None):
         return None
     return str(value).split("####")[-1].strip()
 

@@ -7,7 +7,6 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 from rich.console import Console
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..console import progress_on
 from ..data.problems import Conversation
@@ -16,7 +15,7 @@ from ..out_of_memory import halve_until_it_fits
 from ..rollouts.sampling import generate
 from ..runs.records import append, read_lines
 from ..settings import UserError
-from .task import TaskSettings, token_ids
+from .task import Opened, TaskSettings, token_ids
 from .teacher_forcing import mean_entropies
 
 COMPLETIONS = "completions.jsonl"
@@ -43,13 +42,13 @@ Completer: TypeAlias = Callable[[Sequence[Key], OnDone], None]
 
 def local_completer(
     task: TaskSettings,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    opened: Opened,
     prompts: Sequence[str | Conversation],
     stream: int,
     with_entropy: bool = False,
 ) -> Completer:
     """Return a function that samples in batches of similar length, longest prompts first."""
+    model, tokenizer = opened
     prompt_ids, sampling = token_ids(task, tokenizer, model, prompts), task.sampled()
 
     def sample(keys: Sequence[Key], count: int) -> list[Completion]:

@@ -86,8 +86,7 @@ def evaluate(config: EvalConfig, console: Console, against: Path | None = None) 
     elif config.server is not None:
         name, complete = _on_server(config, config.server, prompts)
     else:
-        opened = open_model(config, console)
-        complete = local_completer(config, *opened, prompts, EVAL_STREAM)
+        complete = local_completer(config, open_model(config, console), prompts, EVAL_STREAM)
     served = name if config.server else fingerprint(config.model)
     with resumable(config.output, config, model=served, data=digest(problems, prompts)):
         write_whole(config.output / PROBLEMS, rows)
@@ -167,16 +166,11 @@ def _on_server(
     kwargs = json_object("template_kwargs", config.template_kwargs)
 
     def sample(keys: Sequence[Key], on_done: OnDone) -> None:
-        complete(
-            url,
-            name,
-            [messages[problem] for problem, _ in keys],
-            [hash((config.seed, *key, EVAL_STREAM)) for key in keys],
-            config.sampled(),
-            template_kwargs=kwargs,
-            parallel=config.parallel,
-            on_done=lambda i, text, n, ended: on_done([Completion(*keys[i], text, n, ended)]),
-        )
+        asked = [messages[problem] for problem, _ in keys]
+        seeds = [hash((config.seed, *key, EVAL_STREAM)) for key in keys]
+        options: dict[str, Any] = {"template_kwargs": kwargs, "parallel": config.parallel}
+        options["on_done"] = lambda i, *done: on_done([Completion(*keys[i], *done)])
+        complete(url, name, asked, seeds, config.sampled(), **options)
 
     return name, sample
 

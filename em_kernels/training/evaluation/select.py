@@ -9,7 +9,6 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field
 from rich.console import Console
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.grading import Grader, boxed
 from ..data.problems import Conversation, Problem
@@ -17,7 +16,7 @@ from ..models.loading import fingerprint
 from ..runs.records import resumable, write_whole
 from ..settings import UserError
 from .completions import COMPLETIONS, SELECT_STREAM, collect, local_completer
-from .task import TaskSettings, digest
+from .task import Opened, TaskSettings, digest
 
 SELECTION = "selection.jsonl"
 
@@ -68,8 +67,7 @@ def select(
     config: SelectConfig,
     pool: Sequence[Problem],
     shots: Sequence[Problem],
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    opened: Opened,
     console: Console,
 ) -> list[Candidate]:
     """Rank the pool by score, prompts of the second stage first; write selection.jsonl too."""
@@ -79,7 +77,7 @@ def select(
     if score == "variance" and unanswered:
         raise UserError(f"score: variance needs answers; {unanswered} problems lack them; use auto")
     prompts = [config.prompt(problem, shots) for problem in pool]
-    complete = local_completer(config, model, tokenizer, prompts, SELECT_STREAM, with_entropy=True)
+    complete = local_completer(config, opened, prompts, SELECT_STREAM, with_entropy=True)
     facts = {"model": fingerprint(config.model), "data": digest(pool, prompts)}
     with resumable(config.output, config, **facts), Grader() as grader:
 

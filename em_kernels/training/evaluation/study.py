@@ -6,11 +6,10 @@ import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import TrainConfig
 from ..data.problems import Problem, few_shot, texts_of
@@ -22,10 +21,8 @@ from ..trainer import train
 from .select import Candidate, SelectConfig, select
 from .statistics import percent
 from .study_analysis import ARMS, EXAMPLES, StudyConfig, analyse
-from .task import TaskSettings, digest, open_model
+from .task import Opened, TaskSettings, digest, open_model
 from .teacher_forcing import known_answers, score_answers
-
-Opened: TypeAlias = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
 def arms_of(ranked: Sequence[Candidate], size: int, seed: int) -> dict[str, list[Candidate]]:
@@ -77,7 +74,7 @@ def run_study(config: StudyConfig, console: Console) -> dict[str, Any]:
         for name in ("sampling", "template", "model", "data", "samples"):
             same[name] = getattr(config, name)
         selection = SelectConfig(**same, more=0, output=config.output / "pool")
-        ranked = select(selection, pool, shots, *opened, console)
+        ranked = select(selection, pool, shots, opened, console)
         base = study.untrained(opened, examples)
         del opened  # Training needs its memory.
         arms = arms_of(ranked, config.prompts, config.seed)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field
 from rich.console import Console
@@ -18,6 +18,8 @@ from ..models.loading import architecture, auto_dtype, load_model, open_source, 
 from ..rollouts.padding import check_cache, check_sampling
 from ..settings import Positive, Settings, UserError, json_object
 from ..task import check_context, find_device
+
+Opened: TypeAlias = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
 class TaskSettings(Settings):
@@ -101,9 +103,7 @@ def digest(problems: Sequence[Problem], prompts: Sequence[str | Conversation]) -
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
 
-def open_model(
-    config: TaskSettings, console: Console
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def open_model(config: TaskSettings, console: Console) -> Opened:
     """Load the model and check that it can be sampled and scored; UserError where it cannot."""
     device = find_device(config.device)
     dtype = auto_dtype(device.type) if config.dtype == "auto" else config.dtype

@@ -43,10 +43,9 @@ def mean_entropies(
 ) -> list[float]:
     """Return the mean entropy of each rollout's response tokens, in nats."""
     head, found = head_of(model), [0.0] * len(rollouts)
+    given: Any = {"temperature": temperature, **head.arguments()}
     for members, states in response_states(model, rollouts):
-        stats = fused_token_stats(
-            states, head.weight.detach(), temperature=temperature, **head.arguments()
-        )
+        stats = fused_token_stats(states, head.weight.detach(), **given)
         assert stats.entropy is not None
         parts = stats.entropy.split([len(rollouts[i].response_ids) for i in members])
         for i, part in zip(members, parts, strict=True):
@@ -80,10 +79,8 @@ def score_answers(
     console: Console,
     title: str = "scoring",
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Score n known answers under a model, each in one forward.
-
-    Returns: (n,) bools, True where every token is the most probable one; (temperatures, n)
-        log-probabilities of the whole answers, in nats.
+    """Return (n,) bools, True where each token of a known answer is the most probable one, and
+    (temperatures, n) log-probabilities of the answers, in nats.
     """
     head, longest = head_of(model), max(map(len, rollouts))
     check_context(model.config, longest, 0, "data: a problem with its answer has", "leave it out")

@@ -116,9 +116,8 @@ def density(before: Measures, after: Measures, texts: str, png: Path) -> Markup:
     x = LOW + width * (torch.arange(BINS)[part] + 0.5)
     title = f"Raw logits, {texts}"
     axes = Figure().add_subplot(title=title, xlabel="logit, temperature 1", ylabel="density")
-    for name, share, colour, dash in zip(
-        ("base", "trained"), shares, COLOURS[:2], DASHES[:2], strict=True
-    ):
+    names = ("base", "trained")
+    for name, share, colour, dash in zip(names, shares, COLOURS, DASHES, strict=False):
         y = share[part] / width
         axes.fill_between(x, y, step="mid", color=colour, alpha=0.2, linewidth=0)
         axes.plot(x, y, dash, color=colour, drawstyle="steps-mid", label=name)

@@ -17,10 +17,8 @@ PLAIN = (int, float, str)
 
 
 class Tracking(AbstractContextManager["Tracking"]):
-    """A context in which a run's metrics are logged to the tracker config.report_to, if any.
-
-    Files are in the run's folder, in tensorboard/ or wandb/; Trackio keeps all runs in TRACKIO_DIR.
-    A resumed run continues the same log, and an update that is trained again is not logged twice.
+    """A context in which metrics are logged to config.report_to, if any, in a folder of the run's
+    (Trackio: in TRACKIO_DIR). A resumed run continues the same log, and repeats no update.
     """
 
     def __init__(self, config: TrainConfig, console: Console) -> None:
