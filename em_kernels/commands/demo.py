@@ -51,9 +51,7 @@ def run(arguments: list[str]) -> int:
 
 
 def run_demo(seed: int, output: Path, console: Console) -> str:
-    """Select a prompt, train on it, evaluate before and after, write a report; return what the
-    numbers show, in words. Called again, it continues a demo that was stopped.
-    """
+    """Run the demo's commands, or go on with a stopped demo; return what the numbers show."""
 
     def execute(command: ModuleType, text: str, *folders: object) -> None:
         name = command.__name__.rpartition(".")[2]

@@ -137,16 +137,11 @@ def read_problems(
     *,
     subset: str | None = None,
     split: str = "test",
-    count: int | None,
-    more: int = 0,
+    count: int | None,  # None: all, or 1000 of a generator
+    more: int = 0,  # problems beyond those, for worked examples and to skip
     seed: int = 0,
 ) -> list[Problem]:
-    """Return problems of a file, "addition", "gym:NAME" (reasoning-gym) or a dataset of the hub.
-
-    Args:
-        count: None: all, or 1000 of a generator.
-        more: problems beyond those, for worked examples and to skip.
-    """
+    """Return problems of a file, "addition", "gym:NAME" (reasoning-gym) or a dataset of the hub."""
     generated = source == "addition" or source.startswith("gym:")
     if generated or count is not None:
         count = (count or 1000) + more
@@ -155,9 +150,8 @@ def read_problems(
         pairs = [(a, b) for a in range(10, 100) for b in range(10, 100)]
         pairs = [pair for pair in pairs if pair not in ADDITION_SHOTS]
         pairs = [*ADDITION_SHOTS, *rng.sample(pairs, len(pairs))]
-        found = [
-            Problem(f"What is {a} + {b}?", f"{a + b}", f"{a} + {b} = {a + b}") for a, b in pairs
-        ]
+        sums = [(f"{a} + {b}", str(a + b)) for a, b in pairs]
+        found = [Problem(f"What is {task}?", total, f"{task} = {total}") for task, total in sums]
     elif generated:
         assert count is not None
         found = _gym(source.removeprefix("gym:"), count, seed)

@@ -49,7 +49,7 @@ def local_completer(
 ) -> Completer:
     """Return a function that samples in batches of similar length, longest prompts first."""
     model, tokenizer = opened
-    prompt_ids, sampling = token_ids(task, tokenizer, model, prompts), task.sampled()
+    prompt_ids, sampling = token_ids(task, opened, prompts), task.sampled()
 
     def sample(keys: Sequence[Key], count: int) -> list[Completion]:
         keys = keys[:count]
@@ -88,9 +88,8 @@ def collect(
     complete: Completer, keys: Sequence[Key], path: Path, console: Console, title: str
 ) -> dict[Key, Completion]:
     """Return a completion for every key: those in the file, and new ones, which are added to it."""
-    found = {
-        (row["problem"], row["sample"]): Completion(**row) for row in read_lines(path, "problem")
-    }
+    rows = [Completion(**row) for row in read_lines(path, "problem")]
+    found = {row[:2]: row for row in rows}
     missing = [key for key in keys if key not in found]
     with progress_on(console) as progress, doing(title):
         bar = progress.add_task(title, total=len(keys), completed=len(keys) - len(missing))

@@ -94,9 +94,8 @@ def select(
                 agreed = grader.agreement(texts)
                 right = grader.grade([(c.text, pool[c.problem].answer) for c in kept.values()])
             found = []
-            for n, (i, group, (majority, share)) in enumerate(
-                zip(indices, groups, agreed, strict=True)
-            ):
+            for n, (i, group) in enumerate(zip(indices, groups, strict=True)):
+                majority, share = agreed[n]
                 verdicts = right[n * samples :][:samples]
                 known, voted = pool[i].answer is not None, texts[n][majority] != ""
                 candidate = Candidate(

@@ -68,16 +68,14 @@ class TaskSettings(Settings):
         if not self.data:
             raise UserError("data: missing; name a file, a dataset, addition or gym:TASK")
         shots = self.shots if self.template == "few-shot" else 0
-        start, same = (
-            shots + self.skip,
-            self.model_dump(include={"subset", "split", "count", "seed"}),
-        )
+        start = shots + self.skip
+        same = self.model_dump(include={"subset", "split", "count", "seed"})
         found = read_problems(self.data, more=start, **same)
         if len(found) <= start:
-            left = f"{shots} worked examples and {self.skip} skipped leave none"
-            raise UserError(
-                f"data: {self.data} has {len(found)} problems; {left}; lower skip or shots"
+            why = (
+                f"{len(found)} problems; {shots} worked examples and {self.skip} skipped leave none"
             )
+            raise UserError(f"data: {self.data} has {why}; lower skip or shots")
         return found[start:], found[:shots]
 
     def prompt(self, problem: Problem, shots: Sequence[Problem]) -> str | Conversation:
@@ -125,12 +123,10 @@ def open_model(config: TaskSettings, console: Console) -> Opened:
 
 
 def token_ids(
-    config: TaskSettings,
-    tokenizer: PreTrainedTokenizerBase,
-    model: PreTrainedModel,
-    texts: Sequence[str | Conversation],
+    config: TaskSettings, opened: Opened, texts: Sequence[str | Conversation]
 ) -> list[list[int]]:
     """Tokenize prompts, checked against the model's context length."""
+    model, tokenizer = opened
     kwargs = json_object("template_kwargs", config.template_kwargs)
     found = [encode(tokenizer, text, config.template == "chat", kwargs) for text in texts]
     longest, new = max(found, key=len), config.sampling.max_new_tokens

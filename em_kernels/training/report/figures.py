@@ -85,8 +85,7 @@ def curves(
     for key, (title, unit, factor, least) in CURVES.items():
         axes, told = Figure().add_subplot(title=title, xlabel="update", ylabel=unit), list[str]()
         for number, (name, rows) in enumerate(zip(names, metrics, strict=True)):
-            rows = [row for row in rows if row.get(key) is not None]
-            if not rows:
+            if not (rows := [row for row in rows if row.get(key) is not None]):
                 continue
             x, y = [row["update"] for row in rows], [factor * row[key] for row in rows]
             told.append(f"{name} {', '.join(f'{value:.3g}' for value in y)}")

@@ -222,11 +222,7 @@ def part_of(run: Run, number: int, shown: int, moved: Shift | None, plots: Path)
 def write_report(
     runs: Sequence[Path], output: Path, console: Console | None = None, models: bool = True
 ) -> Path:
-    """Write one self-contained HTML page, and its plots as PNGs in a folder beside it.
-
-    Args:
-        models: load base and trained models, one at a time, for what needs them.
-    """
+    """Write one self-contained HTML page, from the runs' `models` too; plots as PNGs beside it."""
     console = console or Terminal(stderr=True)
     names = [run.resolve().name for run in runs]
     names = [n if names.count(n) == 1 else str(r) for n, r in zip(names, runs, strict=True)]

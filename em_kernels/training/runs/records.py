@@ -55,10 +55,7 @@ def write_config(run: Path, config: Settings) -> None:
 
 @contextmanager
 def resumable(output: Path, config: Settings, **facts: str) -> Iterator[None]:
-    """A context of a command that works in a new folder, or goes on in that of a stopped one.
-
-    `facts` are what settings stood for (a model's fingerprint, say); they must be as before.
-    """
+    """A context of work in a new folder, or in that of a stopped one, given the same `facts`."""
     if not (output / CONFIG).exists():
         check_output(output, "choose another")
     with Running(output):
