@@ -78,9 +78,6 @@ def _dispatch(argv: list[str]) -> int:
         if name != "info":  # It works without the extras that the other commands need.
             from transformers.utils.logging import disable_progress_bar
 
-            from .training.models.demo_model import DemoModelError
-            from .training.settings import UserError, in_one_line
-
             disable_progress_bar()
             logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # It warns without a GPU.
         command = importlib.import_module(f"em_kernels.commands.{name.replace('-', '_')}")
@@ -96,6 +93,9 @@ def _dispatch(argv: list[str]) -> int:
     except Exception as error:
         if name == "info" or _is_stream_error(error):
             raise
+        from .training.models.demo_model import DemoModelError
+        from .training.settings import UserError, in_one_line
+
         text, debug = str(error), "--debug" in argv
         if not (expected := isinstance(error, (UserError, DemoModelError))):
             doing = getattr(error, "doing", name)

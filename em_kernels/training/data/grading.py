@@ -152,13 +152,12 @@ class Grader(AbstractContextManager["Grader"]):
     def grade(
         self,
         pairs: Sequence[tuple[str, str | None]],
-        on_done: Callable[[int], None] | None = None,
+        on_done: Callable[[int], object] = lambda count: None,
     ) -> list[bool]:
         """Grade (completion, answer) pairs; on_done is called with the number just graded.
 
         Without an answer, or where a worker dies or takes too long, a completion is wrong.
         """
-        done = on_done or (lambda count: None)
         right = [False] * len(pairs)
         hard: dict[tuple[_Answer, ...], list[int]] = {}
         for i, (text, answer) in enumerate(pairs):
@@ -168,11 +167,11 @@ class Grader(AbstractContextManager["Grader"]):
                 hard.setdefault((known, found), []).append(i)
             else:
                 right[i] = same
-                done(1)
+                on_done(1)
         for pair, first in self._ask(list(hard)):
             for i in hard[pair]:
                 right[i] = first == [0, 0]
-            done(len(hard[pair]))
+            on_done(len(hard[pair]))
         return right
 
     def agreement(self, groups: Sequence[Sequence[str]]) -> list[tuple[int, float]]:

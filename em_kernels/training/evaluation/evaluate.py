@@ -129,8 +129,7 @@ def read_results(folder: Path, setting: str = "against") -> dict[str, Any]:
 def compare(before: Path, after: Path) -> str:
     """Say how two evaluations of the same problems differ, by McNemar's exact test."""
     results = read_results(after)
-    problems = (after / PROBLEMS).read_text(encoding="utf-8")
-    _check_comparable(before, results["samples"], problems)
+    _check_comparable(before, results["samples"], (after / PROBLEMS).read_text("utf-8"))
     base, now = (np.array(found["right"])[:, 0] for found in (read_results(before), results))
     settings = [yaml.safe_load((folder / CONFIG).read_text("utf-8")) for folder in (before, after)]
     other = differing(*settings, ignored=MAY_DIFFER)

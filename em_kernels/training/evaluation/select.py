@@ -71,11 +71,11 @@ def select(
     console: Console,
 ) -> list[Candidate]:
     """Rank the pool by score, prompts of the second stage first; write selection.jsonl too."""
-    score, unanswered = config.score, sum(problem.answer is None for problem in pool)
+    score, lacking = config.score, sum(problem.answer is None for problem in pool)
     if score == "auto":
-        score = "disagreement" if unanswered else "variance"
-    if score == "variance" and unanswered:
-        raise UserError(f"score: variance needs answers; {unanswered} problems lack them; use auto")
+        score = "disagreement" if lacking else "variance"
+    if score == "variance" and lacking:
+        raise UserError(f"score: variance needs answers, which {lacking} problems lack; use auto")
     prompts = [config.prompt(problem, shots) for problem in pool]
     complete = local_completer(config, opened, prompts, SELECT_STREAM, with_entropy=True)
     facts = {"model": fingerprint(config.model), "data": digest(pool, prompts)}

@@ -1,15 +1,13 @@
 """95 % intervals, paired tests and pass@k of right and wrong answers."""
 
 from collections.abc import Sequence
-from functools import partial
 from math import ceil, comb, floor
 
 import numpy as np
 from scipy.stats import binomtest, bootstrap, norm
 from scipy.stats import t as student
 
-RESAMPLES = 2000
-RESAMPLES_OF_PROMPTS = 4000
+RESAMPLES, RESAMPLES_OF_PROMPTS = 2000, 4000
 
 
 def wilson(right: np.ndarray) -> tuple[float, float]:
@@ -24,9 +22,8 @@ def mean_interval(values: np.ndarray) -> tuple[float, float]:
     if np.ptp(values) == 0 and 0 <= values[0] <= 1:
         fewest, most = (np.arange(values.size) < count(values.sum()) for count in (floor, ceil))
         return wilson(fewest)[0], wilson(most)[1]
-    draw = partial(bootstrap, n_resamples=RESAMPLES, method="percentile", rng=0)
-    interval = draw((values,), np.mean).confidence_interval
-    return float(interval.low), float(interval.high)
+    found = bootstrap((values,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=0)
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
 def mean_over_prompts(change: np.ndarray, rng: np.random.Generator) -> tuple[float, float, float]:

@@ -67,11 +67,10 @@ def plot(axes: Axes, described: str, png: Path) -> Markup:
         metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(text, format="svg", metadata=metadata)
     svg = text.getvalue()
-    size = re.search(r'viewBox="[^"]*"', svg)
-    assert size is not None
+    (size,) = re.findall(r'viewBox="[^"]*"', svg)[:1]
     svg = re.sub(r"<!--.*?-->|<defs>\s*<style.*?</defs>", "", svg[svg.index("<svg") :], flags=re.S)
     label = escape(f"{axes.get_title(loc='left')}: {described}")
-    svg = f'<svg {size[0]} role="img" aria-label="{label}">{svg[svg.index(">") + 1 :]}'
+    svg = f'<svg {size} role="img" aria-label="{label}">{svg[svg.index(">") + 1 :]}'
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\1{png.stem}-", svg).replace("xlink:href", "href")
     return Markup(svg.replace(INK, "currentColor").strip())
 

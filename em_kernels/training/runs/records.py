@@ -42,14 +42,12 @@ def write_whole(path: Path, text: str) -> None:
             partial.write_text(text, encoding="utf-8")
             sync(partial)
             partial.replace(path)
-    except UserError:
+    finally:
         with suppress(OSError):
             partial.unlink()
-        raise
 
 
 def write_config(run: Path, config: Settings) -> None:
-    """Write the settings to the run's config.yaml."""
     write_whole(run / CONFIG, config.to_yaml())
 
 

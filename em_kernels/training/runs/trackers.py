@@ -13,8 +13,6 @@ from rich.console import Console
 from ..config import TrainConfig
 from ..settings import UserError, in_one_line
 
-PLAIN = (int, float, str)
-
 
 class Tracking(AbstractContextManager["Tracking"]):
     """A context in which metrics are logged to config.report_to, if any, in a folder of the run's
@@ -36,8 +34,8 @@ class Tracking(AbstractContextManager["Tracking"]):
         name, output, self.done = self.config.report_to, self.config.output, done
         if name == "none":
             return
-        settings = self.config.flat()
-        settings |= {k: json.dumps(v) for k, v in settings.items() if not isinstance(v, PLAIN)}
+        settings, plain = self.config.flat(), (int, float, str)
+        settings |= {k: json.dumps(v) for k, v in settings.items() if not isinstance(v, plain)}
         # TensorBoard would list the settings of a resumed run twice.
         listed = name == "tensorboard" and (output / name).exists()
         common = {"run_name": "em-kernels", "resume": "allow"}
@@ -58,7 +56,6 @@ class Tracking(AbstractContextManager["Tracking"]):
         self.tracker = tracker
 
     def log(self, row: dict[str, Any]) -> None:
-        """Log the metrics of an update."""
         numbers = {k: v for k, v in row.items() if isinstance(v, (int, float)) and k != "update"}
         if row["update"] > self.done:
             self._or_give_up(lambda tracker: tracker.log(numbers, step=row["update"]))
