@@ -21,7 +21,7 @@ import em_kernels
 from benchmarks import store, tables
 from benchmarks.loops import by_hand, ours
 from benchmarks.store import BenchError
-from em_kernels.training.presets import preset
+from em_kernels.training.config import preset
 
 OURS, OFFICIAL = "ours-fp32", "official"
 PROGRAMS = {

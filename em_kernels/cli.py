@@ -61,6 +61,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _dispatch(argv: list[str]) -> int:
+    """Run a command; print an error as one line, after the traceback with --debug."""
     arguments = [argument for argument in argv if argument != "--debug"]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
@@ -74,7 +75,13 @@ def _dispatch(argv: list[str]) -> int:
         print(f"em-kernels: error: unknown command {name!r}\n\n{USAGE}", file=sys.stderr)
         return 2
     try:
-        return _run(name, arguments, debug="--debug" in argv)
+        if name != "info":  # It works without the extras that the other commands need.
+            from transformers.utils.logging import disable_progress_bar
+
+            disable_progress_bar()
+            logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # It warns without a GPU.
+        command = importlib.import_module(f"em_kernels.commands.{name.replace('-', '_')}")
+        return command.run(arguments)
     except ModuleNotFoundError as error:
         remedy = "pip install 'em-kernels[train,eval,gym]'"
         print(f"em-kernels {name}: error: {error.name} is not installed; {remedy}", file=sys.stderr)
@@ -83,29 +90,14 @@ def _dispatch(argv: list[str]) -> int:
         if RANK == "0":
             print(f"em-kernels {name}: {str(error) or 'interrupted'}", file=sys.stderr)
         return 130
-
-
-def _run(name: str, arguments: list[str], debug: bool) -> int:
-    """Run a command; print an error as one line, after the traceback with --debug."""
-    module = f"em_kernels.commands.{name.replace('-', '_')}"
-    if name == "info":  # It works without the extras that the other commands need.
-        return importlib.import_module(module).run(arguments)
-    from transformers.utils.logging import disable_progress_bar
-
-    from .training.models.demo_model import DemoModelError
-    from .training.settings import UserError, in_one_line
-
-    disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # It warns where there is no GPU.
-    try:
-        return importlib.import_module(module).run(arguments)
-    except ModuleNotFoundError:
-        raise
     except Exception as error:
-        if _is_stream_error(error):
+        if name == "info" or _is_stream_error(error):
             raise
-        text, expected = str(error), isinstance(error, (UserError, DemoModelError))
-        if not expected:
+        from .training.models.demo_model import DemoModelError
+        from .training.settings import UserError, in_one_line
+
+        text, debug = str(error), "--debug" in argv
+        if not (expected := isinstance(error, (UserError, DemoModelError))):
             doing = getattr(error, "doing", name)
             text = f"{doing}: {type(error).__name__}: {in_one_line(error)[:300]}"
             text += "" if debug else "; --debug shows where"

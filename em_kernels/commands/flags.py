@@ -6,8 +6,7 @@ from typing import TypeVar
 
 import tyro
 
-from ..training.config import TrainConfig, read_yaml
-from ..training.presets import preset
+from ..training.config import TrainConfig, preset, read_yaml
 from ..training.run_folder import CONFIG
 from ..training.settings import Settings, UserError
 
@@ -22,15 +21,11 @@ SOURCES = f"""--preset NAME starts from a preset; flags override it:
 
 
 def train_settings(command: str, arguments: list[str], examples: str) -> tuple[TrainConfig, bool]:
-    """Parse flags on top of --resume RUN, --config FILE or --preset NAME.
-
-    Returns: the settings, and True if a run is to be resumed.
-    """
-    parser = argparse.ArgumentParser(
-        prog=f"em-kernels {command}", add_help=False, allow_abbrev=False
-    )
+    """Return settings from flags on top of --resume, --config or --preset; and True to resume."""
+    prog = f"em-kernels {command}"
+    parser = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
     sources = parser.add_mutually_exclusive_group()
-    sources.add_argument("--preset")
+    sources.add_argument("--preset", default="one-shot-em")
     sources.add_argument("--config", type=Path)
     if command == "train":
         sources.add_argument("--resume", type=Path)
@@ -38,32 +33,27 @@ def train_settings(command: str, arguments: list[str], examples: str) -> tuple[T
     run = getattr(known, "resume", None)
     if run is not None and not (run / CONFIG).exists():
         raise UserError(f"resume: {run} is not the folder of a run: it has no {CONFIG}")
-    default = TrainConfig()
     if run is not None:
         default = read_yaml(run / CONFIG).model_copy(update={"output": run})
-    elif known.config is not None:
-        default = read_yaml(known.config)
-    elif known.preset is not None:
-        default = preset(known.preset)
+    else:
+        default = preset(known.preset) if known.config is None else read_yaml(known.config)
     # A prompt given by flag replaces the prompt of the source, be it a text or a file.
     given = {argument.split("=")[0].replace("_", "-") for argument in rest}
     if "--prompt-from" in given and "--prompt" not in given:
         default = default.model_copy(update={"prompt": None, "answer": None})
     if "--prompt" in given and "--prompt-from" not in given:
         default = default.model_copy(update={"prompt_from": None, "answer": None})
-    return parse_settings(TrainConfig, command, rest, SOURCES + examples, default), run is not None
+    return parse_settings(default, command, rest, SOURCES + examples), run is not None
 
 
-def parse_settings(
-    kind: type[T], command: str, arguments: list[str], text: str, default: T | None = None
-) -> T:
+def parse_settings(default: T, command: str, arguments: list[str], text: str) -> T:
     """Parse a command's flags; --help shows `text` and explains each setting."""
     return tyro.cli(
-        tyro.conf.OmitArgPrefixes[kind],  # type: ignore[valid-type, misc]
+        tyro.conf.OmitArgPrefixes[type(default)],  # type: ignore[misc]
         args=arguments,
-        default=default or kind(),
+        default=default,
         prog=f"em-kernels {command}",
-        description=f"{' '.join((kind.__doc__ or '').split())}\n\n{text}",
+        description=f"{' '.join((default.__doc__ or '').split())}\n\n{text}",
     )
 
 
@@ -72,13 +62,11 @@ def as_flags(config: TrainConfig) -> list[str]:
     default = TrainConfig()
     changed = {n: v for n, v in config if n != "sampling" and v != getattr(default, n)}
     changed |= {n: v for n, v in config.sampling if v != getattr(default.sampling, n)}
-    flags: list[str] = []
+    flags = []
     for name, value in changed.items():
         flag = "4bit" if name == "four_bit" else name.replace("_", "-")
         if isinstance(getattr(default, name, None), bool):
             flags.append(f"--{flag}" if value else f"--no-{flag}")
-        elif isinstance(value, tuple):
-            flags += [f"--{flag}", *map(str, value)]
         else:
-            flags += [f"--{flag}", str(value)]
+            flags += [f"--{flag}", *map(str, value if isinstance(value, tuple) else (value,))]
     return flags

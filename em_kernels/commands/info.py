@@ -16,11 +16,8 @@ OPTIONAL = ("accelerate", "flash-attn", "vllm", "deepspeed", "bitsandbytes")
 
 
 def run(arguments: list[str]) -> int:
-    """Print versions, device, row kernels in use, optional packages."""
-    argparse.ArgumentParser(
-        prog="em-kernels info",
-        description="Versions, device, row kernels in use, optional packages.",
-    ).parse_args(arguments)
+    about = "Versions, device, row kernels in use, optional packages."
+    argparse.ArgumentParser(prog="em-kernels info", description=about).parse_args(arguments)
 
     def installed(package: str) -> str:
         try:
@@ -48,9 +45,7 @@ def run(arguments: list[str]) -> int:
     width = max(len(name) for name, _ in rows)
     print("\n".join(f"{name:<{width}}  {text}" for name, text in rows))
     if not cpu.is_built():
-        print(
-            f"em_kernels._C is not built, or does not load ({cpu.WHY_NOT}): the CPU uses the "
-            "slower portable row kernels. Build it with `make build`, or `python setup.py "
-            "build_ext --inplace`."
-        )
+        why = f"em_kernels._C is not built, or does not load ({cpu.WHY_NOT})"
+        build = "Build it with `make build`, or `python setup.py build_ext --inplace`."
+        print(f"{why}: the CPU uses the slower portable row kernels. {build}")
     return 0

@@ -7,7 +7,6 @@ from ..training.runs.merge import merge
 
 
 def run(arguments: list[str]) -> int:
-    """Merge, and print the new folder."""
     parser = argparse.ArgumentParser(
         prog="em-kernels merge",
         description="Add a LoRA run's adapters to the base model's weights, layer by layer in "

@@ -8,7 +8,6 @@ from ..training.run_folder import REPORT
 
 
 def run(arguments: list[str]) -> int:
-    """Write the page, and print its path."""
     parser = argparse.ArgumentParser(
         prog="em-kernels report",
         description="Write one self-contained HTML page about runs of em-kernels train: what "
@@ -22,8 +21,8 @@ def run(arguments: list[str]) -> int:
     default = f"the page; default: RUN/{REPORT}, or {REPORT} for several runs"
     parser.add_argument("--output", type=Path, metavar="FILE", help=default)
     fast = "load no model and show only what the runs recorded; takes seconds"
-    parser.add_argument("--no-models", action="store_true", help=fast)
+    parser.add_argument("--no-models", dest="models", action="store_false", help=fast)
     known = parser.parse_args(arguments)
     usual = known.runs[0] / REPORT if len(known.runs) == 1 else Path(REPORT)
-    print(write_report(known.runs, known.output or usual, models=not known.no_models))
+    print(write_report(known.runs, known.output or usual, models=known.models))
     return 0

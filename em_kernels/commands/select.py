@@ -26,11 +26,10 @@ Examples:
 
 
 def run(arguments: list[str]) -> int:
-    """Rank the prompts, write the ranking, show the best."""
-    config = parse_settings(SelectConfig, "select", arguments, HELP)
+    config = parse_settings(SelectConfig(), "select", arguments, HELP)
     pool, shots = config.problems()
     console = Terminal(stderr=True)
-    ranked = select(config, pool, shots, *open_model(config, console), console)
+    ranked = select(config, pool, shots, open_model(config, console), console)
     show_ranking(config, ranked, Terminal())
     print(config.output / SELECTION)
     return 0
@@ -38,14 +37,13 @@ def run(arguments: list[str]) -> int:
 
 def show_ranking(config: SelectConfig, ranked: Sequence[Candidate], console: Console) -> None:
     """Print the best prompts, and the command that trains on the first."""
-    shown = ranked[:SHOWN]
-    title = f"The first {len(shown)} of {len(ranked)}"
+    title = f"The first {min(SHOWN, len(ranked))} of {len(ranked)}"
     table = Table(box=SIMPLE_HEAD, pad_edge=False, title=title)
     table.add_column("row", justify="right", min_width=3)
     table.add_column("the prompt's end", no_wrap=True)
     for name in ("right", "disagree", "entropy", "samples"):
         table.add_column(name, justify="right", no_wrap=True)
-    for row, c in enumerate(shown):
+    for row, c in enumerate(ranked[:SHOWN]):
         end = " ".join(texts_of(c.prompt)[-1].split())[-32:]
         right = "-" if c.pass_rate is None else f"{c.pass_rate:.0%}"
         cells = (right, f"{c.disagreement:.0%}", f"{c.entropy:.3f}", str(c.samples))

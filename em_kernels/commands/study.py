@@ -2,8 +2,7 @@
 
 from ..training.console import Terminal
 from ..training.evaluation.study import run_study
-from ..training.evaluation.study_analysis import table_of
-from ..training.evaluation.study_config import StudyConfig
+from ..training.evaluation.study_analysis import StudyConfig, table_of
 from .flags import parse_settings
 
 HELP = """Three arms of prompts from one pool: those whose correctness varies most, random ones, and
@@ -18,8 +17,7 @@ Examples:
 
 
 def run(arguments: list[str]) -> int:
-    """Run the study; print its table, conclusions and file."""
-    config = parse_settings(StudyConfig, "study", arguments, HELP)
+    config = parse_settings(StudyConfig(), "study", arguments, HELP)
     report = run_study(config, Terminal(stderr=True))
     console = Terminal()
     console.print(table_of(report))

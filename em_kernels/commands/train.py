@@ -17,7 +17,6 @@ Examples:
 
 
 def run(arguments: list[str]) -> int:
-    """Train, and print the last checkpoint."""
     config, resume = train_settings("train", arguments, HELP)
     result = train(config, console=Terminal(stderr=True), resume=resume)
     if RANK == "0":

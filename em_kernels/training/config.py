@@ -1,17 +1,19 @@
-"""Settings of sampling and of a training run, with defaults (the paper's) and ranges."""
+"""Settings of sampling and of a training run: defaults (the paper's), ranges, presets."""
 
 import os
 from collections.abc import Set
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import yaml
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 from tyro.conf import arg
 
-from .settings import Auto, Positive, Settings, UserError, read_settings
+from .settings import Auto, Positive, Settings, UserError, in_one_line
 
 Precision = Literal["auto", "fp32", "bf16"]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
 FULL_LR, LORA_LR = 2e-5, 2e-4
 
 
@@ -80,20 +82,17 @@ class TrainConfig(Settings):
     """Divide the logits by this in the loss; default: the sampling temperature (1 if that is 0)."""
     lr: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Learning rate, constant; default: 2e-5, or 2e-4 with LoRA."""
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
-        0.9,
-        0.999,
-    )
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     """AdamW's beta1 and beta2."""
     eps: Annotated[float, Field(ge=1e-30)] = 1e-8
     """AdamW's epsilon."""
-    weight_decay: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    weight_decay: BelowOne = 0.01
     """AdamW's decoupled weight decay."""
     clip: Annotated[float, Field(gt=0)] = 1.0
     """Scale gradients down to this global norm when they exceed it."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 15
     """Random seed: completion i of update u depends on (seed, u, i) only."""
-    stop_below: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    stop_below: BelowOne = 0.0
     """Stop early once the entropy falls below this fraction of its first value; 0: never."""
     stop_repetition: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Stop early once more than this fraction of a completion's 4-grams are repeats; 1: never."""
@@ -163,7 +162,7 @@ class TrainConfig(Settings):
     """Recompute activations in the backward: less memory, about a third more time. auto: only if
     memory is short.
     """
-    grad_tolerance: Annotated[float, Field(ge=0, lt=1)] = 2**-9
+    grad_tolerance: BelowOne = 2**-9
     """Fraction of the logits' gradient (its sum of magnitudes) that the head's backward may skip to
     save work; 0: exact. The default, 2^-9, is bf16's rounding error.
     """
@@ -192,10 +191,9 @@ class TrainConfig(Settings):
 
     def located(self) -> "TrainConfig":
         """Return a copy with absolute paths, which are right from any working directory."""
-        names = ("prompt_from", "rollouts_from", "offload_dir")
-        paths = {name: value for name in names if (value := getattr(self, name)) is not None}
-        update: dict[str, Any] = {n: Path(os.path.abspath(path)) for n, path in paths.items()}
-        if self.model and os.path.isdir(self.model):  # Hub ids stay as they are.
+        paths = self.model_dump(include={"prompt_from", "rollouts_from", "offload_dir"})
+        update: dict[str, Any] = {n: Path(os.path.abspath(p)) for n, p in paths.items() if p}
+        if os.path.isdir(self.model):  # Hub ids stay as they are.
             update["model"] = os.path.abspath(self.model)
         return self.model_copy(update=update)
 
@@ -210,10 +208,8 @@ class TrainConfig(Settings):
         if self.answer is not None and self.prompt_from is not None:
             raise UserError("answer: goes with a prompt given as text; a file's rows have answers")
         if self.prompt_from is not None and len(self.prompt_rows) > self.rollouts:
-            raise UserError(
-                f"rollouts: {self.rollouts} are fewer than {len(self.prompt_rows)} prompt_rows; "
-                "give at least one for each"
-            )
+            few = f"{self.rollouts} are fewer than {len(self.prompt_rows)} prompt_rows"
+            raise UserError(f"rollouts: {few}; give at least one for each")
         if self.four_bit and self.mode not in ("auto", "lora"):
             raise UserError(f"4bit: goes with mode lora; mode {self.mode} trains the whole weights")
         if self.offload_dir is not None and self.mode not in ("auto", "offload"):
@@ -223,5 +219,52 @@ class TrainConfig(Settings):
 
 
 def read_yaml(path: Path) -> TrainConfig:
-    """Read training settings from a YAML file, such as a run's config.yaml."""
-    return read_settings(TrainConfig, path)
+    """Read settings from a YAML file; UserError where that cannot be done, or they are refused."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config: cannot read {path}: {error}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"config: {path} is not YAML: {in_one_line(error)}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"config: {path} must hold lines of `setting: value`")
+    try:
+        return TrainConfig(**values)
+    except UserError as error:
+        raise UserError(f"config: {path}: {error}") from None
+    except TypeError as error:
+        raise UserError(f"config: {path}: names of settings must be text") from error
+
+
+ADDITION_SHOTS = ((12, 7), (23, 45))
+DEMO_SHOTS = "".join(
+    f"Q: What is {a} + {b}?\nA: {a} + {b} = {a + b}\n\n" for a, b in ADDITION_SHOTS
+)
+PRESETS: dict[str, dict[str, Any]] = {
+    "one-shot-em": {},
+    # The official train.py runs 8 GPUs that sample the same 8 completions each; its "step" is a
+    # micro-batch of 2 completions.
+    "official": {"rollouts": 8, "steps": 2, "micro_batch_rows": 2, "official_loss": True},
+    "demo": {
+        "model": "demo",
+        "prompt": f"{DEMO_SHOTS}Q: What is 38 + 45?\nA:",
+        "answer": "83",
+        "chat_template": False,
+        "output": "runs/demo-train",
+        "rollouts": 32,
+        "steps": 5,
+        "lr": 5e-6,
+        "stop_below": 0.1,
+        "save_at": (),
+        "sampling": Sampling(
+            temperature=1, top_k=0, top_p=1, repetition_penalty=1, max_new_tokens=24, stop=("\n",)
+        ),
+    },
+}
+
+
+def preset(name: str) -> TrainConfig:
+    """Return the settings of a preset; those it leaves out have their defaults (the paper's)."""
+    if name not in PRESETS:
+        raise UserError(f"preset: {name!r} is unknown; choose one of {', '.join(PRESETS)}")
+    return TrainConfig(**PRESETS[name])

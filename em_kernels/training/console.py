@@ -19,15 +19,9 @@ class Terminal(Console):
 
 def progress_on(console: Console) -> Progress:
     """Return a transient progress bar; it stays hidden unless the console is a terminal."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total}"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
+    title, done = TextColumn("{task.description}"), TextColumn("{task.completed}/{task.total}")
+    columns = (title, BarColumn(), done, TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def update_line(row: dict[str, Any], steps: int) -> str:

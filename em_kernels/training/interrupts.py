@@ -14,18 +14,16 @@ class Interrupted(KeyboardInterrupt):
 class StopRequest:
     """A context that defers the first Ctrl-C or SIGTERM to the next check(); a second acts at once.
 
-    Args:
-        patient: defer all. Under a launcher one Ctrl-C arrives twice: from the terminal, and
-            forwarded by the launcher.
+    A patient one defers all: under a launcher one Ctrl-C arrives twice, from the terminal too.
     """
 
     def __init__(self, patient: bool = False) -> None:
-        self.requested, self.patient = False, patient
+        self.requested, self.patient = 0, patient
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested and not self.patient:
             raise KeyboardInterrupt
-        self.requested = True
+        self.requested = number
 
     def __enter__(self) -> "StopRequest":
         in_main_thread = threading.current_thread() is threading.main_thread()
@@ -35,7 +33,7 @@ class StopRequest:
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self.previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)  # None: not set by Python
 
     def check(self) -> None:
         """Raise Interrupted if a stop was requested."""
@@ -45,9 +43,7 @@ class StopRequest:
 
 @contextmanager
 def doing(what: str) -> Iterator[None]:
-    """Label unexpected exceptions with what was being done, for cli.py's message; when nested, the
-    innermost label counts.
-    """
+    """Label unexpected exceptions for cli.py with what was being done; the innermost counts."""
     try:
         yield
     except Exception as error:

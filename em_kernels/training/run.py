@@ -27,7 +27,7 @@ from .out_of_memory import halve_until_it_fits, is_out_of_memory
 from .planning.components import CONTEXT_BYTES
 from .planning.plan import Plan, cheaper
 from .rollouts.sampling import Rollout, generate
-from .run_folder import METRICS, ROLLOUTS, checkpoint_folder
+from .run_folder import METRICS, ROLLOUTS, checkpoint_folder, update_of
 from .runs import records
 from .runs.checkpoint import defining_settings, newest_state, read_state, save_checkpoint
 from .settings import UserError
@@ -138,13 +138,12 @@ class Run:
         completions = self._completions_in(output)
         metrics = records.read_metrics(output)[: len(completions)]
         state, refused = newest_state(output, self._defining())
-        if state is not None and state.update > len(metrics):
-            why = "records before it are missing"
-            refused.append(f"{state.checkpoint} cannot be resumed from: {why}")
+        if state is not None and update_of(state) > len(metrics):
+            refused.append(f"{state} cannot be resumed from: records before it are missing")
             state = None
         for line in refused:
             self.console.print(line, markup=False, soft_wrap=True)
-        update, checkpoint = (0, None) if state is None else (state.update, state.checkpoint)
+        update, checkpoint = (0, None) if state is None else (update_of(state), state)
         has_ended = len(metrics) >= config.steps or why_stop_early(config, metrics)
         last = checkpoint_folder(output, len(metrics))
         if state is None and last.exists() and has_ended:
@@ -160,9 +159,8 @@ class Run:
                 self.sizes |= {name: row[name] for name in self.sizes if name in row}
 
     def _begin(self) -> None:
-        records.check_output(
-            self.config.output
-        )  # again: now the folder is locked to other processes
+        # Again: only now is the folder locked to other processes.
+        records.check_output(self.config.output)
         records.write_config(self.config.output, self.config.located())
 
     def _defining(self) -> dict[str, Any]:

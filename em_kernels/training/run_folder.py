@@ -28,7 +28,5 @@ def newest_checkpoint(run: Path) -> Path | None:
 
 def steps_in(checkpoints: Path) -> list[Path]:
     """Return the checkpoint folders, oldest first."""
-    folders = [
-        path for path in checkpoints.glob(f"{STEP}*") if path.name.removeprefix(STEP).isdecimal()
-    ]
-    return sorted(folders, key=update_of)
+    folders = checkpoints.glob(f"{STEP}*")
+    return sorted((f for f in folders if f.name.removeprefix(STEP).isdecimal()), key=update_of)

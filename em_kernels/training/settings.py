@@ -2,15 +2,13 @@
 
 import difflib
 import json
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 Auto = Literal["auto"]
 Positive = Annotated[int, Field(ge=1)]
-T = TypeVar("T", bound="Settings")
 
 
 class UserError(Exception):
@@ -36,41 +34,19 @@ class Settings(BaseModel):
 
     def __init__(self, **values: Any) -> None:
         """Raises: UserError for an unknown setting, a value of the wrong kind or out of range."""
-        for name, value in values.items():
-            if has_surrogates(str(value)):
-                raise UserError(f"{name}: is not text in UTF-8")
+        if wrong := [name for name, value in values.items() if has_surrogates(str(value))]:
+            raise UserError(f"{wrong[0]}: is not text in UTF-8")
         try:
             super().__init__(**values)
         except ValidationError as error:
             raise UserError(_first_complaint(error, type(self))) from None
 
     def to_yaml(self) -> str:
-        """Return every setting as YAML, which :func:`read_settings` reads back."""
+        """Return every setting as YAML."""
         values = self.model_dump(mode="json")
         text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
         # YAML takes U+0085 for a line break, so text that has one is written escaped.
         return yaml.safe_dump(values, sort_keys=False) if "\x85" in text else text
-
-
-def read_settings(kind: type[T], path: Path) -> T:
-    """Read a YAML file; settings it leaves out have their defaults.
-
-    Raises: UserError for a file that cannot be read, or for settings that are refused.
-    """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"config: cannot read {path}: {error}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"config: {path} is not YAML: {in_one_line(error)}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"config: {path} must hold lines of `setting: value`")
-    try:
-        return kind(**values)
-    except UserError as error:
-        raise UserError(f"config: {path}: {error}") from None
-    except TypeError as error:
-        raise UserError(f"config: {path}: names of settings must be text") from error
 
 
 def json_object(name: str, text: str) -> dict[str, Any]:
@@ -91,8 +67,7 @@ def has_surrogates(text: str) -> bool:
 
 def _first_complaint(error: ValidationError, kind: type[Settings]) -> str:
     """Return setting, value and what is wrong; for an unknown setting the most similar one."""
-    complaint: dict[str, Any] = dict(error.errors()[0])
-    prefix = "sampling." if error.title == "Sampling" else ""
+    complaint, prefix = error.errors()[0], "sampling." if error.title == "Sampling" else ""
     name = prefix + ".".join(str(part) for part in complaint["loc"])
     if complaint["type"] == "extra_forbidden":
         known = {field: prefix + field for field in kind.model_fields}

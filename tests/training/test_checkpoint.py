@@ -16,6 +16,7 @@ from training.tiny import make_model, make_tokenizer, rounded
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from em_kernels.training.config import Sampling, TrainConfig
+from em_kernels.training.run_folder import update_of
 from em_kernels.training.runs.checkpoint import (
     FACTS,
     STATE,
@@ -75,8 +76,8 @@ def names(run):
 
 
 def assert_state(found, update):
-    assert found is not None and found[0] == update
-    read, expected = read_state(found[1]), state_of(update)
+    assert found is not None and update_of(found) == update
+    read, expected = read_state(found), state_of(update)
     assert read.keys() == expected.keys()
     for name, tensor in expected.items():
         assert read[name].dtype == tensor.dtype and torch.equal(read[name], tensor)
@@ -219,7 +220,7 @@ def test_a_kill_before_any_operation(scenario, save, whole, tmp_path):
         if found is None:
             assert scenario == "first" and code
         else:
-            assert_state(found, found[0])
+            assert_state(found, update_of(found))
         for folder in (tmp_path / "checkpoints").glob("*"):
             assert folder.name.startswith("step-") and content(folder) == content(whole)
         if code == 0:
@@ -227,7 +228,8 @@ def test_a_kill_before_any_operation(scenario, save, whole, tmp_path):
         assert code == -signal.SIGKILL
         if n % 7 == 0:
             work()
-            assert newest_state(tmp_path, SETTINGS)[0][0] == (2 if scenario == "replaced" else 3)
+            found, _ = newest_state(tmp_path, SETTINGS)
+            assert update_of(found) == (2 if scenario == "replaced" else 3)
     assert n > 20
     stages = {name.rpartition(".")[2] for listing in seen for name in listing if name[0] == "."}
     assert stages == ({"partial", "old"} if scenario == "replaced" else {"partial"})
@@ -258,7 +260,7 @@ def test_a_kill_inside_a_file(share, save, whole, tmp_path):
     assert_state(newest_state(tmp_path, SETTINGS)[0], 1)
     assert names(tmp_path) == ["step-00001"]
     work()
-    assert newest_state(tmp_path, SETTINGS) == ((2, folder), [])
+    assert newest_state(tmp_path, SETTINGS) == (folder, [])
     AutoModelForCausalLM.from_pretrained(folder)
 
 
@@ -343,14 +345,14 @@ def test_damage_is_named_and_the_state_before_it_used(kind, save, tmp_path):
     assert refused.startswith(f"{newest} cannot be resumed from: ") and "\n" not in refused
     with pytest.raises(UserError, match=message):
         raise UserError(refused)
-    shutil.rmtree(found[1])
+    shutil.rmtree(found)
     assert newest_state(tmp_path, SETTINGS) == (None, [refused])
 
 
 def test_settings_that_differ_are_named(save, tmp_path):
     config = TrainConfig(model="demo", lr=1e-5)
     folder = save(1, settings=defining_settings(config))
-    assert newest_state(tmp_path, defining_settings(config)) == ((1, folder), [])
+    assert newest_state(tmp_path, defining_settings(config)) == (folder, [])
     other = config.model_copy(update={"sampling": Sampling(top_k=7)})
     found, (refused,) = newest_state(tmp_path, defining_settings(other))
     assert found is None and refused.endswith("it was made with sampling.top_k 50, not 7")

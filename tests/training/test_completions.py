@@ -32,7 +32,7 @@ def asked(tokenizer, model, **settings):
     """Return the prompt that the model reads of the first problem."""
     config = TaskSettings(data="addition", count=1, **settings)
     (problem,), shots = config.problems()
-    (ids,) = token_ids(config, tokenizer, model, [config.prompt(problem, shots)])
+    (ids,) = token_ids(config, (model, tokenizer), [config.prompt(problem, shots)])
     return tokenizer.decode(ids)
 
 

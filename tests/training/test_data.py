@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from em_kernels.training.config import TrainConfig
+from em_kernels.training.config import ADDITION_SHOTS, DEMO_SHOTS, TrainConfig
 from em_kernels.training.data.problems import (
     Problem,
     as_problem,
@@ -22,7 +22,6 @@ from em_kernels.training.data.problems import (
     read_rows,
 )
 from em_kernels.training.evaluation.teacher_forcing import known_answers
-from em_kernels.training.presets import ADDITION_SHOTS, DEMO_SHOTS
 from em_kernels.training.settings import UserError
 
 CHAT = [

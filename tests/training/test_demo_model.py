@@ -14,9 +14,9 @@ import torch
 from spawned import HANG_S, wait_for
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from em_kernels.training.config import DEMO_SHOTS
 from em_kernels.training.models import demo_model
 from em_kernels.training.models.demo_model import DemoModelError, fetch_demo
-from em_kernels.training.presets import DEMO_SHOTS
 
 
 @pytest.fixture(scope="module")

@@ -328,12 +328,12 @@ def test_score_is_plain_torch(kind, tokenizer):
             assert tokenizer.decode(rollout.prompt_ids) == text
         with torch.no_grad():  # The last answers are those of greedy sampling.
             said = generate(model, tokenizer, [r.prompt_ids for r in known[:3]], [(0,)] * 3, GREEDY)
-        scores = score_answers(model, [*known, *said], (1.0, 0.5, 0.25), QUIET)
+        right, logprob = score_answers(model, [*known, *said], (1.0, 0.5, 0.25), QUIET)
         for row, temperature in enumerate((1.0, 0.5, 0.25)):
             expected, greedy = alone(model, [*known, *said], temperature)
-            assert scores.logprob[row] == pytest.approx(expected, rel=1e-6)
-        assert scores.greedy.tolist() == greedy and scores.greedy[-3:].all()
-        assert not scores.greedy.all()
+            assert logprob[row] == pytest.approx(expected, rel=1e-6)
+        assert right.tolist() == greedy and right[-3:].all()
+        assert not right.all()
 
 
 def test_a_tokenizer_that_joins_prompt_and_answer(tokenizer):
@@ -353,7 +353,7 @@ def test_teacher_forced_greedy_is_greedy_sampling(demo):
     problems, shots = config.problems()
     prompts = [config.prompt(problem, shots) for problem in problems]
     known = known_answers(tokenizer, prompts, [problem.completion for problem in problems])
-    forced = score_answers(model, known, (1.0,), QUIET).greedy
+    forced, _ = score_answers(model, known, (1.0,), QUIET)
     sampling = config.sampled().model_copy(update={"max_new_tokens": 24})
     ids = [rollout.prompt_ids for rollout in known]
     sampled = generate(model, tokenizer, ids, [(0,)] * 30, sampling)

@@ -1,20 +1,16 @@
-"""Grading of completions: numbers are compared by value, words by their letters, other mathematics
-by math-verify. Completions are untrusted, so math-verify runs in worker processes with limits of
-time and memory.
-"""
+"""Grading of completions, which are untrusted: math-verify runs in workers with limits."""
 
 import os
 import re
 import resource
 import signal
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, TimeoutError, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from fractions import Fraction
 from functools import lru_cache, partial
@@ -27,6 +23,8 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from pebble import ProcessPool
+
+from ..interrupts import StopRequest
 
 STEP_S = 3  # math-verify's limit to parse an answer, and to compare two
 KILL_S = 5 * STEP_S  # limit of a worker, which takes three steps for a pair
@@ -71,9 +69,7 @@ def final_answer(text: str) -> str | None:
 
 
 def boxed(text: str) -> str | None:
-    r"""Return the content of the last \boxed{}, \fbox{} or (without braces) \boxed 5; None if there
-    is none, or it is cut off.
-    """
+    r"""Return the content of the last \boxed{}, \fbox{} or \boxed 5; None if it is cut off."""
     boxes = list(_BOX.finditer(text))
     if not boxes:
         return None
@@ -105,12 +101,12 @@ def _read(answer: str | None) -> _Answer:
             return _Answer(Fraction(answer.replace(",", "")), rf"\boxed{{{latex}}}")
     key = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", re.sub(_TEXT, r"\1", answer))
     key = re.sub(r"^\(?([A-Za-z])\)?$", r"\1", key).replace("infinity", r"\infty")
-    return _Answer(key.casefold() if _is_word(key) else key, rf"\boxed{{{answer}}}")
+    return _Answer(key.casefold() if _letters(key) > 2 else key, rf"\boxed{{{answer}}}")
 
 
-def _is_word(key: Fraction | str) -> bool:
-    """Return True for a word, False for what may be a product of variables."""
-    return isinstance(key, str) and len(key) > 2 and key.isalpha()
+def _letters(key: Fraction | str) -> int:
+    """Count the letters of a key of letters only; over two are a word, no product of variables."""
+    return len(key) if isinstance(key, str) and key.isalpha() else 0
 
 
 def _answer_of(text: str) -> _Answer:
@@ -130,28 +126,18 @@ def _same(known: _Answer, found: _Answer) -> bool | None:
     keys = known.key, found.key
     if "" in keys or known.key == found.key:
         return "" not in keys
-    if _is_letter(known.key):  # math-verify takes a and A for the same.
+    if _letters(known.key) == 1:  # math-verify takes a and A for the same.
         option = _OPTION.match(found.latex)
-        if option or _is_letter(found.key):
+        if option or _letters(found.key) == 1:
             return option is not None and known.key in option.groups()
-    certain = all(isinstance(key, Fraction) or _is_word(key) for key in keys)
+    certain = all(isinstance(key, Fraction) or _letters(key) > 2 for key in keys)
     return False if certain or not (known.latex and found.latex) else None
 
 
-def _is_letter(key: Fraction | str) -> bool:
-    return isinstance(key, str) and len(key) == 1 and key.isalpha()
-
-
-class Grader:
-    """Compares completions with answers and with each other; a context manager.
-
-    Workers start with the first answer that is neither a number nor a word.
-    """
+class Grader(AbstractContextManager["Grader"]):
+    """Compares completions with answers and with each other; workers start when first needed."""
 
     _pool: ProcessPool | None = None
-
-    def __enter__(self) -> "Grader":
-        return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
@@ -166,16 +152,12 @@ class Grader:
     def grade(
         self,
         pairs: Sequence[tuple[str, str | None]],
-        on_done: Callable[[int], None] | None = None,
+        on_done: Callable[[int], object] = lambda count: None,
     ) -> list[bool]:
-        """Grade (completion, answer) pairs; without an answer, a completion is wrong.
+        """Grade (completion, answer) pairs; on_done is called with the number just graded.
 
-        So is one that takes a worker too long, takes too much memory or crashes the worker.
-
-        Args:
-            on_done: called with the number of pairs just graded.
+        Without an answer, or where a worker dies or takes too long, a completion is wrong.
         """
-        done = on_done or (lambda count: None)
         right = [False] * len(pairs)
         hard: dict[tuple[_Answer, ...], list[int]] = {}
         for i, (text, answer) in enumerate(pairs):
@@ -185,19 +167,16 @@ class Grader:
                 hard.setdefault((known, found), []).append(i)
             else:
                 right[i] = same
-                done(1)
+                on_done(1)
         for pair, first in self._ask(list(hard)):
             for i in hard[pair]:
                 right[i] = first == [0, 0]
-            done(len(hard[pair]))
+            on_done(len(hard[pair]))
         return right
 
     def agreement(self, groups: Sequence[Sequence[str]]) -> list[tuple[int, float]]:
-        """Return per prompt the index of the first completion with the most frequent answer, and
-        the fraction of completions that give it.
-
-        A short completion without box and number, such as "Friday", is its own answer; all longer
-        ones count as one answer.
+        """Return per prompt the index of the first completion with the commonest answer, and its
+        share. Completions without box and number are one answer, unless they are short.
         """
 
         def answer_of(text: str) -> _Answer:
@@ -210,8 +189,7 @@ class Grader:
         firsts |= {group: first for group, first in self._ask(hard) if first}
         results = []
         for group in answers:
-            counts = Counter(firsts[group])
-            first, count = max(counts.items(), key=lambda item: item[1], default=(0, 0))
+            ((first, count),) = Counter(firsts[group]).most_common(1) or [(0, 0)]
             results.append((first, count / max(len(group), 1)))
         return results
 
@@ -227,9 +205,12 @@ class Grader:
                 self.close()
                 workers = min(2, os.cpu_count() or 1)  # They take 0.2 GB each.
                 self._pool = ProcessPool(workers, initializer=_limit, context=_Context())
-                with _delayed_sigint():  # An interrupted start leaves a worker behind.
-                    if not self._pool.active:  # Reading `active` starts the workers.
-                        continue
+                with StopRequest(patient=True) as stop:  # An interrupted start leaves a worker.
+                    is_active = self._pool.active  # Reading it starts the workers.
+                if stop.requested:
+                    signal.raise_signal(stop.requested)
+                if not is_active:
+                    continue
             with suppress(RuntimeError, TimeoutError):  # The pool breaks, or has lost a question.
                 schedule = partial(self._pool.schedule, _firsts, timeout=KILL_S)
                 asked: dict[Future, Any] = {schedule(args=(q,)): q for q in pending}
@@ -242,23 +223,6 @@ class Grader:
                 self.close()
         if pending:
             raise RuntimeError("the worker processes that compare answers do not start")
-
-
-@contextmanager
-def _delayed_sigint() -> Iterator[None]:
-    """A context after which Ctrl-C takes effect, whichever thread receives it."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    received = list[int]()
-    before = signal.getsignal(signal.SIGINT) or signal.SIG_DFL
-    signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if received:
-            signal.raise_signal(signal.SIGINT)
 
 
 class _Worker(SpawnProcess):
@@ -364,12 +328,6 @@ def _verified(known: str, found: str) -> bool:
         sizes = [abs(x) for term in terms for x in term.atoms(Float) if x]
         numbers = [x.evalf() for x in terms if _is_number(x)]
         sizes += [abs(x) for x in numbers if isinstance(x, Float) and 0 < abs(x) < 1]
-        return verify(
-            *both,
-            float_rounding=max(
-                [6, *(3 - floor(log10(x)) for x in sizes)]
-            ),  # 4 digits or 6 decimals
-            allow_set_relation_comp=True,
-            timeout_seconds=STEP_S,
-        )
+        digits = max([6, *(3 - floor(log10(x)) for x in sizes)])  # 4 digits or 6 decimals
+        return verify(*both, digits, allow_set_relation_comp=True, timeout_seconds=STEP_S)
     return False

@@ -7,17 +7,15 @@ import random
 import re
 import urllib.parse
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from decimal import Decimal
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import yaml
 from transformers import PreTrainedTokenizerBase
 
-from ..config import TrainConfig
-from ..presets import ADDITION_SHOTS
+from ..config import ADDITION_SHOTS, TrainConfig
 from ..settings import UserError, has_surrogates, in_one_line
 from .grading import boxed
 
@@ -31,8 +29,7 @@ QWEN25_MATH_COT = (
 Conversation: TypeAlias = list[dict[str, Any]]  # messages whose contents are text
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """A prompt, its answer if known, and how a worked example writes the answer."""
 
     prompt: str | Conversation  # A single user message is stored as its text.
@@ -58,8 +55,7 @@ def read_rows(path: Path, setting: str = "prompt_from") -> list[dict[str, Any]]:
                 return json.loads(text)
             return [json.loads(line) for line in text.split("\n") if line.strip()]
     except (OSError, ValueError, RecursionError) as error:  # RecursionError: deep nesting
-        reason = in_one_line(error)
-        raise UserError(f"{setting}: cannot read {path}: {reason}") from error
+        raise UserError(f"{setting}: cannot read {path}: {in_one_line(error)}") from error
     raise UserError(f"{setting}: {path} is neither .jsonl nor .parquet")
 
 
@@ -67,11 +63,11 @@ def as_problem(row: Any, where: object, setting: str = "prompt_from") -> Problem
     """Return a row's prompt and answer, whichever of the usual columns hold them."""
     if not isinstance(row, dict):
         raise UserError(f"{setting}: {where}: a row is {type(row).__name__}, not an object")
-    prompt = next((row[name] for name in PROMPT_COLUMNS if row.get(name)), None)
+    prompt: Any = next((row[name] for name in PROMPT_COLUMNS if row.get(name)), None)
     if isinstance(prompt, list):
         prompt = _conversation(prompt, f"{setting}: {where}")
     texts = texts_of(prompt) if isinstance(prompt, (str, list)) else []
-    if not isinstance(prompt, (str, list)) or not any(text.strip() for text in texts):
+    if not any(text.strip() for text in texts):
         known = ", ".join(PROMPT_COLUMNS)
         raise UserError(f"{setting}: {where}: a row has no text in any of the columns {known}")
     if any(not text.isprintable() and has_surrogates(text) for text in texts):
@@ -79,11 +75,9 @@ def as_problem(row: Any, where: object, setting: str = "prompt_from") -> Problem
     reward = row.get("reward_model")
     answers = {**row, **(reward if isinstance(reward, dict) else {})}
     given = [as_answer(answers.get(name)) for name in ANSWER_COLUMNS]
-    answer = next((text for text in given if text), None)
-    solution = row.get("solution")
-    if answer is None and isinstance(solution, str):  # Minerva
-        answer = boxed(solution)
-    return Problem(prompt, answer or None)
+    if isinstance(solution := row.get("solution"), str):  # Minerva
+        given.append(boxed(solution))
+    return Problem(prompt, next(filter(None, given), None))
 
 
 def as_answer(value: Any) -> str | None:
@@ -93,9 +87,8 @@ def as_answer(value: Any) -> str | None:
     if isinstance(value, list):
         parts = [as_answer(part) or "" for part in value]
         return ", ".join(parts) if all(parts) else None
-    if isinstance(value, bool | dict | None) or (
-        isinstance(value, float | Decimal) and not math.isfinite(value)
-    ):
+    missing = isinstance(value, float | Decimal) and not math.isfinite(value)
+    if missing or isinstance(value, bool | dict | None):
         return None
     return str(value).split("####")[-1].strip()
 
@@ -144,19 +137,11 @@ def read_problems(
     *,
     subset: str | None = None,
     split: str = "test",
-    count: int | None,
-    more: int = 0,
+    count: int | None,  # None: all, or 1000 of a generator
+    more: int = 0,  # problems beyond those, for worked examples and to skip
     seed: int = 0,
 ) -> list[Problem]:
-    """Return problems of a .jsonl or .parquet file, of "addition" (distinct sums of two two-digit
-    numbers), of "gym:NAME" (distinct problems of a reasoning-gym task), or of a dataset of the hub.
-
-    Args:
-        subset, split: of a dataset of the hub.
-        count: problems; None: all, or 1000 of a generator.
-        more: problems beyond those, for worked examples and to skip.
-        seed: seed of a generator.
-    """
+    """Return problems of a file, "addition", "gym:NAME" (reasoning-gym) or a dataset of the hub."""
     generated = source == "addition" or source.startswith("gym:")
     if generated or count is not None:
         count = (count or 1000) + more
@@ -192,8 +177,8 @@ def _gym(name: str, count: int, seed: int) -> list[Problem]:
         pairs = urllib.parse.parse_qsl(text, strict_parsing=True) if text else []
         settings = {key: yaml.safe_load(value) for key, value in pairs}
     except (ValueError, yaml.YAMLError) as error:
-        reason = in_one_line(error)
-        raise UserError(f"data: gym:{name} is not TASK?setting=value&...: {reason}") from error
+        why = f"is not TASK?setting=value&...: {in_one_line(error)}"
+        raise UserError(f"data: gym:{name} {why}") from error
     if task not in DATASETS:
         near = difflib.get_close_matches(task, DATASETS, n=3) or sorted(DATASETS)
         raise UserError(f"data: reasoning-gym has no task {task!r}; it has {', '.join(near)}")
@@ -240,15 +225,11 @@ def encode(
     chat_template: bool,
     template_kwargs: Mapping[str, Any] = {},
 ) -> list[int]:
-    """Return the token ids of a prompt, raw or through the chat template; a conversation that ends
-    with the assistant's words is continued there.
-    """
+    """Return a prompt's token ids, raw or through the chat template; assistant's words go on."""
     if not chat_template:
         if not isinstance(prompt, str):
-            raise UserError(
-                f"prompt: is a conversation of {len(prompt)} messages, which only a chat template "
-                "joins; use the model's, or give one text"
-            )
+            why = f"is a conversation of {len(prompt)} messages, which only a chat template joins"
+            raise UserError(f"prompt: {why}; use the model's, or give one text")
         return tokenised(tokenizer, prompt)
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     begun = messages[-1]["role"] == "assistant"
@@ -257,25 +238,19 @@ def encode(
     try:
         text = tokenizer.apply_chat_template(messages, **settings)
     except Exception as error:  # A template may raise anything.
-        raise UserError(
-            f"chat_template: it refuses the prompt: {in_one_line(error)}; change the prompt or "
-            "template_kwargs"
-        ) from error
+        why = f"it refuses the prompt: {in_one_line(error)}"
+        raise UserError(f"chat_template: {why}; change the prompt or template_kwargs") from error
     for message in messages if messages is prompt else ():
         # Templates drop the thoughts before an answer.
         content = message["content"].rpartition("</think>")[2].strip()
         if content not in text:
-            raise UserError(
-                f"prompt: the chat template leaves out what the {message['role']} says; say it in "
-                "a user's message, or use no chat template"
-            )
+            why = f"the chat template leaves out what the {message['role']} says"
+            raise UserError(f"prompt: {why}; say it in a user's message, or use no chat template")
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
 def tokenised(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Return the token ids of a raw prompt, with the special tokens that the tokenizer puts before
-    it but without an EOS that it appends, after which a model would begin another text.
-    """
+    """Return a raw prompt's token ids; without a final EOS, which would begin another text."""
     ids, written = tokenizer(text).input_ids, tokenizer(text, add_special_tokens=False).input_ids
     ends = {tokenizer.eos_token_id, tokenizer.sep_token_id}
 

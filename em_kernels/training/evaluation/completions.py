@@ -1,6 +1,4 @@
-"""Sampled completions of problems, written to a file as they arrive, so that a stopped command can
-be resumed.
-"""
+"""Sampled completions of problems, kept in a file as they arrive, to resume a stopped command."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -9,15 +7,15 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 from rich.console import Console
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..console import progress_on
+from ..data.problems import Conversation
 from ..interrupts import doing
 from ..out_of_memory import halve_until_it_fits
 from ..rollouts.sampling import generate
 from ..runs.records import append, read_lines
 from ..settings import UserError
-from .task import TaskSettings
+from .task import Opened, TaskSettings, token_ids
 from .teacher_forcing import mean_entropies
 
 COMPLETIONS = "completions.jsonl"
@@ -42,20 +40,33 @@ OnDone: TypeAlias = Callable[[list[Completion]], None]
 Completer: TypeAlias = Callable[[Sequence[Key], OnDone], None]
 
 
-class LocalModel(NamedTuple):
-    """A transformers model, its tokenizer, and a task's prompts as token ids."""
+def local_completer(
+    task: TaskSettings,
+    opened: Opened,
+    prompts: Sequence[str | Conversation],
+    stream: int,
+    with_entropy: bool = False,
+) -> Completer:
+    """Return a function that samples in batches of similar length, longest prompts first."""
+    model, tokenizer = opened
+    prompt_ids, sampling = token_ids(task, opened, prompts), task.sampled()
 
-    task: TaskSettings
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    prompts: list[list[int]]
-    stream: int  # EVAL_STREAM or SELECT_STREAM
-    with_entropy: bool = False
+    def sample(keys: Sequence[Key], count: int) -> list[Completion]:
+        keys = keys[:count]
+        rows = [prompt_ids[problem] for problem, _ in keys]
+        seeds = [(task.seed, *key, stream) for key in keys]
+        rollouts = generate(model, tokenizer, rows, seeds, sampling, batch_size=count)
+        entropies: Sequence[float | None] = [None] * count
+        if with_entropy:
+            entropies = mean_entropies(model, rollouts, sampling.temperature or 1.0)
+        responses = [rollout.response_ids for rollout in rollouts]
+        texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+        found = zip(keys, texts, rollouts, entropies, strict=True)
+        return [Completion(*key, t, len(r.response_ids), r.ended, h) for key, t, r, h in found]
 
-    def complete(self, keys: Sequence[Key], on_done: OnDone) -> None:
-        """Sample in batches of similar length, longest prompts first."""
-        keys = sorted(keys, key=lambda key: -len(self.prompts[key[0]]))
-        size = self.task.batch_size
+    def complete(keys: Sequence[Key], on_done: OnDone) -> None:
+        keys = sorted(keys, key=lambda key: -len(prompt_ids[key[0]]))
+        size = task.batch_size
 
         def on_retry(smaller: int) -> None:
             nonlocal size
@@ -63,32 +74,14 @@ class LocalModel(NamedTuple):
 
         while keys:
             size = min(size, len(keys))
-            sample = partial(self._sample, keys)
             try:
-                on_done(halve_until_it_fits(sample, size, 1, on_retry))
+                on_done(halve_until_it_fits(partial(sample, keys), size, 1, on_retry))
             except torch.OutOfMemoryError:
-                raise UserError(
-                    "batch_size: out of memory with 1; lower sampling.max_new_tokens, or take a "
-                    "smaller model"
-                ) from None
+                remedy = "lower sampling.max_new_tokens, or take a smaller model"
+                raise UserError(f"batch_size: out of memory with 1; {remedy}") from None
             keys = keys[size:]
 
-    def _sample(self, keys: Sequence[Key], count: int) -> list[Completion]:
-        keys = keys[:count]
-        sampling = self.task.sampled()
-        prompts = [self.prompts[problem] for problem, _ in keys]
-        seeds = [(self.task.seed, *key, self.stream) for key in keys]
-        rollouts = generate(
-            self.model, self.tokenizer, prompts, seeds, sampling, batch_size=len(keys)
-        )
-        entropies: Sequence[float | None] = [None] * len(keys)
-        if self.with_entropy:
-            entropies = mean_entropies(self.model, rollouts, sampling.temperature or 1.0)
-        texts = self.tokenizer.batch_decode(
-            [rollout.response_ids for rollout in rollouts], skip_special_tokens=True
-        )
-        rows = zip(keys, texts, rollouts, entropies, strict=True)
-        return [Completion(*key, t, len(r.response_ids), r.ended, h) for key, t, r, h in rows]
+    return complete
 
 
 def collect(

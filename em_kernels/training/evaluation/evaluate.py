@@ -24,12 +24,12 @@ from .completions import (
     Completer,
     Completion,
     Key,
-    LocalModel,
     OnDone,
     collect,
+    local_completer,
 )
 from .statistics import mean_interval, paired_change, pass_at, wilson
-from .task import TaskSettings, digest, open_model, token_ids
+from .task import TaskSettings, digest, open_model
 from .teacher_forcing import known_answers, score_answers
 
 PROBLEMS, RESULTS = "problems.jsonl", "results.json"
@@ -67,26 +67,16 @@ class EvalConfig(TaskSettings):
 
 
 def evaluate(config: EvalConfig, console: Console, against: Path | None = None) -> dict[str, Any]:
-    """Evaluate a model; write results.json and return its content.
-
-    Args:
-        against: folder of an evaluation that the caller will compare with; refused before the work
-            if it cannot be compared.
-    """
-    if config.samples > 1 and config.sampling.temperature == 0:
-        raise UserError(
-            f"samples: {config.samples} are all the same at sampling.temperature 0; raise it"
-        )
+    """Evaluate a model, to compare with `against`; write results.json and return its content."""
+    if (k := config.samples) > 1 and config.sampling.temperature == 0:
+        raise UserError(f"samples: {k} are all the same at sampling.temperature 0; raise it")
     if config.teacher_forced and (config.template != "few-shot" or config.server):
         raise UserError("teacher_forced: needs template few-shot, and no server")
     problems, shots = config.problems()
     if any(problem.answer is None for problem in problems):
         raise UserError(f"data: not every problem of {config.data} has an answer to compare with")
     prompts, name = [config.prompt(problem, shots) for problem in problems], config.model
-    rows = "".join(
-        json.dumps({"prompt": problem.prompt, "answer": problem.answer}) + "\n"
-        for problem in problems
-    )
+    rows = "".join(json.dumps({"prompt": p.prompt, "answer": p.answer}) + "\n" for p in problems)
     if against is not None:
         _check_comparable(against, config.samples, rows)
     if config.teacher_forced:
@@ -96,16 +86,14 @@ def evaluate(config: EvalConfig, console: Console, against: Path | None = None) 
     elif config.server is not None:
         name, complete = _on_server(config, config.server, prompts)
     else:
-        model, tokenizer = open_model(config, console)
-        ids = token_ids(config, tokenizer, model, prompts)
-        complete = LocalModel(config, model, tokenizer, ids, EVAL_STREAM).complete
+        complete = local_completer(config, open_model(config, console), prompts, EVAL_STREAM)
     served = name if config.server else fingerprint(config.model)
     with resumable(config.output, config, model=served, data=digest(problems, prompts)):
         write_whole(config.output / PROBLEMS, rows)
         if config.teacher_forced:
-            scores = score_answers(model, known, config.temperatures, console)
-            rates = zip(config.temperatures, np.exp(scores.logprob).tolist(), strict=True)
-            return _finish(config, name, scores.greedy[:, None], probability=dict(rates))
+            greedy, logprob = score_answers(model, known, config.temperatures, console)
+            rates = zip(config.temperatures, np.exp(logprob).tolist(), strict=True)
+            return _finish(config, name, greedy[:, None], probability=dict(rates))
         return _sampled(config, name, problems, complete, console)
 
 
@@ -118,15 +106,15 @@ def regrade(folder: Path, console: Console) -> dict[str, Any]:
         config = EvalConfig(**{**settings, "output": folder})  # The folder may have been moved.
     except (OSError, TypeError) as error:
         raise UserError(f"regrade: {folder} is no evaluation's folder: {error}") from error
+    results = read_results(folder, "regrade")
     if config.teacher_forced:
-        return read_results(folder, "regrade")
+        return results
     problems = [as_problem(row, folder) for row in read_rows(folder / PROBLEMS, "regrade")]
 
     def refuse(missing: Sequence[Key], on_done: OnDone) -> None:
         raise UserError(f"regrade: {folder} is not finished; run its eval command again")
 
-    name = read_results(folder, "regrade")["model"]
-    return _sampled(config, name, problems, refuse, console)
+    return _sampled(config, results["model"], problems, refuse, console)
 
 
 def read_results(folder: Path, setting: str = "against") -> dict[str, Any]:
@@ -134,19 +122,17 @@ def read_results(folder: Path, setting: str = "against") -> dict[str, Any]:
     try:
         return json.loads((folder / RESULTS).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{setting}: {folder} is not the folder of a finished evaluation: {error}"
-        ) from error
+        why = f"{folder} is not the folder of a finished evaluation: {error}"
+        raise UserError(f"{setting}: {why}") from error
 
 
 def compare(before: Path, after: Path) -> str:
     """Say how two evaluations of the same problems differ, by McNemar's exact test."""
     results = read_results(after)
-    problems = (after / PROBLEMS).read_text(encoding="utf-8")
-    _check_comparable(before, results["samples"], problems)
+    _check_comparable(before, results["samples"], (after / PROBLEMS).read_text("utf-8"))
     base, now = (np.array(found["right"])[:, 0] for found in (read_results(before), results))
     settings = [yaml.safe_load((folder / CONFIG).read_text("utf-8")) for folder in (before, after)]
-    other = differing(*({k: v for k, v in x.items() if k not in MAY_DIFFER} for x in settings))
+    other = differing(*settings, ignored=MAY_DIFFER)
     change, low, high, p = paired_change(base, now)
     verdict = "more than chance explains" if p < 0.05 else "no more than chance explains"
     return (
@@ -170,38 +156,26 @@ def _on_server(
     """Return the model's name on the server, and a function that samples there."""
     from ..rollouts.server import complete, model_name
 
-    name, chat = model_name(url, config.model), config.template == "chat"
-    messages: list[str | Conversation] = [
-        [{"role": "user", "content": p}] if chat and isinstance(p, str) else p for p in prompts
-    ]
+    name, messages = model_name(url, config.model), list[str | Conversation](prompts)
+    if config.template == "chat":
+        messages = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
     if any(not isinstance(x, str) and x[-1]["role"] == "assistant" for x in messages):
-        raise UserError(
-            "server: OpenAI's API cannot continue a conversation that ends in the assistant's "
-            "words; evaluate the model on this machine, without server"
-        )
+        why = "OpenAI's API cannot continue a conversation that ends in the assistant's words"
+        raise UserError(f"server: {why}; evaluate the model on this machine, without server")
     kwargs = json_object("template_kwargs", config.template_kwargs)
 
     def sample(keys: Sequence[Key], on_done: OnDone) -> None:
-        complete(
-            url,
-            name,
-            [messages[problem] for problem, _ in keys],
-            [hash((config.seed, *key, EVAL_STREAM)) for key in keys],
-            config.sampled(),
-            template_kwargs=kwargs,
-            parallel=config.parallel,
-            on_done=lambda i, text, n, ended: on_done([Completion(*keys[i], text, n, ended)]),
-        )
+        asked = [messages[problem] for problem, _ in keys]
+        seeds = [hash((config.seed, *key, EVAL_STREAM)) for key in keys]
+        options: dict[str, Any] = {"template_kwargs": kwargs, "parallel": config.parallel}
+        options["on_done"] = lambda i, *done: on_done([Completion(*keys[i], *done)])
+        complete(url, name, asked, seeds, config.sampled(), **options)
 
     return name, sample
 
 
 def _sampled(
-    config: EvalConfig,
-    name: str,
-    problems: Sequence[Problem],
-    complete: Completer,
-    console: Console,
+    config: EvalConfig, name: str, problems: list[Problem], complete: Completer, console: Console
 ) -> dict[str, Any]:
     """Collect and grade completions; write results.json and return its content."""
     keys = [(i, k) for i in range(len(problems)) for k in range(config.samples)]
@@ -211,16 +185,13 @@ def _sampled(
         bar = progress.add_task("grading", total=len(pairs))
         verdicts = grader.grade(pairs, lambda count: progress.advance(bar, count))
     tokens = [c.tokens for c in kept if c.tokens is not None]
-    mean_tokens = float(np.mean(tokens)) if tokens else None
-    ended = float(np.mean([c.ended for c in kept]))
-    right = np.array(verdicts).reshape(len(problems), config.samples)
-    return _finish(config, name, right, mean_tokens=mean_tokens, ended=ended)
+    facts = {"mean_tokens": float(np.mean(tokens)) if tokens else None}
+    facts["ended"] = float(np.mean([c.ended for c in kept]))
+    return _finish(config, name, np.array(verdicts).reshape(-1, config.samples), **facts)
 
 
 def _finish(config: EvalConfig, name: str, right: np.ndarray, **facts: Any) -> dict[str, Any]:
-    """Write results.json and return its content. The interval is over problems, because the samples
-    of one problem are not independent.
-    """
+    """Write results.json and return its content."""
     n, k = right.shape
     results = {
         "model": name,
@@ -228,6 +199,7 @@ def _finish(config: EvalConfig, name: str, right: np.ndarray, **facts: Any) -> d
         "problems": n,
         "samples": k,
         "accuracy": float(right.mean()),
+        # Over problems, as the samples of one problem are not independent.
         "interval": wilson(right) if k == 1 else mean_interval(right.mean(1)),
         "pass_at": {str(2**i): float(pass_at(right, 2**i).mean()) for i in range(k.bit_length())},
         **facts,

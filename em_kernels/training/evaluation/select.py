@@ -1,6 +1,4 @@
-"""`em-kernels select`: which prompt to train on. With answers the one whose correctness varies most
-over samples (arXiv 2505.20282), without them the one whose final answers disagree most.
-"""
+"""`em-kernels select`: rank prompts to train on, by what their samples do (arXiv 2505.20282)."""
 
 import json
 from collections.abc import Sequence
@@ -11,15 +9,14 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field
 from rich.console import Console
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.grading import Grader, boxed
 from ..data.problems import Conversation, Problem
 from ..models.loading import fingerprint
 from ..runs.records import resumable, write_whole
 from ..settings import UserError
-from .completions import COMPLETIONS, SELECT_STREAM, LocalModel, collect
-from .task import TaskSettings, digest, token_ids
+from .completions import COMPLETIONS, SELECT_STREAM, collect, local_completer
+from .task import Opened, TaskSettings, digest
 
 SELECTION = "selection.jsonl"
 
@@ -70,30 +67,23 @@ def select(
     config: SelectConfig,
     pool: Sequence[Problem],
     shots: Sequence[Problem],
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    opened: Opened,
     console: Console,
 ) -> list[Candidate]:
-    """Rank the pool, prompts of the second stage before the others, each by score, ties as in the
-    pool; write selection.jsonl too.
-    """
-    score = config.score
-    unanswered = [problem for problem in pool if problem.answer is None]
+    """Rank the pool by score, prompts of the second stage first; write selection.jsonl too."""
+    score, lacking = config.score, sum(problem.answer is None for problem in pool)
     if score == "auto":
-        score = "disagreement" if unanswered else "variance"
-    if score == "variance" and unanswered:
-        raise UserError(
-            f"score: variance needs answers, which {len(unanswered)} problems lack; use auto"
-        )
+        score = "disagreement" if lacking else "variance"
+    if score == "variance" and lacking:
+        raise UserError(f"score: variance needs answers, which {lacking} problems lack; use auto")
     prompts = [config.prompt(problem, shots) for problem in pool]
-    ids = token_ids(config, tokenizer, model, prompts)
-    source = LocalModel(config, model, tokenizer, ids, SELECT_STREAM, with_entropy=True)
+    complete = local_completer(config, opened, prompts, SELECT_STREAM, with_entropy=True)
     facts = {"model": fingerprint(config.model), "data": digest(pool, prompts)}
     with resumable(config.output, config, **facts), Grader() as grader:
 
         def ranked(indices: Sequence[int], samples: int, title: str) -> list[Candidate]:
             keys = [(i, k) for i in indices for k in range(samples)]
-            kept = collect(source.complete, keys, config.output / COMPLETIONS, console, title)
+            kept = collect(complete, keys, config.output / COMPLETIONS, console, title)
             groups = [[kept[i, k] for k in range(samples)] for i in indices]
             # The last number of a completion that was cut off is not its answer, but a box is.
             texts = [
@@ -103,32 +93,31 @@ def select(
             with console.status("grading"):
                 agreed = grader.agreement(texts)
                 right = grader.grade([(c.text, pool[c.problem].answer) for c in kept.values()])
-            found = list[Candidate]()
+            found = []
             for n, (i, group) in enumerate(zip(indices, groups, strict=True)):
                 majority, share = agreed[n]
                 verdicts = right[n * samples :][:samples]
                 known, voted = pool[i].answer is not None, texts[n][majority] != ""
-                found.append(
-                    Candidate(
-                        prompt=prompts[i],
-                        answer=pool[i].answer,
-                        index=i,
-                        samples=samples,
-                        pass_rate=sum(verdicts) / samples if known else None,
-                        disagreement=1 - share,
-                        entropy=float(np.mean([c.entropy or 0.0 for c in group])),
-                        majority_right=verdicts[majority] and voted if known else None,
-                        ended=float(np.mean([c.ended for c in group])),
-                    )
+                candidate = Candidate(
+                    prompt=prompts[i],
+                    answer=pool[i].answer,
+                    index=i,
+                    samples=samples,
+                    pass_rate=sum(verdicts) / samples if known else None,
+                    disagreement=1 - share,
+                    entropy=float(np.mean([c.entropy or 0.0 for c in group])),
+                    majority_right=verdicts[majority] and voted if known else None,
+                    ended=float(np.mean([c.ended for c in group])),
                 )
+                found.append(candidate)
             return sorted(found, key=lambda c: (-getattr(c, score), c.index))
 
         ranking = ranked(range(len(pool)), config.samples, f"sampling {len(pool)} prompts")
         if config.more:
-            chosen = [c.index for c in ranking[: max(1, round(len(pool) * config.promising))]]
-            title = f"more of {len(chosen)}"
-            best = ranked(sorted(chosen), config.samples + config.more, title)
-            ranking = best + [c for c in ranking if c.index not in set(chosen)]
+            count = max(1, round(len(pool) * config.promising))
+            chosen = sorted(c.index for c in ranking[:count])
+            best = ranked(chosen, config.samples + config.more, f"more of {count}")
+            ranking = best + ranking[count:]
         rows = [{**asdict(c), "variance": c.variance} for c in ranking]
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_whole(config.output / SELECTION, lines)

@@ -1,33 +1,13 @@
 """95 % intervals, paired tests and pass@k of right and wrong answers."""
 
 from collections.abc import Sequence
-from functools import partial
 from math import ceil, comb, floor
-from typing import NamedTuple
 
 import numpy as np
 from scipy.stats import binomtest, bootstrap, norm
 from scipy.stats import t as student
 
-RESAMPLES = 2000
-RESAMPLES_OF_PROMPTS = 4000
-
-
-class Estimate(NamedTuple):
-    """A mean and its 95 % interval."""
-
-    mean: float
-    low: float
-    high: float
-
-
-class PairedChange(NamedTuple):
-    """A change of accuracy on the same problems."""
-
-    change: float
-    low: float  # 95 % interval: the normal approximation for paired proportions
-    high: float
-    p: float  # McNemar's exact test
+RESAMPLES, RESAMPLES_OF_PROMPTS = 2000, 4000
 
 
 def wilson(right: np.ndarray) -> tuple[float, float]:
@@ -37,21 +17,17 @@ def wilson(right: np.ndarray) -> tuple[float, float]:
 
 
 def mean_interval(values: np.ndarray) -> tuple[float, float]:
-    """Return the 95 % interval of a mean over problems, by resampling them.
-
-    If all values are equal, resampling sees no spread; the interval is then Wilson's, as if each
-    problem were either right or wrong.
-    """
+    """Return the 95 % interval of a mean over problems, by resampling them."""
+    # Of equal values resampling sees no spread: as if each problem were either right or wrong.
     if np.ptp(values) == 0 and 0 <= values[0] <= 1:
         fewest, most = (np.arange(values.size) < count(values.sum()) for count in (floor, ceil))
         return wilson(fewest)[0], wilson(most)[1]
-    draw = partial(bootstrap, n_resamples=RESAMPLES, method="percentile", rng=0)
-    interval = draw((values,), np.mean).confidence_interval
-    return float(interval.low), float(interval.high)
+    found = bootstrap((values,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=0)
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
-def mean_over_prompts(change: np.ndarray, rng: np.random.Generator) -> Estimate:
-    """Estimate the mean of a change (prompts, problems) by resampling both prompts and problems."""
+def mean_over_prompts(change: np.ndarray, rng: np.random.Generator) -> tuple[float, float, float]:
+    """Return a mean (prompts, problems) and its 95 % interval, by resampling along both."""
     prompts, problems = change.shape
     by_prompt = rng.multinomial(prompts, np.full(prompts, 1 / prompts), RESAMPLES_OF_PROMPTS)
     # Resampling few prompts gives too narrow an interval: its variance divides by n, not n - 1, and
@@ -61,23 +37,21 @@ def mean_over_prompts(change: np.ndarray, rng: np.random.Generator) -> Estimate:
     by_problem = rng.multinomial(problems, np.full(problems, 1 / problems), RESAMPLES_OF_PROMPTS)
     draws = ((weights @ change) * (by_problem / problems)).sum(1)
     low, high = np.quantile(draws, (0.025, 0.975))
-    return Estimate(float(change.mean()), float(low), float(high))
+    return float(change.mean()), float(low), float(high)
 
 
-def paired_change(before: np.ndarray, after: np.ndarray) -> PairedChange:
-    """Compare verdicts on the same problems before and after."""
+def paired_change(before: np.ndarray, after: np.ndarray) -> tuple[float, float, float, float]:
+    """Return the change on the same problems, its 95 % interval, and McNemar's exact p value."""
     gained, lost = int((after & ~before).sum()), int((before & ~after).sum())
     n, changed = before.size, gained + lost
     change = (gained - lost) / n
     half = 1.96 * np.sqrt(max(changed - (gained - lost) ** 2 / n, 0)) / n
     p = binomtest(gained, changed).pvalue if changed else 1.0
-    return PairedChange(change, change - half, change + half, p)
+    return change, change - half, change + half, p
 
 
 def pass_at(right: np.ndarray, k: int) -> np.ndarray:
-    """Return unbiased pass@k of each problem: the chance that at least one of k samples is right
-    (Chen et al., arXiv 2107.03374).
-    """
+    """Return each problem's unbiased pass@k (Chen et al., arXiv 2107.03374)."""
     n, wrong = right.shape[1], (~right).sum(1)
     return np.array([1 - comb(int(w), k) / comb(n, k) for w in wrong])
 

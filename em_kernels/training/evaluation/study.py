@@ -1,6 +1,4 @@
-"""`em-kernels study`: does the choice of the prompt matter, and does training do more than a lower
-temperature? The unit of its statistics is the prompt.
-"""
+"""`em-kernels study`: does the choice of the prompt matter, is training more than sharpening?"""
 
 import json
 import random
@@ -8,11 +6,10 @@ import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import TrainConfig
 from ..data.problems import Problem, few_shot, texts_of
@@ -23,45 +20,34 @@ from ..settings import UserError
 from ..trainer import train
 from .select import Candidate, SelectConfig, select
 from .statistics import percent
-from .study_analysis import ARMS, EXAMPLES, analyse
-from .study_config import StudyConfig
-from .task import TaskSettings, digest, open_model
-from .teacher_forcing import AnswerScores, known_answers, score_answers
-
-Opened: TypeAlias = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+from .study_analysis import ARMS, EXAMPLES, StudyConfig, analyse
+from .task import Opened, TaskSettings, digest, open_model
+from .teacher_forcing import known_answers, score_answers
 
 
 def arms_of(ranked: Sequence[Candidate], size: int, seed: int) -> dict[str, list[Candidate]]:
-    """Draw the three arms of prompts from a ranked pool.
-
-    The random arm is drawn first, from the whole pool, so that it stays random; then the best of
-    the others, then random ones of the rest that are always wrong.
+    """Draw the three arms: random prompts first, so that they stay random; then the best of the
+    others; then random ones of the rest that are always wrong.
     """
     rng = random.Random(seed)
     by_chance = rng.sample(sorted(ranked, key=lambda c: c.index), size)
     left = [c for c in ranked if c not in by_chance]
     wrong = [c for c in left[size:] if c.pass_rate == 0]
     if len(wrong) < 4:
-        raise UserError(
-            f"pool: of {len(ranked)} prompts {len(wrong)} outside the other arms are always wrong, "
-            "and 4 are needed; take a larger pool, or harder data"
-        )
+        few = f"of {len(ranked)} prompts {len(wrong)} outside the other arms are always wrong"
+        raise UserError(f"pool: {few}, and 4 are needed; take a larger pool, or harder data")
     by_failure = rng.sample(wrong, min(size, len(wrong)))
     return dict(zip(ARMS, (left[:size], by_chance, by_failure), strict=True))
 
 
 def only_form(examples: Sequence[Problem]) -> list[Problem]:
-    """Return the examples, each with the answer of the next one whose answer differs, so that they
-    show how an answer is written, not what is right.
-    """
+    """Give each example the next one's answer: they show how it is written, not what is right."""
     found = []
     for i, problem in enumerate(examples):
         own, later = problem.answer or "", [*examples[i:], *examples[:i]]
-        other = next((e.answer for e in later if e.answer and e.answer != own), None)
-        if other is None:
-            raise UserError(
-                f"data: the first {len(examples)} problems all have the answer {own}; use others"
-            )
+        if not (other := next((e.answer for e in later if e.answer and e.answer != own), None)):
+            same = f"the first {len(examples)} problems all have the answer {own}"
+            raise UserError(f"data: {same}; use others")
         worked = (problem.worked or own).removesuffix(own) + other
         found.append(Problem(problem.prompt, other, worked))
     return found
@@ -84,13 +70,17 @@ def run_study(config: StudyConfig, console: Console) -> dict[str, Any]:
     opened = open_model(config, console)
     facts = {"data": digest(problems, [few_shot(shots, problem) for problem in problems])}
     with resumable(config.output, config, model=fingerprint(config.model), **facts):
-        ranked = select(study.selection(), pool, shots, *opened, console)
+        same = config.model_dump(include=set(TaskSettings.model_fields) & config.model_fields_set)
+        for name in ("sampling", "template", "model", "data", "samples"):
+            same[name] = getattr(config, name)
+        selection = SelectConfig(**same, more=0, output=config.output / "pool")
+        ranked = select(selection, pool, shots, opened, console)
         base = study.untrained(opened, examples)
         del opened  # Training needs its memory.
         arms = arms_of(ranked, config.prompts, config.seed)
         trials = [(arm, candidate) for arm in ARMS for candidate in arms[arm]]
         scores, began, fresh = dict[str, list[Any]](), time.perf_counter(), 0
-        for n, (arm, candidate) in enumerate(trials):
+        for n, (arm, candidate) in enumerate(trials, 1):
             path = config.output / f"prompt-{candidate.index:04d}.json"
             if path.exists():  # A kill may have come before the checkpoints were removed.
                 shutil.rmtree(config.output / "runs" / path.stem / CHECKPOINTS, True)
@@ -101,12 +91,10 @@ def run_study(config: StudyConfig, console: Console) -> dict[str, Any]:
             scores.setdefault(arm, []).append(found)
             greedy = " ".join(percent(np.mean(s["greedy"])) for s in found["scores"])
             each = (time.perf_counter() - began) / max(fresh, 1)
-            left = f", about {each * (len(trials) - n - 1) / 60:.0f} min left" if fresh else ""
-            console.print(
-                f"{n + 1}/{len(trials)} {arm}, right in {candidate.pass_rate:.0%}: greedy "
-                f"{percent(np.mean(base['greedy']))} to {greedy} %{left}",
-                soft_wrap=True,
-            )
+            left = f", about {each * (len(trials) - n) / 60:.0f} min left" if fresh else ""
+            line = f"{n}/{len(trials)} {arm}, right in {candidate.pass_rate:.0%}: greedy "
+            line += f"{percent(np.mean(base['greedy']))} to {greedy} %{left}"
+            console.print(line, soft_wrap=True)
         report = analyse(config, base, scores)
         write_whole(config.output / "study.json", json.dumps(report) + "\n")
     return report
@@ -120,32 +108,16 @@ class _Study(NamedTuple):
     held_out: list[Problem]
     console: Console
 
-    def selection(self) -> SelectConfig:
-        """Return the settings by which the pool is ranked, in one stage."""
-        config = self.config
-        same = config.model_dump(include=set(TaskSettings.model_fields) & config.model_fields_set)
-        for name in ("sampling", "template", "model", "data", "samples"):
-            same[name] = getattr(config, name)
-        return SelectConfig(**same, more=0, output=config.output / "pool")
-
     def score(
-        self,
-        opened: Opened,
-        examples: Sequence[Problem],
-        temperatures: Sequence[float],
-        title: str,
-    ) -> AnswerScores:
+        self, opened: Opened, examples: list[Problem], temperatures: Sequence[float], title: str
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Score the held-out answers after worked examples."""
-        model, tokenizer = opened
         prompts = [few_shot(examples, problem) for problem in self.held_out]
-        answers = [problem.completion for problem in self.held_out]
-        known = known_answers(tokenizer, prompts, answers)
-        return score_answers(model, known, temperatures, self.console, title)
+        known = known_answers(opened[1], prompts, [problem.completion for problem in self.held_out])
+        return score_answers(opened[0], known, temperatures, self.console, title)
 
-    def untrained(self, opened: Opened, more: Sequence[Problem]) -> dict[str, Any]:
-        """Score the untrained model: with the usual examples, with more, and with examples of the
-        answer's form only.
-        """
+    def untrained(self, opened: Opened, more: list[Problem]) -> dict[str, Any]:
+        """Score the untrained model with the usual examples, with more, with their form only."""
         path = self.config.output / "untrained.json"
         if not path.exists():
             title = f"untrained, {len(self.shots)} examples"
@@ -154,7 +126,7 @@ class _Study(NamedTuple):
             base = {"greedy": greedy.tolist(), "probability": np.exp(logprob).tolist()}
             for name, examples in (("more", more), ("form", only_form(more))):
                 title = f"untrained, {len(examples)} examples {name}"
-                base[name] = self.score(opened, examples, (1.0,), title).greedy.tolist()
+                base[name] = self.score(opened, examples, (1.0,), title)[0].tolist()
             write_whole(path, json.dumps(base) + "\n")
         return json.loads(path.read_text())
 
@@ -176,19 +148,20 @@ class _Study(NamedTuple):
         )
         with self.console.status(f"{path.stem}: training"):
             result = train(settings, console=Console(quiet=True), resume=(run / CONFIG).exists())
-        rows = []
+        scores = []
         for update in config.updates:
             checkpoint = str(checkpoint_folder(run, update))
             opened = open_model(config.model_copy(update={"model": checkpoint}), self.console)
             title = f"{path.stem}, update {update}"
             greedy, logprob = self.score(opened, self.shots, (1.0,), title)
             probability = np.exp(logprob[0]).tolist()
-            rows.append({"update": update, "greedy": greedy.tolist(), "probability": probability})
-        facts = {
+            scores.append({"update": update, "greedy": greedy.tolist(), "probability": probability})
+        found = {
             "index": candidate.index,
             "pass_rate": candidate.pass_rate,
             "entropy": [row["entropy"] for row in result.metrics],
             "majority_right": candidate.majority_right,
+            "scores": scores,
         }
-        write_whole(path, json.dumps({**facts, "scores": rows}) + "\n")
+        write_whole(path, json.dumps(found) + "\n")
         shutil.rmtree(run / CHECKPOINTS)

@@ -1,89 +1,121 @@
-"""Statistics of a study: means, intervals, tests, a table, and the sentences they support."""
+"""A study's settings, and its statistics: means, intervals, tests, and what they support."""
 
 from collections.abc import Sequence
-from itertools import combinations
-from typing import Any
+from itertools import combinations, product
+from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from scipy.stats import permutation_test
 
+from ..config import Sampling
+from ..settings import Positive
+from .evaluate import Temperatures
 from .statistics import mean_over_prompts, percent
-from .study_config import StudyConfig
+from .task import TaskSettings
 
 ARMS = ("selected", "random", "always wrong")
 EXAMPLES = 8  # worked examples of the untrained model's two controls
 
 
+class StudyConfig(TaskSettings):
+    """Test whether the choice of the prompt matters, and whether training does more than a lower
+    sampling temperature: train a model on many prompts, one at a time, and compare.
+    """
+
+    model: str = "demo"
+    """Hub id, local folder, or "demo" (135M)."""
+    data: str = "addition"
+    """Problems with answers: a .jsonl or .parquet file, a hub dataset (owner/name), "addition", or
+    gym:TASK[?setting=value&...] (a reasoning-gym task).
+    """
+    count: Positive | None = None
+    """Not for a study: it takes --pool and --held-out problems."""
+    template: Annotated[str, Field(pattern="^few-shot$")] = "few-shot"  # type: ignore[assignment]
+    """Only few-shot: answers are teacher-forced, so each must have one written form."""
+    sampling: Sampling = Sampling(
+        temperature=1, top_k=0, top_p=1, repetition_penalty=1, max_new_tokens=24
+    )
+    """Sampling settings for selection and training."""
+    pool: Positive = 200
+    """Prompts to choose from."""
+    samples: Annotated[int, Field(ge=2)] = 16
+    """Completions of each prompt of the pool, to estimate how often the model is right."""
+    prompts: Annotated[int, Field(ge=4)] = 8
+    """Prompts trained on in each of the three arms."""
+    held_out: Positive = 1000
+    """Held-out problems on which every trained model is scored."""
+    updates: Annotated[tuple[Positive, ...], Field(min_length=1)] = (2, 5)
+    """Optimizer updates after which the model is evaluated; conclusions use the last."""
+    lr: Annotated[float, Field(gt=0, lt=1)] = 5e-6
+    """Learning rate, constant."""
+    rollouts: Positive = 32
+    """Completions per update."""
+    temperatures: Temperatures = (1.0, 0.5, 0.25)
+    """Sampling temperatures of the untrained model; the trained one, at 1, must beat the best."""
+    output: Path = Path("runs/study")
+    """Folder for scores and results, and each run's records."""
+
+
 def analyse(
     config: StudyConfig, base: dict[str, Any], scores: dict[str, list[Any]]
 ) -> dict[str, Any]:
-    """Return the content of study.json: means, intervals, tests, and the sentences they support.
-
-    Args:
-        base: content of untrained.json, the scores of the untrained model.
-        scores: contents of prompt-*.json, the scores of each trained prompt, by arm.
-    """
+    """Return the content of study.json, from untrained.json, and prompt-*.json by arm."""
     rng = np.random.default_rng(config.seed)
     greedy, sampled = np.array(base["greedy"], float), np.array(base["probability"])
     best, form = int(sampled.mean(1).argmax()), np.array(base["form"], float)
-    rows, means = list[dict[str, Any]](), dict[tuple[str, int], np.ndarray]()
-    last = []
-    for u, update in enumerate(config.updates):
-        for arm in ARMS:
-            now = np.array([p["scores"][u]["greedy"] for p in scores[arm]], float)
-            drawn = np.array([p["scores"][u]["probability"] for p in scores[arm]])
-            means[arm, update] = now.mean(1)
-            rows.append(
-                {
-                    "arm": arm,
-                    "update": update,
-                    "prompts": len(now),
-                    "pass_rate": float(np.mean([p["pass_rate"] for p in scores[arm]])),
-                    "majority_right": sum(p["majority_right"] for p in scores[arm]),
-                    "greedy": float(now.mean()),
-                    "change": mean_over_prompts(now - greedy, rng),
-                    "sampled": float(drawn.mean()),
-                    "over_temperature": mean_over_prompts(drawn - sampled[best], rng),
-                }
-            )
-            if update == config.updates[-1]:
-                last.append((now - greedy, drawn - sampled[best], now - form))
+    now, drawn = {}, {}  # (prompts, problems), by update and arm
+    rows, contrasts = [], []
+    for (u, update), arm in product(enumerate(config.updates), ARMS):
+        given = [prompt["scores"][u] for prompt in scores[arm]]
+        right = now[update, arm] = np.array([score["greedy"] for score in given], float)
+        rates = drawn[update, arm] = np.array([score["probability"] for score in given])
+        rows.append(
+            {
+                "arm": arm,
+                "update": update,
+                "prompts": len(given),
+                "pass_rate": float(np.mean([prompt["pass_rate"] for prompt in scores[arm]])),
+                "majority_right": sum(prompt["majority_right"] for prompt in scores[arm]),
+                "greedy": float(right.mean()),
+                "change": mean_over_prompts(right - greedy, rng),
+                "sampled": float(rates.mean()),
+                "over_temperature": mean_over_prompts(rates - sampled[best], rng),
+            }
+        )
     pairs = [(u, a, b) for u in config.updates for a, b in combinations(ARMS, 2)]
-    contrasts = []
     for update, a, b in pairs:
+        means = now[update, a].mean(1), now[update, b].mean(1)
         test = permutation_test(
-            (means[a, update], means[b, update]),
-            lambda x, y, axis: x.mean(axis) - y.mean(axis),
-            n_resamples=20000,
-            rng=rng,
+            means, lambda x, y, axis: x.mean(axis) - y.mean(axis), n_resamples=20000, rng=rng
         )
         adjusted = min(1.0, test.pvalue * len(pairs))  # Bonferroni
         contrasts.append(
             {"update": update, "arms": [a, b], "difference": float(test.statistic), "p": adjusted}
         )
-    changed, over, over_form = (np.concatenate(parts) for parts in zip(*last, strict=True))
+    last = config.updates[-1]
+    right, rates = (np.concatenate([found[last, arm] for arm in ARMS]) for found in (now, drawn))
+    base_sampled = zip(map(str, config.temperatures), sampled.mean(1).tolist(), strict=True)
     report: dict[str, Any] = {
         "settings": config.model_dump(mode="json", exclude={"output"}),
         "model": config.model,
         "data": config.data,
         "held_out": len(greedy),
         "base_greedy": float(greedy.mean()),
-        "base_sampled": dict(
-            zip(map(str, config.temperatures), sampled.mean(1).tolist(), strict=True)
-        ),
+        "base_sampled": dict(base_sampled),
         "best_temperature": config.temperatures[best],
         "more_examples": float(np.mean(base["more"])),
         "form_only": float(np.mean(base["form"])),
         "rows": rows,
         "contrasts": contrasts,
-        "all_change": mean_over_prompts(changed, rng),
-        "all_over_temperature": mean_over_prompts(over, rng),
-        "all_over_form": mean_over_prompts(over_form, rng),
+        "all_change": mean_over_prompts(right - greedy, rng),
+        "all_over_temperature": mean_over_prompts(rates - sampled[best], rng),
+        "all_over_form": mean_over_prompts(right - form, rng),
     }
-    report["reading"] = reading(report, config.updates[-1])
-    return report
+    return report | {"reading": reading(report, last)}
 
 
 def points(estimate: Sequence[float]) -> str:
@@ -94,8 +126,7 @@ def points(estimate: Sequence[float]) -> str:
 
 def verdict(estimate: Sequence[float], above: str, below: str, neither: str) -> str:
     """Choose the words that the interval of a difference supports."""
-    _, low, high = estimate
-    return above if low > 0 else below if high < 0 else neither
+    return above if estimate[1] > 0 else below if estimate[2] < 0 else neither
 
 
 def reading(report: dict[str, Any], update: int) -> str:
@@ -116,9 +147,7 @@ def reading(report: dict[str, Any], update: int) -> str:
         verdict(report[f"all_over_{what}"], "above", "below", "not shown to differ from")
         for what in ("temperature", "form")
     )
-    chosen = next(
-        row["change"] for row in report["rows"] if (row["arm"], row["update"]) == (ARMS[0], update)
-    )
+    chosen = {(row["arm"], row["update"]): row["change"] for row in report["rows"]}[ARMS[0], update]
     temperature = report["best_temperature"]
     before, tempered = report["base_greedy"], report["base_sampled"][str(temperature)]
     return (

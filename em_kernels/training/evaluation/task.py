@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field
 from rich.console import Console
@@ -18,6 +18,8 @@ from ..models.loading import architecture, auto_dtype, load_model, open_source, 
 from ..rollouts.padding import check_cache, check_sampling
 from ..settings import Positive, Settings, UserError, json_object
 from ..task import check_context, find_device
+
+Opened: TypeAlias = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
 class TaskSettings(Settings):
@@ -66,29 +68,23 @@ class TaskSettings(Settings):
         if not self.data:
             raise UserError("data: missing; name a file, a dataset, addition or gym:TASK")
         shots = self.shots if self.template == "few-shot" else 0
-        found = read_problems(
-            self.data,
-            subset=self.subset,
-            split=self.split,
-            count=self.count,
-            more=shots + self.skip,
-            seed=self.seed,
-        )
-        if len(found) <= shots + self.skip:
-            raise UserError(
-                f"data: {self.data} has {len(found)} problems; {shots} worked examples and "
-                f"{self.skip} skipped leave none; lower skip or shots"
+        start = shots + self.skip
+        same = self.model_dump(include={"subset", "split", "count", "seed"})
+        found = read_problems(self.data, more=start, **same)
+        if len(found) <= start:
+            why = (
+                f"{len(found)} problems; {shots} worked examples and {self.skip} skipped leave none"
             )
-        return found[shots + self.skip :], found[:shots]
+            raise UserError(f"data: {self.data} has {why}; lower skip or shots")
+        return found[start:], found[:shots]
 
     def prompt(self, problem: Problem, shots: Sequence[Problem]) -> str | Conversation:
         """Return the prompt's text; for template chat the user's message, or all messages."""
         if self.template == "few-shot":
             return few_shot(shots, problem)
         if self.template != "chat" and not isinstance(problem.prompt, str):
-            raise UserError(
-                f"template: {self.template} takes prompts of one text, not conversations; use chat"
-            )
+            why = f"{self.template} takes prompts of one text, not conversations; use chat"
+            raise UserError(f"template: {why}")
         cot = self.template == "qwen25-math-cot"
         return QWEN25_MATH_COT.format(problem.prompt) if cot else problem.prompt
 
@@ -105,9 +101,7 @@ def digest(problems: Sequence[Problem], prompts: Sequence[str | Conversation]) -
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
 
-def open_model(
-    config: TaskSettings, console: Console
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def open_model(config: TaskSettings, console: Console) -> Opened:
     """Load the model and check that it can be sampled and scored; UserError where it cannot."""
     device = find_device(config.device)
     dtype = auto_dtype(device.type) if config.dtype == "auto" else config.dtype
@@ -129,16 +123,13 @@ def open_model(
 
 
 def token_ids(
-    config: TaskSettings,
-    tokenizer: PreTrainedTokenizerBase,
-    model: PreTrainedModel,
-    texts: Sequence[str | Conversation],
+    config: TaskSettings, opened: Opened, texts: Sequence[str | Conversation]
 ) -> list[list[int]]:
     """Tokenize prompts, checked against the model's context length."""
+    model, tokenizer = opened
     kwargs = json_object("template_kwargs", config.template_kwargs)
     found = [encode(tokenizer, text, config.template == "chat", kwargs) for text in texts]
-    lengths, new = list(map(len, found)), config.sampling.max_new_tokens
-    row = config.skip + lengths.index(max(lengths))
-    told = f"data: the prompt of problem {row} has"
-    check_context(model.config, max(lengths), new, told, "leave it out")
+    longest, new = max(found, key=len), config.sampling.max_new_tokens
+    told = f"data: the prompt of problem {config.skip + found.index(longest)} has"
+    check_context(model.config, len(longest), new, told, "leave it out")
     return found

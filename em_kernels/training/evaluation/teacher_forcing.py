@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from os.path import commonprefix
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,20 +22,11 @@ from ..task import check_context
 TOKENS_AT_ONCE = 8192
 
 
-class AnswerScores(NamedTuple):
-    """Scores of n known answers."""
-
-    greedy: np.ndarray  # (n,) bool: every token of the answer is the most probable one
-    logprob: np.ndarray  # (temperatures, n) nats, of the whole answer
-
-
 @torch.no_grad()
 def response_states(
     model: PreTrainedModel, rollouts: Sequence[Rollout]
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """Yield, batch by batch, the indices of some rollouts and the hidden states (n, D) that predict
-    their response tokens. A prefix that all prompts share is computed once.
-    """
+    """Yield batches of rollouts' indices and the states (n, D) that predict their responses."""
     order = sorted(range(len(rollouts)), key=lambda i: len(rollouts[i]))
     same = len(commonprefix([rollout.prompt_ids[:-1] for rollout in rollouts]))
     prompt = None
@@ -52,10 +43,9 @@ def mean_entropies(
 ) -> list[float]:
     """Return the mean entropy of each rollout's response tokens, in nats."""
     head, found = head_of(model), [0.0] * len(rollouts)
+    given: Any = {"temperature": temperature, **head.arguments()}
     for members, states in response_states(model, rollouts):
-        stats = fused_token_stats(
-            states, head.weight.detach(), temperature=temperature, **head.arguments()
-        )
+        stats = fused_token_stats(states, head.weight.detach(), **given)
         assert stats.entropy is not None
         parts = stats.entropy.split([len(rollouts[i].response_ids) for i in members])
         for i, part in zip(members, parts, strict=True):
@@ -66,23 +56,18 @@ def mean_entropies(
 def known_answers(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], completions: Sequence[str]
 ) -> list[Rollout]:
-    """Return few-shot prompts with their known completions as rollouts.
-
-    A completion is tokenized as in a worked example, followed by an empty line and the next
-    question, because some tokenizers merge the line breaks.
-    """
-    rollouts = list[Rollout]()
+    """Return few-shot prompts with their known completions as rollouts."""
+    rollouts = []
     for prompt, completion in zip(prompts, completions, strict=True):
+        # As in a worked example, before the next question: some tokenizers merge the line breaks.
         ids, text = tokenised(tokenizer, prompt), prompt + completion
         count = len(tokenised(tokenizer, f"{text}\nQ:"))  # without an EOS
         found = tokenizer(f"{text}\nQ:", return_offsets_mapping=True)
         pairs = zip(found.input_ids[:count], found.offset_mapping[:count], strict=True)
         whole = [token for token, (start, _) in pairs if start < len(text)]
         if whole[: len(ids)] != ids:
-            raise UserError(
-                "teacher_forced: the tokenizer joins the end of the prompt with "
-                f"{completion!r}; sample instead"
-            )
+            why = f"the tokenizer joins the end of the prompt with {completion!r}"
+            raise UserError(f"teacher_forced: {why}; sample instead")
         rollouts.append(Rollout(ids, whole[len(ids) :], True))
     return rollouts
 
@@ -93,8 +78,10 @@ def score_answers(
     temperatures: Sequence[float],
     console: Console,
     title: str = "scoring",
-) -> AnswerScores:
-    """Score known answers under a model, each in one forward."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return (n,) bools, True where each token of a known answer is the most probable one, and
+    (temperatures, n) log-probabilities of the answers, in nats.
+    """
     head, longest = head_of(model), max(map(len, rollouts))
     check_context(model.config, longest, 0, "data: a problem with its answer has", "leave it out")
     greedy = np.zeros(len(rollouts), dtype=bool)
@@ -106,14 +93,12 @@ def score_answers(
             targets = torch.tensor(sum(tokens, []), device=states.device)
             lengths = list(map(len, tokens))
             for row, temperature in enumerate(temperatures):
-                given = {"temperature": temperature, **head.arguments()}
-                stats = fused_token_stats(
-                    states, head.weight, targets, stats=("logprob", "argmax"), **given
-                )
+                given: Any = {"temperature": temperature, "stats": ("logprob", "argmax")}
+                stats = fused_token_stats(states, head.weight, targets, **given, **head.arguments())
                 assert stats.argmax is not None and stats.logprob is not None
                 right = (stats.argmax == targets).cpu().split(lengths)
                 parts = stats.logprob.double().cpu().split(lengths)
                 for i, hits, part in zip(members, right, parts, strict=True):
                     greedy[i], logprob[row, i] = hits.all().item(), part.sum().item()
             progress.advance(bar, len(members))
-    return AnswerScores(greedy, logprob)
+    return greedy, logprob

@@ -28,10 +28,6 @@ STYLE: Any = {
     "svg.hashsalt": "em_kernels",  # the same run gives the same file
     "text.parse_math": False,  # a run may be called $x$
     "figure.constrained_layout.use": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.facecolor": "none",
-    "figure.facecolor": "none",
     "axes.titlelocation": "left",
     "axes.titlesize": 11,
     "axes.titleweight": "bold",
@@ -40,6 +36,8 @@ STYLE: Any = {
     "grid.alpha": 0.2,
     "lines.markersize": 5,
     "legend.frameon": False,
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right"), False),
+    **dict.fromkeys(("axes.facecolor", "figure.facecolor"), "none"),
     **dict.fromkeys(INKED, INK),
 }
 CURVES = {  # by key of metrics.jsonl: title, unit, factor, least upper end of the axis
@@ -56,11 +54,7 @@ CURVES = {  # by key of metrics.jsonl: title, unit, factor, least upper end of t
 
 
 def plot(axes: Axes, described: str, png: Path) -> Markup:
-    """Write the PNG, and return the SVG for an HTML page, its ids made unique there.
-
-    Args:
-        described: the plot in words, for screen readers.
-    """
+    """Write the PNG; return the SVG for an HTML page, `described` in words for screen readers."""
     figure, (_, labels) = axes.get_figure(), axes.get_legend_handles_labels()
     assert isinstance(figure, Figure)
     figure.set_size_inches(4.6, 3 + 0.1 * len(labels))
@@ -73,11 +67,10 @@ def plot(axes: Axes, described: str, png: Path) -> Markup:
         metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(text, format="svg", metadata=metadata)
     svg = text.getvalue()
-    size = re.search(r'viewBox="[^"]*"', svg)
-    assert size is not None
+    (size,) = re.findall(r'viewBox="[^"]*"', svg)[:1]
     svg = re.sub(r"<!--.*?-->|<defs>\s*<style.*?</defs>", "", svg[svg.index("<svg") :], flags=re.S)
     label = escape(f"{axes.get_title(loc='left')}: {described}")
-    svg = f'<svg {size[0]} role="img" aria-label="{label}">{svg[svg.index(">") + 1 :]}'
+    svg = f'<svg {size} role="img" aria-label="{label}">{svg[svg.index(">") + 1 :]}'
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\1{png.stem}-", svg).replace("xlink:href", "href")
     return Markup(svg.replace(INK, "currentColor").strip())
 
@@ -91,8 +84,7 @@ def curves(
     for key, (title, unit, factor, least) in CURVES.items():
         axes, told = Figure().add_subplot(title=title, xlabel="update", ylabel=unit), list[str]()
         for number, (name, rows) in enumerate(zip(names, metrics, strict=True)):
-            rows = [row for row in rows if row.get(key) is not None]
-            if not rows:
+            if not (rows := [row for row in rows if row.get(key) is not None]):
                 continue
             x, y = [row["update"] for row in rows], [factor * row[key] for row in rows]
             told.append(f"{name} {', '.join(f'{value:.3g}' for value in y)}")
@@ -122,9 +114,8 @@ def density(before: Measures, after: Measures, texts: str, png: Path) -> Markup:
     x = LOW + width * (torch.arange(BINS)[part] + 0.5)
     title = f"Raw logits, {texts}"
     axes = Figure().add_subplot(title=title, xlabel="logit, temperature 1", ylabel="density")
-    for name, share, colour, dash in zip(
-        ("base", "trained"), shares, COLOURS[:2], DASHES[:2], strict=True
-    ):
+    names = ("base", "trained")
+    for name, share, colour, dash in zip(names, shares, COLOURS, DASHES, strict=False):
         y = share[part] / width
         axes.fill_between(x, y, step="mid", color=colour, alpha=0.2, linewidth=0)
         axes.plot(x, y, dash, color=colour, drawstyle="steps-mid", label=name)

@@ -1,6 +1,4 @@
-"""A run's completions under the base and the trained model: each token's distribution, and how raw
-logits are distributed.
-"""
+"""A run's completions under the base and the trained model: distributions of tokens and logits."""
 
 import gc
 import os
@@ -59,16 +57,11 @@ class Shift(NamedTuple):
 def measure(
     model: PreTrainedModel,
     rollouts: Sequence[Rollout],
-    temperature: float,
+    temperature: float,  # of entropy and probability; all else is of raw logits
     console: Console,
-    tops: Tensor | None = None,
+    tops: Tensor | None = None,  # (n,) vocabulary entries to rank; default: the most probable
 ) -> Measures:
-    """Measure every response token, in order, a chunk of logits at a time.
-
-    Args:
-        temperature: of entropy and probability. Moments, histogram and ranks are of raw logits.
-        tops: (n,) vocabulary entries to rank; default: the most probable ones.
-    """
+    """Measure every response token, in order, a chunk of logits at a time."""
     head = head_of(model)
     shape = RowTransform(head.bias, head.weight.new_ones(1), head.logit_scale, head.softcap)
     rows = max(1, LOGITS_AT_ONCE // len(head.weight))
@@ -108,18 +101,13 @@ def shift(
     last: Sequence[Rollout] | None,
     console: Console,
 ) -> Shift:
-    """Measure completions with config.model and with the checkpoint, one model in memory at a time.
-
-    Raises: UserError where a model cannot be opened.
-    """
+    """Measure completions with config.model, then with the checkpoint, one in memory at a time."""
     attention = "sdpa" if config.attention.startswith("flash") else config.attention
     device = find_device("auto")
     source, model_config, tokenizer = open_source(config.model)
     entries = model_config.get_text_config().vocab_size
     if max(max(r.prompt_ids + r.response_ids) for r in [*first, *(last or ())]) >= entries:
-        raise UserError(
-            f"model: {config.model} is not the run's: it lacks tokens that were sampled"
-        )
+        raise UserError(f"model: {config.model} is not the run's: it lacks tokens that it sampled")
 
     def opened(source: str) -> PreTrainedModel:
         gc.collect()

@@ -51,10 +51,8 @@ class Run(NamedTuple):
 def read_run(folder: Path) -> Run:
     """Read a run's records; UserError for a folder that is no run's, or damaged records."""
     if not (folder / CONFIG).is_file():
-        raise UserError(
-            f"RUN: {folder} is not the folder of a run: it has no {CONFIG}; name the --output of "
-            "an em-kernels train"
-        )
+        why = f"{folder} is not the folder of a run: it has no {CONFIG}"
+        raise UserError(f"RUN: {why}; name the --output of an em-kernels train")
     config, metrics = read_yaml(folder / CONFIG), read_metrics(folder)
     rollouts, n = read_rollouts(folder, config.rollouts), config.rollouts
     lines = (folder / ROLLOUTS).read_bytes().split(b"\n") if rollouts else []
@@ -92,22 +90,18 @@ def p_value(one: dict[str, Any], other: dict[str, Any]) -> float:
     return float(fisher_exact([np.bincount(row["right"], minlength=2) for row in (one, other)])[1])
 
 
-def graded(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the updates whose accuracy is known: an answer may have been added on resume."""
-    return [row for row in metrics if row["accuracy"] is not None]
-
-
 def happened(metrics: list[dict[str, Any]]) -> str:
     """Say in a sentence or two how entropy and accuracy changed."""
     if not metrics:
         return "No update has finished yet."
     first, last, accuracy = metrics[0], metrics[-1], "Accuracy on the training prompt"
-    text = f"From update 1 to {last['update']} the entropy went from {first['entropy']:.3g} to "
-    text += f"{last['entropy']:.3g} nats per token."
+    n, (start, end) = last["update"], (f"{row['entropy']:.3g}" for row in (first, last))
+    text = f"From update 1 to {n} the entropy went from {start} to {end} nats per token."
     if first is last:
-        text = f"One update was made; the entropy before it was {first['entropy']:.3g} nats per "
-        text += "token, and nothing was sampled after it."
-    if not (known := graded(metrics)):
+        text = f"One update was made; the entropy before it was {start} nats per token, "
+        text += "and nothing was sampled after it."
+    # An answer may have been added on resume.
+    if not (known := [row for row in metrics if row["accuracy"] is not None]):
         return f"{text} Accuracy is not known: the prompt came without an answer."
     since = "" if known[0] is first else f" in update {known[0]['update']}"
     first, last = known[0], known[-1]
@@ -132,7 +126,7 @@ def warnings(metrics: list[dict[str, Any]]) -> Iterator[str]:
     if last > max(0.05, 2 * first):
         risen = f"Repetition rose from {first:.1%} to {last:.1%} of the 4-grams"
         yield f"{risen}: an early sign of collapse."
-    if not (known := graded(metrics)):
+    if not (known := [row for row in metrics if row["accuracy"] is not None]):
         return
     now, best = known[-1], max(known, key=lambda row: row["accuracy"])
     fell = now["accuracy"] < best["accuracy"] and now["entropy"] < best["entropy"]
@@ -162,10 +156,10 @@ def completions(
     run: Run, update: int, tokenizer: Any, measured: Measures | None, shown: int
 ) -> list[dict[str, Any]]:
     """Return an update's first completions as recorded, with their tokens if these are measured."""
-    start, found = 0, list[dict[str, Any]]()
+    start, found = 0, []
     for record in run.records[update][:shown]:
         ids, length = record["response_ids"][:LONGEST], len(record["response_ids"])
-        tokens = list[dict[str, Any]]()
+        tokens = []
         if measured:
             names = tokenizer.convert_ids_to_tokens(ids)
             texts = pieces(tokenizer, record["prompt_ids"], ids)
@@ -192,12 +186,10 @@ def shift_of(run: Run, models: bool, console: Console) -> tuple[Shift | None, st
     last = run.rollouts[run.last] if run.last > 1 else None
     try:
         return shift(run.config, run.checkpoint, run.rollouts[1], last, console), ""
-    except UserError as error:
-        return None, str(error)
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            return None, "out of memory"
-        raise
+    except (UserError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+            raise
+        return None, "out of memory" if isinstance(error, RuntimeError) else str(error)
 
 
 def part_of(run: Run, number: int, shown: int, moved: Shift | None, plots: Path) -> dict[str, Any]:
@@ -230,14 +222,7 @@ def part_of(run: Run, number: int, shown: int, moved: Shift | None, plots: Path)
 def write_report(
     runs: Sequence[Path], output: Path, console: Console | None = None, models: bool = True
 ) -> Path:
-    """Write one self-contained HTML page, and its plots as PNGs in a folder beside it.
-
-    Args:
-        runs: folders of runs, finished or not.
-        models: load base and trained models, one at a time, for what needs them.
-
-    Raises: UserError for a folder that is no run's, or if the output cannot be written.
-    """
+    """Write one self-contained HTML page, from the runs' `models` too; plots as PNGs beside it."""
     console = console or Terminal(stderr=True)
     names = [run.resolve().name for run in runs]
     names = [n if names.count(n) == 1 else str(r) for n, r in zip(names, runs, strict=True)]
@@ -248,7 +233,7 @@ def write_report(
     is_new = not plots.exists()
     try:
         plots.mkdir(parents=True, exist_ok=True)
-        parts, shown = list[dict[str, Any]](), max(1, min(3, SHOWN // (2 * len(found))))
+        parts, shown = [], max(1, min(3, SHOWN // (2 * len(found))))
         for number, (name, run) in enumerate(zip(names, found, strict=True)):
             moved, why = shift_of(run, models, console)
             if models and why:
@@ -258,9 +243,8 @@ def write_report(
         source = Path(__file__).with_suffix(".html.jinja").read_text(encoding="utf-8")
         environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
         drawn = curves(names, [run.metrics for run in found], plots)
-        page = environment.from_string(source).render(
-            parts=parts, curves=drawn, levels=LEVELS, version=__version__
-        )
+        given = {"parts": parts, "curves": drawn, "levels": LEVELS, "version": __version__}
+        page = environment.from_string(source).render(given)
         write_whole(output, page.encode("utf-8", "replace").decode())  # Text may hold surrogates.
     except BaseException as error:  # Ctrl-C too
         if is_new:

@@ -6,7 +6,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from safetensors.torch import load_file
@@ -29,13 +29,6 @@ WITHOUT_EFFECT = {  # settings that do not change an update's numbers
 }
 
 
-class SavedState(NamedTuple):
-    """A checkpoint that has the optimizer's state, and its update."""
-
-    update: int
-    checkpoint: Path
-
-
 def defining_settings(config: TrainConfig) -> dict[str, Any]:
     """Return every setting that determines an update's numbers, as JSON values by name."""
     return config.located().flat(exclude=WITHOUT_EFFECT)
@@ -48,10 +41,7 @@ def write_model(
 ) -> Writer:
     """Return a function that writes a bf16 folder for from_pretrained, vLLM and GGUF converters.
 
-    Args:
-        weights: values to write for each parameter, by name; default: the model's own.
-
-    Memory: none on the device; on the host 2 GB, or 2 bytes per weight if they are not bf16.
+    It takes no memory on the device; on the host 2 GB, or 2 bytes per weight if they are not bf16.
     """
 
     def write(folder: Path) -> None:
@@ -115,18 +105,15 @@ def save_checkpoint(
             path.rename(path.with_name(f".{path.name}.partial"))
         _clear(*_leftovers(folder.parent))
     except Exception as error:  # safetensors and tokenizers have classes of their own.
-        why = in_one_line(error)
-        raise UserError(f"output: cannot write the checkpoint {folder}: {why}") from error
+        why = f"cannot write the checkpoint {folder}: {in_one_line(error)}"
+        raise UserError(f"output: {why}") from error
     finally:
         _clear(partial, old)
     return folder
 
 
-def newest_state(run: Path, settings: Mapping[str, Any]) -> tuple[SavedState | None, list[str]]:
-    """Find the newest undamaged state made with these settings, and remove what a kill left.
-
-    Returns: the state, if there is one, and for each newer one a line that says why it is refused.
-    """
+def newest_state(run: Path, settings: Mapping[str, Any]) -> tuple[Path | None, list[str]]:
+    """Find the checkpoint of the newest good state of these settings, and why newer are bad."""
     refused = list[str]()
     _clear(*_leftovers(run / CHECKPOINTS))
     steps = steps_in(run / CHECKPOINTS)
@@ -135,7 +122,7 @@ def newest_state(run: Path, settings: Mapping[str, Any]) -> tuple[SavedState | N
         if (folder / STATE).exists() or (folder / FACTS).exists():
             if (why := _refusal(folder, settings)) is None:
                 _drop_states(steps)
-                return SavedState(update_of(folder), folder), refused
+                return folder, refused
             refused.append(f"{folder} cannot be resumed from: {why}")
     return None, refused
 

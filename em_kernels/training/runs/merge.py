@@ -28,12 +28,10 @@ BY_PEFT = "merge them by peft's merge_and_unload"
 
 @torch.no_grad()
 def merge(adapter: Path, output: Path) -> Path:
-    """Add the adapters of a checkpoint, or of a run's newest, to their base model, and write it to
-    a new folder, which is returned. rsLoRA, DoRA and patterns of rank and alpha are supported. Sums
-    are in fp32 and rounded by rounding.py, so that small changes survive in bf16.
+    """Add the adapters of a checkpoint, or of a run's newest, to their base model in a new folder.
 
-    Memory: the base model, and one layer in fp32, twice.
-    Raises: UserError for adapters that cannot be merged; output is written whole or not at all.
+    Sums are in fp32 and rounded by rounding.py, so that small changes survive in bf16. rsLoRA, DoRA
+    and patterns of rank and alpha are supported. UserError where nothing can be merged.
     """
     output = output.absolute()
     check_output(output)
@@ -61,10 +59,7 @@ def merge(adapter: Path, output: Path) -> Path:
 def add_to_base(
     base: PreTrainedModel, config: PeftConfig, weights: Mapping[str, Tensor]
 ) -> PreTrainedModel:
-    """Add adapters to their base's weights, in place; return the base.
-
-    Raises: ValueError for adapters of another base, on layers that are not linear, or not finite.
-    """
+    """Add adapters to their base's weights, in place; ValueError for adapters of another base."""
     source = config.base_model_name_or_path
     try:
         model: Any = get_peft_model(base, config)
@@ -93,14 +88,12 @@ def check_mergeable(config: PeftConfig) -> None:
     if start not in REPEATABLE:
         raise ValueError(
             f"init_lora_weights {start!r} changed the base model by something that is not saved; "
-            "save the adapters again where they were trained, with peft's "
-            "save_pretrained(path_initial_model_for_weight_conversion=...), which makes them a "
-            "plain LoRA"
+            "save them as a plain LoRA where they were trained, with peft's "
+            "save_pretrained(path_initial_model_for_weight_conversion=...)"
         )
-    for name in ("modules_to_save", "trainable_token_indices", "target_parameters"):
+    extras = ("modules_to_save", "trainable_token_indices", "target_parameters")
+    for name in (*extras, "layer_replication"):
         if getattr(config, name, None):
             raise ValueError(f"these adapters have {name}; {BY_PEFT}")
     if config.bias != "none":
         raise ValueError(f"these adapters have bias {config.bias!r}; {BY_PEFT}")
-    if config.layer_replication:
-        raise ValueError(f"these adapters have layer_replication; {BY_PEFT}")

@@ -42,40 +42,31 @@ def write_whole(path: Path, text: str) -> None:
             partial.write_text(text, encoding="utf-8")
             sync(partial)
             partial.replace(path)
-    except UserError:
+    finally:
         with suppress(OSError):
             partial.unlink()
-        raise
 
 
 def write_config(run: Path, config: Settings) -> None:
-    """Write the settings to the run's config.yaml."""
     write_whole(run / CONFIG, config.to_yaml())
 
 
 @contextmanager
 def resumable(output: Path, config: Settings, **facts: str) -> Iterator[None]:
-    """A context of a command that works in a new folder, or continues in that of a stopped one.
-
-    Args:
-        facts: what settings stood for (a model's fingerprint, say); must be the same as before.
-
-    Raises: UserError if the folder holds anything else, or another process works there.
-    """
+    """A context of work in a new folder, or in that of a stopped one, given the same `facts`."""
     if not (output / CONFIG).exists():
         check_output(output, "choose another")
     with Running(output):
         if (output / CONFIG).exists():
             before = yaml.safe_load((output / CONFIG).read_text(encoding="utf-8"))
             if what := differing(before, config.model_dump(mode="json"), ignored=MAY_CHANGE):
-                raise UserError(
-                    f"output: {output} was made with {what}; go on with that, or name another"
-                )
+                why = f"was made with {what}; go on with that, or name another"
+                raise UserError(f"output: {output} {why}")
             recorded = json.loads((output / INPUTS).read_text(encoding="utf-8"))
-            if changed := [name for name in facts if facts[name] != recorded.get(name)]:
-                raise UserError(
-                    f"{changed[0]}: is not what it was when {output} was begun; name another output"
-                )
+            for name in facts:
+                if facts[name] != recorded.get(name):
+                    why = f"is not what it was when {output} was begun; name another output"
+                    raise UserError(f"{name}: {why}")
         else:
             write_whole(output / INPUTS, json.dumps(facts) + "\n")
             write_config(output, config)
@@ -93,15 +84,12 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 def read_lines(path: Path, key: str) -> list[dict[str, Any]]:
     """Return the rows of a file that will be appended to; a torn last line is cut off."""
     rows = _rows(path, key)
-    _truncate(path, rows[-1][1] if rows else 0)
+    _truncate(path, max((end for _, end in rows), default=0))
     return [row for row, _ in rows]
 
 
 def read_rollouts(run: Path, rollouts: int) -> dict[int, list[Rollout]]:
-    """Return the recorded completions by update; an update with fewer than `rollouts` is left out.
-
-    Raises: UserError for a folder that is no run's, or for a line that is not the next completion.
-    """
+    """Return the recorded completions by update; an update with fewer than all is left out."""
     path, completions = run / ROLLOUTS, list[Rollout]()
     if not path.exists() and not (run / CONFIG).exists():
         raise UserError(f"rollouts_from: {run} has no {ROLLOUTS}; name the folder of a run")
@@ -115,10 +103,9 @@ def read_rollouts(run: Path, rollouts: int) -> dict[int, list[Rollout]]:
                 if not ids or not all(type(i) is int and i >= 0 for i in ids):
                     raise ValueError
         except (KeyError, TypeError, ValueError):
-            raise UserError(
-                f"rollouts: line {number + 1} of {path} is not completion {index} (of {rollouts}) "
-                f"of update {update}; set rollouts to as many as were sampled"
-            ) from None
+            place = f"completion {index} (of {rollouts}) of update {update}"
+            why = f"line {number + 1} of {path} is not {place}"
+            raise UserError(f"rollouts: {why}; set rollouts to as many as were sampled") from None
         completions.append(rollout)
     updates = len(completions) // rollouts
     return {i + 1: completions[i * rollouts :][:rollouts] for i in range(updates)}
@@ -127,24 +114,16 @@ def read_rollouts(run: Path, rollouts: int) -> dict[int, list[Rollout]]:
 def replayable(
     run: Path, prompts: Sequence[list[int]], vocab_size: int, longest: int
 ) -> dict[int, list[Rollout]]:
-    """Return the recorded completions by update, checked to be of these prompts.
-
-    Raises: UserError for other prompts, ids beyond the model's vocabulary, or more than `longest`
-        tokens.
-    """
+    """Return the recorded completions by update; refuse those of other prompts or settings."""
     recorded = read_rollouts(run, len(prompts))
     for rollouts in recorded.values():
         responses = [rollout.response_ids for rollout in rollouts]
         if [r.prompt_ids for r in rollouts] != prompts or max(map(max, responses)) >= vocab_size:
-            raise UserError(
-                f"prompt: the completions in {run} are of another prompt, or another tokenizer; "
-                "give the run's own"
-            )
+            why = f"the completions in {run} are of another prompt, or another tokenizer"
+            raise UserError(f"prompt: {why}; give the run's own")
         if (length := max(map(len, responses))) > longest:
-            raise UserError(
-                f"sampling.max_new_tokens: {longest} is less than the {length} tokens of a "
-                f"completion in {run}; give at least as many"
-            )
+            why = f"{longest} is less than the {length} tokens of a completion in {run}"
+            raise UserError(f"sampling.max_new_tokens: {why}; give at least as many")
     return recorded
 
 
@@ -156,10 +135,7 @@ def trim(run: Path, *, rollouts_upto: int, metrics_upto: int) -> None:
 
 
 class Running:
-    """A context that creates a run's folder and marks it as in use by this process.
-
-    `death` is a message about the previous process there, if it was killed.
-    """
+    """A context that marks a run's folder as in use; `death` says if a process was killed there."""
 
     def __init__(self, run: Path) -> None:
         self.path = run / MARKER
@@ -177,9 +153,8 @@ class Running:
                 raise BlockingIOError
         except BlockingIOError:
             self.file.close()
-            raise UserError(
-                f"output: another process works in {self.path.parent} now; wait, or name another"
-            ) from None
+            why = f"another process works in {self.path.parent} now"
+            raise UserError(f"output: {why}; wait, or name another") from None
         except OSError:  # The file system has no locks.
             pass
         self.death, self.kills = self._previous_death(), _oom_kills()
@@ -232,10 +207,10 @@ def repetition(ids: Sequence[int]) -> float:
 
 def cut_off(rollouts: Sequence[Rollout]) -> str | None:
     """Return a warning if most completions did not end by themselves."""
-    cut = sum(not rollout.ended for rollout in rollouts)
+    if (cut := sum(not rollout.ended for rollout in rollouts)) <= len(rollouts) / 2:
+        return None
     advice = "raise sampling.max_new_tokens, or check sampling.stop"
-    warning = f"Warning: {cut} of {len(rollouts)} completions were cut off; {advice}."
-    return warning if cut > len(rollouts) / 2 else None
+    return f"Warning: {cut} of {len(rollouts)} completions were cut off; {advice}."
 
 
 def sync(path: Path) -> None:

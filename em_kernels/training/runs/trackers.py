@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,9 @@ from ..config import TrainConfig
 from ..settings import UserError, in_one_line
 
 
-class Tracking:
-    """A context in which a run's metrics are logged to the tracker config.report_to, if any.
-
-    Files are in the run's folder, in tensorboard/ or wandb/; Trackio keeps all runs in TRACKIO_DIR.
-    A resumed run continues the same log, and an update that is trained again is not logged twice.
+class Tracking(AbstractContextManager["Tracking"]):
+    """A context in which metrics are logged to config.report_to, if any, in a folder of the run's
+    (Trackio: in TRACKIO_DIR). A resumed run continues the same log, and repeats no update.
     """
 
     def __init__(self, config: TrainConfig, console: Console) -> None:
@@ -31,17 +30,12 @@ class Tracking:
             raise UserError(f"report_to: {name} is not installed; pip install {name}") from None
 
     def start(self, done: int) -> None:
-        """Start the log, or continue it after `done` updates.
-
-        Raises: UserError if the tracker does not start.
-        """
+        """Start the log, or continue it after `done` updates; UserError if that fails."""
         name, output, self.done = self.config.report_to, self.config.output, done
         if name == "none":
             return
-        plain = (int, float, str)
-        settings = {
-            k: v if isinstance(v, plain) else json.dumps(v) for k, v in self.config.flat().items()
-        }
+        settings, plain = self.config.flat(), (int, float, str)
+        settings |= {k: json.dumps(v) for k, v in settings.items() if not isinstance(v, plain)}
         # TensorBoard would list the settings of a resumed run twice.
         listed = name == "tensorboard" and (output / name).exists()
         common = {"run_name": "em-kernels", "resume": "allow"}
@@ -56,21 +50,15 @@ class Tracking:
             if not listed:
                 tracker.store_init_configuration(settings)
         except Exception as error:  # Each tracker raises its own kinds.
-            why = in_one_line(error)[:300]
-            raise UserError(
-                f"report_to: {name} does not start: {why}; fix that and --resume {output}, or go "
-                "on with --report-to none"
-            ) from error
+            why = f"{name} does not start: {in_one_line(error)[:300]}"
+            remedy = f"fix that and --resume {output}, or go on with --report-to none"
+            raise UserError(f"report_to: {why}; {remedy}") from error
         self.tracker = tracker
 
     def log(self, row: dict[str, Any]) -> None:
-        """Log the metrics of an update."""
         numbers = {k: v for k, v in row.items() if isinstance(v, (int, float)) and k != "update"}
         if row["update"] > self.done:
             self._or_give_up(lambda tracker: tracker.log(numbers, step=row["update"]))
-
-    def __enter__(self) -> "Tracking":
-        return self
 
     def __exit__(self, *error: object) -> None:
         self._or_give_up(lambda tracker: tracker.finish())
