@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         if not _is_stream_error(error):
             raise
-        # The interpreter flushes stdout once more at exit.
+        # The interpreter flushes stdout once more at exit, which would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if error.errno == errno.EPIPE:
             return 141
@@ -91,6 +91,7 @@ def _dispatch(argv: list[str]) -> int:
             print(f"em-kernels {name}: {str(error) or 'interrupted'}", file=sys.stderr)
         return 130
     except Exception as error:
+        # info may run without the extras that the imports below need.
         if name == "info" or _is_stream_error(error):
             raise
         from .training.models.demo_model import DemoModelError

@@ -21,7 +21,7 @@ SOURCES = f"""--preset NAME starts from a preset; flags override it:
 
 
 def train_settings(command: str, arguments: list[str], examples: str) -> tuple[TrainConfig, bool]:
-    """Return settings from flags on top of --resume, --config or --preset; and True to resume."""
+    """Return the settings, flags over --resume, --config or --preset; and whether to resume."""
     prog = f"em-kernels {command}"
     parser = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
     sources = parser.add_mutually_exclusive_group()

@@ -55,7 +55,9 @@ def run(arguments: list[str]) -> int:
         if getattr(known, name) < 1:
             raise UserError(f"{name}: must be at least 1")
     if known.on_host and known.engine == ENGINES[0]:
-        raise UserError("on_host: goes with an engine; replicas have --mode offload")
+        raise UserError(
+            "on_host: goes with --engine fsdp2 or deepspeed; without one, use --mode offload"
+        )
     launch = LaunchSpec(known.ranks, known.ranks, known.engine, known.on_host)
     model_config = open_config(config.model)
     tokens, new_tokens = known.prompt_tokens, config.sampling.max_new_tokens
@@ -93,7 +95,7 @@ def launcher(launch: LaunchSpec) -> list[str]:
 
 
 def open_config(model: str) -> PreTrainedConfig:
-    """Open the config of what `model` names, which may be a config.json; UserError without one."""
+    """Open the config of a model, or a config.json; UserError if that is not possible."""
     if not model:
         raise UserError('model: missing; name a hub id, a local folder, a config.json, or "demo"')
     if model == "demo":

@@ -21,6 +21,6 @@ def run(arguments: list[str]) -> int:
     result = train(config, console=Terminal(stderr=True), resume=resume)
     if RANK == "0":
         print(result.checkpoint, flush=True)
-    if torch.distributed.is_initialized():  # Left to the interpreter's exit, it may abort.
+    if torch.distributed.is_initialized():  # Exit without this may abort.
         torch.distributed.destroy_process_group()
     return 0

@@ -219,7 +219,7 @@ class TrainConfig(Settings):
 
 
 def read_yaml(path: Path) -> TrainConfig:
-    """Read settings from a YAML file; UserError where that cannot be done, or they are refused."""
+    """Read settings from a YAML file; UserError if it is unreadable or a setting is invalid."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:

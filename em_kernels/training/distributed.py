@@ -102,7 +102,7 @@ class Ranks:
 
     @contextmanager
     def on_main(self, context: AbstractContextManager[T]) -> Iterator[T | None]:
-        """Enter a context on rank 0 and yield its value there; where that fails, all ranks end."""
+        """Enter a context on rank 0 and yield its value there; if it fails, all ranks exit."""
         with ExitStack() as stack:
             entered: list[T] = []
             self.from_main(lambda: entered.append(stack.enter_context(context)))
@@ -155,12 +155,12 @@ def find_ranks(device: str, rollouts: int | None = None) -> Ranks:
     if getattr(ranks.plugin, "fsdp_version", 2) != 2:
         ranks.refuse(UserError("fsdp: version 1 is not supported; launch with --fsdp_version 2"))
     if stage != 2:
-        fetched = "sampling reads every weight at every token, which it would fetch each time"
+        fetched = "sampling would fetch every weight from the other processes for each token"
         why = fetched if stage == 3 else "each process would hold all gradients"
         remedy = "use stage 2, or FSDP2"
         ranks.refuse(UserError(f"deepspeed: ZeRO stage {stage} is not supported: {why}; {remedy}"))
     if rollouts is not None and rollouts < ranks.count:
         few = f"{rollouts} are fewer than the {ranks.count} processes"
         ranks.refuse(UserError(f"rollouts: {few}; raise it"))
-    ranks.gather(None)  # NCCL takes its memory before a plan asks what is free
+    ranks.gather(None)  # makes NCCL take its memory before a plan asks what is free
     return ranks

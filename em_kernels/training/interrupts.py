@@ -14,7 +14,7 @@ class Interrupted(KeyboardInterrupt):
 class StopRequest:
     """A context that defers the first Ctrl-C or SIGTERM to the next check(); a second acts at once.
 
-    A patient one defers all: under a launcher one Ctrl-C arrives twice, from the terminal too.
+    A patient one defers all: one Ctrl-C arrives twice, from the terminal and from the launcher.
     """
 
     def __init__(self, patient: bool = False) -> None:

@@ -4,9 +4,10 @@ from pathlib import Path
 
 CONFIG, METRICS, ROLLOUTS = "config.yaml", "metrics.jsonl", "rollouts.jsonl"
 CHECKPOINTS, STEP = "checkpoints", "step-"
-# In a checkpoint: the optimizer's state; its update, settings and checksum.
+# In a checkpoint. STATE: the optimizer's state. FACTS: its update, settings and checksum.
 STATE, FACTS = "training_state.safetensors", "training_state.json"
-# While a process works in the folder; what an evaluation or selection was given besides settings.
+# MARKER: exists while a process works in the folder. INPUTS: fingerprints of the model and the data
+# of an evaluation, a selection or a study.
 MARKER, INPUTS = "running.json", "asked.json"
 REPORT = "report.html"
 

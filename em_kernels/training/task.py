@@ -19,7 +19,7 @@ class Task(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
     problems: list[Problem]
     prompts: list[list[int]]
-    chat_template: bool  # False too where the tokenizer has none
+    chat_template: bool  # also False if the tokenizer has none
     model_config: PreTrainedConfig
 
 

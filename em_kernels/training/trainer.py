@@ -39,8 +39,8 @@ def train(
     Args:
         console: where progress goes; default stderr.
         model: config.model already loaded; trained in place.
-        resume: continue the stopped run in output; what config leaves "auto" or None is as that run
-            has it.
+        resume: continue the stopped run in output; settings that config leaves "auto" or None are
+            taken from that run.
             On the same machine, with as many threads and processes, losses, norms and weights are
             bit for bit those of a run that never stopped; on a GPU as far as its attention's
             backward is deterministic.
@@ -116,7 +116,10 @@ def _prepare(
 
 
 def recorded_settings(config: TrainConfig) -> TrainConfig:
-    """Return config, with what it leaves "auto" or None as the run in config.output has it."""
+    """Return config, with settings that are "auto" or None taken from the run in its output.
+
+    Raises: UserError if the other settings would change the run's numbers.
+    """
     recorded = read_yaml(config.output / CONFIG)
     kept = {name: value for name, value in recorded if getattr(config, name) in ("auto", None)}
     kept["share_prefix"] = config.share_prefix and recorded.share_prefix

@@ -105,7 +105,7 @@ def _read(answer: str | None) -> _Answer:
 
 
 def _letters(key: Fraction | str) -> int:
-    """Count the letters of a key of letters only; over two are a word, no product of variables."""
+    """Count a key's letters; 0 if it has other characters. Over two are a word, not variables."""
     return len(key) if isinstance(key, str) and key.isalpha() else 0
 
 
@@ -162,6 +162,7 @@ class Grader(AbstractContextManager["Grader"]):
         hard: dict[tuple[_Answer, ...], list[int]] = {}
         for i, (text, answer) in enumerate(pairs):
             known, found = _read(answer), _answer_of(text)
+            # A completion that is the known answer alone needs no box.
             same = True if known.key == _read(text).key != "" else _same(known, found)
             if same is None:
                 hard.setdefault((known, found), []).append(i)
@@ -170,7 +171,7 @@ class Grader(AbstractContextManager["Grader"]):
                 on_done(1)
         for pair, first in self._ask(list(hard)):
             for i in hard[pair]:
-                right[i] = first == [0, 0]
+                right[i] = first == [0, 0]  # the second equals the first
             on_done(len(hard[pair]))
         return right
 

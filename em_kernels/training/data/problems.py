@@ -225,7 +225,9 @@ def encode(
     chat_template: bool,
     template_kwargs: Mapping[str, Any] = {},
 ) -> list[int]:
-    """Return a prompt's token ids, raw or through the chat template; assistant's words go on."""
+    """Return a prompt's token ids, raw or through the chat template; a conversation that ends with
+    the assistant's words is left open, so that the completion continues them.
+    """
     if not chat_template:
         if not isinstance(prompt, str):
             why = f"is a conversation of {len(prompt)} messages, which only a chat template joins"

@@ -40,7 +40,7 @@ class Engine:
         self.prepare()
 
     def check_model(self) -> bool:
-        """Return True if unequal prompts may be sampled together; UserError for unfit models."""
+        """Return True if unequally long prompts can share a batch; UserError for an unfit model."""
         try:
             head = head_of(self.model)
             check_head(self.model, head)
@@ -102,7 +102,7 @@ class Engine:
         self.optimizer.step(norm)
 
     def state(self) -> Mapping[str, Tensor]:
-        """Return what MasterAdamW.state() does, whole, on rank 0."""
+        """Return tensors named as in MasterAdamW.state(), unsharded; needed on rank 0 only."""
         return self.optimizer.state()
 
     def load(self, state: Mapping[str, Tensor]) -> None:

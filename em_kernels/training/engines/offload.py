@@ -38,7 +38,7 @@ class Bounce:
         return self.buffers[self.turn][: like.nbytes].view(like.dtype).view(like.shape)
 
     def fetch(self, source: Tensor, put: Callable[[slice, Tensor], None], reused: bool) -> None:
-        """Start copying a contiguous source to the host; the thread calls put(part, copy) of each.
+        """Start copying a contiguous source to the host in parts; the thread calls put(part, copy).
 
         Args:
             reused: the caller will overwrite the source, so the current stream waits for the copy.

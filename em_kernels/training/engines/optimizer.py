@@ -16,7 +16,7 @@ from ..models.rounding import to_bf16
 from .offload import Bounce, zeros_in_files
 
 SLAB = 1 << 21  # elements; the fastest of 2^20, 2^21, 2^22 (2-core CPU), and fits a buffer in fp64
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of moments, gradients in settings
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}  # by their names in the settings
 KINDS = ("master", "exp_avg", "exp_avg_sq", "gradient")
 NORM_ROW = 256  # elements summed in fp32: a CPU's norm of 2^24 at once is wrong by 8e-4
 
@@ -34,7 +34,7 @@ def state_bytes(
 
 
 def adamw_options(config: TrainConfig) -> dict[str, Any]:
-    """Return the keyword arguments that AdamW takes of the settings."""
+    """Return the settings that are keyword arguments of AdamW."""
     names = ("lr", "betas", "eps", "weight_decay")
     return {name: getattr(config, name) for name in names}
 
@@ -131,8 +131,8 @@ class MasterAdamW:
         """Add to the gradient of a parameter.
 
         Args:
-            gradient: of the parameter's shape, which the optimizer keeps; or of some of its rows,
-                which the caller may reuse (on the current stream) when this returns.
+            gradient: a tensor of the parameter's shape, which the optimizer may keep; or of some of
+                its rows, which the caller may overwrite (on the current stream) after the call.
             rows: a slice or int64 indices; copying indices from a GPU waits for its stream.
         """
         slot = self._slots[parameter]
@@ -170,7 +170,7 @@ class MasterAdamW:
             self._bounce.fetch(source, put, reused=rows is not None)
 
     def _wide(self, parts: list[tuple[_Slot, slice]], kind: str, row: int) -> list[Tensor]:
-        """Return parts of a kind of state; where masters are wider, in a row of the scratch."""
+        """Return parts of one kind of state, cast to the masters' dtype in a row of the scratch."""
         found, start = [], 0
         for slot, part in parts:
             tensor = getattr(slot, kind)[part]
@@ -198,7 +198,7 @@ class MasterAdamW:
 
     @torch.no_grad()
     def norm(self) -> float:
-        """Return the gradient's global L2 norm, to a relative 3e-8."""
+        """Return the gradient's global L2 norm, with a relative error of 3e-8."""
         squares = [torch.zeros((), dtype=torch.float64, device=self.device)]
         for parts in _slabs(self._with_gradient()):
             squares += [square_sum(values) for values in self._wide(parts, "gradient", 0)]

@@ -121,7 +121,7 @@ def can_share_prefix(model: PreTrainedModel) -> bool:
     expected = hidden_states(model, ids)[:, 6:].float()
     found = SharedPrefix(model, ids[0, :6].tolist()).continued(ids[:, 6:])
     errors = (found.float() - expected).norm(dim=-1) / expected.norm(dim=-1)
-    # Another batch size rounds otherwise: single tokens of a real model move by 1e-3 in fp32.
+    # Another batch size rounds differently: single tokens of a real model move by 1e-3 in fp32.
     return bool(errors.median() <= 0.02)
 
 
@@ -168,7 +168,9 @@ def by_prompt(rollouts: Sequence[Rollout], share: bool) -> Groups:
 def micro_batches(
     rollouts: Sequence[Rollout], tokens: int, computed: int = 0, rows: int | None = None
 ) -> Iterator[list[Rollout]]:
-    """Yield the rollouts in batches of so many padded tokens, less the `computed`, and rows."""
+    """Yield the rollouts in batches of at most `tokens` padded tokens and `rows` rows; the first
+    `computed` tokens of each row do not count. A longer rollout is a batch of its own.
+    """
     batch: list[Rollout] = []
     for rollout in rollouts:
         longest = max(map(len, [*batch, rollout])) - computed
@@ -275,7 +277,7 @@ def entropy_step(
     """Add the gradient of the mean entropy over all scored tokens to the optimizer's.
 
     Args:
-        rollouts: all of the update.
+        rollouts: those of the whole update, on all ranks.
         micro_batch: tokens of one forward and backward.
         check: called before each micro-batch; may raise to abandon the work.
         index, count: this rank, of so many; only its share is computed and returned.

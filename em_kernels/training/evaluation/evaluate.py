@@ -67,7 +67,11 @@ class EvalConfig(TaskSettings):
 
 
 def evaluate(config: EvalConfig, console: Console, against: Path | None = None) -> dict[str, Any]:
-    """Evaluate a model, to compare with `against`; write results.json and return its content."""
+    """Evaluate a model; write results.json and return its content.
+
+    Args:
+        against: folder of an evaluation to compare with later; refused now if it cannot be.
+    """
     if (k := config.samples) > 1 and config.sampling.temperature == 0:
         raise UserError(f"samples: {k} are all the same at sampling.temperature 0; raise it")
     if config.teacher_forced and (config.template != "few-shot" or config.server):

@@ -53,8 +53,8 @@ class Candidate:
     pass_rate: float | None
     disagreement: float
     entropy: float
-    majority_right: bool | None  # whether the most frequent answer is
-    ended: float  # share of the samples
+    majority_right: bool | None  # the most frequent answer is right; None if not known
+    ended: float  # share of the samples that were not cut off
 
     @property
     def variance(self) -> float:

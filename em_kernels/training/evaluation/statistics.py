@@ -18,7 +18,8 @@ def wilson(right: np.ndarray) -> tuple[float, float]:
 
 def mean_interval(values: np.ndarray) -> tuple[float, float]:
     """Return the 95 % interval of a mean over problems, by resampling them."""
-    # Of equal values resampling sees no spread: as if each problem were either right or wrong.
+    # Resampling equal values shows no spread. Instead: Wilson's interval, as if each problem were
+    # right or wrong, with the number of right ones rounded down and up.
     if np.ptp(values) == 0 and 0 <= values[0] <= 1:
         fewest, most = (np.arange(values.size) < count(values.sum()) for count in (floor, ceil))
         return wilson(fewest)[0], wilson(most)[1]
@@ -27,7 +28,7 @@ def mean_interval(values: np.ndarray) -> tuple[float, float]:
 
 
 def mean_over_prompts(change: np.ndarray, rng: np.random.Generator) -> tuple[float, float, float]:
-    """Return a mean (prompts, problems) and its 95 % interval, by resampling along both."""
+    """Return the mean of (prompts, problems) values and its 95 % interval, resampling both axes."""
     prompts, problems = change.shape
     by_prompt = rng.multinomial(prompts, np.full(prompts, 1 / prompts), RESAMPLES_OF_PROMPTS)
     # Resampling few prompts gives too narrow an interval: its variance divides by n, not n - 1, and

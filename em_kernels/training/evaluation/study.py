@@ -41,7 +41,7 @@ def arms_of(ranked: Sequence[Candidate], size: int, seed: int) -> dict[str, list
 
 
 def only_form(examples: Sequence[Problem]) -> list[Problem]:
-    """Give each example the next one's answer: they show how it is written, not what is right."""
+    """Give each example another one's answer: only the form of the answers is right."""
     found = []
     for i, problem in enumerate(examples):
         own, later = problem.answer or "", [*examples[i:], *examples[:i]]
@@ -117,7 +117,7 @@ class _Study(NamedTuple):
         return score_answers(opened[0], known, temperatures, self.console, title)
 
     def untrained(self, opened: Opened, more: list[Problem]) -> dict[str, Any]:
-        """Score the untrained model with the usual examples, with more, with their form only."""
+        """Score the untrained model after the usual examples, after more, after only_form(more)."""
         path = self.config.output / "untrained.json"
         if not path.exists():
             title = f"untrained, {len(self.shots)} examples"

@@ -67,7 +67,8 @@ def analyse(
     rng = np.random.default_rng(config.seed)
     greedy, sampled = np.array(base["greedy"], float), np.array(base["probability"])
     best, form = int(sampled.mean(1).argmax()), np.array(base["form"], float)
-    now, drawn = {}, {}  # (prompts, problems), by update and arm
+    # Trained models: whether greedy is right, and the answer's probability; (prompts, problems).
+    now, drawn = {}, {}  # by update and arm
     rows, contrasts = [], []
     for (u, update), arm in product(enumerate(config.updates), ARMS):
         given = [prompt["scores"][u] for prompt in scores[arm]]

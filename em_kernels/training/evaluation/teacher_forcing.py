@@ -59,7 +59,8 @@ def known_answers(
     """Return few-shot prompts with their known completions as rollouts."""
     rollouts = []
     for prompt, completion in zip(prompts, completions, strict=True):
-        # As in a worked example, before the next question: some tokenizers merge the line breaks.
+        # Tokenized with the next question after it, as in a worked example, because some tokenizers
+        # merge the line breaks.
         ids, text = tokenised(tokenizer, prompt), prompt + completion
         count = len(tokenised(tokenizer, f"{text}\nQ:"))  # without an EOS
         found = tokenizer(f"{text}\nQ:", return_offsets_mapping=True)

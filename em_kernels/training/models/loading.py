@@ -120,7 +120,7 @@ def load_model(
 
 
 def four_bit_config() -> BitsAndBytesConfig:
-    """Return from_pretrained's settings for linear layers but the head in NF4, doubly quantised."""
+    """Return settings for from_pretrained: linear layers but the head in NF4, doubly quantised."""
     if find_spec("bitsandbytes") is None:
         raise UserError("4bit: bitsandbytes is not installed; pip install 'em-kernels[4bit]'")
     return BitsAndBytesConfig(
@@ -132,7 +132,7 @@ def four_bit_config() -> BitsAndBytesConfig:
 
 
 def attention_of(asked: str, config: PreTrainedConfig) -> str:
-    """Return the attention implementation that "auto" stands for with this model."""
+    """Return the attention implementation asked for; for "auto", the one that the model gets."""
     kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     has_sdpa = getattr(kind, "_supports_sdpa", True)
     return ("sdpa" if has_sdpa else "eager") if asked == "auto" else asked

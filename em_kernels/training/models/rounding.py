@@ -10,8 +10,8 @@ _noise: dict[torch.device, Tensor] = {}
 
 
 def to_bf16(weights: Tensor, start: int = 0) -> Tensor:
-    """Round fp32 weights (n,), a parameter's from `start` on, to bf16, up or down by a threshold
-    that is fixed for each element.
+    """Round fp32 weights (n,) to bf16, up or down by a threshold that is fixed for each element of
+    a parameter; `start` is the index of weights[0] in it.
 
     Ten updates of 2e-5 move weights by far less than bf16's spacing, so that rounding to nearest
     returns bf16 weights to where they started (measured on a 135M model: 5 % of the movement was

@@ -107,12 +107,12 @@ class _FakeModel:
         self.model.eval()
         self.base = list(self.model.parameters())
         require_gradients(self.model)
-        self.text = [p for p in self.base if p.requires_grad]
+        self.text = [p for p in self.base if p.requires_grad]  # no vision tower's
         if lora is not None:
             self._add_adapters(lora)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.live = _LiveBytes(self.model)
-        # The last run's shared prompt: its tokens and if it is recomputed, itself, its backward.
+        # The last run's shared prompt: (tokens, recompute), the prompt, and its backward's peaks.
         self.prefix_key: tuple[int, bool] | None = None
         self.prefix: SharedPrefix | None = None
         self.prefix_peaks = (0, 0)

@@ -52,8 +52,8 @@ class BatchSizes:
         sampled = self._choose_rollout_batch()
         self.passing |= self._worst_case(rows)
         if config.chunk_bytes is None and config.mode == "offload" and self.cuda:
-            # Each chunk may send a gradient of the whole head to the host: chunks are as large as
-            # the memory that the backward needs later allows.
+            # Each chunk may send a gradient of the whole head to the host, so chunks are made as
+            # large as they can be without exceeding the later peak of the layers' backward.
             spare = self.chunk_bytes + phases(self.passing)["backward"]
             spare -= phases(self.passing)["head"]
             self.chunk_bytes = max(self.chunk_bytes, 1 << max(0, spare.bit_length() - 1))
@@ -151,7 +151,7 @@ class BatchSizes:
         )
         matrices, trained = sizes.matrix_parameters, sizes.trained_parameters
         read = matrices * model.itemsize
-        if config.four_bit:  # read half a byte each, write 2 bytes; `read` has these read again
+        if config.four_bit:  # half a byte read, 2 bytes written; `read` has these read again
             read += sizes.linear_parameters * 5 // 2
         steps = new * -(-completions // int(config.rollout_batch))
         # A cache grows from nothing, its rows end at different times: three quarters on average.
@@ -181,5 +181,5 @@ class BatchSizes:
 
 
 def _even(total: int, size: int) -> int:
-    """Return the size of even batches: as few as batches of `size`, but none nearly empty."""
+    """Return a batch size that needs no more batches than `size` does, but splits evenly."""
     return -(-total // -(-total // size))

@@ -32,10 +32,10 @@ SMALL_STATE_BYTES = 8 * GIB  # of the optimizer, which save_optimizer "auto" sav
 BUCKET_ELEMENTS = 2 * 500_000_000  # two buckets of DeepSpeed's default reduce_bucket_size
 # Measured as the peaks of `entropy_loss_into` and of `generate` with its logits processors under
 # torch.profiler on a CPU; the same for vocabularies of 50,000 and 150,000, for 8 and 16 rows.
-STATISTICS_BYTES = 132  # a token
-CHOICE_BYTES = 36  # a vocabulary entry, where the columns that need a gradient are chosen
-GREEDY_BYTES, PLAIN_BYTES, TOP_K_BYTES, TOP_P_BYTES = 16, 24, 28, 34  # a vocabulary entry
-CUDA_SORT_BYTES = 24  # a vocabulary entry: keys and indices once more, in a GPU's sort (estimated)
+STATISTICS_BYTES = 132  # per token
+CHOICE_BYTES = 36  # per vocabulary entry, where the columns that need a gradient are chosen
+GREEDY_BYTES, PLAIN_BYTES, TOP_K_BYTES, TOP_P_BYTES = 16, 24, 28, 34  # per vocabulary entry
+CUDA_SORT_BYTES = 24  # per vocabulary entry: keys and indices again, in a GPU's sort (estimated)
 
 
 # Bytes that stay all the time, by component: on the device, the host, the disk.
@@ -75,7 +75,7 @@ def fixed_bytes(config: TrainConfig, model: ModelMemory, cuda: bool) -> FixedByt
 def sharded_bytes(
     config: TrainConfig, model: ModelMemory, launch: LaunchSpec, cuda: bool
 ) -> FixedBytes:
-    """Return what stays in a rank's memory under FSDP2 or DeepSpeed: all weights, to sample."""
+    """Return what stays in a rank's memory under FSDP2 or DeepSpeed; sampling needs all weights."""
     sizes, trained = model.sizes, model.sizes.trained_parameters
     each = {"master": 4, "moments": 8, "gradients": 4}
     state = {name: size * trained // launch.ranks for name, size in each.items()}
@@ -102,7 +102,7 @@ def logit_row_bytes(model: ModelMemory, cuda: bool) -> int:
 
 
 def default_chunk_bytes(model: ModelMemory, device_limit: int, cuda: bool) -> int:
-    """Return a power of two that memory allows, or at least the bytes of two rows of logits."""
+    """Return the largest power of two that memory allows, but at least two rows of logits."""
     allowed = min(CHUNK_BYTES, device_limit // 64)
     return max(2 * logit_row_bytes(model, cuda), 1 << max(0, allowed.bit_length() - 1))
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from ..config import TrainConfig
 
 GIB, MIB = 1 << 30, 1 << 20
-PHASES = {  # components that are in memory in one phase only
+PHASES = {  # components that come and go, by the phase in which they are in memory
     "sampling": ("KV cache", "next tokens"),
     "head": ("activations", "logits chunk"),
     "backward": ("activations", "recompute, gradients"),

@@ -117,7 +117,7 @@ class Planner:
 
     def _remedies(self, config: TrainConfig) -> tuple[str, ...]:
         """Return up to three flags, cheapest first, each of which is enough; one that costs nothing
-        ends the list. If none is enough, return one text that joins the fewest that are.
+        ends the list. If none is enough, join flags in that order into one text, until they are.
         """
         flags, found = cheaper(config, self.cuda, self.launch.engine), list[str]()
         for flag, change in flags.items():

@@ -222,7 +222,11 @@ def part_of(run: Run, number: int, shown: int, moved: Shift | None, plots: Path)
 def write_report(
     runs: Sequence[Path], output: Path, console: Console | None = None, models: bool = True
 ) -> Path:
-    """Write one self-contained HTML page, from the runs' `models` too; plots as PNGs beside it."""
+    """Write one self-contained HTML page, with its plots as PNGs beside it, and return its path.
+
+    Args:
+        models: also load each run's base and trained model, to measure the recorded completions.
+    """
     console = console or Terminal(stderr=True)
     names = [run.resolve().name for run in runs]
     names = [n if names.count(n) == 1 else str(r) for n, r in zip(names, runs, strict=True)]

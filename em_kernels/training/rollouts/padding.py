@@ -113,7 +113,7 @@ def check_sampling(model: PreTrainedModel) -> bool:
         alone = wide(torch.stack(logits))
     errors = (found - alone).norm(dim=-1) / alone.norm(dim=-1)
     longer, shorter = errors[:2].max().item(), errors[2].max().item()
-    eps = torch.finfo(dtype if dtype in HALF else torch.float32).eps  # generate's logits have it
+    eps = torch.finfo(dtype if dtype in HALF else torch.float32).eps  # of generate's logits
     if not longer <= eps**0.5:
         why = f"{type(model).__name__}'s completions depend on what is sampled beside them"
         error = f"logits differ by {longer:.2g} of their size"
@@ -137,7 +137,7 @@ def can_pad(model: PreTrainedModel, longest: int) -> bool:
 
 @contextmanager
 def in_fp32(model: PreTrainedModel) -> Iterator[torch.dtype]:
-    """Let a 16-bit model compute in fp32, one module's weights at a time; yields that dtype.
+    """Let a 16-bit model compute in fp32, one module's weights at a time; yields the dtype used.
 
     Quantised models keep their own, as their layers remember the dtype of their first input.
     """

@@ -87,6 +87,7 @@ def _dialects(sampling: Sampling) -> list[dict[str, Any]]:
     }
     # For transformers serve, which is greedy by default.
     config = json.dumps(both | {"top_k": top_k, "do_sample": sampling.temperature > 0})
+    # Without these fields a completion is right only if top_k and the penalty are off.
     off: list[dict[str, Any]] = [{}] if top_k == 0 and penalty == 1 else []
     return [fields, {"generation_config": config}, *off]
 

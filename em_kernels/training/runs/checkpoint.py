@@ -113,7 +113,9 @@ def save_checkpoint(
 
 
 def newest_state(run: Path, settings: Mapping[str, Any]) -> tuple[Path | None, list[str]]:
-    """Find the checkpoint of the newest good state of these settings, and why newer are bad."""
+    """Return the checkpoint with the newest usable state of these settings, and why newer ones are
+    unusable; delete older states and temporary folders.
+    """
     refused = list[str]()
     _clear(*_leftovers(run / CHECKPOINTS))
     steps = steps_in(run / CHECKPOINTS)

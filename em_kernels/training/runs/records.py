@@ -53,7 +53,10 @@ def write_config(run: Path, config: Settings) -> None:
 
 @contextmanager
 def resumable(output: Path, config: Settings, **facts: str) -> Iterator[None]:
-    """A context of work in a new folder, or in that of a stopped one, given the same `facts`."""
+    """A context that writes in a new folder, or continues a stopped command in its own.
+
+    UserError if that command had other settings or `facts`, texts that identify its inputs.
+    """
     if not (output / CONFIG).exists():
         check_output(output, "choose another")
     with Running(output):
