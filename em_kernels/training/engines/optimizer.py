@@ -65,7 +65,8 @@ class MasterAdamW:
     Args:
         parameters: (name, parameter) pairs; frozen parameters are left out.
         clip: largest global gradient norm.
-        device: of the state; the model's, or the CPU. An fp32 parameter on it is its own master.
+        device: of the state; the model's, or the CPU. Without a folder, an fp32 parameter on it is
+            its own master.
         moments, gradients: dtypes in which they are kept, float32 or bfloat16.
         folder: keep masters and moments in unnamed files there; device is the CPU.
 
