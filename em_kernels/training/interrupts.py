@@ -12,9 +12,8 @@ class Interrupted(KeyboardInterrupt):
 
 
 class StopRequest:
-    """A context that defers the first Ctrl-C or SIGTERM to the next check(); a second acts at once.
-
-    A patient one defers all: under a launcher one Ctrl-C arrives twice, from the terminal too.
+    """A context that defers the first Ctrl-C or SIGTERM to the next check(); a second acts at once,
+    unless it is patient: under a launcher one Ctrl-C arrives twice, from the terminal too.
     """
 
     def __init__(self, patient: bool = False) -> None:
@@ -36,7 +35,6 @@ class StopRequest:
             signal.signal(number, handler or signal.SIG_DFL)  # None: not set by Python
 
     def check(self) -> None:
-        """Raise Interrupted if a stop was requested."""
         if self.requested:
             raise Interrupted("interrupted")
 
