@@ -36,7 +36,6 @@ class StopRequest:
             signal.signal(number, handler or signal.SIG_DFL)  # None: not set by Python
 
     def check(self) -> None:
-        """Raise Interrupted if a stop was requested."""
         if self.requested:
             raise Interrupted("interrupted")
 

@@ -70,8 +70,7 @@ def final_answer(text: str) -> str | None:
 
 def boxed(text: str) -> str | None:
     r"""Return the content of the last \boxed{}, \fbox{} or \boxed 5; None if it is cut off."""
-    boxes = list(_BOX.finditer(text))
-    if not boxes:
+    if not (boxes := list(_BOX.finditer(text))):
         return None
     depth, begin = 1, boxes[-1].end()
     if not boxes[-1][0].endswith("{"):
@@ -250,9 +249,8 @@ def _limit() -> None:
     """Silence a new worker, and limit its memory beyond what its imports take."""
     import math_verify  # noqa: F401
 
-    silence = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(silence, 1)
-    os.dup2(silence, 2)
+    for stream in (1, 2):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # so that it also acts within long C code
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with suppress(OSError, ValueError):  # no /proc, or a lower limit

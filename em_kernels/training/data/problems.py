@@ -115,7 +115,6 @@ def _conversation(messages: list[Any], where: str) -> str | Conversation:
 
 
 def texts_of(prompt: str | Conversation) -> list[str]:
-    """Return the texts of a prompt's messages."""
     return [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
 
 

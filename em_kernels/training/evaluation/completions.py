@@ -19,8 +19,7 @@ from .task import Opened, TaskSettings, token_ids
 from .teacher_forcing import mean_entropies
 
 COMPLETIONS = "completions.jsonl"
-# Last of the four numbers that seed a sample. Training's samples are seeded by three, so none of
-# these streams shares its randomness.
+# The last of the four numbers that seed a sample; training's samples are seeded by three.
 EVAL_STREAM, SELECT_STREAM = 1, 2
 
 

@@ -31,8 +31,7 @@ def mean_over_prompts(change: np.ndarray, rng: np.random.Generator) -> tuple[flo
     """Return the mean of (prompts, problems) values and its 95 % interval, resampling both axes."""
     prompts, problems = change.shape
     by_prompt = rng.multinomial(prompts, np.full(prompts, 1 / prompts), RESAMPLES_OF_PROMPTS)
-    # Resampling few prompts gives too narrow an interval: its variance divides by n, not n - 1, and
-    # its quantiles are the normal ones, not Student's t. This factor corrects both.
+    # Corrects an interval from few prompts: variance by n, not n - 1; normal, not Student's t.
     wider = np.sqrt(prompts / (prompts - 1)) * student.ppf(0.975, prompts - 1) / norm.ppf(0.975)
     weights = 1 / prompts + wider * (by_prompt / prompts - 1 / prompts)
     by_problem = rng.multinomial(problems, np.full(problems, 1 / problems), RESAMPLES_OF_PROMPTS)

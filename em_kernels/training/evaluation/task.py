@@ -71,11 +71,9 @@ class TaskSettings(Settings):
         start = shots + self.skip
         same = self.model_dump(include={"subset", "split", "count", "seed"})
         found = read_problems(self.data, more=start, **same)
-        if len(found) <= start:
-            why = (
-                f"{len(found)} problems; {shots} worked examples and {self.skip} skipped leave none"
-            )
-            raise UserError(f"data: {self.data} has {why}; lower skip or shots")
+        if (n := len(found)) <= start:
+            left = f"{shots} worked examples and {self.skip} skipped leave none"
+            raise UserError(f"data: {self.data} has {n} problems; {left}; lower skip or shots")
         return found[start:], found[:shots]
 
     def prompt(self, problem: Problem, shots: Sequence[Problem]) -> str | Conversation:

@@ -29,11 +29,9 @@ def response_states(
     """Yield batches of rollouts' indices and the states (n, D) that predict their responses."""
     order = sorted(range(len(rollouts)), key=lambda i: len(rollouts[i]))
     same = len(commonprefix([rollout.prompt_ids[:-1] for rollout in rollouts]))
-    prompt = None
-    if same > 0 and can_share_prefix(model):
-        prompt = SharedPrefix(model, rollouts[0].prompt_ids[:same])
-    sorted_rollouts = [rollouts[i] for i in order]
-    for batch in micro_batches(sorted_rollouts, TOKENS_AT_ONCE, same if prompt else 0):
+    shares = same > 0 and can_share_prefix(model)
+    prompt = SharedPrefix(model, rollouts[0].prompt_ids[:same]) if shares else None
+    for batch in micro_batches([rollouts[i] for i in order], TOKENS_AT_ONCE, same if prompt else 0):
         members, order = order[: len(batch)], order[len(batch) :]
         yield members, scored_states(model, batch, prompt, official=False)
 

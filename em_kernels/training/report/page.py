@@ -186,10 +186,12 @@ def shift_of(run: Run, models: bool, console: Console) -> tuple[Shift | None, st
     last = run.rollouts[run.last] if run.last > 1 else None
     try:
         return shift(run.config, run.checkpoint, run.rollouts[1], last, console), ""
-    except (UserError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
-            raise
-        return None, "out of memory" if isinstance(error, RuntimeError) else str(error)
+    except UserError as error:
+        return None, str(error)
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            return None, "out of memory"
+        raise
 
 
 def part_of(run: Run, number: int, shown: int, moved: Shift | None, plots: Path) -> dict[str, Any]:

@@ -75,8 +75,7 @@ def save_checkpoint(
     """Have `write` fill a hidden folder, sync it to disk, and rename it to `folder`.
 
     Args:
-        state: the optimizer's; it is removed from all other checkpoints.
-        facts: with a state: {"update": NNNNN, "settings": defining_settings(config)}.
+        state, facts: the optimizer's, its update and settings; all other checkpoints lose theirs.
         keep: number of checkpoints to keep, this one and the newest others.
 
     Raises: UserError if the disk is full or not writable; an earlier checkpoint there stays.
