@@ -287,6 +287,10 @@ def test_refused_comparisons(folder, tmp_path, capfd):
     (tmp_path / "run" / "config.yaml").write_text("prompt: p\n")  # a training run's
     line = refused(["--regrade", str(tmp_path / "run")], capfd)
     assert line.endswith("run is no evaluation's folder: it has no problems.jsonl\n")
+    (tmp_path / "run" / "problems.jsonl").write_text("{}\n")
+    (tmp_path / "run" / "config.yaml").write_text("[\n")
+    line = refused(["--regrade", str(tmp_path / "run")], capfd)
+    assert "run is no evaluation's folder: while parsing" in line
     lines = (tmp_path / "many" / "completions.jsonl").read_text("utf-8").splitlines(keepends=True)
     (tmp_path / "many" / "completions.jsonl").write_text("".join(lines[:-1]), "utf-8")
     assert f"regrade: {many} is not finished" in refused(["--regrade", many], capfd)

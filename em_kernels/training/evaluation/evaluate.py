@@ -17,7 +17,7 @@ from ..data.problems import Conversation, Problem, as_problem, few_shot, read_ro
 from ..models.loading import fingerprint
 from ..run_folder import CONFIG
 from ..runs.records import MAY_CHANGE, differing, resumable, write_whole
-from ..settings import Positive, UserError, json_object
+from ..settings import Positive, UserError, in_one_line, json_object
 from .completions import (
     COMPLETIONS,
     EVAL_STREAM,
@@ -108,8 +108,9 @@ def regrade(folder: Path, console: Console) -> dict[str, Any]:
     try:
         settings = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
         config = EvalConfig(**{**settings, "output": folder})  # The folder may have been moved.
-    except (OSError, TypeError) as error:
-        raise UserError(f"regrade: {folder} is no evaluation's folder: {error}") from error
+    except (OSError, TypeError, yaml.YAMLError) as error:
+        why = f"is no evaluation's folder: {in_one_line(error)}"
+        raise UserError(f"regrade: {folder} {why}") from error
     results = read_results(folder, "regrade")
     if config.teacher_forced:
         return results
