@@ -50,11 +50,11 @@ class PendingChunk(NamedTuple):
 
 
 class DyBatch:
-    """dy of several chunks in one buffer, to be multiplied by hidden and weight together."""
+    """dy of several chunks in one buffer, so that each product takes all of them at once."""
 
     def __init__(self, chunks: int) -> None:
-        self.chunks = chunks  # at most; 1: no batching
-        self.capacity = 0  # rows; 0: no batching
+        self.chunks = chunks  # that are batched at most; 1 where none are, or all dy is kept
+        self.capacity = 0  # rows of the buffer; 0: each chunk is multiplied on its own
         self.rows = 0  # filled
         self.buffer: Tensor | None = None  # (capacity, stride)
         self.tokens: list[slice | Tensor] = []  # positions of each chunk's tokens
