@@ -153,7 +153,7 @@ def check_transform(
     scale = check_number("logit_scale", logit_scale)
     if not LEAST <= abs(scale) <= MOST:
         raise ValueError(
-            f"logit_scale: {logit_scale} is out of range; its size must be {LEAST:g} to {MOST:g}"
+            f"logit_scale: {logit_scale} is 0 in fp32, or not finite; 1 leaves the logits unscaled"
         )
     cap = 0.0
     if softcap is not None:
