@@ -27,8 +27,11 @@ VOCAB = 49152
 LOGIT_VARIANCE = 12.8  # of a token's logits; times log V / log VOCAB, which keeps the entropy
 TEXTS = 4  # The tokens are those of this many texts, one after the other.
 SHARED = 0.57  # share of the variance that all tokens of a text have in common
-SHARED_FALL = 0.3  # times (VOCAB / V) ** this, so that the share of active entries does not fall
-NORM_FREEDOM = 3  # Weight rows have norms of |N(0, 1)^3|, which make the upper tail exponential.
+# At V > VOCAB, SHARED is multiplied by (VOCAB / V) ** SHARED_FALL, so that the share of active
+# entries does not fall.
+SHARED_FALL = 0.3
+# Norms of weight rows are those of vectors of 3 normals, which makes the upper tail exponential.
+NORM_FREEDOM = 3
 SURENESS = 0.4  # log-normal spread of each token's own part: some tokens are sure, some not
 CACHED_TOKENS = 1024  # least number of real states to generate, which takes minutes
 BLOCK = 4096  # Rows drawn from one seed: any number of threads draws the same.

@@ -300,7 +300,7 @@ def measure(case: Case, true: dict[str, dict]) -> dict[str, object]:
 
     found: dict[str, object] = {"versions": versions(provider)}
     if case.provider == "compile":
-        run()
+        run()  # compiles, so that what follows measures the compiled code alone
     unit = case.tokens * case.hidden_size * case.vocab_size
     losses: list[Tensor | None] = []
     flops = gemm_flops(lambda: losses.append(run()))

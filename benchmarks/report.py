@@ -215,9 +215,9 @@ def page(paths: list[Path], studies: list[Path], folder: str = "") -> str:
 
 
 def write(path: Path) -> list[Path]:
-    """Write the plots beside the results, and the tables.
+    """Write the plots beside the results, and the tables; return the files written.
 
-    Those of the repository's own results go into README and docs, others into a .md beside them.
+    Tables of the repository's own results go into README and docs, others into a .md beside them.
     """
     if not featured(store.load(path).get("cases", {})):
         raise store.BenchError(f"{path}: holds no case of task loss in bfloat16; run one first")
@@ -252,7 +252,10 @@ def scaling(content: dict) -> list[dict]:
 
 
 def plots(path: Path, theme: str) -> list[Path]:
-    """Write <results>-time-<theme>.svg and, if there are scaling runs, -memory-<theme>.svg."""
+    """Write <results>-time-<theme>.svg and, if there are scaling runs, -memory-<theme>.svg.
+
+    Return the files written.
+    """
     import matplotlib
 
     matplotlib.use("svg")

@@ -136,7 +136,7 @@ def key_of(name: str, config: RowConfig) -> str:
 
 
 def sweep_rows(kernels: ModuleType, sizes: Sizes) -> dict:
-    """Time every setting, then the best for all kernels and the present ones in turns."""
+    """Time every setting, then the best and the present ones in turns; return all of it."""
     rows, columns, device = sizes.rows, sizes.head.vocab_size, sizes.device
     timed = row_problem(rows, columns, device)
     capability = torch.cuda.get_device_capability() if device == "cuda" else (0, 0)

@@ -55,8 +55,8 @@ def fused_entropy_loss(
             most of the GEMM work where distributions are peaked. 0 is exact; 2**-9 is bf16's own
             rounding. The bound holds per chunk (and rank), not per token: a token of little weight
             may lose more. The gradients of weight and bias are 0 at dropped entries; dhidden is
-            corrected by a mean over them: its d loss / d logits is off by at most twice the share.
-            "none" is always exact.
+            corrected by a mean of their weights, so the d loss / d logits that it implies is off by
+            at most twice the share. "none" is always exact.
         chunk_bytes: memory for the logits held at a time; default the smaller of 1 GiB and an
             eighth of the free memory, rounded down to a power of two. It sets the order of sums,
             and which entries a tolerance drops: give it to get the same bits again on a machine
@@ -79,9 +79,9 @@ def fused_entropy_loss(
         d logits (N, V) is kept until the backward, in the dtype of the weight's GEMM and, where one
         chunk holds all tokens, in that chunk's memory; the backward multiplies dweight from it and
         from hidden, which must not be changed before. For more tokens an fp32 dweight takes less,
-        and is kept instead. With a tolerance it has rows only for the entries that any chunk kept,
-        and at most 64 MiB more are used; on a GPU two chunks of half the size take turns, so that
-        the next one is computed ahead.
+        and is kept instead. With a tolerance dweight is always kept, with rows only for the entries
+        that any chunk kept, and at most 64 MiB more are used; on a GPU two chunks of half the size
+        take turns, so that the next one is computed ahead.
     Raises: ValueError, TypeError naming the argument; RuntimeError on double backward.
     Source: One-shot Entropy Minimization, arXiv 2505.20282; the tolerance's certificate is proven
         in ``em_kernels/ops/sparse.py``.
@@ -141,8 +141,8 @@ def fused_token_stats(
     Args:
         hidden, weight, bias, temperature, logit_scale, softcap, chunk_bytes, process_group: as in
             :func:`fused_entropy_loss`.
-        targets: (...) int64, each in [0, V), or -100 for a token without one (logprob 0, no
-            gradient).
+        targets: (...) int64, each in [0, V), or -100 for a token without one (its logprob is 0,
+            without gradient).
         stats: names of the fields to return; default entropy, and logprob where there are targets.
         mask: (...) weights; tokens of weight 0 are left out: their statistics are 0, and they may
             hold NaN.
@@ -181,7 +181,7 @@ def fused_token_stats(
     )
     needs, shape = _require_grad(*head[:3]), hidden.shape[:-1]
     floats = [name for name in names if name != "argmax"]
-    # One statistic under a frozen head gets its gradient in the forward: work 4 instead of 6.
+    # One statistic under a frozen head gets its gradient in the forward: no logits recomputed.
     is_single = len(floats) == 1 and needs == [True, False, False]
     single_stat_index = TokenStats._fields.index(floats[0]) if is_single else -1
     with_collision_and_argmax = not set(names) <= set(TokenStats._fields[:3])
@@ -212,7 +212,7 @@ def fused_token_loss(
     """Sum any loss that is a function of each token's own statistics.
 
     Examples: policy gradients, GRPO and PPO with clip and entropy bonus, cross-entropy, z-loss,
-    self-certainty. Equivalent to this, at 3/4 of the GEMM work::
+    self-certainty. Equivalent to this, at 3/4 of the GEMM work where it would recompute logits::
 
         stats = fused_token_stats(hidden, weight, targets, stats=TokenStats._fields)
         loss = (mask * loss_fn(stats, torch.arange(mask.numel()))).sum()

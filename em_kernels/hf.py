@@ -73,7 +73,7 @@ def decoder_of(model: PreTrainedModel) -> nn.Module:
 
 
 def takes(module: nn.Module, *names: str) -> bool:
-    """Return True if a module's forward has inputs with these names."""
+    """Return True if a module's forward takes inputs of these names, if only as **kwargs."""
     parameters = inspect.signature(module.forward).parameters
     more = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
     return more or set(names) <= parameters.keys()

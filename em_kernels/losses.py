@@ -107,13 +107,13 @@ def rent_reward(stats: TokenStats, mask: Tensor) -> Tensor:
 
 
 def group_advantages(rewards: Tensor, group_size: int) -> Tensor:
-    """Compute (reward - mean) / (deviation + 1e-4) within each group.
+    """Compute (reward - mean) / (standard deviation + 1e-4) within each group.
 
     Args:
         rewards: (B,), with the completions of one prompt adjacent.
         group_size: completions per prompt, >= 2.
 
-    Source: GRPO, arXiv 2402.03300; 1e-4 and n - 1 in the deviation as in TRL 1.16.
+    Source: GRPO, arXiv 2402.03300; 1e-4 and division by n - 1 as in TRL 1.16.
     """
     if not isinstance(group_size, int) or group_size < 2:
         raise ValueError(f"group_size: {group_size!r} is not an int >= 2; sample more per prompt")
@@ -175,7 +175,7 @@ def grpo_loss(
         loss_type: "grpo" averages the completions' means, "bnpo" this call's tokens; "dapo" and
             "dr_grpo" divide the sum by a given number.
         num_items_in_batch: for "dapo": the number of tokens in all calls whose gradients are
-            summed; where processes average their gradients, in the calls of one process.
+            summed; if processes average their gradients, count one process's calls only.
         max_completion_length: for "dr_grpo".
         head: bias, temperature, softcap, grad_tolerance, process_group and others, as in
             :func:`fused_token_loss`.

@@ -35,8 +35,8 @@ class FusedGRPOTrainer(GRPOTrainer):
 
     Args:
         args: a GRPOConfig. ``entropy_coef`` times the mean entropy of the tokens is subtracted from
-            the loss: > 0 is a bonus for entropy, < 0 minimises it (EM-RL). Nothing else moves the
-            weights where all rewards are equal.
+            the loss: > 0 is a bonus for entropy, < 0 minimises it (EM-RL). Where all rewards are
+            equal, this term and the KL (``beta`` > 0) are the whole loss.
         others: as in trl.GRPOTrainer. A class with several parents lists this one before TRL's.
 
     Gradient: of log-probabilities and entropies, equation (8) of ``em_kernels.reference``.

@@ -30,7 +30,7 @@ options = parser.parse_args()
 
 
 def is_right(completions: list[str], answer: list[int], **others: object) -> list[float]:
-    """Return 1 for each completion whose first line ends with the answer, else 0."""
+    """Return 1 for each completion whose first line has the answer as its last number, else 0."""
     found = [re.findall(r"\d+", text.partition("\n")[0])[-1:] for text in completions]
     return [float(numbers == [str(right)]) for numbers, right in zip(found, answer, strict=True)]
 

@@ -125,7 +125,10 @@ def statistics_settings(config: RowConfig, dtype: torch.dtype, aligned: bool) ->
 
 
 def mass_settings(config: RowConfig, dtype: torch.dtype, aligned: bool) -> dict:
-    """Return the same for a column-mass launch: in one warp, a row's sum needs no barrier."""
+    """Return the constants and compiler options of a column-mass launch.
+
+    It has one warp per program, in which a row's sum needs no barrier.
+    """
     return _lane_settings(1, config.THREAD_V, dtype, aligned)
 
 

@@ -152,12 +152,16 @@ def check_transform(
     """Check temperature, scale and cap; return HeadArguments' temperatures and transform."""
     scale = check_number("logit_scale", logit_scale)
     if not LEAST <= abs(scale) <= MOST:
-        raise ValueError(f"logit_scale: {logit_scale} is not a finite number other than 0 in fp32")
+        raise ValueError(
+            f"logit_scale: {logit_scale} is 0 in fp32, or not finite; 1 leaves the logits unscaled"
+        )
     cap = 0.0
     if softcap is not None:
         cap = check_number("softcap", softcap)
         if not LEAST <= cap <= MOST:
-            raise ValueError(f"softcap: {softcap} is not > 0 and finite in fp32; None is no cap")
+            raise ValueError(
+                f"softcap: {softcap} is not > 0 and finite in fp32; use None for no cap"
+            )
     if isinstance(temperature, Tensor):
         if temperature.dim() == 0:
             temperature = temperature.expand(rows.shape[:-1])

@@ -218,8 +218,8 @@ def _check_losses(losses: Tensor, count: int, leaves: list[Tensor]) -> None:
             variable = node.variable  # type: ignore[attr-defined]
             if not any(variable is leaf for leaf in leaves):
                 raise ValueError(
-                    f"loss_fn: uses a tensor {tuple(variable.shape)} that requires grad and would "
-                    "get none; detach it, or take fused_token_stats"
+                    f"loss_fn: uses a tensor {tuple(variable.shape)} that requires grad but would "
+                    "get no gradient; detach it, or use fused_token_stats"
                 )
         to_visit += [parent for parent, _ in node.next_functions]
 

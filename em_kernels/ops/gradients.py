@@ -50,11 +50,11 @@ class PendingChunk(NamedTuple):
 
 
 class DyBatch:
-    """dy of several chunks in one buffer, to be multiplied by hidden and weight together."""
+    """dy of several chunks in one buffer, so that each product takes all of them at once."""
 
     def __init__(self, chunks: int) -> None:
-        self.chunks = chunks  # at most; 1: no batching
-        self.capacity = 0  # rows; 0: no batching
+        self.chunks = chunks  # that are batched at most; 1 where none are, or all dy is kept
+        self.capacity = 0  # rows of the buffer; 0: each chunk is multiplied on its own
         self.rows = 0  # filled
         self.buffer: Tensor | None = None  # (capacity, stride)
         self.tokens: list[slice | Tensor] = []  # positions of each chunk's tokens
@@ -130,9 +130,9 @@ class GradAccumulator:
             kept = columns
             self._add_all_columns(chunk)
         else:
-            vocab_indices, new = found
+            vocab_indices, new_count = found
             kept = len(vocab_indices)
-            self._add_columns(chunk, chunk.selection, vocab_indices, new)
+            self._add_columns(chunk, chunk.selection, vocab_indices, new_count)
         self.multiplied += rows * kept
         self.total += rows * columns
 
@@ -200,9 +200,12 @@ class GradAccumulator:
             self.db += dy.sum(0, dtype=self.db.dtype) * scale
 
     def _add_columns(
-        self, chunk: PendingChunk, selection: Selection, vocab_indices: Tensor, new: int
+        self, chunk: PendingChunk, selection: Selection, vocab_indices: Tensor, new_count: int
     ) -> None:
-        """Add the chosen columns by slabs, which need little memory beside the chunk."""
+        """Add the chosen columns by slabs, which need little memory beside the chunk.
+
+        `new_count` of them were in no chunk before.
+        """
         weight, wide, operand = self.inputs.weight, self.inputs.dtype, self.inputs.operand
         choice = selection.choice
         entry_bytes = len(chunk.hidden) * (wide.itemsize + operand.itemsize)
@@ -214,7 +217,9 @@ class GradAccumulator:
         left_out = choice.row_sums.clone()
         unwritten = False
         if self.needs.weight:
-            unwritten = self.dw.make_room(torch.nonzero_static(selection.is_new, size=new)[:, 0])
+            unwritten = self.dw.make_room(
+                torch.nonzero_static(selection.is_new, size=new_count)[:, 0]
+            )
         for start in range(0, len(vocab_indices), length):
             slab = vocab_indices[start : start + length]
             terms = take_columns(chunk.terms, slab)

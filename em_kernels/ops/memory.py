@@ -27,10 +27,10 @@ def free_bytes(device: torch.device) -> int:
 def logits_budget(
     chunk_bytes: int | None, device: torch.device, default_bytes: int = MAX_CHUNK_BYTES
 ) -> int:
-    """Return the bytes that logits may take: `chunk_bytes`, or by default what is free.
+    """Return the bytes that logits may take: `chunk_bytes`, or a default.
 
-    That is `default_bytes` or an eighth of the free memory, rounded down to a power of two so that
-    other programs' memory seldom changes the order of sums.
+    The default is the smallest of `default_bytes`, 1 GiB and an eighth of the free memory, rounded
+    down to a power of two so that other programs' memory seldom changes the order of sums.
     """
     if chunk_bytes is not None:
         return chunk_bytes
@@ -45,11 +45,10 @@ def chunk_length(
     device: torch.device,
     default_bytes: int = MAX_CHUNK_BYTES,
 ) -> int:
-    """Return how many of `total` rows (or columns) of logits fit into the budget.
+    """Return how many of `total` rows (or columns) of logits to take at a time.
 
-    Chunks are as even as possible; on a GPU they are multiples of TILE. Without `chunk_bytes` the
-    budget is the smaller of `default_bytes`, at most 1 GiB, and an eighth of the free memory,
-    rounded down to a power of two: other programs' memory then seldom changes the order of sums.
+    They fit into logits_budget(); chunks are as even as possible, and on a GPU multiples of TILE
+    where that many fit.
     """
     if chunk_bytes is not None and chunk_bytes < bytes_each:
         raise ValueError(

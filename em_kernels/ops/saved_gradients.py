@@ -67,7 +67,7 @@ def _scale(saved, upstream, dtype):
 
 
 def _multiply(x: Tensor, upstream: Tensor, out: Tensor) -> Tensor:
-    # A CPU would first make the product of all that it is given in fp32, hence the parts.
+    # On a CPU torch.mul with a narrower `out` makes its whole product in fp32 first: hence parts.
     length = max(1, x.numel()) if x.is_cuda or x.dtype == out.dtype else 1 << 20
     for part, to in zip(x.view(-1).split(length), out.view(-1).split(length), strict=True):
         torch.mul(part, upstream, out=to)
@@ -87,8 +87,8 @@ def weight_gradient(
 ) -> Tensor:
     """Return dweight (V, D) in dtype, from the fields of gradients.Gradients.
 
-    It is upstream times the kept dy's product with hidden; else times dw, whose rows (K, D) are
-    those at the indices, or all of them.
+    Where dy was kept it is upstream * dy^T hidden. Otherwise it is upstream * dw, whose rows (K, D)
+    are those at the indices, or all of them.
     """
     out = large_empty((vocab_size, hidden.shape[1]), dtype, hidden)
     if len(dw) == 0 and len(vocab_indices) == 0:

@@ -55,7 +55,7 @@ def _kept_slabs(inputs: HeadInputs, logits: Tensor, tokens: slice | Tensor) -> I
     weight = inputs.weight
     entry_bytes = len(logits) * inputs.operand.itemsize + weight.shape[1] * inputs.dtype.itemsize
     budget = min(MIN_SLAB_BYTES, logits_budget(inputs.chunk_bytes, weight.device))
-    length = max(16, budget // entry_bytes // 16 * 16)  # a GPU reads such columns fast
+    length = max(16, budget // entry_bytes // 16 * 16)  # aligned columns, which a GPU reads fast
     for start in range(0, len(weight), length):
         vocab_slice = slice(start, min(start + length, len(weight)))
         row = inputs.row_transform(tokens, vocab_slice)
@@ -118,9 +118,9 @@ def token_stats_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dhidden, dweight and dbias in the inputs' dtypes, from logits kept or recomputed.
 
-    `upstream` has the statistics' shape. Work: 2, +2 for hidden, +2 for weight: with the forward's
-    2, 8 in all. Memory: one slab, fp32 dhidden, and a copy of the active tokens' hidden where the
-    mask leaves some out.
+    `upstream` has the statistics' shape. Work: 2 to recompute logits, +2 for hidden, +2 for weight:
+    with the forward's 2, 8 in all, or 6 from kept logits. Memory: one slab, fp32 dhidden, and a
+    copy of the active tokens' hidden where the mask leaves some out.
     """
     hidden, weight, wide = inputs.hidden, inputs.weight, inputs.dtype
     active = None if inputs.mask is None else inputs.mask.nonzero()[:, 0]
