@@ -107,7 +107,8 @@ def shift(
     source, model_config, tokenizer = open_source(config.model)
     entries = model_config.get_text_config().vocab_size
     if max(max(r.prompt_ids + r.response_ids) for r in [*first, *(last or ())]) >= entries:
-        raise UserError(f"model: {config.model} is not the run's: it lacks tokens that it sampled")
+        why = "it lacks tokens that were sampled"
+        raise UserError(f"model: {config.model} is not the run's: {why}")
 
     def opened(source: str) -> PreTrainedModel:
         gc.collect()
