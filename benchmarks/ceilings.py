@@ -1,4 +1,4 @@
-"""What this device is, and how fast copies and GEMMs are on it: the ceilings for the kernels."""
+"""Facts about this device and its speed at copies and GEMMs: the ceilings for the kernels."""
 
 import platform
 import shutil

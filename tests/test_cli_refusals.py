@@ -1,4 +1,4 @@
-"""What `em-kernels train` refuses: one line, exit code 2, nothing written."""
+"""Refusals of `em-kernels train`: one line, exit code 2, nothing written."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Where progress and tables are printed, and the line printed for each update."""
+"""Console for progress and tables, and the line printed for each update."""
 
 import os
 from contextlib import suppress
