@@ -14,7 +14,7 @@ from .vocab_parallel import VocabularyShard
 
 
 class GradMask(NamedTuple):
-    """Which gradients the caller wants; one that is not wanted comes back with size 0."""
+    """Gradients that the caller wants; one that is not wanted comes back with size 0."""
 
     hidden: bool = False
     weight: bool = False

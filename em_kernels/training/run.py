@@ -46,7 +46,7 @@ class TrainResult:
 
 
 class StoppedRun(NamedTuple):
-    """What a stopped run left on disk."""
+    """State of a stopped run on disk."""
 
     update: int = 0  # the last one whose weights are in the checkpoint
     checkpoint: Path | None = None
