@@ -77,11 +77,11 @@ def fused_entropy_loss(
         nn.Linear's).
     Memory: one chunk, and an fp32 gradient of hidden. Up to 2 D tokens (D in fp32), d loss /
         d logits (N, V) is kept until the backward, in the dtype of the weight's GEMM and, where one
-        chunk holds all tokens, in that chunk's memory; the backward multiplies dweight from it and
-        from hidden, which must not be changed before. For more tokens an fp32 dweight takes less,
-        and is kept instead. With a tolerance dweight is always kept, with rows only for the entries
-        that any chunk kept, and at most 64 MiB more are used; on a GPU two chunks of half the size
-        take turns, so that the next one is computed ahead.
+        chunk holds all tokens, in that chunk's memory. The backward multiplies dweight from it and
+        from hidden: neither hidden nor the mask may be changed before. For more tokens an fp32
+        dweight takes less, and is kept instead. With a tolerance dweight is always kept, with rows
+        only for the entries that any chunk kept, and at most 64 MiB more are used; on a GPU two
+        chunks of half the size take turns, so that the next one is computed ahead.
     Raises: ValueError, TypeError naming the argument; RuntimeError on double backward.
     Source: One-shot Entropy Minimization, arXiv 2505.20282; the tolerance's certificate is proven
         in ``em_kernels/ops/sparse.py``.

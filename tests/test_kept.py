@@ -65,7 +65,7 @@ def test_kept_dy_gives_the_accumulated_gradients(loss, chunk_bytes, mask, dtype,
 @pytest.mark.parametrize("slab_bytes", [64 << 20, 20 * V], ids=["one", "several"])
 def test_kept_logits_give_the_recomputed_gradients(slab_bytes, mask, dtype, monkeypatch):
     inputs = draw(N, D, V, dtype=dtype)[:3]
-    monkeypatch.setattr(vocab_slabs, "MIN_SLAB_BYTES", slab_bytes)
+    monkeypatch.setattr(vocab_slabs, "MAX_KEPT_SLAB_BYTES", slab_bytes)
     found = []
     for budget in (N * V * 8, 0):
         monkeypatch.setattr(vocab_slabs, "logits_budget", lambda *_, budget=budget: budget)
@@ -94,6 +94,26 @@ def test_hidden_must_not_change_before_the_backward():
     hidden.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_hidden_may_change_where_no_dy_is_kept():
+    leaf, weight, _, _ = draw(4 * D, D, V)
+    for arguments in ({}, {"grad_tolerance": 2**-9}):
+        hidden = leaf * 1
+        loss = fused_entropy_loss(hidden, weight, **arguments)
+        hidden.mul_(2)
+        loss.backward()
+
+
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_few_tokens(count):
+    inputs = draw(8, D, V, dtype=torch.bfloat16)[:3]
+    mask = torch.arange(8) < count
+    found = gradients(mean, inputs, mask=mask)
+    expected = gradients(mean, inputs, mask=mask, chunk_bytes=V * 4)
+    assert all(torch.isfinite(x).all() for x in found)
+    for mine, other in zip(found, expected, strict=True):
+        assert relative_error(mine, other.double()) <= 2**-6 if count else (mine == 0).all()
 
 
 @pytest.mark.parametrize("sizes", [(1.0, 2.0**-20), (2.0**-20, 1.0), (2.0**-10, 2.0**10)])

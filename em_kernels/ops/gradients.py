@@ -63,8 +63,7 @@ class DyBatch:
         """Return the memory, shaped as y, that the chunk's dy is to be written into."""
         if self.buffer is None and len(y) == self.capacity:  # the only chunk: y's own memory
             dy = kernels.gradient_buffer(y, dtype)
-            stride = max(dy.stride(0), dy.shape[1])
-            self.buffer = dy.as_strided((len(dy), stride), (stride, 1))
+            self.buffer = dy.as_strided((len(dy), dy.stride(0)), (dy.stride(0), 1))
         elif self.buffer is None:
             self.buffer = large_empty((self.capacity, y.stride(0)), dtype, y)
         begin, self.rows = self.rows, self.rows + len(y)
@@ -153,9 +152,7 @@ class GradAccumulator:
             dw, vocab_indices = self.dw.result(whole=self.inputs.grad_tolerance == 0)
         share = self.dh.new_full((), self.multiplied / max(1, self.total))
         dropped = self.dropped / torch.where(self.mass > 0, self.mass, 1)
-        scales = torch.tensor(
-            self.scales if len(dy) > 0 else [], dtype=torch.float64, device="cpu"
-        ).view(-1, 2)
+        scales = torch.tensor(self.scales, dtype=torch.float64, device="cpu").view(-1, 2)
         report = torch.stack([share, dropped])
         return Gradients(self.dh, dw, self.db, vocab_indices, dy, scales, report)
 
@@ -163,17 +160,18 @@ class GradAccumulator:
         y, operand = chunk.terms.y, self.inputs.operand
         if self.batch.capacity == 0:
             dy = kernels.row_gradient(chunk.terms, kernels.gradient_buffer(y, operand))
-            self._multiply(chunk.tokens, chunk.hidden, dy, chunk.scale)
+            self._multiply(chunk.tokens, dy, chunk.scale, chunk.hidden)
             return
         if self.batch.rows + len(y) > self.batch.capacity:
             self._multiply_batch()
         kernels.row_gradient(chunk.terms, self.batch.extend(chunk.tokens, y, operand))
-        self.scales.append((len(y), chunk.scale))
+        if self.keeps_dy:
+            self.scales.append((len(y), chunk.scale))
 
     def _multiply_batch(self) -> None:
         if self.batch.rows > 0:
             tokens, dy = self.batch.take(len(self.inputs.weight))
-            self._multiply(tokens, self.inputs.hidden[tokens], dy, 1.0)
+            self._multiply(tokens, dy, 1.0, self.inputs.hidden[tokens])
 
     def _multiply_kept(self, dy: Tensor) -> None:
         """Add to dhidden and dbias; chunks that share a scale are multiplied together."""
@@ -182,19 +180,17 @@ class GradAccumulator:
             self.batch.tokens = [self.batch.take(len(self.inputs.weight))[0]]
         start = 0
         for tokens, (rows, scale) in zip(self.batch.tokens, self.scales, strict=True):
-            part = dy[start : start + rows, : len(self.inputs.weight)]
+            self._multiply(tokens, dy[start : start + rows, : len(self.inputs.weight)], scale)
             start += rows
-            if self.needs.hidden:
-                dh = self._dhidden_buffer(tokens, rows)
-                self._store_dhidden(tokens, gemm(dh, part, self.inputs.weight, alpha=scale))
-            if self.needs.bias:
-                self.db += part.sum(0, dtype=self.db.dtype) * scale
 
-    def _multiply(self, tokens: slice | Tensor, hidden: Tensor, dy: Tensor, scale: float) -> None:
+    def _multiply(
+        self, tokens: slice | Tensor, dy: Tensor, scale: float, hidden: Tensor | None = None
+    ) -> None:
+        """Add dy's products; dweight's only with hidden, the tokens' rows of it."""
         if self.needs.hidden:
-            dh = self._dhidden_buffer(tokens, len(hidden))
+            dh = self._dhidden_buffer(tokens, len(dy))
             self._store_dhidden(tokens, gemm(dh, dy, self.inputs.weight, alpha=scale))
-        if self.needs.weight:
+        if self.needs.weight and hidden is not None:
             self.dw.add_all(dy, hidden, scale)
         if self.needs.bias:
             self.db += dy.sum(0, dtype=self.db.dtype) * scale

@@ -24,8 +24,9 @@ def save_gradients(ctx, head, needs, gradients) -> None:
     """Save gradients.Gradients of (hidden, weight, bias) for saved_gradients()."""
     ctx.set_materialize_grads(False)
     *saved, ctx.report = gradients
-    kept = (head.hidden, head.mask) if needs[1] else (None, None)  # dweight is dy^T hidden
-    ctx.save_for_backward(*saved, *kept)
+    # dweight is dy^T hidden where dy is kept, which the compiler does not know.
+    keeps_dy = _is_traced(gradients[4]) or gradients[4].numel() > 0
+    ctx.save_for_backward(*saved, *((head.hidden, head.mask) if keeps_dy else (None, None)))
     ctx.needs, ctx.weight_shape = needs, head.weight.shape
     ctx.dtypes = [None if x is None else x.dtype for x in head[:3]]
 
@@ -79,7 +80,7 @@ def weight_gradient(
     vocab_indices: Tensor,
     dy: Tensor,
     dy_scales: Tensor,
-    hidden: Tensor,
+    hidden: Tensor | None,
     mask: Tensor | None,
     upstream: Tensor,
     vocab_size: int,
@@ -90,11 +91,13 @@ def weight_gradient(
     Where dy was kept it is upstream * dy^T hidden. Otherwise it is upstream * dw, whose rows (K, D)
     are those at the indices, or all of them.
     """
-    out = large_empty((vocab_size, hidden.shape[1]), dtype, hidden)
-    if len(dw) == 0 and len(vocab_indices) == 0:
+    out = large_empty((vocab_size, dw.shape[1]), dtype, dw)
+    if hidden is not None and dy.numel() > 0:
         if mask is not None and len(dy) < len(hidden):
-            hidden = hidden[mask.nonzero()[:, 0]]
+            hidden = hidden[torch.nonzero_static(mask, size=len(dy))[:, 0]]
         return multiply_kept_dy(dy, dy_scales, hidden, upstream, out)
+    if len(dw) == 0:
+        return out.zero_()
     if len(dw) == vocab_size:
         return _multiply(dw, upstream, out)
     if supports(dw) and dtype != torch.float16:

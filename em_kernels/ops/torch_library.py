@@ -70,27 +70,15 @@ def _entropy_loss_backward(ctx, upstream, *_):
 entropy_loss_op.register_autograd(_entropy_loss_backward, setup_context=_entropy_loss_setup)
 
 
-@torch.library.custom_op("em_kernels::weight_gradient", mutates_args=())
-def weight_gradient_op(
-    dw: Tensor,
-    vocab_indices: Tensor,
-    dy: Tensor,
-    dy_scales: Tensor,
-    hidden: Tensor,
-    mask: Tensor | None,
-    upstream: Tensor,
-    vocab_size: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Call saved_gradients.weight_gradient: an op, as the compiler does not know the sizes."""
-    return saved_gradients.weight_gradient(
-        dw, vocab_indices, dy, dy_scales, hidden, mask, upstream, vocab_size, dtype
-    )
+# An op, as the compiler does not know the sizes of what the forward has saved.
+weight_gradient_op = torch.library.custom_op(
+    "em_kernels::weight_gradient", saved_gradients.weight_gradient, mutates_args=()
+)
 
 
 @weight_gradient_op.register_fake
 def _(dw, vocab_indices, dy, dy_scales, hidden, mask, upstream, vocab_size, dtype):
-    return hidden.new_empty((vocab_size, hidden.shape[1]), dtype=dtype)
+    return dw.new_empty((vocab_size, dw.shape[1]), dtype=dtype)
 
 
 class TokenLoss(torch.autograd.Function):

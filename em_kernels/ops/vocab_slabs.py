@@ -21,6 +21,7 @@ from .inputs import GradMask, HeadInputs, SavedStats, StatsOutput, scale_upstrea
 from .memory import chunk_length, large_empty, logits_budget
 
 MIN_SLAB_BYTES = 64 << 20  # measured on a CPU: GEMMs over fewer vocabulary entries are slow
+MAX_KEPT_SLAB_BYTES = 64 << 20  # for dy and fp32 dweight of a slab of kept logits
 
 
 class Slab(NamedTuple):
@@ -28,7 +29,7 @@ class Slab(NamedTuple):
 
     vocab_slice: slice
     weight: Tensor  # (v, D)
-    y: Tensor  # (N, v) raw logits, free to overwrite
+    y: Tensor  # (N, v) raw logits, free to overwrite unless the forward has kept them
     row: RowTransform
 
 
@@ -54,7 +55,7 @@ def _kept_slabs(inputs: HeadInputs, logits: Tensor, tokens: slice | Tensor) -> I
     """Yield slabs of logits that the forward has kept, as views."""
     weight = inputs.weight
     entry_bytes = len(logits) * inputs.operand.itemsize + weight.shape[1] * inputs.dtype.itemsize
-    budget = min(MIN_SLAB_BYTES, logits_budget(inputs.chunk_bytes, weight.device))
+    budget = min(MAX_KEPT_SLAB_BYTES, logits_budget(inputs.chunk_bytes, weight.device))
     length = max(16, budget // entry_bytes // 16 * 16)  # aligned columns, which a GPU reads fast
     for start in range(0, len(weight), length):
         vocab_slice = slice(start, min(start + length, len(weight)))

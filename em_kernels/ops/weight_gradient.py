@@ -16,7 +16,6 @@ MAX_SPARSE_SHARE = 0.5
 GROWTH = 1.5
 SLAB_BYTES = 64 << 20  # for a slab of vocabulary entries: its logits, dy, weight and dweight
 MIN_SLAB_ENTRIES = 512
-
 KEPT_SLAB_BYTES = 16 << 20  # of the fp32 product that a 16-bit dweight is rounded from
 
 # Called with (entries, values): values (K, D) in the accumulation dtype, to be added to dweight's
@@ -168,8 +167,6 @@ def multiply_kept_dy(
         hidden: (n, D) of the same tokens.
         upstream: () gradient of the loss.
     """
-    if dy.numel() == 0:
-        return out.zero_()
     entries, width = out.shape
     wide = upstream.dtype
     is_one = upstream.is_cpu and upstream.item() == 1  # a GPU would have to be waited for
@@ -177,12 +174,13 @@ def multiply_kept_dy(
     if out.dtype != wide:
         length = min(entries, max(16, KEPT_SLAB_BYTES // (width * wide.itemsize) // 16 * 16))
         slab = large_empty((length, width), wide, out)
+    chunks = [(int(count), scale) for count, scale in dy_scales.tolist()]
     for start in range(0, entries, length):
         rows = out[start : start + length]
         product = rows if out.dtype == wide else slab[: len(rows)]
         first = 0
-        for count, scale in dy_scales.tolist():
-            tokens = slice(first, first + int(count))
+        for count, scale in chunks:
+            tokens = slice(first, first + count)
             part = dy[tokens, start : start + len(rows)]
             gemm(product, part.t(), hidden[tokens], accumulate=first > 0, alpha=scale)
             first = tokens.stop
