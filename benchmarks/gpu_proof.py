@@ -309,9 +309,7 @@ def main(arguments: list[str]) -> int:
         stored = store.load(path).get("proof", {}) if path.exists() else {}
         done = [] if options.again else [n for n, row in stored.items() if store.is_measured(row)]
         # Parts that failed before come after those not tried.
-        for name in sorted(
-            options.part or PARTS, key=lambda n: bool(stored.get(n, {}).get("failed"))
-        ):
+        for name in sorted(options.part or PARTS, key=lambda n: has_failed(stored.get(n, {}))):
             if name in done:
                 print(f"{name}: is in {path}; --again runs it again")
                 continue
