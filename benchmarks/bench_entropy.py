@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import inputs
 from benchmarks.providers import PROVIDERS
-from em_kernels import fused_entropy_loss, fused_token_stats, gradient_report, reference
+from em_kernels import fused_entropy_loss, fused_token_stats, gradient_report
 from em_kernels.kernels import kernels_for
 from em_kernels.ops.memory import free_bytes
 from em_kernels.reference import RowTransform, TokenStats
@@ -178,9 +178,9 @@ def test_rows(ratio):
 
     def run():
         parts = kernels.row_statistics(y, row, False)
-        stats = reference.statistics(parts, VOCAB)
-        factors = reference.coefficients(stats, TokenStats(torch.ones_like(parts.m)), VOCAB)
-        kernels.row_gradient(y, row, parts.m, parts.s1.log1p(), factors, out)
+        finished = kernels.finish_rows(parts, VOCAB, None)
+        upstream = TokenStats(torch.ones_like(finished.m))
+        kernels.row_gradient(y, row, kernels.gradient_factors(finished, upstream, VOCAB), out)
 
     what = dict(facts(f"row statistics + gradient, {rows} x {VOCAB}", "a copy", "rows", "float32"))
     ratio(run, lambda: copy.copy_(y), **what)

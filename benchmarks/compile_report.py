@@ -19,36 +19,59 @@ from triton.compiler import ASTSource, CompiledKernel
 
 from em_kernels.kernels import triton as kernels
 from em_kernels.kernels.configs import config_for
+from em_kernels.ops.sparse import SAMPLE
+from em_kernels.reference import TokenStats
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 REGISTERS_PER_SM = 65536  # 32-bit, on every generation here; a warp gets a multiple of 256
 BLOCK_OVERHEAD = 1024  # bytes of shared memory per block that CUDA itself uses
+FLOAT_STATS = TokenStats._fields[:5]
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-INTEGERS = ("rows", "columns", "split_length", "split_rows", "stride_yn", "stride_on")
-HEADINGS = ["variant", "sm", "registers", "spilled", "shared", "warps", "occupancy", "SASS/logit"]
+FLOATS = ("logit_scale", "softcap", "vocab_size", "tolerance", "log2_columns")
+INT64 = (
+    "targets",
+    "argmax",
+    "argmax_out",
+    "indices",
+    "rows",
+    "row_of",
+    "new_row_of",
+    "counts",
+    "sample",
+)
+HEADINGS = ["variant", "GPU", "registers", "spilled", "shared", "warps", "occupancy", "SASS/logit"]
 DIVISIBLE = [["tt.divisibility", 16]]
 FUNCTIONS = {
     "statistics": "row_statistics_kernel",
     "gradient": "row_gradient_kernel",
     "mass": "column_mass_kernel",
+    "columns": "column_gradient_kernel",
+    "finish": "finish_rows_kernel",
+    "factors": "gradient_factors_kernel",
+    "choice": "choose_columns_kernel",
 }
+HAVE_LOOPS = ("statistics", "mass")  # over logits, which bounds their time
 
 
 class Arch(NamedTuple):
-    """Limits of an SM, from "Technical Specifications per Compute Capability" in the CUDA guide."""
+    """Limits of an SM, from "Technical Specifications per Compute Capability" in the CUDA guide,
+    or of an AMD compute unit.
+    """
 
     warps: int
     blocks: int
     shared_kib: int  # per SM; a block may use 1 KiB less
 
 
-ARCHS = {
+ARCHS: dict[int | str, Arch] = {
+    75: Arch(warps=32, blocks=16, shared_kib=64),
     80: Arch(warps=64, blocks=32, shared_kib=164),
     86: Arch(warps=48, blocks=16, shared_kib=100),
     89: Arch(warps=48, blocks=24, shared_kib=100),
     90: Arch(warps=64, blocks=32, shared_kib=228),
     100: Arch(warps=64, blocks=32, shared_kib=228),
     120: Arch(warps=48, blocks=24, shared_kib=100),
+    "gfx942": Arch(warps=32, blocks=32, shared_kib=64),
 }
 
 
@@ -64,39 +87,39 @@ class Variant(NamedTuple):
     """A kernel with the dtypes and flags it is launched with."""
 
     kernel: str
-    y: torch.dtype
-    bias: torch.dtype | None
-    out: torch.dtype | None  # gradient only
+    y: torch.dtype = torch.float32
+    bias: torch.dtype | None = None
+    out: torch.dtype | None = None  # of a gradient, or of the choice's shares
     softcap: bool = False
-    everything: bool = False  # statistics only: collision and argmax too
-    targets: bool = False  # column masses only: the other kernels always have targets
+    everything: bool = False  # statistics: collision and argmax too
+    targets: bool = False
+    upstream: tuple[str, ...] = ()  # factors: statistics that have a gradient
     aligned: bool = True  # logits and their row stride, to 16
 
     def __str__(self) -> str:
         out = f" -> {TYPES[self.out]}" if self.out else ""
         bias = f" bias:{TYPES[self.bias]}" if self.bias else ""
         flags = [name for name in ("softcap", "everything", "targets") if getattr(self, name)]
-        flags += [] if self.aligned else ["unaligned"]
+        flags += [*self.upstream] + ([] if self.aligned else ["unaligned"])
         return " ".join([f"{self.kernel} {TYPES[self.y]}{out}{bias}", *flags])
 
-    def source(self, arch: int) -> Source:
+    def source(self, arch: int | str) -> Source:
         """Return the signature, constants and options that kernels/triton.py launches with."""
-        config = config_for(divmod(arch, 10))
-        constants = {"HAS_BIAS": self.bias is not None, "HAS_SOFTCAP": self.softcap}
-        if self.kernel == "statistics":
-            settings = kernels.statistics_settings(config, self.y, self.aligned)
-            constants["WITH_COLLISION_AND_ARGMAX"] = self.everything
-        elif self.kernel == "mass":
-            settings = kernels.mass_settings(config, self.y, self.aligned)
-            constants["HAS_TARGETS"] = self.targets
-        else:
-            settings = kernels.gradient_settings(config)
-        names = self.function.arg_names
-        constants |= {name: value for name, value in settings.items() if name in names}
+        settings, names = self._settings(arch), self.function.arg_names
+        constants = {
+            "HAS_BIAS": self.bias is not None,
+            "HAS_SOFTCAP": self.softcap,
+            "HAS_TARGETS": self.targets,
+            "WITH_COLLISION_AND_ARGMAX": self.everything,
+        }
+        absent = set(FLOAT_STATS) - set(self.upstream)
+        constants |= {f"g_{name}_ptr": None for name in absent}
+        constants = {name: value for name, value in (constants | settings).items() if name in names}
         options = {name: value for name, value in settings.items() if name not in names}
-        pointers = {"y_ptr": TYPES[self.y], "bias_ptr": TYPES[self.bias or self.y]}
-        pointers |= {"targets_ptr": "i64", "argmax_ptr": "i64"}
-        pointers |= {"out_ptr": TYPES[self.out]} if self.out else {}
+        pointers = dict.fromkeys((f"{name}_ptr" for name in INT64), "i64")
+        pointers |= {"y_ptr": TYPES[self.y], "bias_ptr": TYPES[self.bias or self.y]}
+        pointers |= {} if self.targets else {"targets_ptr": TYPES[self.y]}
+        pointers |= {"out_ptr": TYPES[self.out], "shares_ptr": TYPES[self.out]} if self.out else {}
         signature = {}
         for name in names:
             if name in constants:
@@ -104,12 +127,30 @@ class Variant(NamedTuple):
             elif name.endswith("_ptr"):
                 signature[name] = "*" + pointers.get(name, "fp32")
             else:
-                signature[name] = "i32" if name in INTEGERS else "fp32"
+                signature[name] = "fp32" if name in FLOATS else "i32"
         return Source(signature, constants, options)
+
+    def _settings(self, arch: int | str) -> dict:
+        """Return constants and options that the kernel's launch settings give."""
+        config = config_for(divmod(arch, 10) if isinstance(arch, int) else (9, 4))
+        if self.kernel == "statistics":
+            return kernels.statistics_settings(config, self.y, self.aligned)
+        if self.kernel == "mass":
+            return kernels.mass_settings(config, self.y, self.aligned)
+        if self.kernel in ("gradient", "columns"):
+            return kernels.gradient_settings(config, rows_too=self.kernel == "gradient")
+        if self.kernel == "choice":
+            return {**kernels.CHOOSE, "SAMPLE_LANES": SAMPLE}
+        return kernels.FINISH
 
     @property
     def function(self) -> triton.JITFunction:
         return getattr(kernels, FUNCTIONS[self.kernel])
+
+    @property
+    def loads_rows(self) -> bool:
+        """True where threads load adjacent logits."""
+        return self.aligned and self.kernel in ("statistics", "gradient", "mass")
 
     def is_divisible(self, name: str) -> bool:
         """Return whether Triton may assume that an argument is a multiple of 16: split_length, and
@@ -119,35 +160,45 @@ class Variant(NamedTuple):
 
 
 def variants() -> Iterator[Variant]:
-    """Yield every variant that kernels/triton.py launches, except those for integers equal to 1."""
+    """Yield the variants that kernels/triton.py launches, except those for integers equal to 1.
+
+    Of the factors only some, as there are 31.
+    """
     narrow, flags = (torch.bfloat16, torch.float16), (False, True)
     fp32 = torch.float32
     for bias, softcap, everything in product((None, fp32, *narrow), flags, flags):
-        yield Variant("statistics", fp32, bias, None, softcap, everything)
-    for out, has_bias, softcap in product((fp32, *narrow), flags, flags):
-        yield Variant("gradient", fp32, out if has_bias else None, out, softcap)
+        for targets in flags:
+            yield Variant("statistics", fp32, bias, None, softcap, everything, targets)
+    for out, has_bias, softcap, targets in product((fp32, *narrow), flags, flags, flags):
+        for kernel in ("gradient", "columns"):
+            bias = out if has_bias else None
+            yield Variant(kernel, fp32, bias, out, softcap, targets=targets)
     for bias, softcap, targets in product((None, fp32, *narrow), flags, flags):
         yield Variant("mass", fp32, bias, None, softcap, targets=targets)
+    for everything, targets in product(flags, flags):
+        yield Variant("finish", everything=everything, targets=targets)
+    for upstream in (("entropy",), ("logprob",), FLOAT_STATS):
+        yield Variant("factors", upstream=upstream)
+    for out in (fp32, *narrow):
+        yield Variant("choice", out=out)
     for dtype in narrow:  # logits that the caller has
-        yield Variant("statistics", dtype, None, None)
-        yield Variant("gradient", dtype, None, dtype)
-        yield Variant("mass", dtype, None, None)
+        yield Variant("statistics", dtype)
+        yield Variant("gradient", dtype, out=dtype)
     for dtype in (fp32, *narrow):
-        yield Variant("statistics", dtype, None, None, aligned=False)
-        yield Variant("gradient", dtype, None, dtype, aligned=False)
-        yield Variant("mass", dtype, None, None, aligned=False)
+        yield Variant("statistics", dtype, aligned=False)
+        yield Variant("gradient", dtype, out=dtype, aligned=False)
 
 
 class Cost(NamedTuple):
     """Measurements of one kernel variant on one GPU generation."""
 
     variant: Variant
-    arch: int
+    arch: int | str
     registers: int
     spilled: int  # bytes per thread
     shared: int  # bytes per block
     warps_per_sm: int  # resident at once
-    per_logit: float | None  # SASS instructions in the loop; None for the gradient, without one
+    per_logit: float | None  # SASS instructions in the loop over logits; None without one
     vector_load: bool  # loads of 16 bytes
     barrier_in_loop: bool
 
@@ -156,14 +207,14 @@ class Cost(NamedTuple):
         found = {
             f"spills {self.spilled} bytes": self.spilled > 0,
             "too much shared memory": self.shared > (ARCHS[self.arch].shared_kib - 1) * 1024,
-            "no 16-byte loads": self.variant.aligned and not self.vector_load,
+            "no 16-byte loads": self.variant.loads_rows and not self.vector_load,
             "a barrier in the loop": self.barrier_in_loop,
         }
         return [f"{self.name}: {text}" for text, is_so in found.items() if is_so]
 
     @property
     def name(self) -> str:
-        return f"{self.variant} on sm{self.arch}"
+        return f"{self.variant} on {gpu_name(self.arch)}"
 
     @property
     def occupancy(self) -> float:
@@ -172,11 +223,26 @@ class Cost(NamedTuple):
     @property
     def cells(self) -> list[str]:
         per_logit = "" if self.per_logit is None else f"{self.per_logit:.1f}"
-        numbers = (self.arch, self.registers, self.spilled, self.shared, self.warps_per_sm)
+        numbers = (
+            gpu_name(self.arch),
+            self.registers,
+            self.spilled,
+            self.shared,
+            self.warps_per_sm,
+        )
         return [str(self.variant), *map(str, numbers), f"{self.occupancy:.0%}", per_logit]
 
 
-def compiled(variant: Variant, arch: int) -> CompiledKernel:
+def gpu_name(arch: int | str) -> str:
+    return f"sm{arch}" if isinstance(arch, int) else arch
+
+
+def target(arch: int | str) -> GPUTarget:
+    """Return the target of Triton's compiler."""
+    return GPUTarget("cuda", arch, 32) if isinstance(arch, int) else GPUTarget("hip", arch, 64)
+
+
+def compiled(variant: Variant, arch: int | str) -> CompiledKernel:
     """Compile a variant as its first launch on such a GPU would."""
     given = variant.source(arch)
     divisible = [i for i, name in enumerate(given.signature) if variant.is_divisible(name)]
@@ -186,19 +252,21 @@ def compiled(variant: Variant, arch: int) -> CompiledKernel:
         constexprs=given.constants,
         attrs={(i,): DIVISIBLE for i in divisible},
     )
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=given.options)
+    return triton.compile(source, target=target(arch), options=given.options)
 
 
-def cost(variant: Variant, arch: int) -> Cost:
+def cost(variant: Variant, arch: int | str) -> Cost:
     """Compile a variant and read its cost from the machine code."""
     code, given = compiled(variant, arch), variant.source(arch)
+    if isinstance(arch, str):
+        return amd_cost(variant, arch, code, given.options["num_warps"])
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(code.asm["cubin"])
         file.flush()
         usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", _run("cuobjdump", "-res-usage", file)))
         sass = _run("nvdisasm", "-c", file)
     registers, shared = int(usage["REG"]), code.metadata.shared
-    has_loop = variant.kernel != "gradient"
+    has_loop = variant.kernel in HAVE_LOOPS
     body = _loop(sass) if has_loop else sass.splitlines()
     instructions = sum(bool(re.match(r"\s+/\*[0-9a-f]+\*/", line)) for line in body)
     logits = given.constants.get("UNROLL", 1) * given.constants.get("VECTOR", 1)
@@ -215,6 +283,28 @@ def cost(variant: Variant, arch: int) -> Cost:
     )
 
 
+def amd_cost(variant: Variant, arch: str, code: CompiledKernel, warps: int) -> Cost:
+    """Read the cost from the metadata of AMD's assembly; instructions are not counted."""
+    text = code.asm["amdgcn"]
+    number = {
+        name: int(value) for name, value in re.findall(r"\.(\w+):\s+(\d+)\s*$", text, re.MULTILINE)
+    }
+    registers, limits = number["vgpr_count"], ARCHS[arch]
+    by_registers = 4 * (512 // (-(-registers // 8) * 8)) // warps  # on each of 4 SIMDs
+    by_shared = limits.shared_kib * 1024 // max(1, code.metadata.shared)
+    return Cost(
+        variant,
+        arch,
+        registers,
+        4 * (number["vgpr_spill_count"] + number["sgpr_spill_count"]),
+        code.metadata.shared,
+        warps * min(limits.warps // warps, limits.blocks, by_registers, by_shared),
+        None,
+        re.search(r"load_dwordx4", text) is not None,
+        False,
+    )
+
+
 def warps_per_sm(arch: Arch, warps: int, registers: int, shared: int) -> int:
     """Return how many warps fit on an SM at once: the theoretical occupancy."""
     warp_registers = -(-registers * 32 // 256) * 256
@@ -223,7 +313,7 @@ def warps_per_sm(arch: Arch, warps: int, registers: int, shared: int) -> int:
     return warps * min(arch.warps // warps, arch.blocks, by_registers, by_shared)
 
 
-def report(archs: list[int]) -> int:
+def report(archs: list[int | str]) -> int:
     """Print the whole table, then the violations; return 1 if there are any."""
     work = [(variant, arch) for variant in variants() for arch in archs]
     costs: list[Cost] = []
@@ -247,7 +337,7 @@ def print_table(lines: list[list[str]]) -> None:
         print("  ".join([line[0].ljust(widths[0]), *cells]))
 
 
-def _cost(work: tuple[Variant, int]) -> Cost:
+def _cost(work: tuple[Variant, int | str]) -> Cost:
     return cost(*work)
 
 
@@ -281,7 +371,10 @@ def main(arguments: list[str]) -> int:
         "--compile-report", action="store_true", help="print the table, instead of measuring"
     )
     parser.add_argument(
-        "--arch", type=int, nargs="*", help="GPU generations, such as 90 (default: all)"
+        "--arch",
+        type=lambda name: int(name) if name.isdecimal() else name,
+        nargs="*",
+        help="GPU generations, such as 90 or gfx942 (default: all)",
     )
     known = parser.parse_args(arguments)
     unknown = set(known.arch or ()) - set(ARCHS)

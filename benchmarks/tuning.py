@@ -17,7 +17,7 @@ from benchmarks import inputs
 from benchmarks.measure import clear_gradients, in_turns, peak_bytes, timed_ms
 from benchmarks.providers import TOLERANCE, HeadProblem, Loss, ours_loss, products
 from benchmarks.store import device_name
-from em_kernels import fused_token_stats, reference
+from em_kernels import fused_token_stats
 from em_kernels.kernels import RowTerms, gradient_buffer, portable, row_stride
 from em_kernels.kernels.configs import DEFAULT, TUNED, RowConfig, config_for
 from em_kernels.reference import RowTransform, TokenStats
@@ -93,11 +93,10 @@ def row_problem(rows: int, columns: int, device: str) -> RowProblem:
     stride = row_stride(columns, torch.device(device))
     y = torch.empty(rows, stride, device=device)[:, :columns].normal_(std=4)
     row = RowTransform(None, torch.full((rows,), 2.0, device=device))
-    parts = portable.row_statistics(y, row)
+    finished = portable.finish_rows(portable.row_statistics(y, row), columns, None)
     one = torch.full((rows,), 1 / rows, device=device)
     upstream = TokenStats(entropy=one, mean_logit=one)  # Without mean_logit rows of dy sum to 0.
-    factors = reference.coefficients(reference.statistics(parts, columns), upstream, columns)
-    terms = RowTerms(y, row, parts.m, parts.s1.log1p(), factors)
+    terms = RowTerms(y, row, portable.gradient_factors(finished, upstream, columns))
     return RowProblem(terms, gradient_buffer(y, torch.bfloat16) if y.is_cuda else y.bfloat16())
 
 

@@ -58,7 +58,8 @@ class RowTransform(NamedTuple):
 class RowParts(NamedTuple):
     """Results of one pass over (a part of) each row of logits; every field is (rows,).
 
-    q1, total and argmax may be None where they were not asked for.
+    Several parts of the same rows have fields (parts, rows). q1, total and argmax may be None where
+    they were not asked for.
     """
 
     m: Tensor  # maximum
@@ -122,16 +123,12 @@ def row_parts(z: Tensor, targets: Tensor | None = None) -> RowParts:
     )
 
 
-def merge(parts: list[RowParts]) -> RowParts:
-    """Merge parts of the same rows by equation (7).
+def merge(parts: RowParts) -> RowParts:
+    """Merge parts of the same rows, fields (parts, rows), by equation (7).
 
     Parts are in the vocabulary's order, and argmax counts from its start.
     """
-    m_i, s1, t, target_logit = map(torch.stack, zip(*(part[:4] for part in parts), strict=True))
-    q1, total, argmax = (
-        None if field[0] is None else torch.stack(field)
-        for field in zip(*(part[4:] for part in parts), strict=True)
-    )
+    m_i, s1, t, target_logit, q1, total, argmax = parts
     m = m_i.amax(0)
     winner = (m_i == m).int().argmax(0, keepdim=True)  # the first to reach m: the lowest index wins
     empty = m_i == -torch.inf

@@ -13,6 +13,15 @@ import em_kernels.kernels.triton_kernels as kernels
 from em_kernels.kernels.configs import DEFAULT
 
 # Few lanes, as the interpreter merges them one by one; few columns, so that rows have blocks.
+FUNCTIONS = (
+    "row_statistics",
+    "finish_rows",
+    "gradient_factors",
+    "row_gradient",
+    "column_mass",
+    "choose_columns",
+    "gradient_of_columns",
+)
 SMALL = DEFAULT._replace(statistics_warps=1, BLOCK_N=2, BLOCK_V=256)
 
 
@@ -45,8 +54,9 @@ def load():
     """Return the copy, with the launch settings SMALL; it counts one multiprocessor."""
     copy, copied_kernels = _copy(compiled), _copy(kernels)
     copied_kernels.core = tl.core  # the interpreter patches what the kernels' module names
-    for name in ("row_statistics", "row_gradient", "column_mass"):
+    for kernel in [name for name in vars(copy) if name.endswith("_kernel")]:
+        setattr(copy, kernel, getattr(copied_kernels, kernel))
+    for name in FUNCTIONS:
         setattr(copy, name, _in_interpreter(getattr(copy, name)))
-        setattr(copy, f"{name}_kernel", getattr(copied_kernels, f"{name}_kernel"))
     copy.config_for = lambda capability: SMALL
     return copy

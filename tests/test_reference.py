@@ -88,7 +88,8 @@ def test_merged_parts_are_the_whole_row(z, cuts, target):
     for start, end in zip(edges, edges[1:], strict=False):
         part = reference.row_parts(z[:, start:end], targets - start)
         parts.append(part._replace(argmax=part.argmax + start))
-    merged = reference.statistics(reference.merge(parts), 7, targets)
+    stacked = reference.RowParts(*map(torch.stack, zip(*parts, strict=True)))
+    merged = reference.statistics(reference.merge(stacked), 7, targets)
     whole = reference.statistics(reference.row_parts(z, targets), 7, targets)
     finite = z.isfinite().any(1)
     assert torch.equal(merged.argmax[finite], z.argmax(1)[finite])

@@ -53,6 +53,15 @@ def assert_parts_close(parts, truth, v):
         )  # fmt: skip
 
 
+def statistics_of(kernels, y, row, with_collision_and_argmax=True):
+    """Return the merged parts."""
+    return reference.merge(kernels.row_statistics(y, row, with_collision_and_argmax))
+
+
+def per_row_of(parts, factors):
+    return torch.stack([parts.m, parts.s1.log1p(), *factors])
+
+
 def gradient_of(kernels, y, row, parts, factors, dtype=torch.float32):
     """Compute dy in y's own memory, as the loops do.
 
@@ -64,7 +73,7 @@ def gradient_of(kernels, y, row, parts, factors, dtype=torch.float32):
         out = y.view(dtype)[:, : y.shape[1]]
     else:
         out = y.new_empty(y.shape, dtype=dtype)
-    kernels.row_gradient(y, row, parts.m, parts.s1.log1p(), factors, out)
+    kernels.row_gradient(y, row, per_row_of(parts, factors), out)
     return out
 
 
@@ -82,7 +91,7 @@ def test_statistics_and_gradient(kernels, v, with_bias, logit_scale, softcap):
     y, row, factors = problem(v, bias=with_bias, logit_scale=logit_scale, softcap=softcap)
     truth = truth_of(y, row)
     before = y.clone()
-    parts = kernels.row_statistics(y, row)
+    parts = statistics_of(kernels, y, row)
     assert torch.equal(y, before)  # row_gradient needs them again
     assert_parts_close(parts, truth, v)
     expected = reference.row_gradient(
@@ -106,9 +115,9 @@ def test_statistics_and_gradient(kernels, v, with_bias, logit_scale, softcap):
 def test_column_mass(kernels, v, with_bias, logit_scale, softcap):
     y, row, factors = problem(v, bias=with_bias, logit_scale=logit_scale, softcap=softcap)
     y[:, v // 3] = -torch.inf
-    parts, truth = kernels.row_statistics(y, row), truth_of(y, row)
+    parts, truth = statistics_of(kernels, y, row), truth_of(y, row)
     before = y.clone()
-    mass, row_sums = kernels.column_mass(y, row, parts.m, parts.s1.log1p(), factors)
+    mass, row_sums = kernels.column_mass(y, row, per_row_of(parts, factors))
     assert torch.equal(y, before)  # row_gradient needs them again
     dy = reference.row_gradient(
         y.double(), in_fp64(row), truth.m, truth.s1.log1p(), in_fp64(factors)
@@ -125,8 +134,8 @@ def test_rows_of_a_wider_buffer(kernels):
     buffer = torch.full((ROW_COUNT, 100), 1e4)
     view = buffer[:, :77]
     view.copy_(y)
-    parts = kernels.row_statistics(view, row)
-    for found, whole in zip(parts, kernels.row_statistics(y, row), strict=True):
+    parts = statistics_of(kernels, view, row)
+    for found, whole in zip(parts, statistics_of(kernels, y, row), strict=True):
         assert torch.equal(found, whole)
     expected = gradient_of(kernels, y, row, parts, factors)
     assert torch.equal(gradient_of(kernels, view, row, parts, factors), expected)
@@ -141,8 +150,8 @@ def test_threads_change_no_bit(kernels):
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
-            parts = kernels.row_statistics(y, plain(64))
-            sums = kernels.column_mass(y, plain(64), parts.m, parts.s1.log1p(), factors)
+            parts = statistics_of(kernels, y, plain(64))
+            sums = kernels.column_mass(y, plain(64), per_row_of(parts, factors))
             dy = gradient_of(kernels, y.clone(), plain(64), parts, factors)
             found.append((*parts, *sums, dy))
     finally:
@@ -155,7 +164,7 @@ def test_argmax_is_the_lowest_index_of_a_tie(kernels):
     y = torch.zeros(3, 5000)
     y[0, [7, 8, 4999]] = 2.0
     y[1, [2100, 4500]] = 2.0
-    parts = kernels.row_statistics(y, plain(3))
+    parts = statistics_of(kernels, y, plain(3))
     assert parts.argmax.tolist() == [7, 2100, 0]
     assert_close(parts.s1[2], torch.tensor(4999.0))
 
@@ -170,7 +179,7 @@ def test_rows_without_a_distribution_are_nan_and_alone(kernels, v, softcap):
     y[2, v - 1] = y[3, 0] = torch.nan
     y[4, 3] = torch.inf if softcap is None else torch.nan
     row = plain(5)._replace(softcap=softcap)
-    parts = kernels.row_statistics(y, row)
+    parts = statistics_of(kernels, y, row)
     stats = reference.statistics(parts, v)
     for value in (stats.entropy, stats.logsumexp, stats.mean_logit, stats.log_collision):
         assert value.isnan().tolist() == [True, False, True, True, True]
@@ -178,7 +187,7 @@ def test_rows_without_a_distribution_are_nan_and_alone(kernels, v, softcap):
     dy = gradient_of(kernels, y, row, parts, factors)
     assert dy[[0, 2, 3, 4]].isnan().all()
     row = plain(1)._replace(softcap=softcap)
-    alone = kernels.row_statistics(clean, row)
+    alone = statistics_of(kernels, clean, row)
     factors = Coefficients(*(factor[1:2] for factor in factors))
     assert torch.equal(dy[1:2], gradient_of(kernels, clean, row, alone, factors))
 
@@ -186,7 +195,7 @@ def test_rows_without_a_distribution_are_nan_and_alone(kernels, v, softcap):
 @pytest.mark.parametrize("kernels", ALL_ROWS)
 def test_no_rows(kernels):
     y = torch.empty(0, 7)
-    parts = kernels.row_statistics(y, plain(0))
+    parts = statistics_of(kernels, y, plain(0))
     assert all(field.shape == (0,) for field in parts) and parts.argmax.dtype == torch.int64
     gradient_of(kernels, y, plain(0), parts, Coefficients(*torch.empty(6, 0)))
 
@@ -204,9 +213,9 @@ def test_x87_works_afterwards(kernels):
     for softcap in (None, 5.0):
         y, row, factors = problem(2049, bias=True, softcap=softcap)
         for values in (y, y.clone().fill_(-torch.inf)):
-            parts = kernels.row_statistics(values, row)
+            parts = statistics_of(kernels, values, row)
             assert np.longdouble(2) * np.longdouble(3) == 6
-        kernels.column_mass(y, row, parts.m, parts.s1.log1p(), factors)
+        kernels.column_mass(y, row, per_row_of(parts, factors))
         assert np.longdouble(2) * np.longdouble(3) == 6
         gradient_of(kernels, y, row, parts, factors)
         assert np.longdouble(2) * np.longdouble(3) == 6

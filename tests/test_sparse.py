@@ -123,34 +123,41 @@ def terms_of(y, arguments):
         arguments.get("logit_scale", 1.0),
         arguments.get("softcap"),
     )
-    parts = portable.row_statistics(y, row)
+    rows = portable.finish_rows(portable.row_statistics(y, row), V, None)
     upstream = reference.TokenStats(entropy=arguments.get("mask", torch.ones(N)))
-    factors = reference.coefficients(reference.statistics(parts, V), upstream, V)
-    return RowTerms(y, row, parts.m, parts.s1.log1p(), factors)
+    return RowTerms(y, row, portable.gradient_factors(rows, upstream, V))
+
+
+def choice_of(terms, tolerance):
+    row_of = torch.full((V,), -1)
+    return sparse.choose_columns(terms, tolerance, row_of, torch.float32)[0]
 
 
 @pytest.mark.parametrize("tolerance", TOLERANCES[:3])
 @pytest.mark.parametrize("kind", [kind for kind in INPUTS if kind not in ("equal", "one-hot")])
 def test_few_more_columns_than_sorting_would_keep(kind, tolerance):
     y, arguments = INPUTS[kind]()
-    found = sparse.choose_columns(terms_of(y, arguments), tolerance)
-    mass = found.mass.double().sort().values
-    needed = V - int((mass.cumsum(0) <= tolerance * mass.sum()).sum())
+    terms = terms_of(y, arguments)
+    found = choice_of(terms, tolerance)
+    masses = portable.column_mass(*terms)[0].double()
+    ordered = masses.sort().values
+    needed = V - int((ordered.cumsum(0) <= tolerance * ordered.sum()).sum())
+    kept = int(found.counts[0])
     if kind == "columns of one mass":  # all or none of each kind
-        assert found.kept.sum() in (50, 400)
+        assert kept in (50, 400)
         return
-    assert needed <= found.kept.sum() <= 1.1 * needed + 3
-    assert_close(found.dropped, found.mass[~found.kept].sum())
+    assert needed <= kept <= 1.1 * needed + 3
+    masses[found.vocab_indices] = 0
+    assert_close(found.masses[0].double(), masses.sum(), rtol=1e-5, atol=0)
 
 
 @pytest.mark.usefixtures("rows")
 def test_mass_that_is_not_finite_keeps_every_column():
     y, arguments = INPUTS["one row dominates"]()
     for bad in (torch.nan, torch.inf):
-        factors = terms_of(y, arguments).factors
-        factors = factors._replace(alpha=factors.alpha.clone().index_fill_(0, TOKENS[3:4], bad))
-        found = sparse.choose_columns(terms_of(y, arguments)._replace(factors=factors), 0.5)
-        assert found.kept.all()
+        terms = terms_of(y, arguments)
+        terms.per_row[2, 3] = bad  # alpha
+        assert choice_of(terms, 0.5).counts.tolist() == [V, V]
 
 
 def test_compiled():

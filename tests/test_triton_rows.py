@@ -6,7 +6,15 @@ import pytest
 import torch
 from interpreted import DEFAULT
 from kernel_params import TRITON, interpreted_triton
-from test_rows import gradient_of, in_fp64, plain, problem, truth_of
+from test_rows import (
+    gradient_of,
+    in_fp64,
+    per_row_of,
+    plain,
+    problem,
+    statistics_of,
+    truth_of,
+)
 from torch.testing import assert_close
 from truth import FLOAT_STATS, draw, entropy_of, leaves, relative_error, stats_of
 
@@ -20,12 +28,11 @@ kernels = interpreted_triton
 def entropy_and_gradient(kernels, y, row):
     """Return entropy (rows,) and its gradient in a new buffer, as entropy_from_logits does."""
     parts = kernels.row_statistics(y, row, with_collision_and_argmax=False)
-    stats = reference.statistics(parts, y.shape[1])
-    upstream = TokenStats(entropy=torch.ones_like(parts.m))
-    factors = reference.coefficients(stats, upstream, y.shape[1])
+    rows = kernels.finish_rows(parts, y.shape[1], None)
+    upstream = TokenStats(entropy=torch.ones_like(rows.m))
     out = torch.empty_like(y)
-    kernels.row_gradient(y, row, parts.m, parts.s1.log1p(), factors, out)
-    return stats.entropy, out
+    kernels.row_gradient(y, row, kernels.gradient_factors(rows, upstream, y.shape[1]), out)
+    return rows.stats.entropy, out
 
 
 @pytest.mark.parametrize("splits", [1, 2, 4])
@@ -37,7 +44,7 @@ def test_splits_of_a_row(splits, monkeypatch):
     y[1, [3, 600, 2050]] = y.max() + 9  # a tie in three parts
     row.bias[[3, 600, 2050]] = 0.0
     row = row._replace(targets=torch.tensor([v - 1, 600, -100, 0, v]))
-    parts, truth = kernels.row_statistics(y, row), truth_of(y, row)
+    parts, truth = statistics_of(kernels, y, row), truth_of(y, row)
     assert torch.equal(parts.argmax, truth.argmax) and parts.argmax[1] == 3
     for name in ("m", "s1", "t", "q1", "total", "target_logit"):
         assert_close(
@@ -53,8 +60,8 @@ def test_splits_of_few_rows_keep_four_blocks_each():
 
 def mass_and_truth(y, row, factors):
     """Return mass and row sums, both also in fp64, and the scale of the row sums."""
-    parts, truth = kernels.row_statistics(y, row), truth_of(y, row)
-    found = kernels.column_mass(y, row, parts.m, parts.s1.log1p(), factors)
+    parts, truth = statistics_of(kernels, y, row), truth_of(y, row)
+    found = kernels.column_mass(y, row, per_row_of(parts, factors))
     dy = reference.row_gradient(
         y.double(), in_fp64(row), truth.m, truth.s1.log1p(), in_fp64(factors)
     )
@@ -94,9 +101,7 @@ def test_masked_words_and_broken_rows_of_column_masses():
 @pytest.mark.parametrize("shape", [(0, 7), (3, 0), (0, 0)])
 def test_column_masses_of_nothing(shape):
     per_row = torch.ones(8, shape[0])
-    mass, row_sums = kernels.column_mass(
-        torch.empty(shape), plain(shape[0]), *per_row[:2], Coefficients(*per_row[2:])
-    )
+    mass, row_sums = kernels.column_mass(torch.empty(shape), plain(shape[0]), per_row)
     assert torch.equal(mass, torch.zeros(shape[1]))
     assert torch.equal(row_sums, torch.zeros(shape[0]))
 
@@ -130,11 +135,10 @@ def test_nothing_beside_the_columns_is_read_or_written(start, v):
     view.copy_(y[:3])
     row = row._replace(inv_temperature=torch.ones(3), targets=None)
     factors = Coefficients(*(factor[:3] for factor in factors))
-    parts = kernels.row_statistics(view, row)
+    parts = statistics_of(kernels, view, row)
     assert not any(field.isnan().any() for field in parts)
     of_view, of_copy = (
-        kernels.column_mass(logits, row, parts.m, parts.s1.log1p(), factors)
-        for logits in (view, y[:3])
+        kernels.column_mass(logits, row, per_row_of(parts, factors)) for logits in (view, y[:3])
     )
     assert_close(of_view, of_copy, rtol=1e-5, atol=1e-6)  # unaligned rows take other blocks
     assert not gradient_of(kernels, view, row, parts, factors).isnan().any()
@@ -149,14 +153,13 @@ def test_strided_bias_temperature_and_targets():
             for name in ("bias", "inv_temperature", "targets")
         }
     )
-    parts, same = (kernels.row_statistics(y, either) for either in (row, strided))
+    parts, same = (statistics_of(kernels, y, either) for either in (row, strided))
     for field, other in zip(parts, same, strict=True):
         assert torch.equal(field, other)
     dy = (gradient_of(kernels, y.clone(), either, parts, factors) for either in (row, strided))
     assert torch.equal(*dy)
     (mass, sums), (other_mass, other_sums) = (
-        kernels.column_mass(y, either, parts.m, parts.s1.log1p(), factors)
-        for either in (row, strided)
+        kernels.column_mass(y, either, per_row_of(parts, factors)) for either in (row, strided)
     )
     assert torch.equal(mass, other_mass) and torch.equal(sums, other_sums)
 
@@ -185,21 +188,19 @@ def test_column_masses_of_qwen_in_the_real_blocks(monkeypatch):
     parts = truth_of(y, plain(1))
     factors = reference.coefficients(reference.statistics(parts, 151_936), upstream, 151_936)
     dy = reference.row_gradient(y.double(), in_fp64(plain(1)), parts.m, parts.s1.log1p(), factors)
-    per_row = (parts.m, parts.s1.log1p(), *factors)
-    m, log_s, *factors = (field.float() for field in per_row)
-    mass, row_sums = kernels.column_mass(y, plain(1), m, log_s, Coefficients(*factors))
+    mass, row_sums = kernels.column_mass(y, plain(1), per_row_of(parts, factors).float())
     assert relative_error(mass, dy.abs().sum(0)) < 1e-5
     assert row_sums.abs() <= 1e-5 * dy.abs().sum()  # the exact sum is 0
 
 
 def test_the_same_bits_again():
     y, row, factors = problem(1541, bias=True, softcap=30.0)
-    parts, again = (kernels.row_statistics(y, row) for _ in range(2))
+    parts, again = (statistics_of(kernels, y, row) for _ in range(2))
     for field, other in zip(parts, again, strict=True):
         assert torch.equal(field, other)
     assert torch.equal(*(gradient_of(kernels, y.clone(), row, parts, factors) for _ in range(2)))
     (mass, sums), (mass_again, sums_again) = (
-        kernels.column_mass(y, row, parts.m, parts.s1.log1p(), factors) for _ in range(2)
+        kernels.column_mass(y, row, per_row_of(parts, factors)) for _ in range(2)
     )
     assert torch.equal(mass, mass_again) and torch.equal(sums, sums_again)
 

@@ -1,15 +1,9 @@
 """Row kernels: a chunk of raw logits in, statistics or their gradient out.
 
-One file per device, each with the same interface:
-
-row_statistics(y, row, with_collision_and_argmax) -> RowParts; without collision and argmax its q1,
-    total and argmax may be None.
-row_gradient(*RowTerms, out) writes dy into out.
-column_mass(*RowTerms) -> sums of |dy| over the rows (V,), sums of dy over the columns (rows,).
-
-y (rows, V) holds raw logits in fp32 or fp64 (for Triton also in 16 bits), each row contiguous; m,
-log_s and the factors (rows,) are in the accumulation dtype; out (rows, V) is separate memory or a
-gradient_buffer.
+One file per device, each with the same functions, which are documented here and get the fields of
+RowTerms one by one. y (rows, V) holds raw logits in fp32 or fp64 (for Triton also in 16 bits), each
+row contiguous; statistics and everything per row are in the accumulation dtype; a gradient is
+written into separate memory or a gradient_buffer.
 """
 
 from importlib.util import find_spec
@@ -19,8 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..reference import Coefficients, RowParts, RowTransform
+from ..reference import RowParts, RowTransform, TokenStats
 from . import cpu, portable
+from .portable import ColumnChoice, FinishedRows
 
 
 class RowTerms(NamedTuple):
@@ -28,23 +23,38 @@ class RowTerms(NamedTuple):
 
     y: Tensor  # (rows, V) raw logits
     row: RowTransform
-    m: Tensor  # (rows,)
-    log_s: Tensor  # (rows,)
-    factors: Coefficients
+    per_row: Tensor  # (8, rows): m, log s, and the Coefficients
 
 
-def kernels_for(y: Tensor) -> ModuleType:
-    """Return the fastest row kernels that this machine has for y."""
-    if y.is_cuda and y.dtype != torch.float64 and find_spec("triton"):
+def kernels_for(x: Tensor) -> ModuleType:
+    """Return the fastest row kernels that this machine has for x, logits or their statistics."""
+    if x.is_cuda and x.dtype != torch.float64 and find_spec("triton"):
         from . import triton  # imported only here, as it is slow to import
 
         return triton
-    return cpu if cpu.supports(y) else portable
+    return cpu if cpu.supports(x) else portable
 
 
 def row_statistics(y: Tensor, row: RowTransform, with_collision_and_argmax: bool) -> RowParts:
-    """Compute (1); with_collision_and_argmax adds argmax and the sums of (5) and (6)."""
+    """Compute (1), with fields (parts, rows): a GPU splits few rows into several parts.
+
+    with_collision_and_argmax adds argmax and the sums of (5) and (6), which are None or without
+    meaning otherwise.
+    """
     return kernels_for(y).row_statistics(y, row, with_collision_and_argmax)
+
+
+def finish_rows(parts: RowParts, vocab_size: int, targets: Tensor | None) -> FinishedRows:
+    """Merge the parts of whole rows by (7) and compute their statistics, (2) to (6).
+
+    targets (rows,) are counted over the whole vocabulary.
+    """
+    return kernels_for(parts.m).finish_rows(parts, vocab_size, targets)
+
+
+def gradient_factors(rows: FinishedRows, upstream: TokenStats, vocab_size: int) -> Tensor:
+    """Compute RowTerms.per_row (8, rows) from the statistics' upstream gradients (None: none)."""
+    return kernels_for(rows.m).gradient_factors(rows, upstream, vocab_size)
 
 
 def row_gradient(terms: RowTerms, out: Tensor) -> Tensor:
@@ -59,6 +69,32 @@ def column_mass(terms: RowTerms) -> tuple[Tensor, Tensor]:
     dy is equation (8)'s, and is not stored.
     """
     return kernels_for(terms.y).column_mass(*terms)
+
+
+def choose_columns(
+    mass: Tensor, row_of: Tensor, tolerance: float, sample_size: int, sample_dtype: torch.dtype
+) -> ColumnChoice:
+    """Choose the heaviest columns, which hold all but `tolerance` of the mass.
+
+    Args:
+        mass: (V,) of each column.
+        row_of: (V,) int64; the row that a column of an earlier choice has in dweight, -1 for those
+            that were in none. New columns get the next rows, in ascending order.
+        tolerance: share of the mass that may be left out.
+        sample_size: columns left out whose indices and shares are returned at most.
+        sample_dtype: dtype of these shares.
+    """
+    return kernels_for(mass).choose_columns(mass, row_of, tolerance, sample_size, sample_dtype)
+
+
+def gradient_of_columns(
+    terms: RowTerms, vocab_indices: Tensor, dtype: torch.dtype, left_out: Tensor
+) -> Tensor:
+    """Return dy (8), (rows, K), of some columns, whose indices (K,) ascend.
+
+    dy's sums over them are subtracted from left_out (rows,).
+    """
+    return kernels_for(terms.y).gradient_of_columns(*terms, vocab_indices, dtype, left_out)
 
 
 def row_stride(columns: int, device: torch.device) -> int:

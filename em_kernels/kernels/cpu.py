@@ -5,7 +5,13 @@ import functools
 import torch
 from torch import Tensor
 
-from ..reference import Coefficients, RowParts, RowTransform
+from ..reference import RowParts, RowTransform
+
+# These work on few values per row or column, for which plain torch is fast enough.
+from .portable import choose_columns as choose_columns
+from .portable import finish_rows as finish_rows
+from .portable import gradient_factors as gradient_factors
+from .portable import take_columns
 
 try:
     from .. import _C  # type: ignore[attr-defined]
@@ -45,31 +51,42 @@ def row_statistics(
     parts = y.new_empty(6, y.shape[0])
     argmax = y.new_empty(y.shape[0], dtype=torch.int64)
     torch.ops.em_kernels.row_statistics(y, *_arguments(row), parts, argmax, isa())
-    return RowParts._make([*parts, argmax])
+    return RowParts._make([*parts[:, None], argmax[None]])
 
 
-def row_gradient(
-    y: Tensor, row: RowTransform, m: Tensor, log_s: Tensor, factors: Coefficients, out: Tensor
-) -> None:
+def row_gradient(y: Tensor, row: RowTransform, per_row: Tensor, out: Tensor) -> None:
     """Write dy (8) into out."""
     if out.dtype == torch.float16:
         wide = torch.empty_like(y)
-        row_gradient(y, row, m, log_s, factors, wide)
+        row_gradient(y, row, per_row, wide)
         out.copy_(wide)
         return
-    coefficients = torch.stack(factors)
-    torch.ops.em_kernels.row_gradient(y, *_arguments(row), m, log_s, coefficients, out, isa())
+    m, log_s, factors = per_row[0], per_row[1], per_row[2:]
+    torch.ops.em_kernels.row_gradient(y, *_arguments(row), m, log_s, factors, out, isa())
 
 
-def column_mass(
-    y: Tensor, row: RowTransform, m: Tensor, log_s: Tensor, factors: Coefficients
-) -> tuple[Tensor, Tensor]:
+def column_mass(y: Tensor, row: RowTransform, per_row: Tensor) -> tuple[Tensor, Tensor]:
     """Sum |dy| over the rows and dy over the columns, to the same bits for any thread count."""
+    m, log_s, factors = per_row[0], per_row[1], per_row[2:]
     mass, row_sums = y.new_empty(y.shape[1]), torch.empty_like(m)
-    torch.ops.em_kernels.column_mass(
-        y, *_arguments(row), m, log_s, torch.stack(factors), mass, row_sums, isa()
-    )
+    torch.ops.em_kernels.column_mass(y, *_arguments(row), m, log_s, factors, mass, row_sums, isa())
     return mass, row_sums
+
+
+def gradient_of_columns(
+    y: Tensor,
+    row: RowTransform,
+    per_row: Tensor,
+    vocab_indices: Tensor,
+    dtype: torch.dtype,
+    left_out: Tensor,
+) -> Tensor:
+    """Return dy (8) of these columns; subtract its row sums from left_out."""
+    taken, row = take_columns(y, row, vocab_indices)
+    left_out -= column_mass(taken, row, per_row)[1]
+    out = taken.view(dtype)[:, : taken.shape[1]]  # each row's first bytes
+    row_gradient(taken, row, per_row, out)
+    return out
 
 
 def _arguments(row: RowTransform) -> RowTransform:

@@ -4,14 +4,38 @@ They take a few rows at a time, so that temporaries stay small.
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .. import reference
-from ..reference import Coefficients, RowParts, RowTransform
+from ..reference import Coefficients, RowParts, RowTransform, TokenStats
 
 BLOCK_ELEMENTS = 1 << 21  # logits at a time; the formulas hold about eight temporaries of this size
+# Thresholds tried per round, and rounds: keeps some 1 % more columns than sorting would.
+STEPS, ROUNDS = 6, 3
+
+
+class FinishedRows(NamedTuple):
+    """Statistics of whole rows."""
+
+    stats: TokenStats
+    m: Tensor  # (rows,)
+    log_s: Tensor  # (rows,)
+
+
+class ColumnChoice(NamedTuple):
+    """The columns of a chunk that are multiplied, and what leaving out the others drops."""
+
+    vocab_indices: Tensor  # (K or more,) ascending; the first K are valid
+    rows: Tensor  # (K or more,) each column's row in dweight
+    row_of: Tensor  # (V,) these rows, and those of earlier choices; -1: none
+    counts: Tensor  # (2,) int64: K, and how many of them are in no earlier choice
+    masses: Tensor  # (2,) of the columns left out, and of all
+    sample: Tensor  # (S,) indices of columns left out: the heaviest of every few
+    shares: Tensor  # (1, S) of the sample's mass, or zeros where nothing was left out
 
 
 def _blocks(y: Tensor) -> Iterator[slice]:
@@ -29,35 +53,120 @@ def row_statistics(
         for block in [_take_rows(row, rows)]
     ]
     if not parts:
-        return RowParts._make([*y.new_empty(6, 0), y.new_empty(0, dtype=torch.int64)])
-    return RowParts(*(torch.cat(field) for field in zip(*parts, strict=True)))
+        return RowParts._make([*y.new_empty(6, 1, 0), y.new_empty(1, 0, dtype=torch.int64)])
+    return RowParts(*(torch.cat(field)[None] for field in zip(*parts, strict=True)))
 
 
-def row_gradient(
-    y: Tensor, row: RowTransform, m: Tensor, log_s: Tensor, factors: Coefficients, out: Tensor
-) -> None:
+def finish_rows(parts: RowParts, vocab_size: int, targets: Tensor | None) -> FinishedRows:
+    """Merge the parts and compute (2) to (6)."""
+    if len(parts.m) == 1:
+        merged = RowParts._make(None if field is None else field[0] for field in parts)
+    else:
+        merged = reference.merge(parts)
+    stats = reference.statistics(merged, vocab_size, targets)
+    return FinishedRows(stats, merged.m, torch.log1p(merged.s1))
+
+
+def gradient_factors(rows: FinishedRows, upstream: TokenStats, vocab_size: int) -> Tensor:
+    """Compute the per-row terms of (8)."""
+    factors = reference.coefficients(rows.stats, upstream, vocab_size)
+    return torch.stack([rows.m, rows.log_s, *factors])
+
+
+def row_gradient(y: Tensor, row: RowTransform, per_row: Tensor, out: Tensor) -> None:
     """Write dy (8) into out."""
     for rows in _blocks(y):
-        out[rows] = _gradient(y, row, m, log_s, factors, rows)
+        out[rows] = _gradient(y, row, per_row, rows)
 
 
-def column_mass(
-    y: Tensor, row: RowTransform, m: Tensor, log_s: Tensor, factors: Coefficients
-) -> tuple[Tensor, Tensor]:
+def column_mass(y: Tensor, row: RowTransform, per_row: Tensor) -> tuple[Tensor, Tensor]:
     """Sum |dy| over the rows and dy over the columns."""
-    mass, row_sums = y.new_zeros(y.shape[1]), torch.empty_like(m)
+    mass, row_sums = y.new_zeros(y.shape[1]), torch.empty_like(per_row[0])
     for rows in _blocks(y):
-        dy = _gradient(y, row, m, log_s, factors, rows)
+        dy = _gradient(y, row, per_row, rows)
         row_sums[rows] = dy.sum(1)
         mass += dy.abs_().sum(0)
     return mass, row_sums
 
 
-def _gradient(
-    y: Tensor, row: RowTransform, m: Tensor, log_s: Tensor, factors: Coefficients, rows: slice
+def choose_columns(
+    mass: Tensor, row_of: Tensor, tolerance: float, sample_size: int, sample_dtype: torch.dtype
+) -> ColumnChoice:
+    """Choose the heaviest columns."""
+    total = mass.sum()
+    budget = tolerance * total
+    # All columns below budget / V can go, none above the budget. Each round tries thresholds in a
+    # geometric series from the best one so far.
+    powers = torch.arange(STEPS, device=mass.device, dtype=mass.dtype)
+    threshold = torch.where(total.isfinite(), budget / len(mass), 0)
+    for finer in range(1, ROUNDS + 1):
+        tried = threshold * len(mass) ** (powers / STEPS**finer)
+        below = torch.where(mass < tried[:, None], mass, 0).sum(1)
+        threshold = torch.where(below <= budget, tried, 0).amax()
+    kept = ~(mass < threshold) & (mass != 0)
+    left_out = torch.where(kept, 0, mass)
+    vocab_indices = kept.nonzero()[:, 0]
+    rows = row_of[vocab_indices]
+    is_new = rows < 0
+    new_rows = (row_of >= 0).sum() + is_new.cumsum(0) - 1
+    rows = torch.where(is_new, new_rows, rows)
+    counts = torch.stack([kept.sum(), is_new.sum()])
+    sample, shares = _sample(left_out, sample_size)
+    return ColumnChoice(
+        vocab_indices,
+        rows,
+        row_of.index_copy(0, vocab_indices, rows),
+        counts,
+        torch.stack([left_out.sum(), total]),
+        sample,
+        shares.to(sample_dtype),
+    )
+
+
+def _sample(left_out: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Return the heaviest of every few columns, and their shares (1, size) of its mass."""
+    count = min(size, len(left_out))
+    stride = -(-len(left_out) // count)
+    padded = pad(left_out, (0, stride * count - len(left_out)))
+    heaviest, place = padded.view(stride, count).max(0)
+    indices = place * count + torch.arange(count, device=place.device)
+    total = heaviest.sum()
+    shares = heaviest / torch.where(total > 0, total, 1)
+    return indices.clamp(max=len(left_out) - 1), shares[None]  # padding has no share
+
+
+def gradient_of_columns(
+    y: Tensor,
+    row: RowTransform,
+    per_row: Tensor,
+    vocab_indices: Tensor,
+    dtype: torch.dtype,
+    left_out: Tensor,
 ) -> Tensor:
-    factors = Coefficients(*(factor[rows] for factor in factors))
-    return reference.row_gradient(y[rows], _take_rows(row, rows), m[rows], log_s[rows], factors)
+    """Return dy (8) of these columns; subtract its row sums from left_out."""
+    taken, row = take_columns(y, row, vocab_indices)
+    left_out -= column_mass(taken, row, per_row)[1]
+    out = taken if taken.dtype == dtype else taken.new_empty(taken.shape, dtype=dtype)
+    row_gradient(taken, row, per_row, out)
+    return out
+
+
+def take_columns(
+    y: Tensor, row: RowTransform, vocab_indices: Tensor
+) -> tuple[Tensor, RowTransform]:
+    """Return a copy of these columns, and their transform, as if there were no others."""
+    targets = row.targets
+    if targets is not None:
+        place = torch.searchsorted(vocab_indices, targets)
+        is_taken = torch.searchsorted(vocab_indices, targets, right=True) > place
+        targets = torch.where(is_taken, place, -1)
+    bias = None if row.bias is None else row.bias[vocab_indices]
+    return y.index_select(1, vocab_indices), row._replace(bias=bias, targets=targets)
+
+
+def _gradient(y: Tensor, row: RowTransform, per_row: Tensor, rows: slice) -> Tensor:
+    m, log_s, *factors = per_row[:, rows]
+    return reference.row_gradient(y[rows], _take_rows(row, rows), m, log_s, Coefficients(*factors))
 
 
 def _take_rows(row: RowTransform, rows: slice) -> RowTransform:

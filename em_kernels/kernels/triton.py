@@ -3,18 +3,32 @@
 They take logits of 16 bits too, as entropy_from_logits has them.
 """
 
+import math
+
 import torch
 import triton
 from torch import Tensor
 
-from .. import reference
-from ..reference import Coefficients, RowParts, RowTransform
+from ..reference import RowParts, RowTransform, TokenStats
+from . import portable
 from .configs import RowConfig, config_for
-from .triton_kernels import column_mass_kernel, row_gradient_kernel, row_statistics_kernel
+from .portable import ROUNDS, STEPS, ColumnChoice, FinishedRows
+from .triton_kernels import (
+    choose_columns_kernel,
+    column_gradient_kernel,
+    column_mass_kernel,
+    finish_rows_kernel,
+    gradient_factors_kernel,
+    row_gradient_kernel,
+    row_statistics_kernel,
+)
 
 MIN_SPLIT_BLOCKS = 4  # per part of a row: the merge (7) is then little work
 MIN_SPLIT_ROWS = 32  # per part of a column: partial masses are then at most 1/32 of the logits
 OPTIONS = {"enable_fp_fusion": False, "num_stages": 1}
+FINISH = {"BLOCK_N": 128, "num_warps": 4, **OPTIONS}
+# 512 threads, which on AMD are 1024. The 8 sums of a lane take 32 registers of a thread.
+CHOOSE = {"STEPS": STEPS, "ROUNDS": ROUNDS, "LANES": 2048, "UNROLL": 4, "num_warps": 16, **OPTIONS}
 
 
 def row_statistics(
@@ -23,7 +37,7 @@ def row_statistics(
     """Compute (1); with_collision_and_argmax adds argmax and the sums of (5) and (6)."""
     rows, columns = y.shape
     if columns == 0 or rows == 0:
-        return reference.row_parts(y, row.targets)
+        return portable.row_statistics(y, row)
     config = config_for(_capability(y))
     settings = statistics_settings(config, y.dtype, _is_aligned(y))
     block_v = settings["UNROLL"] * settings["LANES"] * settings["VECTOR"]
@@ -50,17 +64,65 @@ def row_statistics(
             **settings,
         )
     if with_collision_and_argmax:
-        by_split = [
-            RowParts._make([*part, index]) for part, index in zip(parts, argmax, strict=True)
-        ]
-    else:
-        by_split = [RowParts(*part[:4]) for part in parts]
-    return by_split[0] if splits == 1 else reference.merge(by_split)
+        return RowParts._make([*parts.unbind(1), argmax])
+    return RowParts._make([*parts[:, :4].unbind(1), None, None, None])
 
 
-def row_gradient(
-    y: Tensor, row: RowTransform, m: Tensor, log_s: Tensor, factors: Coefficients, out: Tensor
-) -> None:
+def finish_rows(parts: RowParts, vocab_size: int, targets: Tensor | None) -> FinishedRows:
+    """Merge the parts and compute (2) to (6)."""
+    count, rows = parts.m.shape
+    with_argmax = parts.argmax is not None
+    stats = torch.empty(7, rows, dtype=torch.float32, device=parts.m.device)
+    argmax = torch.empty(rows if with_argmax else 0, dtype=torch.int64, device=stats.device)
+    if rows > 0:
+        floats = [parts.m if field is None else field for field in parts[:6]]
+        if len({field.stride() for field in floats}) > 1 or parts.m.stride(1) != 1:
+            floats = [field.contiguous() for field in floats]
+        found = argmax if parts.argmax is None else parts.argmax.contiguous()
+        with torch.cuda.device_of(stats):
+            finish_rows_kernel[(triton.cdiv(rows, FINISH["BLOCK_N"]),)](
+                *floats,
+                floats[0].stride(0),
+                found,
+                rows,
+                stats if targets is None else targets.contiguous(),
+                stats,
+                argmax,
+                count,
+                rows,
+                float(vocab_size),
+                HAS_TARGETS=targets is not None,
+                WITH_COLLISION_AND_ARGMAX=with_argmax,
+                **FINISH,
+            )
+    m, log_s, entropy, logprob, logsumexp, mean_logit, log_collision = stats
+    found_stats = TokenStats(entropy, logprob if targets is not None else None, logsumexp)
+    if with_argmax:
+        found_stats = TokenStats(*found_stats[:3], mean_logit, log_collision, argmax)
+    return FinishedRows(found_stats, m, log_s)
+
+
+def gradient_factors(rows: FinishedRows, upstream: TokenStats, vocab_size: int) -> Tensor:
+    """Compute the per-row terms of (8)."""
+    stats, m = rows.stats, rows.m.contiguous()
+    per_row = torch.empty(8, len(m), dtype=torch.float32, device=m.device)
+    if len(m) > 0:
+        values = (stats.entropy, stats.logprob, stats.log_collision)
+        with torch.cuda.device_of(m):
+            gradient_factors_kernel[(triton.cdiv(len(m), FINISH["BLOCK_N"]),)](
+                m,
+                rows.log_s.contiguous(),
+                *(m if x is None else x.contiguous() for x in values),
+                *(None if g is None else g.float().contiguous() for g in upstream[:5]),
+                per_row,
+                len(m),
+                float(vocab_size),
+                **FINISH,
+            )
+    return per_row
+
+
+def row_gradient(y: Tensor, row: RowTransform, per_row: Tensor, out: Tensor) -> None:
     """Write dy (8) into out."""
     rows, columns = y.shape
     if columns == 0 or rows == 0:
@@ -74,7 +136,7 @@ def row_gradient(
             out,
             out.stride(0),
             *_vectors(row, y),
-            torch.stack([m, log_s, *factors]),
+            per_row,
             rows,
             columns,
             *_scalars(row),
@@ -83,13 +145,11 @@ def row_gradient(
         )
 
 
-def column_mass(
-    y: Tensor, row: RowTransform, m: Tensor, log_s: Tensor, factors: Coefficients
-) -> tuple[Tensor, Tensor]:
+def column_mass(y: Tensor, row: RowTransform, per_row: Tensor) -> tuple[Tensor, Tensor]:
     """Sum |dy| over the rows and dy over the columns."""
     rows, columns = y.shape
     if columns == 0 or rows == 0:
-        return m.new_zeros(columns), m.new_zeros(rows)
+        return per_row.new_zeros(columns), per_row.new_zeros(rows)
     config = config_for(_capability(y))
     settings = mass_settings(config, y.dtype, _is_aligned(y))
     narrow = settings["LANES"] * settings["VECTOR"]
@@ -105,18 +165,83 @@ def column_mass(
             y,
             y.stride(0),
             *_vectors(row, y),
-            torch.stack([m, log_s, *factors]),
+            per_row,
             mass,
             row_sums,
             rows,
             columns,
             split_rows,
             *_scalars(row),
-            HAS_TARGETS=row.targets is not None,
             **_flags(row),
             **settings,
         )
     return mass.sum(0), row_sums.sum(0)
+
+
+def choose_columns(
+    mass: Tensor, row_of: Tensor, tolerance: float, sample_size: int, sample_dtype: torch.dtype
+) -> ColumnChoice:
+    """Choose the heaviest columns."""
+    columns = len(mass)
+    if columns == 0:
+        return portable.choose_columns(mass, row_of, tolerance, sample_size, sample_dtype)
+    sample_size = min(sample_size, columns)
+    choice = ColumnChoice(
+        vocab_indices=torch.empty_like(row_of),
+        rows=torch.empty_like(row_of),
+        row_of=torch.empty_like(row_of),
+        counts=row_of.new_empty(2),
+        masses=mass.new_empty(2),
+        sample=row_of.new_empty(sample_size),
+        shares=mass.new_empty(1, sample_size, dtype=sample_dtype),
+    )
+    with torch.cuda.device_of(mass):
+        choose_columns_kernel[(triton.cdiv(columns, CHOOSE["UNROLL"] * CHOOSE["LANES"]) + 1,)](
+            mass,
+            row_of,
+            *choice,
+            columns,
+            tolerance,
+            math.log2(columns),
+            sample_size,
+            SAMPLE_LANES=triton.next_power_of_2(sample_size),
+            **CHOOSE,
+        )
+    return choice
+
+
+def gradient_of_columns(
+    y: Tensor,
+    row: RowTransform,
+    per_row: Tensor,
+    vocab_indices: Tensor,
+    dtype: torch.dtype,
+    left_out: Tensor,
+) -> Tensor:
+    """Return dy (8) of these columns; subtract its row sums from left_out."""
+    rows, count = len(y), len(vocab_indices)
+    stride = triton.cdiv(count, 16) * 16  # which a GEMM reads fast
+    out = torch.empty(rows, stride, dtype=dtype, device=y.device)[:, :count]
+    if rows == 0 or count == 0:
+        return out
+    settings = gradient_settings(config_for(_capability(y)), rows_too=False)
+    with torch.cuda.device_of(y):
+        column_gradient_kernel[(rows,)](
+            y,
+            y.stride(0),
+            out,
+            out.stride(0),
+            *_vectors(row, y),
+            per_row,
+            vocab_indices,
+            left_out,
+            rows,
+            count,
+            *_scalars(row),
+            **_flags(row),
+            **settings,
+        )
+    return out
 
 
 def statistics_settings(config: RowConfig, dtype: torch.dtype, aligned: bool) -> dict:
@@ -143,14 +268,10 @@ def _lane_settings(warps: int, thread_v: int, dtype: torch.dtype, aligned: bool)
     }
 
 
-def gradient_settings(config: RowConfig) -> dict:
-    """Return the constants and compiler options of a gradient launch."""
-    return {
-        "BLOCK_N": config.BLOCK_N,
-        "BLOCK_V": config.BLOCK_V,
-        "num_warps": config.gradient_warps,
-        **OPTIONS,
-    }
+def gradient_settings(config: RowConfig, rows_too: bool = True) -> dict:
+    """Return the constants and compiler options of a gradient launch, over all columns or some."""
+    blocks = {"BLOCK_N": config.BLOCK_N} if rows_too else {}
+    return {**blocks, "BLOCK_V": config.BLOCK_V, "num_warps": config.gradient_warps, **OPTIONS}
 
 
 def _is_aligned(y: Tensor) -> bool:
@@ -161,14 +282,11 @@ def _is_aligned(y: Tensor) -> bool:
 def _vectors(row: RowTransform, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return bias, 1 / temperature and targets.
 
-    Where there is no bias, y stands in and is never read; where there are no targets, -1 matches
-    nothing.
+    Where there is no bias, or are no targets, y stands in and is never read.
     """
-    targets = row.targets
-    if targets is None:
-        targets = torch.full(y.shape[:1], -1, dtype=torch.int64, device=y.device)
     bias = y if row.bias is None else row.bias.contiguous()
-    return bias, row.inv_temperature.contiguous(), targets.contiguous()
+    targets = y if row.targets is None else row.targets.contiguous()
+    return bias, row.inv_temperature.contiguous(), targets
 
 
 def _scalars(row: RowTransform) -> tuple[float, float]:
@@ -176,7 +294,11 @@ def _scalars(row: RowTransform) -> tuple[float, float]:
 
 
 def _flags(row: RowTransform) -> dict[str, bool]:
-    return {"HAS_BIAS": row.bias is not None, "HAS_SOFTCAP": row.softcap is not None}
+    return {
+        "HAS_BIAS": row.bias is not None,
+        "HAS_SOFTCAP": row.softcap is not None,
+        "HAS_TARGETS": row.targets is not None,
+    }
 
 
 def _splits(blocks: int, limit: int, programs: int) -> int:

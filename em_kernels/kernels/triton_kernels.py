@@ -7,6 +7,10 @@ alpha + beta log p must be 0 where the row is flat. Fused operations are written
 
 Column masses: a program is one warp, which owns columns and walks down rows. Masses stay in
 registers, a row's sum is five shuffles, and nothing waits for another warp.
+
+What follows a pass over the logits works on few values, where launches cost more than the work: one
+kernel finishes a chunk's rows, and one chooses its columns, in which every program finds the
+threshold for itself rather than wait for others.
 """
 
 import triton
@@ -145,6 +149,7 @@ def row_statistics_kernel(
     softcap,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    HAS_TARGETS: tl.constexpr,
     WITH_COLLISION_AND_ARGMAX: tl.constexpr,
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -155,7 +160,6 @@ def row_statistics_kernel(
     BLOCK_V: tl.constexpr = UNROLL * LANES * VECTOR
     y_row = y_ptr + row * stride_yn
     inv_temperature = tl.load(inv_temperature_ptr + row)
-    target = tl.load(targets_ptr + row)
 
     # (UNROLL, LANES, VECTOR): a lane is a thread, which loads VECTOR adjacent columns at once.
     offs_v = (
@@ -183,16 +187,20 @@ def row_statistics_kernel(
     m, s, t, q, total, argmax = state
     m, s, t, q, argmax = tl.reduce((m, s, t, q, argmax), 0, _merge)
     total = tl.sum(total, axis=0)
-    is_here = (target >= begin) & (target < end)
-    v = _logits(y_row + target, is_here, bias_ptr + target, is_here, HAS_BIAS)
-    target_logit = _transform(v, inv_temperature, logit_scale, softcap, HAS_SOFTCAP)
     is_broken = (total != total) | (m == float("inf"))
     m = tl.where(is_broken, float("nan"), m)
     parts = parts_ptr + split * 6 * rows + row
     tl.store(parts, m)
     tl.store(parts + rows, s)
     tl.store(parts + 2 * rows, t)
-    tl.store(parts + 3 * rows, target_logit)
+    if HAS_TARGETS:
+        target = tl.load(targets_ptr + row)
+        is_here = (target >= begin) & (target < end)
+        v = _logits(y_row + target, is_here, bias_ptr + target, is_here, HAS_BIAS)
+        target_logit = _transform(v, inv_temperature, logit_scale, softcap, HAS_SOFTCAP)
+        tl.store(parts + 3 * rows, target_logit)
+    else:
+        tl.store(parts + 3 * rows, -float("inf"))
     if WITH_COLLISION_AND_ARGMAX:
         tl.store(parts + 4 * rows, q)
         tl.store(parts + 5 * rows, total)
@@ -200,10 +208,14 @@ def row_statistics_kernel(
 
 
 @triton.jit
-def _row_scalars(inv_temperature_ptr, targets_ptr, per_row_ptr, rows, offs_n, mask_n):
+def _row_scalars(
+    inv_temperature_ptr, targets_ptr, per_row_ptr, rows, offs_n, mask_n, HAS_TARGETS: tl.constexpr
+):
     """Load the per-row terms of equation (8)."""
     inv_temperature = tl.load(inv_temperature_ptr + offs_n, mask=mask_n)
-    target = tl.load(targets_ptr + offs_n, mask=mask_n).to(tl.int32)
+    target = 0
+    if HAS_TARGETS:
+        target = tl.load(targets_ptr + offs_n, mask=mask_n).to(tl.int32)
     m = tl.load(per_row_ptr + offs_n, mask=mask_n)
     log_s = tl.load(per_row_ptr + rows + offs_n, mask=mask_n)
     alpha = tl.load(per_row_ptr + 2 * rows + offs_n, mask=mask_n)
@@ -266,6 +278,7 @@ def row_gradient_kernel(
     softcap,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    HAS_TARGETS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
@@ -275,7 +288,9 @@ def row_gradient_kernel(
     offs_n = ((block // blocks_v) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
     offs_v = (first_v + tl.arange(0, BLOCK_V))[None, :]
     mask_n = offs_n < rows
-    scalars = _row_scalars(inv_temperature_ptr, targets_ptr, per_row_ptr, rows, offs_n, mask_n)
+    scalars = _row_scalars(
+        inv_temperature_ptr, targets_ptr, per_row_ptr, rows, offs_n, mask_n, HAS_TARGETS
+    )
     scale = scalars[0] * logit_scale
     y_ptrs = y_ptr + offs_n.to(tl.int64) * stride_yn + offs_v
     out_ptrs = out_ptr + offs_n.to(tl.int64) * stride_on + offs_v
@@ -283,13 +298,60 @@ def row_gradient_kernel(
     if first_v + BLOCK_V <= columns:
         everywhere = tl.full([1, BLOCK_V], True, tl.int1)
         v = _logits(y_ptrs, mask_n & everywhere, bias_ptrs, everywhere, HAS_BIAS)
-        dy = _gradient(v, scalars, offs_v, 0, logit_scale, softcap, HAS_SOFTCAP, True) * scale
+        dy = scale * _gradient(
+            v, scalars, offs_v, 0, logit_scale, softcap, HAS_SOFTCAP, HAS_TARGETS
+        )
         tl.store(out_ptrs, dy, mask=mask_n)
     else:
         mask_v = offs_v < columns
         v = _logits(y_ptrs, mask_n & mask_v, bias_ptrs, mask_v, HAS_BIAS)
-        dy = _gradient(v, scalars, offs_v, 0, logit_scale, softcap, HAS_SOFTCAP, True) * scale
+        dy = scale * _gradient(
+            v, scalars, offs_v, 0, logit_scale, softcap, HAS_SOFTCAP, HAS_TARGETS
+        )
         tl.store(out_ptrs, dy, mask=mask_n & mask_v)
+
+
+@triton.jit
+def column_gradient_kernel(
+    y_ptr,  # (rows, columns)
+    stride_yn,
+    out_ptr,  # (rows, count)
+    stride_on,
+    bias_ptr,  # (columns,)
+    inv_temperature_ptr,  # (rows,)
+    targets_ptr,  # (rows,)
+    per_row_ptr,  # (8, rows), as in row_gradient_kernel
+    indices_ptr,  # (count,) of columns
+    left_out_ptr,  # (rows,), from which each row's sum is subtracted
+    rows,
+    count,
+    logit_scale,
+    softcap,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_TARGETS: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """Equation (8) for some columns; a program has a row, whose sum it needs."""
+    row = tl.program_id(0)
+    scalars = _row_scalars(
+        inv_temperature_ptr, targets_ptr, per_row_ptr, rows, row, None, HAS_TARGETS
+    )
+    scale = scalars[0] * logit_scale
+    y_row = y_ptr + row.to(tl.int64) * stride_yn
+    out_row = out_ptr + row.to(tl.int64) * stride_on
+    total = tl.zeros([BLOCK_V], tl.float32)
+    for start in range(0, count, BLOCK_V):
+        offs = start + tl.arange(0, BLOCK_V)
+        mask = offs < count
+        cols = tl.load(indices_ptr + offs, mask=mask, other=0).to(tl.int32)
+        v = _logits(y_row + cols, mask, bias_ptr + cols, mask, HAS_BIAS)
+        du = _gradient(v, scalars, cols, 0, logit_scale, softcap, HAS_SOFTCAP, HAS_TARGETS)
+        dy = tl.where(mask, du * scale, 0.0)
+        tl.store(out_row + offs, dy, mask=mask)
+        total += dy
+    left_out = tl.load(left_out_ptr + row)
+    tl.store(left_out_ptr + row, left_out - tl.sum(total, axis=0))
 
 
 @triton.jit
@@ -337,7 +399,9 @@ def _add_masses(
         v = tl.load(y_row + cols, mask=mask_v, other=-float("inf")).to(tl.float32)
         if HAS_BIAS:
             v += bias
-        scalars = _row_scalars(inv_temperature_ptr, targets_ptr, per_row_ptr, rows, row, None)
+        scalars = _row_scalars(
+            inv_temperature_ptr, targets_ptr, per_row_ptr, rows, row, None, HAS_TARGETS
+        )
         du = _gradient(v, scalars, offs_v, lane_v, logit_scale, softcap, HAS_SOFTCAP, HAS_TARGETS)
         scale = scalars[0] * logit_scale
         mass = tl.fma(tl.abs(du), tl.abs(scale), mass)
@@ -388,4 +452,302 @@ def column_mass_kernel(
             y_ptr, stride_yn, bias_ptr, inv_temperature_ptr, targets_ptr, per_row_ptr, mass,
             row_sums, begin, end, (whole * (UNROLL - 1) + block) * (LANES * VECTOR), rows, columns,
             logit_scale, softcap, False, HAS_BIAS, HAS_SOFTCAP, HAS_TARGETS, LANES, VECTOR, 1,
+        )  # fmt: skip
+
+
+@triton.jit
+def _log1p(x):
+    """log(1 + x) for x >= 0, to a few ulp."""
+    # 2 atanh(w): its series converges fast for x <= 1, where w <= 1/3.
+    w = x / (2.0 + x)
+    square = w * w
+    tail = (((square / 15.0 + 1.0 / 13.0) * square + 1.0 / 11.0) * square + 1.0 / 9.0) * square
+    tail = (((tail + 1.0 / 7.0) * square + 1.0 / 5.0) * square + 1.0 / 3.0) * square
+    return tl.where(x <= 1.0, 2.0 * tl.fma(w, tail, w), tl.log(1.0 + x))
+
+
+@triton.jit
+def finish_rows_kernel(
+    m_ptr,  # (parts, rows), as are the next five
+    s_ptr,
+    t_ptr,
+    target_logit_ptr,
+    q_ptr,
+    total_ptr,
+    stride_parts,
+    argmax_ptr,  # (parts, rows)
+    stride_argmax,
+    targets_ptr,  # (rows,)
+    stats_ptr,  # (7, rows): m, log s, entropy, logprob, logsumexp, mean_logit, log_collision
+    argmax_out_ptr,  # (rows,)
+    parts,
+    rows,
+    vocab_size,
+    HAS_TARGETS: tl.constexpr,
+    WITH_COLLISION_AND_ARGMAX: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Merge the parts by (7); equations (2) to (6)."""
+    row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = row < rows
+    m = tl.load(m_ptr + row, mask=mask)
+    s = tl.load(s_ptr + row, mask=mask)
+    t = tl.load(t_ptr + row, mask=mask)
+    target_logit = m
+    q, total = tl.zeros([BLOCK_N], tl.float32), tl.zeros([BLOCK_N], tl.float32)
+    argmax = tl.zeros([BLOCK_N], tl.int64)
+    if HAS_TARGETS:
+        target_logit = tl.load(target_logit_ptr + row, mask=mask)
+    if WITH_COLLISION_AND_ARGMAX:
+        q = tl.load(q_ptr + row, mask=mask)
+        total = tl.load(total_ptr + row, mask=mask)
+        argmax = tl.load(argmax_ptr + row, mask=mask)
+    nan = m != m
+    at, at_argmax = row.to(tl.int64), row.to(tl.int64)
+    for _ in range(1, parts):
+        at += stride_parts
+        at_argmax += stride_argmax
+        m_b = tl.load(m_ptr + at, mask=mask)
+        s_b, t_b = tl.load(s_ptr + at, mask=mask), tl.load(t_ptr + at, mask=mask)
+        nan |= m_b != m_b
+        q_b, argmax_b = q, argmax
+        if HAS_TARGETS:
+            target_logit = tl.maximum(target_logit, tl.load(target_logit_ptr + at, mask=mask))
+        if WITH_COLLISION_AND_ARGMAX:
+            q_b = tl.load(q_ptr + at, mask=mask)
+            total += tl.load(total_ptr + at, mask=mask)
+            argmax_b = tl.load(argmax_ptr + at_argmax, mask=mask)
+        # Parts are in the vocabulary's order, so that the earlier one has the lower argmax.
+        m, s, t, q, argmax = _merge(m, s, t, q, argmax, m_b, s_b, t_b, q_b, argmax_b)
+    m = tl.where(nan, float("nan"), m)
+    nan_unless_finite = m - m
+    log_s = _log1p(s) + nan_unless_finite
+    tl.store(stats_ptr + row, m, mask=mask)
+    tl.store(stats_ptr + rows + row, log_s, mask=mask)
+    tl.store(stats_ptr + 2 * rows + row, log_s - tl.div_rn(t, 1.0 + s), mask=mask)
+    if HAS_TARGETS:
+        is_ignored = tl.load(targets_ptr + row, mask=mask) == -100
+        logprob = (target_logit - m) - log_s
+        tl.store(stats_ptr + 3 * rows + row, tl.where(is_ignored, 0.0, logprob), mask=mask)
+    tl.store(stats_ptr + 4 * rows + row, m + log_s, mask=mask)
+    if WITH_COLLISION_AND_ARGMAX:
+        mean = tl.div_rn(total, tl.zeros([BLOCK_N], tl.float32) + vocab_size) + nan_unless_finite
+        tl.store(stats_ptr + 5 * rows + row, mean, mask=mask)
+        tl.store(stats_ptr + 6 * rows + row, _log1p(q) - 2.0 * log_s, mask=mask)
+        argmax = tl.where(nan_unless_finite == 0.0, argmax, 0)
+        tl.store(argmax_out_ptr + row, argmax, mask=mask)
+
+
+@triton.jit
+def gradient_factors_kernel(
+    m_ptr,  # (rows,), as are all the others; the upstream gradients may be None
+    log_s_ptr,
+    entropy_ptr,
+    logprob_ptr,
+    log_collision_ptr,
+    g_entropy_ptr,
+    g_logprob_ptr,
+    g_logsumexp_ptr,
+    g_mean_logit_ptr,
+    g_log_collision_ptr,
+    per_row_ptr,  # (8, rows): m, log s, alpha, beta, gamma, delta, rho, at_target
+    rows,
+    vocab_size,
+    BLOCK_N: tl.constexpr,
+):
+    """The per-row terms of equation (8)."""
+    row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = row < rows
+    m = tl.load(m_ptr + row, mask=mask)
+    tl.store(per_row_ptr + row, m, mask=mask)
+    tl.store(per_row_ptr + rows + row, tl.load(log_s_ptr + row, mask=mask), mask=mask)
+    zero = tl.zeros([BLOCK_N], tl.float32)
+    alpha, beta, gamma, delta, rho, at_target = zero, zero, zero, zero, zero, zero
+    if g_logsumexp_ptr is not None:
+        alpha = tl.load(g_logsumexp_ptr + row, mask=mask)
+    if g_entropy_ptr is not None:
+        g = tl.load(g_entropy_ptr + row, mask=mask)
+        alpha -= g * tl.load(entropy_ptr + row, mask=mask)
+        beta = -g
+    if g_log_collision_ptr is not None:
+        g = tl.load(g_log_collision_ptr + row, mask=mask)
+        alpha -= 2.0 * g
+        # Without a gradient rho is 0, even where log_collision is -inf and 0 * inf would be NaN.
+        log_collision = tl.load(log_collision_ptr + row, mask=mask)
+        rho = tl.where(g == 0.0, 0.0, 2.0 * g * tl.exp(-log_collision))
+    if g_mean_logit_ptr is not None:
+        g = tl.load(g_mean_logit_ptr + row, mask=mask)
+        delta = tl.div_rn(g, zero + vocab_size)
+    if g_logprob_ptr is not None:
+        gamma = tl.load(g_logprob_ptr + row, mask=mask)
+        logprob = tl.load(logprob_ptr + row, mask=mask)
+        # expm1(x) = tanh(x / 2) (e^x + 1) keeps the digits of a confident target.
+        tanh, _ = _tanh_and_slope(0.5 * logprob)
+        at_target = -gamma * (tanh * (tl.exp(logprob) + 1.0))
+    tl.store(per_row_ptr + 2 * rows + row, alpha, mask=mask)
+    tl.store(per_row_ptr + 3 * rows + row, beta, mask=mask)
+    tl.store(per_row_ptr + 4 * rows + row, gamma, mask=mask)
+    tl.store(per_row_ptr + 5 * rows + row, delta, mask=mask)
+    tl.store(per_row_ptr + 6 * rows + row, rho, mask=mask)
+    tl.store(per_row_ptr + 7 * rows + row, at_target, mask=mask)
+
+
+@triton.jit
+def _is_kept(mass, threshold):
+    """Not below the threshold, and not 0; a NaN is kept."""
+    return ((mass < threshold) == 0) & (mass != 0.0)
+
+
+@triton.jit
+def _masses_below(mass_ptr, columns, thresholds, LANES: tl.constexpr, UNROLL: tl.constexpr):
+    """Sum the masses below each threshold (8,)."""
+    sums = tl.zeros([8, LANES], tl.float32)
+    for start in range(0, columns, UNROLL * LANES):
+        for i in tl.static_range(UNROLL):
+            cols = start + i * LANES + tl.arange(0, LANES)
+            mass = tl.load(mass_ptr + cols, mask=cols < columns, other=0.0)
+            sums += tl.where(mass[None, :] < thresholds[:, None], mass[None, :], 0.0)
+    return tl.sum(sums, axis=1)
+
+
+@triton.jit
+def _take_sample(
+    mass_ptr,
+    sample_ptr,
+    shares_ptr,
+    columns,
+    sample_size,
+    threshold,
+    SAMPLE_LANES: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """Of every columns / sample_size columns, take the heaviest that was left out."""
+    lane = tl.arange(0, SAMPLE_LANES)
+    heaviest = tl.zeros([SAMPLE_LANES], tl.float32)
+    index = lane
+    for start in range(0, columns, UNROLL * sample_size):
+        for i in tl.static_range(UNROLL):
+            cols = start + i * sample_size + lane
+            mask = (lane < sample_size) & (cols < columns)
+            mass = tl.load(mass_ptr + cols, mask=mask, other=0.0)
+            mass = tl.where(_is_kept(mass, threshold), 0.0, mass)
+            index = tl.where(mass > heaviest, cols, index)
+            heaviest = tl.maximum(mass, heaviest)
+    total = tl.sum(heaviest, axis=0)
+    shares = heaviest / tl.where(total > 0.0, total, 1.0)
+    tl.store(sample_ptr + lane, index.to(tl.int64), mask=lane < sample_size)
+    tl.store(shares_ptr + lane, shares, mask=lane < sample_size)
+
+
+@triton.jit
+def _list_columns(
+    mass_ptr,
+    row_of_ptr,
+    indices_ptr,
+    rows_ptr,
+    new_row_of_ptr,
+    counts_ptr,
+    masses_ptr,
+    columns,
+    threshold,
+    total,
+    begin,
+    LANES: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """List the columns kept among UNROLL * LANES from begin on, behind those kept before them."""
+    before = tl.zeros([LANES], tl.int32)  # columns kept that precede begin
+    new_before = tl.zeros([LANES], tl.int32)
+    old = tl.zeros([LANES], tl.int32)  # rows of earlier choices
+    kept_count = tl.zeros([LANES], tl.int32)
+    new_count = tl.zeros([LANES], tl.int32)
+    left_out = tl.zeros([LANES], tl.float32)
+    for start in range(0, columns, UNROLL * LANES):
+        is_before = (start < begin).to(tl.int32)
+        for i in tl.static_range(UNROLL):
+            cols = start + i * LANES + tl.arange(0, LANES)
+            mask = cols < columns
+            mass = tl.load(mass_ptr + cols, mask=mask, other=0.0)
+            row = tl.load(row_of_ptr + cols, mask=mask, other=-1)
+            is_kept = _is_kept(mass, threshold)
+            left_out += tl.where(is_kept, 0.0, mass)
+            kept, new = is_kept.to(tl.int32), (is_kept & (row < 0)).to(tl.int32)
+            old += (row >= 0).to(tl.int32)
+            kept_count += kept
+            new_count += new
+            before += kept * is_before
+            new_before += new * is_before
+    if begin == 0:
+        tl.store(counts_ptr, tl.sum(kept_count, axis=0).to(tl.int64))
+        tl.store(counts_ptr + 1, tl.sum(new_count, axis=0).to(tl.int64))
+        tl.store(masses_ptr, tl.sum(left_out, axis=0))
+        tl.store(masses_ptr + 1, total)
+    place = tl.sum(before, axis=0)
+    new_row = tl.sum(old, axis=0) + tl.sum(new_before, axis=0)
+    for start in range(begin, tl.minimum(begin + UNROLL * LANES, columns), LANES):
+        cols = start + tl.arange(0, LANES)
+        mask = cols < columns
+        mass = tl.load(mass_ptr + cols, mask=mask, other=0.0)
+        row = tl.load(row_of_ptr + cols, mask=mask, other=-1)
+        is_kept = _is_kept(mass, threshold)
+        is_new = is_kept & (row < 0)
+        kept, new = is_kept.to(tl.int32), is_new.to(tl.int32)
+        row = tl.where(is_new, (new_row + tl.cumsum(new, axis=0) - 1).to(tl.int64), row)
+        at = place + tl.cumsum(kept, axis=0) - 1
+        tl.store(indices_ptr + at, cols.to(tl.int64), mask=is_kept)
+        tl.store(rows_ptr + at, row, mask=is_kept)
+        tl.store(new_row_of_ptr + cols, row, mask=mask)
+        place += tl.sum(kept, axis=0)
+        new_row += tl.sum(new, axis=0)
+
+
+@triton.jit
+def choose_columns_kernel(
+    mass_ptr,  # (columns,)
+    row_of_ptr,  # (columns,): of earlier choices, -1 for none
+    indices_ptr,  # (columns,), of which the first counts[0] are written
+    rows_ptr,  # (columns,), the same
+    new_row_of_ptr,  # (columns,)
+    counts_ptr,  # (2,): columns kept, and those of them that are new
+    masses_ptr,  # (2,): of the columns left out, and of all
+    sample_ptr,  # (sample_size,)
+    shares_ptr,  # (sample_size,)
+    columns,
+    tolerance,
+    log2_columns,
+    sample_size,
+    STEPS: tl.constexpr,
+    ROUNDS: tl.constexpr,
+    LANES: tl.constexpr,
+    UNROLL: tl.constexpr,
+    SAMPLE_LANES: tl.constexpr,
+):
+    """Choose columns as portable.choose_columns does; the last program takes the sample."""
+    BLOCK: tl.constexpr = UNROLL * LANES
+    program = tl.program_id(0)
+    sums = tl.zeros([LANES], tl.float32)
+    for start in range(0, columns, BLOCK):
+        for i in tl.static_range(UNROLL):
+            cols = start + i * LANES + tl.arange(0, LANES)
+            sums += tl.load(mass_ptr + cols, mask=cols < columns, other=0.0)
+    total = tl.sum(sums, axis=0)
+    budget = tolerance * total
+    threshold = tl.where(total - total == 0.0, budget / columns, 0.0)
+    step = log2_columns
+    k = tl.arange(0, 8)
+    for _ in tl.static_range(ROUNDS):
+        step /= STEPS
+        tried = threshold * tl.exp2(step * k.to(tl.float32))
+        below = _masses_below(mass_ptr, columns, tried, LANES, UNROLL)
+        fits = (below <= budget) & (k < STEPS)
+        threshold = tl.max(tl.where(fits, tried, 0.0), axis=0)
+
+    if program == tl.num_programs(0) - 1:
+        _take_sample(
+            mass_ptr, sample_ptr, shares_ptr, columns, sample_size, threshold, SAMPLE_LANES, UNROLL
+        )
+    else:
+        _list_columns(
+            mass_ptr, row_of_ptr, indices_ptr, rows_ptr, new_row_of_ptr, counts_ptr, masses_ptr,
+            columns, threshold, total, program * BLOCK, LANES, UNROLL,
         )  # fmt: skip

@@ -5,7 +5,7 @@ of N*D*V; one GEMM over the whole vocabulary costs 2.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import cycle
 from typing import NamedTuple
 
@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from .. import kernels, reference
-from ..kernels import RowTerms, row_stride
+from ..kernels import FinishedRows, RowTerms, row_stride
 from ..reference import RowTransform, TokenStats
 from .gemm import gemm
 from .gradients import GradAccumulator, Gradients, PendingChunk
-from .inputs import GradMask, HeadInputs, StatsOutput, scale_upstream
+from .inputs import GradMask, HeadInputs, StatsOutput, part_of, scale_upstream
 from .memory import TILE, chunk_length, large_empty
 from .weight_gradient import WeightGradCallback
 
@@ -32,9 +32,7 @@ class Chunk(NamedTuple):
     hidden: Tensor  # (n, D)
     y: Tensor  # (n, V) raw logits, free to overwrite until the buffer's next turn
     row: RowTransform
-    m: Tensor  # (n,)
-    log_s: Tensor  # (n,)
-    stats: TokenStats
+    finished: FinishedRows
 
 
 def _chunks(
@@ -53,6 +51,7 @@ def _chunks(
     stride = row_stride(len(weight), hidden.device)
     selector, batch = accumulator.selector, accumulator.batch
     memory = hidden.new_empty(0)
+    all_rows = inputs.row_transform()
 
     def fit_rows(remaining: int, row_bytes: int) -> int:
         length = chunk_length(remaining, row_bytes, inputs.chunk_bytes, hidden.device)
@@ -87,13 +86,12 @@ def _chunks(
         start = end
         h = hidden[tokens]
         y = gemm(buffer[: len(h), : len(weight)], h, weight.t())
-        row = inputs.row_transform(tokens)
+        row = part_of(all_rows, tokens)
         parts = kernels.row_statistics(y, row, with_collision_and_argmax)
         if shard is not None:
-            parts = shard.merge(parts)
+            parts = shard.gather(parts)
         targets = None if inputs.targets is None else inputs.targets[tokens]
-        stats = reference.statistics(parts, inputs.vocab_size, targets)
-        yield Chunk(tokens, h, y, row, parts.m, torch.log1p(parts.s1), stats)
+        yield Chunk(tokens, h, y, row, kernels.finish_rows(parts, inputs.vocab_size, targets))
 
 
 def sum_losses(
@@ -116,13 +114,13 @@ def sum_losses(
     accumulator = GradAccumulator(inputs, needs, on_weight_grad, keep_dy and inputs.keeps_dy(needs))
     pending: deque[PendingChunk] = deque()
     for chunk in _chunks(inputs, active, with_collision_and_argmax, accumulator):
-        losses, upstream = per_token(chunk.stats, chunk.tokens)
+        losses, upstream = per_token(chunk.finished.stats, chunk.tokens)
         loss += losses.sum(dtype=inputs.dtype)
         if not any(needs):
             continue
         upstream, scale = scale_upstream(upstream, inputs.operand)
-        factors = reference.coefficients(chunk.stats, upstream, inputs.vocab_size)
-        terms = RowTerms(chunk.y, chunk.row, chunk.m, chunk.log_s, factors)
+        per_row = kernels.gradient_factors(chunk.finished, upstream, inputs.vocab_size)
+        terms = RowTerms(chunk.y, chunk.row, per_row)
         pending.append(accumulator.begin(chunk.tokens, chunk.hidden, terms, scale))
         # The next chunk's logits overwrite the oldest buffer.
         while len(pending) >= accumulator.selector.buffers:
@@ -169,8 +167,11 @@ def sum_custom_loss(
     depends: list[bool] = []
 
     def per_token(stats: TokenStats, tokens: slice | Tensor) -> tuple[Tensor, TokenStats]:
-        leaves = TokenStats(*(None if x is None else x.detach().clone() for x in stats))
-        floats = [x for x in leaves[:5] if x is not None]
+        # Copies, which loss_fn may overwrite.
+        floats = list(torch.stack([x for x in stats[:5] if x is not None]).unbind())
+        leaves = _in_place_of(stats, floats)
+        if stats.argmax is not None:
+            leaves = leaves._replace(argmax=stats.argmax.clone())
         with torch.set_grad_enabled(grad_enabled):
             for x in floats:
                 x.requires_grad_(any(needs))
@@ -181,10 +182,10 @@ def sum_custom_loss(
                 losses = losses * inputs.mask[tokens].to(inputs.dtype)
             gradients: tuple[Tensor | None, ...] = (None,) * len(floats)
             if losses.requires_grad:
-                gradients = torch.autograd.grad(losses.sum(), floats, allow_unused=True)
+                ones = torch.ones_like(losses)
+                gradients = torch.autograd.grad(losses, floats, ones, allow_unused=True)
         depends.append(any(x is not None for x in gradients))
-        remaining = iter(gradients)
-        upstream = TokenStats(*(None if x is None else next(remaining) for x in leaves[:5]))
+        upstream = _in_place_of(stats, gradients)
         if upstream.logprob is not None and inputs.targets is not None:
             ignored = inputs.targets[tokens] == reference.IGNORE_INDEX
             upstream = upstream._replace(logprob=upstream.logprob.masked_fill(ignored, 0))
@@ -196,6 +197,12 @@ def sum_custom_loss(
     if any(needs) and depends and not any(depends):
         raise ValueError("loss_fn: its losses do not depend on the statistics it was given")
     return results
+
+
+def _in_place_of(stats: TokenStats, values: Iterable[Tensor | None]) -> TokenStats:
+    """Return values in place of the statistics, argmax aside, that are there."""
+    remaining = iter(values)
+    return TokenStats._make(None if x is None else next(remaining) for x in [*stats[:5], None])
 
 
 def _check_losses(losses: Tensor, count: int, leaves: list[Tensor]) -> None:

@@ -3,11 +3,10 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from .. import kernels, reference
-from ..kernels import RowTerms
+from .. import kernels
+from ..kernels import FinishedRows, RowTerms
 from ..reference import RowTransform, TokenStats
 from .checks import check_values
 from .gemm import accumulation_dtype
@@ -31,10 +30,9 @@ def entropy(logits: Tensor, temperature: float | Tensor) -> LogitsEntropy:
     result = LogitsEntropy(*(logits.new_empty(len(logits), dtype=dtype) for _ in range(3)))
     for block, y, row in _blocks(logits, temperature):
         parts = kernels.row_statistics(y, row, with_collision_and_argmax=False)
-        stats = reference.statistics(parts, logits.shape[1])
+        stats, m, log_s = kernels.finish_rows(parts, logits.shape[1], None)
         assert stats.entropy is not None
-        result.entropy[block] = stats.entropy
-        result.m[block], result.log_s[block] = parts.m, torch.log1p(parts.s1)
+        result.entropy[block], result.m[block], result.log_s[block] = stats.entropy, m, log_s
     return result
 
 
@@ -45,9 +43,10 @@ def entropy_backward(
     gradient = logits.new_empty(logits.shape)
     for block, y, row in _blocks(logits, temperature):
         entropy, m, log_s = (field[block] for field in forward)
+        finished = FinishedRows(TokenStats(entropy), m, log_s)
         upstream_of_block = TokenStats(upstream[block].to(entropy.dtype))
-        factors = reference.coefficients(TokenStats(entropy), upstream_of_block, logits.shape[1])
-        kernels.row_gradient(RowTerms(y, row, m, log_s, factors), gradient[block])
+        per_row = kernels.gradient_factors(finished, upstream_of_block, logits.shape[1])
+        kernels.row_gradient(RowTerms(y, row, per_row), gradient[block])
     return gradient
 
 

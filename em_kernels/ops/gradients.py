@@ -13,7 +13,7 @@ from ..kernels import RowTerms
 from .gemm import gemm
 from .inputs import GradMask, HeadInputs
 from .memory import large_empty
-from .sparse import ColumnSelector, Selection, mean_dropped_weight, take_columns
+from .sparse import ColumnSelector, Selection
 from .weight_gradient import (
     SparseWeightGrad,
     StreamedWeightGrad,
@@ -115,7 +115,7 @@ class GradAccumulator:
         # Chunks of an fp16 dy cannot be batched: each has a scale of its own.
         self.batch = DyBatch(CHUNKS_PER_BATCH if batches and inputs.operand != torch.float16 else 1)
         self.multiplied = self.total = 0  # elements of dy
-        self.dropped, self.mass = hidden.new_zeros(2, dtype=wide)
+        self.masses = hidden.new_zeros(2, dtype=wide)  # left out, and of all columns
 
     def begin(
         self, tokens: slice | Tensor, hidden: Tensor, terms: RowTerms, scale: float
@@ -129,9 +129,8 @@ class GradAccumulator:
             kept = columns
             self._add_all_columns(chunk)
         else:
-            vocab_indices, new_count = found
-            kept = len(vocab_indices)
-            self._add_columns(chunk, chunk.selection, vocab_indices, new_count)
+            kept, new_count = found
+            self._add_columns(chunk, chunk.selection, kept, new_count)
         self.multiplied += rows * kept
         self.total += rows * columns
 
@@ -149,9 +148,11 @@ class GradAccumulator:
         dw = self.dh.new_empty((0, self.inputs.weight.shape[1]) if self.needs.weight else 0)
         vocab_indices = self.dh.new_empty(0, dtype=torch.int64)
         if self.needs.weight and not self.keeps_dy:
-            dw, vocab_indices = self.dw.result(whole=self.inputs.grad_tolerance == 0)
+            row_of = self.selector.row_of
+            dw, vocab_indices = self.dw.result(row_of, whole=self.inputs.grad_tolerance == 0)
         share = self.dh.new_full((), self.multiplied / max(1, self.total))
-        dropped = self.dropped / torch.where(self.mass > 0, self.mass, 1)
+        left_out, mass = self.masses
+        dropped = left_out / torch.where(mass > 0, mass, 1)
         scales = torch.tensor(self.scales, dtype=torch.float64, device="cpu").view(-1, 2)
         report = torch.stack([share, dropped])
         return Gradients(self.dh, dw, self.db, vocab_indices, dy, scales, report)
@@ -191,49 +192,47 @@ class GradAccumulator:
             dh = self._dhidden_buffer(tokens, len(dy))
             self._store_dhidden(tokens, gemm(dh, dy, self.inputs.weight, alpha=scale))
         if self.needs.weight and hidden is not None:
-            self.dw.add_all(dy, hidden, scale)
+            self.dw.add_all(dy, hidden, scale, self.selector.row_of)
         if self.needs.bias:
             self.db += dy.sum(0, dtype=self.db.dtype) * scale
 
     def _add_columns(
-        self, chunk: PendingChunk, selection: Selection, vocab_indices: Tensor, new_count: int
+        self, chunk: PendingChunk, selection: Selection, count: int, new_count: int
     ) -> None:
         """Add the chosen columns by slabs, which need little memory beside the chunk.
 
         `new_count` of them were in no chunk before.
         """
         weight, wide, operand = self.inputs.weight, self.inputs.dtype, self.inputs.operand
-        choice = selection.choice
+        choice, left_out = selection.choice, selection.row_sums
         entry_bytes = len(chunk.hidden) * (wide.itemsize + operand.itemsize)
         entry_bytes += weight.shape[1] * (wide.itemsize + weight.dtype.itemsize)
         length = slab_length(entry_bytes, budget=chunk.terms.y.nbytes)
         dh = self.dh
         if self.needs.hidden:
-            dh = self._dhidden_buffer(chunk.tokens, len(chunk.hidden)).zero_()
-        left_out = choice.row_sums.clone()
+            dh = self._dhidden_buffer(chunk.tokens, len(chunk.hidden))
         unwritten = False
         if self.needs.weight:
-            unwritten = self.dw.make_room(
-                torch.nonzero_static(selection.is_new, size=new_count)[:, 0]
-            )
-        for start in range(0, len(vocab_indices), length):
-            slab = vocab_indices[start : start + length]
-            terms = take_columns(chunk.terms, slab)
+            unwritten = self.dw.make_room(new_count, selection.choice.row_of)
+        for start in range(0, count, length):
+            slab = slice(start, min(start + length, count))
+            entries = choice.vocab_indices[slab]
+            dy = kernels.gradient_of_columns(chunk.terms, entries, operand, left_out)
             if self.needs.hidden:
-                left_out -= kernels.column_mass(terms)[1]
-            dy = kernels.row_gradient(terms, kernels.gradient_buffer(terms.y, operand))
-            if self.needs.hidden:
-                gemm(dh, dy, weight[slab], accumulate=True, alpha=chunk.scale)
+                gemm(dh, dy, weight[entries], accumulate=start > 0, alpha=chunk.scale)
             if self.needs.weight:
-                rows = slice(start, start + length) if unwritten else None
-                self.dw.add_some(dy, chunk.hidden, chunk.scale, slab, rows)
+                rows = slab if unwritten else choice.rows[slab]
+                self.dw.add_some(dy, chunk.hidden, chunk.scale, entries, rows)
             if self.needs.bias:
-                self.db.index_add_(0, slab, dy.sum(0, dtype=wide), alpha=chunk.scale)
+                self.db.index_add_(0, entries, dy.sum(0, dtype=wide), alpha=chunk.scale)
         if self.needs.hidden:
-            dh.addr_(left_out, mean_dropped_weight(choice, weight), alpha=chunk.scale)
+            if count == 0:
+                dh.zero_()
+            # Each row's sum is put back, at the mean of the weights left out.
+            mean = gemm(dh.new_empty(1, dh.shape[1]), choice.shares, weight[choice.sample])[0]
+            dh.addr_(left_out, mean, alpha=chunk.scale)
             self._store_dhidden(chunk.tokens, dh)
-        self.dropped += choice.dropped * chunk.scale
-        self.mass += choice.total * chunk.scale
+        self.masses.add_(choice.masses, alpha=chunk.scale)
 
     def _dhidden_buffer(self, tokens: slice | Tensor, count: int) -> Tensor:
         """Return memory for these tokens' dhidden: a view of the whole where they are adjacent."""

@@ -101,17 +101,14 @@ class HeadInputs(NamedTuple):
             self.mask, self.temperature, self.targets, self.vocab_size, negative_mask_allowed
         )
 
-    def row_transform(
-        self, tokens: slice | Tensor, vocab_slice: slice = slice(0, None)
-    ) -> RowTransform:
-        """Return bias, temperature, scale and targets for these tokens and vocabulary entries."""
-        targets, first = self.targets, vocab_slice.start
-        if targets is not None:
-            first += 0 if self.shard is None else self.shard.start
-            targets = targets[tokens] - first
-        bias = None if self.bias is None else self.bias[vocab_slice]
-        tau = inv_temperature(self.temperature, tokens, self.hidden[tokens, :0].to(self.dtype))
-        return RowTransform(bias, tau, self.logit_scale, self.softcap, targets)
+    def row_transform(self) -> RowTransform:
+        """Return bias, temperature, scale and targets of all tokens and this rank's entries."""
+        targets = self.targets
+        if targets is not None and self.shard is not None:
+            targets = targets - self.shard.start
+        like = self.hidden.new_empty(len(self.hidden), 0, dtype=self.dtype)
+        tau = inv_temperature(self.temperature, slice(None), like)
+        return RowTransform(self.bias, tau, self.logit_scale, self.softcap, targets)
 
     def token_weights(self, mean: bool) -> Tensor:
         """Return each token's factor (N,) in the loss: the mask, divided by its sum for a mean."""
@@ -161,6 +158,19 @@ def build_inputs(head: HeadArguments, collectives: int, grad_tolerance: float = 
         grad_tolerance,
         shard,
     )
+
+
+def part_of(
+    row: RowTransform, tokens: slice | Tensor, vocab_slice: slice | None = None
+) -> RowTransform:
+    """Return the transform of some tokens, and of some vocabulary entries."""
+    bias, targets = row.bias, row.targets
+    if targets is not None:
+        targets = targets[tokens]
+    if vocab_slice is not None:
+        bias = None if bias is None else bias[vocab_slice]
+        targets = None if targets is None else targets - vocab_slice.start
+    return row._replace(bias=bias, inv_temperature=row.inv_temperature[tokens], targets=targets)
 
 
 def inv_temperature(temperature: float | Tensor, tokens: slice | Tensor, like: Tensor) -> Tensor:

@@ -39,23 +39,22 @@ class VocabularyShard:
         dist.all_reduce(least, dist.ReduceOp.MIN, self.group)
         return int(least)
 
-    def merge(self, parts: RowParts) -> RowParts:
-        """Merge the shards' parts; every rank gets the same result."""
-        if parts.argmax is not None:
-            parts = parts._replace(argmax=parts.argmax + self.start)
-        names = [name for name, field in parts._asdict().items() if field is not None]
+    def gather(self, parts: RowParts) -> RowParts:
+        """Return every shard's part of the same rows, (ranks, rows), the same on all ranks."""
+        merged = reference.merge(parts)  # ranks may differ in how many parts they have
+        if merged.argmax is not None:
+            merged = merged._replace(argmax=merged.argmax + self.start)
+        names = [name for name, field in merged._asdict().items() if field is not None]
         # fp64 holds an argmax exactly.
-        local = torch.stack([getattr(parts, name).double() for name in names])
+        local = torch.stack([getattr(merged, name).double() for name in names])
         gathered = local.new_empty(len(self.sizes) * len(local), local.shape[1])
         dist.all_gather_into_tensor(gathered, local, group=self.group)
-        merged = reference.merge(
-            [
-                RowParts(**dict(zip(names, shard, strict=True)))
-                for shard in gathered.view(len(self.sizes), *local.shape)
-            ]
-        )
-        return parts._replace(
-            **{name: getattr(merged, name).to(getattr(parts, name).dtype) for name in names}
+        by_name = gathered.view(len(self.sizes), *local.shape).unbind(1)
+        return merged._replace(
+            **{
+                name: field.to(getattr(merged, name).dtype)
+                for name, field in zip(names, by_name, strict=True)
+            }
         )
 
     def sum(self, partial: Tensor) -> None:

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from .. import kernels, reference
-from ..kernels import RowTerms, row_stride
+from ..kernels import FinishedRows, RowTerms, row_stride
 from ..reference import RowParts, RowTransform, TokenStats
 from .gemm import gemm
-from .inputs import GradMask, HeadInputs, SavedStats, StatsOutput, scale_upstream
+from .inputs import GradMask, HeadInputs, SavedStats, StatsOutput, part_of, scale_upstream
 from .memory import chunk_length, large_empty, logits_budget
 
 MIN_SLAB_BYTES = 64 << 20  # measured on a CPU: GEMMs over fewer vocabulary entries are slow
@@ -43,12 +43,13 @@ def _slabs(inputs: HeadInputs, hidden: Tensor, tokens: slice | Tensor) -> Iterat
     length = chunk_length(len(weight), entry_bytes, inputs.chunk_bytes, device, default_bytes)
     longest = row_stride(min(length, len(weight)), device)
     buffer = large_empty((count * longest,), inputs.dtype, hidden)
+    all_entries = part_of(inputs.row_transform(), tokens)
     for start in range(0, len(weight), length):
         vocab_slice = slice(start, min(start + length, len(weight)))
         w = weight[vocab_slice]
         stride = row_stride(len(w), device)
         y = gemm(buffer[: count * stride].view(count, stride)[:, : len(w)], hidden, w.t())
-        yield Slab(vocab_slice, w, y, inputs.row_transform(tokens, vocab_slice))
+        yield Slab(vocab_slice, w, y, part_of(all_entries, slice(None), vocab_slice))
 
 
 def _kept_slabs(inputs: HeadInputs, logits: Tensor, tokens: slice | Tensor) -> Iterator[Slab]:
@@ -57,9 +58,10 @@ def _kept_slabs(inputs: HeadInputs, logits: Tensor, tokens: slice | Tensor) -> I
     entry_bytes = len(logits) * inputs.operand.itemsize + weight.shape[1] * inputs.dtype.itemsize
     budget = min(MAX_KEPT_SLAB_BYTES, logits_budget(inputs.chunk_bytes, weight.device))
     length = max(16, budget // entry_bytes // 16 * 16)  # aligned columns, which a GPU reads fast
+    all_entries = part_of(inputs.row_transform(), tokens)
     for start in range(0, len(weight), length):
         vocab_slice = slice(start, min(start + length, len(weight)))
-        row = inputs.row_transform(tokens, vocab_slice)
+        row = part_of(all_entries, slice(None), vocab_slice)
         yield Slab(vocab_slice, weight[vocab_slice], logits[:, vocab_slice], row)
 
 
@@ -80,13 +82,15 @@ def token_stats(
     if may_keep_logits and size <= logits_budget(inputs.chunk_bytes, hidden.device):
         logits = large_empty((len(hidden), stride), inputs.dtype, hidden)
         y = gemm(logits[:, : len(weight)], hidden, weight.t())
-        parts = kernels.row_statistics(y, inputs.row_transform(tokens), with_collision_and_argmax)
+        row = part_of(inputs.row_transform(), tokens)
+        parts = kernels.row_statistics(y, row, with_collision_and_argmax)
     else:
         parts = _statistics_of_slabs(inputs, tokens, with_collision_and_argmax)
     if inputs.shard is not None:
-        parts = inputs.shard.merge(parts)
+        parts = inputs.shard.gather(parts)
     targets = None if inputs.targets is None else inputs.targets[tokens]
-    stats = reference.statistics(parts, inputs.vocab_size, targets)
+    finished = kernels.finish_rows(parts, inputs.vocab_size, targets)
+    stats = finished.stats
     statistics, argmax = inputs.zero_statistics(with_collision_and_argmax)
     m, log_s = statistics.new_zeros(2, len(inputs.hidden))
     for row, value in zip(statistics, stats, strict=False):
@@ -94,7 +98,7 @@ def token_stats(
             row[tokens] = value
     if with_collision_and_argmax and stats.argmax is not None:
         argmax[tokens] = stats.argmax
-    m[tokens], log_s[tokens] = parts.m, torch.log1p(parts.s1)
+    m[tokens], log_s[tokens] = finished.m, finished.log_s
     # An op's outputs may not share memory, hence the clones.
     no_dhidden = statistics.new_empty(0)
     return StatsOutput(statistics, argmax, m.clone(), log_s.clone(), logits, no_dhidden)
@@ -103,15 +107,15 @@ def token_stats(
 def _statistics_of_slabs(
     inputs: HeadInputs, tokens: slice | Tensor, with_collision_and_argmax: bool
 ) -> RowParts:
-    """Merge the statistics of all slabs of these tokens."""
-    parts = None
+    """Return the parts of all slabs of these tokens."""
+    parts = []
     for slab in _slabs(inputs, inputs.hidden[tokens], tokens):
         part = kernels.row_statistics(slab.y, slab.row, with_collision_and_argmax)
         if part.argmax is not None:
             part = part._replace(argmax=part.argmax + slab.vocab_slice.start)
-        parts = part if parts is None else reference.merge([parts, part])
-    assert parts is not None  # check_head refuses an empty vocabulary
-    return parts
+        parts.append(part)
+    fields = zip(*parts, strict=True)
+    return RowParts._make(None if field[0] is None else torch.cat(field) for field in fields)
 
 
 def token_stats_backward(
@@ -137,7 +141,8 @@ def token_stats_backward(
         ignored = inputs.targets[tokens] == reference.IGNORE_INDEX
         up = up._replace(logprob=up.logprob.masked_fill(ignored, 0))
     up, scale = scale_upstream(up, inputs.operand)
-    factors = reference.coefficients(stats, up, inputs.vocab_size)
+    finished = FinishedRows(stats, saved.m[tokens], saved.log_s[tokens])
+    per_row = kernels.gradient_factors(finished, up, inputs.vocab_size)
     dh = h.new_zeros(h.shape if needs.hidden else (0,), dtype=wide)
     dw = large_empty(weight.shape if needs.weight else (0,), weight.dtype, weight)
     dw_slab = dh.new_empty(0)
@@ -150,8 +155,7 @@ def token_stats_backward(
             out = out[:, : len(w)]
         else:
             out = kernels.gradient_buffer(y, inputs.operand)
-        terms = RowTerms(y, row, saved.m[tokens], saved.log_s[tokens], factors)
-        dy = kernels.row_gradient(terms, out)
+        dy = kernels.row_gradient(RowTerms(y, row, per_row), out)
         if needs.hidden:
             gemm(dh, dy, w, accumulate=True, alpha=scale)
         if needs.weight:
@@ -160,7 +164,7 @@ def token_stats_backward(
             dw[vocab_slice] = gemm(dw_slab[: len(w)], dy.t(), h, alpha=scale)
         if needs.bias:
             db[vocab_slice] = (dy.sum(0, dtype=wide) * scale).to(db.dtype)
-        del terms, out, dy  # a GPU reuses their memory for the next slab
+        del y, out, dy  # a GPU reuses their memory for the next slab
     if needs.hidden and inputs.shard is not None:
         inputs.shard.sum(dh)
     dh = dh.to(hidden.dtype)

@@ -33,89 +33,87 @@ def slab_length(entry_bytes: int, budget: int | None = None) -> int:
 class SparseWeightGrad:
     """Sum (V, D) of products, held for the vocabulary entries that any product has.
 
-    Once these are many it is held whole.
+    Once these are many it is held whole. row_of (V,) is each entry's row while it is not; a row
+    that make_room() has not yet seen is none.
     """
 
     def __init__(self, shape: torch.Size, dtype: torch.dtype, like: Tensor) -> None:
         self.shape, self.dtype, self.like = shape, dtype, like
         self.whole: Tensor | None = None
-        self.vocab_indices = like.new_empty(0, dtype=torch.int64)  # (K,), in order of arrival
-        self.values = self._empty(0)  # (K or more, D)
-        self.row_of = self.vocab_indices  # (V,) row of an entry in values
+        self.count = 0  # rows held
+        self.values = self._empty(0)  # (count or more, D)
 
     def _empty(self, count: int) -> Tensor:
         return large_empty((count, self.shape[1]), self.dtype, self.like)
 
-    def _make_whole(self) -> Tensor:
+    def _make_whole(self, row_of: Tensor) -> Tensor:
         if self.whole is None:
             self.whole = self._empty(self.shape[0]).zero_()
-            self.whole.index_copy_(0, self.vocab_indices, self.values[: len(self.vocab_indices)])
-            self.values, self.vocab_indices = self._empty(0), self.vocab_indices.new_empty(0)
+            if self.count > 0:
+                self.whole.index_copy_(0, self._entries(row_of), self.values[: self.count])
+            self.values, self.count = self._empty(0), 0
         return self.whole
 
-    def add_all(self, dy: Tensor, hidden: Tensor, alpha: float) -> None:
+    def _entries(self, row_of: Tensor) -> Tensor:
+        """Return the entry of each row (count,)."""
+        held = torch.nonzero_static((row_of >= 0) & (row_of < self.count), size=self.count)[:, 0]
+        return torch.empty_like(held).index_copy_(0, row_of[held], held)
+
+    def add_all(self, dy: Tensor, hidden: Tensor, alpha: float, row_of: Tensor) -> None:
         """Add alpha dy^T hidden, over all vocabulary entries."""
-        is_first = self.whole is None and len(self.vocab_indices) == 0
+        is_first = self.whole is None and self.count == 0
         if is_first:
             self.whole = self._empty(self.shape[0])
-        gemm(self._make_whole(), dy.t(), hidden, accumulate=not is_first, alpha=alpha)
+        gemm(self._make_whole(row_of), dy.t(), hidden, accumulate=not is_first, alpha=alpha)
 
-    def make_room(self, new_entries: Tensor) -> bool:
+    def make_room(self, new_count: int, row_of: Tensor) -> bool:
         """Make room for vocabulary entries that come for the first time.
 
-        Returns True if they are the very first: their rows are then not yet written, and
-        `add_some` has to be told which rows each slab of them has.
+        Returns True if they are the very first: their rows ascend with them and are not yet
+        written, and `add_some` has to be told each slab of rows.
         """
-        old_count = len(self.vocab_indices)
-        count = old_count + len(new_entries)
+        old_count, count = self.count, self.count + new_count
         if self.whole is None and count > MAX_SPARSE_SHARE * self.shape[0]:
-            self._make_whole()
+            self._make_whole(row_of)
         if self.whole is not None:
             return False
+        self.count = count
         if old_count == 0:
-            self.vocab_indices, self.values = new_entries, self._empty(count)
-            self.row_of = new_entries.new_empty(self.shape[0])
-        elif count > len(self.values):
+            self.values = self._empty(count)
+            return True
+        if count > len(self.values):
             size = max(count, int(min(GROWTH * count, MAX_SPARSE_SHARE * self.shape[0])))
             values = self._empty(size)
             values[:old_count] = self.values[:old_count]
             self.values = values
-        if old_count > 0:
-            self.vocab_indices = torch.cat([self.vocab_indices, new_entries])
-            self.values[old_count:count] = 0
-        self.row_of[new_entries] = torch.arange(old_count, count, device=new_entries.device)
-        return old_count == 0
+        self.values[old_count:count] = 0
+        return False
 
     def add_some(
-        self,
-        dy: Tensor,
-        hidden: Tensor,
-        alpha: float,
-        vocab_indices: Tensor,
-        unwritten: slice | None = None,
+        self, dy: Tensor, hidden: Tensor, alpha: float, entries: Tensor, rows: slice | Tensor
     ) -> None:
-        """Add alpha dy^T hidden over entries that make_room() has seen.
+        """Add alpha dy^T hidden over entries whose rows make_room() has seen.
 
-        `unwritten` are their rows where nothing was written before.
+        A slice of rows is one in which nothing was written before.
         """
-        if unwritten is not None:
-            gemm(self.values[unwritten], dy.t(), hidden, alpha=alpha)
+        if isinstance(rows, slice):
+            gemm(self.values[rows], dy.t(), hidden, alpha=alpha)
             return
-        product = gemm(self._empty(len(vocab_indices)), dy.t(), hidden, alpha=alpha)
+        product = gemm(self._empty(len(entries)), dy.t(), hidden, alpha=alpha)
         if self.whole is not None:
-            self.whole.index_add_(0, vocab_indices, product)
+            self.whole.index_add_(0, entries, product)
         else:
-            self.values.index_add_(0, self.row_of[vocab_indices], product)
+            self.values.index_add_(0, rows, product)
 
-    def result(self, whole: bool) -> tuple[Tensor, Tensor]:
+    def result(self, row_of: Tensor, whole: bool) -> tuple[Tensor, Tensor]:
         """Return rows of the sum, and their indices.
 
         All rows (V, D) and no indices, if `whole` or if the sum is held whole anyway; else the rows
         (K, D) of the entries that any product had, all others being 0, and their indices (K,).
         """
         if whole or self.whole is not None:
-            return self._make_whole(), self.vocab_indices
-        return self.values[: len(self.vocab_indices)], self.vocab_indices
+            return self._make_whole(row_of), row_of.new_empty(0)
+        return self.values[: self.count], self._entries(row_of)
 
 
 class StreamedWeightGrad:
@@ -133,12 +131,12 @@ class StreamedWeightGrad:
         self.on_weight_grad = on_weight_grad
         self.values = large_empty((min(length, shape[0]), shape[1]), dtype, like)
 
-    def add_all(self, dy: Tensor, hidden: Tensor, alpha: float) -> None:
+    def add_all(self, dy: Tensor, hidden: Tensor, alpha: float, row_of: Tensor) -> None:
         for start in range(0, dy.shape[1], len(self.values)):
             vocab_slice = slice(start, min(start + len(self.values), dy.shape[1]))
             self.add_some(dy[:, vocab_slice], hidden, alpha, vocab_slice)
 
-    def make_room(self, new_entries: Tensor) -> bool:
+    def make_room(self, new_count: int, row_of: Tensor) -> bool:
         return False
 
     def add_some(
@@ -147,12 +145,12 @@ class StreamedWeightGrad:
         hidden: Tensor,
         alpha: float,
         entries: slice | Tensor,
-        unwritten: slice | None = None,
+        rows: slice | Tensor | None = None,
     ) -> None:
         values = self.values[: dy.shape[1]]
         self.on_weight_grad(entries, gemm(values, dy.t(), hidden, alpha=alpha))
 
-    def result(self, whole: bool) -> tuple[Tensor, Tensor]:
+    def result(self, row_of: Tensor, whole: bool) -> tuple[Tensor, Tensor]:
         return self.values.new_empty(0), self.values.new_empty(0, dtype=torch.int64)
 
 

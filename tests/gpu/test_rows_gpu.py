@@ -4,7 +4,17 @@ import math
 
 import pytest
 import torch
-from test_rows import TRANSFORMS, assert_parts_close, gradient_of, in_fp64, plain, problem, truth_of
+from test_rows import (
+    TRANSFORMS,
+    assert_parts_close,
+    gradient_of,
+    in_fp64,
+    per_row_of,
+    plain,
+    problem,
+    statistics_of,
+    truth_of,
+)
 from test_triton_rows import entropy_and_gradient
 from torch.testing import assert_close
 from truth import (
@@ -65,8 +75,8 @@ def test_statistics_and_gradient(v, logit_scale, softcap, bias, layout):
     truth = truth_of(y, row)
     y = layout(y)
     before = y.clone()
-    plainer = kernels.row_statistics(y, row, with_collision_and_argmax=False)
-    parts = kernels.row_statistics(y, row)
+    plainer = statistics_of(kernels, y, row, with_collision_and_argmax=False)
+    parts = statistics_of(kernels, y, row)
     assert torch.equal(y, before)
     assert plainer.argmax is None
     assert_close(plainer.s1, parts.s1)
@@ -79,7 +89,7 @@ def test_statistics_and_gradient(v, logit_scale, softcap, bias, layout):
     assert (error <= 2e-5 * expected.norm(dim=1) + 1e-9).all()
     for dtype in NARROW:
         out = gradient_buffer(y, dtype)
-        kernels.row_gradient(y, row, parts.m, parts.s1.log1p(), factors, out)
+        kernels.row_gradient(y, row, per_row_of(parts, factors), out)
         assert torch.equal(out, dy.to(dtype))
     assert torch.equal(y, before)
 
@@ -103,10 +113,10 @@ def test_column_mass(v, n, logit_scale, softcap, bias, layout):
         y[:, v // 3] = -torch.inf
     y = layout(y)
     before = y.clone()
-    parts, truth = kernels.row_statistics(y, row), truth_of(y, row)
+    parts, truth = statistics_of(kernels, y, row), truth_of(y, row)
     for part in (row, row._replace(targets=None)):
-        per_row = (parts.m, parts.s1.log1p(), factors)
-        (mass, row_sums), repeated = (kernels.column_mass(y, part, *per_row) for _ in range(2))
+        per_row = per_row_of(parts, factors)
+        (mass, row_sums), repeated = (kernels.column_mass(y, part, per_row) for _ in range(2))
         assert torch.equal(mass, repeated[0]) and torch.equal(row_sums, repeated[1])
         dy = reference.row_gradient(
             y.double(), in_fp64(part), truth.m, truth.s1.log1p(), in_fp64(factors)
@@ -123,11 +133,11 @@ def test_column_mass(v, n, logit_scale, softcap, bias, layout):
 def test_column_mass_of_a_vocabulary(n, dtype):
     y = in_padded_rows((torch.randn(n, 151_936, device="cuda") * 4).to(dtype))
     row = plain(n, device="cuda")
-    parts = kernels.row_statistics(y, row)
+    parts = statistics_of(kernels, y, row)
     stats = reference.statistics(parts, 151_936)
     upstream = reference.TokenStats(entropy=torch.ones(n, device="cuda"))
     factors = reference.coefficients(stats, upstream, 151_936)
-    mass, row_sums = kernels.column_mass(y, row, parts.m, parts.s1.log1p(), factors)
+    mass, row_sums = kernels.column_mass(y, row, per_row_of(parts, factors))
     true_mass = torch.zeros(151_936, dtype=torch.float64, device="cuda")
     for i in range(0, n, 64):
         wide = y[i : i + 64].double()
@@ -180,7 +190,7 @@ def test_hard_rows():
 def test_ties_take_the_lowest_index():
     y = torch.zeros(3, 151_936, device="cuda")
     y[0, [7, 8, 151_935]] = y[1, [70_000, 140_000]] = 2.0
-    parts = kernels.row_statistics(y, plain(3, device="cuda"))
+    parts = statistics_of(kernels, y, plain(3, device="cuda"))
     assert parts.argmax.tolist() == [7, 70_000, 0]
     assert parts.s1[2] == 151_935
 
