@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from .ops import chunked, torch_library
+from .ops import choice_costs, chunked, torch_library
 from .ops.checks import check_arguments, check_float, check_tolerance, check_transform
 from .ops.inputs import GradMask, build_inputs
 from .ops.weight_gradient import WeightGradCallback
@@ -56,7 +56,8 @@ def fused_entropy_loss(
             rounding. The bound holds per chunk (and rank), not per token: a token of little weight
             may lose more. The gradients of weight and bias are 0 at dropped entries; dhidden is
             corrected by a mean of their weights, so the d loss / d logits that it implies is off by
-            at most twice the share. "none" is always exact.
+            at most twice the share. "none" is always exact, as are calls so small that choosing
+            entries would take longer than it saves (:func:`gradient_report` says so).
         chunk_bytes: memory for the logits held at a time; default the smaller of 1 GiB and an
             eighth of the free memory, rounded down to a power of two. It sets the order of sums,
             and which entries a tolerance drops: give it to get the same bits again on a machine
@@ -262,7 +263,7 @@ def fused_token_loss(
 class GradientReport(NamedTuple):
     """Work saved and gradient dropped by a tolerance.
 
-    Each field is (), on the loss's device, and reading it synchronises. With a process_group they
+    Each share is (), on the loss's device, and reading it synchronises. With a process_group they
     describe this rank's part of the vocabulary.
     """
 
@@ -273,6 +274,8 @@ class GradientReport(NamedTuple):
     """
     dropped_share: Tensor
     """Share of the L1 mass of d loss / d logits dropped, over the chunks that dropped any."""
+    why_exact: str = ""
+    """Why the tolerance was not used at all: it could not pay, by shapes and dtypes. Else empty."""
 
 
 def gradient_report(loss: Tensor) -> GradientReport:
@@ -284,13 +287,14 @@ def gradient_report(loss: Tensor) -> GradientReport:
 
     Raises: ValueError for any other tensor, also for one that torch.compile returned.
     """
-    report = getattr(getattr(loss, "grad_fn", None), "report", None)
+    node = getattr(loss, "grad_fn", None)
+    report = getattr(node, "report", None)
     if report is None:
         raise ValueError(
             'loss: carries no report; give what fused_entropy_loss ("mean" or "sum") or '
             "fused_token_loss returned, before any other operation, with grad, and not compiled"
         )
-    return GradientReport(*report.unbind(0))
+    return GradientReport(report[0], report[1], getattr(node, "why_exact", ""))
 
 
 @torch.no_grad()
@@ -343,11 +347,13 @@ def entropy_loss_into(
     head = check_arguments(
         hidden, weight, bias, None, mask, transform, chunk_bytes, process_group=None
     )
-    inputs = build_inputs(head, int(needs.hidden), grad_tolerance)
+    inputs = build_inputs(head, int(needs.hidden), grad_tolerance, needs)
     loss, gradients = chunked.sum_entropy(inputs, reduction == "mean", needs, on_weight_grad)
     dhidden = gradients.hidden.to(hidden.dtype).reshape(hidden.shape)
     dbias = gradients.bias if needs.bias else None
-    return loss, dhidden, dbias, GradientReport(*gradients.report.unbind(0))
+    why_exact = choice_costs.why_exact(head, needs) if grad_tolerance > 0 else ""
+    report = GradientReport(gradients.report[0], gradients.report[1], why_exact)
+    return loss, dhidden, dbias, report
 
 
 def entropy_from_logits(logits: Tensor, *, temperature: float | Tensor = 1.0) -> Tensor:

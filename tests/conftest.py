@@ -7,6 +7,7 @@ import torch
 from hypothesis import settings
 from kernel_params import CUDA, ROWS
 from other_sums import other_sums
+from spawned import use_tolerances
 from torch.overrides import TorchFunctionMode
 
 from em_kernels import kernels as row_kernels
@@ -57,6 +58,11 @@ def pytest_configure(config):
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def tolerances_of_tests(monkeypatch):
+    use_tolerances(monkeypatch.setattr)
 
 
 @pytest.fixture(params=[*ROWS, CUDA])

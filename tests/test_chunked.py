@@ -46,6 +46,13 @@ def test_default_budget_is_an_eighth_of_the_free_memory(monkeypatch):
     assert chunk_length(1 << 40, 1, None, CPU) == 1 << 30
 
 
+def test_default_on_a_gpu_is_a_tile_where_a_quarter_of_the_free_memory_holds_it(monkeypatch):
+    gpu, row = torch.device("cuda"), 6 * 151_936
+    for free, tiles in ((4 * memory.TILE * row, True), (4 * memory.TILE * row - 1, False)):
+        monkeypatch.setattr(memory, "free_bytes", lambda device, free=free: free)
+        assert (chunk_length(8192, row, None, gpu) == memory.TILE) == tiles
+
+
 def work(function):
     """Count floating-point operations: a GEMM over the vocabulary is 2 N D V."""
     with FlopCounterMode(display=False) as counter:

@@ -53,6 +53,7 @@ ops.gradients
 ops.weight_gradient
 ops.sparse
 ops.inputs
+ops.choice_costs
 ops.gemm ops.vocab_parallel ops.checks ops.flops ops.memory
 kernels ops.free_memory
 reference

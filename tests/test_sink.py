@@ -58,7 +58,7 @@ def both(hidden, weight, bias=None, **arguments):
     """Return loss, gradients, report by the callback, the same by autograd, and the callback."""
     inputs = [x for x in (hidden, weight, bias) if x is not None]
     loss = fused_entropy_loss(hidden, weight, bias=bias, **arguments)
-    expected = (loss.detach(), *torch.autograd.grad(loss, inputs), *gradient_report(loss))
+    expected = (loss.detach(), *torch.autograd.grad(loss, inputs), *gradient_report(loss)[:2])
     total = Total(weight)
     loss, dh, db, report = entropy_loss_into(total, hidden, weight, bias=bias, **arguments)
     assert dh.dtype == hidden.dtype and dh.shape == hidden.shape and not dh.requires_grad
@@ -66,7 +66,7 @@ def both(hidden, weight, bias=None, **arguments):
     if bias is not None:
         assert db.dtype == total.sum.dtype
         found.append(db.to(bias.dtype))
-    return (*found, *report), expected, total
+    return (*found, *report[:2]), expected, total
 
 
 MASKS = {

@@ -160,6 +160,8 @@ def row_statistics_kernel(
     BLOCK_V: tl.constexpr = UNROLL * LANES * VECTOR
     y_row = y_ptr + row * stride_yn
     inv_temperature = tl.load(inv_temperature_ptr + row)
+    if HAS_TARGETS:
+        target = tl.load(targets_ptr + row)
 
     # (UNROLL, LANES, VECTOR): a lane is a thread, which loads VECTOR adjacent columns at once.
     offs_v = (
@@ -194,7 +196,6 @@ def row_statistics_kernel(
     tl.store(parts + rows, s)
     tl.store(parts + 2 * rows, t)
     if HAS_TARGETS:
-        target = tl.load(targets_ptr + row)
         is_here = (target >= begin) & (target < end)
         v = _logits(y_row + target, is_here, bias_ptr + target, is_here, HAS_BIAS)
         target_logit = _transform(v, inv_temperature, logit_scale, softcap, HAS_SOFTCAP)

@@ -1,5 +1,6 @@
 """Inputs of the loops over logits, and the statistics that they return."""
 
+from collections.abc import Sequence
 from math import frexp
 from typing import NamedTuple
 
@@ -8,6 +9,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from ..reference import RowTransform, TokenStats
+from . import choice_costs
 from .checks import HeadArguments, check_values
 from .gemm import accumulation_dtype, operand_dtype
 from .vocab_parallel import VocabularyShard
@@ -132,14 +134,22 @@ class HeadInputs(NamedTuple):
         return statistics, self.hidden.new_zeros(count if more else 0, dtype=torch.int64)
 
 
-def build_inputs(head: HeadArguments, collectives: int, grad_tolerance: float = 0.0) -> HeadInputs:
-    """Build the loops' inputs from checked arguments.
+def build_inputs(
+    head: HeadArguments,
+    collectives: int,
+    grad_tolerance: float = 0.0,
+    needs: Sequence[bool] = (False, False, False),
+) -> HeadInputs:
+    """Build the loops' inputs from checked arguments, with a tolerance of 0 where none can pay.
 
     Args:
         head: as check_arguments returns it.
         collectives: a number that stands for the collective calls that follow; ranks must agree.
         grad_tolerance: of the sparse gradient.
+        needs: whether gradients of hidden, weight and bias are wanted.
     """
+    if grad_tolerance > 0 and choice_costs.why_exact(head, needs):
+        grad_tolerance = 0.0
     logit_scale, softcap, temperature = head.transform
     shard = None
     if head.group is not None:

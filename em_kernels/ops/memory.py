@@ -48,7 +48,8 @@ def chunk_length(
     """Return how many of `total` rows (or columns) of logits to take at a time.
 
     They fit into logits_budget(); chunks are as even as possible, and on a GPU multiples of TILE
-    where that many fit.
+    where that many fit. There the default is at least TILE while a quarter of the free memory
+    holds it.
     """
     if chunk_bytes is not None and chunk_bytes < bytes_each:
         raise ValueError(
@@ -57,6 +58,8 @@ def chunk_length(
         )
     budget = logits_budget(chunk_bytes, device, default_bytes)
     fitting = max(1, budget // max(1, bytes_each))
+    if chunk_bytes is None and device.type == "cuda" and fitting < TILE:
+        fitting = TILE if TILE * bytes_each <= free_bytes(device) // 4 else fitting
     step = TILE if device.type == "cuda" and TILE <= fitting < total else 1
     chunks = max(1, -(-total // (fitting // step * step)))
     return max(1, -(-total // (chunks * step)) * step)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.cpu import supports
+from . import choice_costs
 from .memory import large_empty
 from .weight_gradient import multiply_kept_dy
 
@@ -20,10 +21,16 @@ def refuse_double_backward() -> None:
         )
 
 
-def save_gradients(ctx, head, needs, gradients) -> None:
-    """Save gradients.Gradients of (hidden, weight, bias) for saved_gradients()."""
+def save_gradients(ctx, head, grad_tolerance, needs, gradients) -> None:
+    """Save gradients.Gradients of (hidden, weight, bias) for saved_gradients().
+
+    ctx.report and ctx.why_exact are for functional.gradient_report.
+    """
     ctx.set_materialize_grads(False)
     *saved, ctx.report = gradients
+    ctx.why_exact = ""
+    if grad_tolerance > 0 and not _is_traced(ctx.report):
+        ctx.why_exact = choice_costs.why_exact(head, needs)
     # dweight is dy^T hidden where dy is kept, which the compiler does not know.
     keeps_dy = _is_traced(gradients[4]) or gradients[4].numel() > 0
     ctx.save_for_backward(*saved, *((head.hidden, head.mask) if keeps_dy else (None, None)))

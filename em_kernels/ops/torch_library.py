@@ -32,7 +32,7 @@ NO_GRADIENT = (None,) * (HEAD_SIZE - 3)  # for all of the head but hidden, weigh
 def entropy_loss_op(*arguments):
     """Return the loss (), and the fields of gradients.Gradients."""
     *head, grad_tolerance, mean, needs = arguments
-    inputs = build_inputs(HeadArguments(*head), needs[0] + 2 * needs[1], grad_tolerance)
+    inputs = build_inputs(HeadArguments(*head), needs[0] + 2 * needs[1], grad_tolerance, needs)
     loss, gradients = chunked.sum_entropy(inputs, mean, GradMask(*needs), keep_dy=True)
     return loss, *gradients
 
@@ -59,8 +59,9 @@ def _(hidden, weight, *others):
 
 def _entropy_loss_setup(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(*output[1:])
-    head, needs = HeadArguments(*inputs[:HEAD_SIZE]), inputs[-1]
-    saved_gradients.save_gradients(ctx, head, needs, output[1:])
+    grad_tolerance, _, needs = inputs[HEAD_SIZE:]
+    head = HeadArguments(*inputs[:HEAD_SIZE])
+    saved_gradients.save_gradients(ctx, head, grad_tolerance, needs, output[1:])
 
 
 def _entropy_loss_backward(ctx, upstream, *_):
@@ -85,13 +86,14 @@ class TokenLoss(torch.autograd.Function):
     """Sum of a caller's loss; no op, as torch.library cannot pass the caller's function."""
 
     @staticmethod
-    def forward(ctx, *arguments) -> Tensor:
-        *head, grad_tolerance, needs, loss_fn, grad_enabled = arguments
-        inputs = build_inputs(HeadArguments(*head), needs[0] + 2 * needs[1], grad_tolerance)
+    def forward(ctx, *given) -> Tensor:
+        *head, grad_tolerance, needs, loss_fn, grad_enabled = given
+        arguments = HeadArguments(*head)
+        inputs = build_inputs(arguments, needs[0] + 2 * needs[1], grad_tolerance, needs)
         loss, gradients = chunked.sum_custom_loss(
             inputs, loss_fn, GradMask(*needs), grad_enabled, keep_dy=True
         )
-        saved_gradients.save_gradients(ctx, HeadArguments(*head), needs, gradients)
+        saved_gradients.save_gradients(ctx, arguments, grad_tolerance, needs, gradients)
         return loss
 
     @staticmethod

@@ -282,8 +282,11 @@ def life(arguments, log, changes, threads=1):
     os.chdir(Path(log).parent)
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(f"{log}.{name}", os.O_CREAT | os.O_RDWR | os.O_TRUNC | os.O_APPEND), number)
+    from spawned import use_tolerances
+
     from em_kernels.training.engines import optimizer
 
+    use_tolerances()
     torch.set_num_threads(threads)
     optimizer.SLAB = SLAB
     for change in changes:

@@ -9,6 +9,7 @@ from transformers import AutoConfig
 
 from em_kernels.commands.plan import open_config
 from em_kernels.ops.gemm import bf16_isa
+from em_kernels.ops.memory import TILE
 from em_kernels.training.config import TrainConfig
 from em_kernels.training.planning import planner
 from em_kernels.training.planning.activations import ModelMemory
@@ -102,6 +103,11 @@ def test_1_5b_trains_in_full_on_a_24_gb_card(model):
     assert (plan.config.moments, plan.config.lr) == ("bf16", 2e-5)
     exact = of_mode(planner, mode="full", moments="fp32")
     assert not exact.fits and exact.missing.keys() == {"device"}
+    # A GEMM of whole tiles: chunks take what the head's phase has to spare, and no more.
+    per_row = logit_row_bytes(planner.model_memory(plan.config), cuda=True)
+    assert plan.config.chunk_bytes >= TILE * per_row
+    passing = phases(plan.device)
+    assert passing["head"] <= max(passing["sampling"], passing["backward"])
 
 
 @only_7b

@@ -313,7 +313,7 @@ def entropy_step(
                     optimizer.add(head.bias, dbias)
                 states.backward(dstates)
                 mean += loss.item()
-                reports += torch.stack(report).cpu() * (weights.sum() / share.tokens)
+                reports += torch.stack(report[:2]).cpu() * (weights.sum() / share.tokens)
             if prompt is not None:
                 prompt.backward()
     return StepLoss(mean, *reports.tolist())

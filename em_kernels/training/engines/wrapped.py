@@ -70,7 +70,7 @@ class Wrapped(Engine, ABC):
             options = loss_options(config, head)
             loss = fused_entropy_loss(states, head.weight, mask=mask, **options)
             losses.append(loss.detach())
-            reports.append(tokens / max(1, share.tokens) * torch.stack(gradient_report(loss)))
+            reports.append(tokens / max(1, share.tokens) * torch.stack(gradient_report(loss)[:2]))
             return loss
 
         with (

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ...ops.memory import MAX_CHUNK_BYTES
 from ..config import TrainConfig
 from ..engines.optimizer import PRECISIONS
 from .activations import ModelMemory
@@ -51,13 +52,8 @@ class BatchSizes:
         rows, target_rows = self._choose_micro_batch()
         sampled = self._choose_rollout_batch()
         self.passing |= self._worst_case(rows)
-        if config.chunk_bytes is None and config.mode == "offload" and self.cuda:
-            # Each chunk may send a gradient of the whole head to the host, so chunks are made as
-            # large as they can be without exceeding the later peak of the layers' backward.
-            spare = self.chunk_bytes + phases(self.passing)["backward"]
-            spare -= phases(self.passing)["head"]
-            self.chunk_bytes = max(self.chunk_bytes, 1 << max(0, spare.bit_length() - 1))
-            self.passing |= self._worst_case(rows)
+        if config.chunk_bytes is None:
+            self._enlarge_chunks(rows)
         self.settings["chunk_bytes"] = self.chunk_bytes
         enough_tokens = min(target_rows * self.row_tokens, EFFICIENT_TOKENS)
         enough_sampled = min(self.completions, EFFICIENT_ROWS)
@@ -67,6 +63,19 @@ class BatchSizes:
         if self.shared:  # each shared prompt has a backward of its own
             self.micro_batches = -(-self.max_rows // rows) * prompts
             self.shared_prompts = self.computed_prompts = prompts
+
+    def _enlarge_chunks(self, rows: int) -> None:
+        """Make chunks of logits as large as the later peak of the layers' backward allows.
+
+        Each reads the head's weight again; with offload it may also send a gradient of the whole
+        head to the host.
+        """
+        spare = self.chunk_bytes + phases(self.passing)["backward"] - phases(self.passing)["head"]
+        larger = 1 << max(0, spare.bit_length() - 1)
+        if not (self.cuda and self.config.mode == "offload"):
+            larger = min(larger, MAX_CHUNK_BYTES)
+        self.chunk_bytes = max(self.chunk_bytes, larger)
+        self.passing |= self._worst_case(rows)
 
     def _choose_micro_batch(self) -> tuple[int, int]:
         """Choose the rows of a micro-batch; return them and the rows that would be efficient."""
