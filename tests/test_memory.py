@@ -1,15 +1,24 @@
 """No tensor comes near the size of the logits, and the user's budget holds."""
 
 import itertools
+import mmap
+import sys
 
 import pytest
 import torch
 from kernel_params import needs_extension, on_cpu_only
 from torch.profiler import ProfilerActivity, profile
-from truth import draw, entropy_of
+from torch.testing import assert_close
+from truth import draw, entropy_of, leaves
 
-from em_kernels import entropy_from_logits, fused_entropy_loss, fused_token_stats
-from em_kernels.ops import from_logits, gemm
+from em_kernels import (
+    entropy_from_logits,
+    fused_entropy_loss,
+    fused_token_stats,
+    gradient_report,
+)
+from em_kernels.ops import from_logits, gemm, saved_gradients
+from em_kernels.ops.memory import untouched_zeros
 
 N, D, V = 512, 32, 2048
 CHUNK_BYTES = 64 * V * 4
@@ -145,3 +154,46 @@ def test_entropy_from_logits(dtype, monkeypatch):
     assert max(forward) <= CHUNK_BYTES
     backward = sorted(allocations(lambda: entropy[0].backward(UPSTREAM)))
     assert backward[-1] == N * V * dtype.itemsize and backward[-2] <= CHUNK_BYTES
+
+
+def resident_bytes():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * mmap.PAGESIZE
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_that_a_tolerance_leaves_0_take_no_memory(dtype):
+    """All but a few rows of dweight are 0, in memory that nobody touches."""
+    weight = torch.randn(100_000, 128).to(dtype)
+    hidden, weight = leaves(weight[:8].clone(), weight)
+    loss = fused_entropy_loss(hidden, weight, grad_tolerance=2**-9, chunk_bytes=8 << 20)
+    assert gradient_report(loss).active_share < saved_gradients.UNTOUCHED_SHARE
+    before = resident_bytes()
+    (first,) = torch.autograd.grad(loss, weight, retain_graph=True)
+    assert resident_bytes() - before < first.nbytes / 4
+    assert first.is_contiguous() and first.shape == weight.shape and first.dtype == dtype
+    (second,) = torch.autograd.grad(3 * loss, weight)
+    assert_close(second, 3 * first)
+    kept = (first != 0).any(1)
+    first += 1  # it is the caller's to write to
+    assert (first[~kept] == 1).all() and 8 <= kept.sum() < 10_000
+    assert torch.equal((second != 0).any(1), kept)
+
+
+def test_as_exact_as_where_all_rows_are_written(monkeypatch):
+    hidden, weight = leaves(torch.randn(8, 64), torch.randn(5000, 64))
+    loss = fused_entropy_loss(hidden.detach() * 4, weight, grad_tolerance=0.01)
+    found = []
+    for share in (0.0, 1.0):
+        monkeypatch.setattr(saved_gradients, "UNTOUCHED_SHARE", share)
+        found.append(torch.autograd.grad(loss, weight, retain_graph=True)[0])
+    assert torch.equal(*found) and (found[0] == 0).all(1).any()
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (1, 1), (70, 1000)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_untouched_zeros(shape, dtype):
+    found = untouched_zeros(shape, dtype)
+    assert torch.equal(found, torch.zeros(shape, dtype=dtype))
+    assert torch.equal(found.fill_(2.5), torch.full(shape, 2.5, dtype=dtype))

@@ -1,5 +1,9 @@
 """Memory that a chunk of logits may take, and its allocation."""
 
+import math
+import mmap
+from contextlib import suppress
+
 import torch
 from torch import Tensor
 
@@ -74,3 +78,18 @@ def large_empty(shape: torch.Size | tuple[int, ...], dtype: torch.dtype, like: T
     if x.is_cpu and is_built():
         torch.ops.em_kernels.advise_huge_pages(x)
     return x
+
+
+def untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Return zeros on the CPU that take memory and time only where they are written to.
+
+    They are fresh pages, which the system clears when they are first used; small ones, as it clears
+    whole pages.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if size == 0 or not hasattr(mmap, "MAP_PRIVATE"):  # Windows
+        return torch.zeros(shape, dtype=dtype, device="cpu")
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(AttributeError, OSError):  # a system without huge pages
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)

@@ -8,8 +8,12 @@ from torch import Tensor
 
 from ..kernels.cpu import supports
 from . import choice_costs
-from .memory import large_empty
+from .memory import large_empty, untouched_zeros
 from .weight_gradient import multiply_kept_dy
+
+# Up to this share of rows that are not 0, the others stay untouched. A row of 3 KiB touches almost
+# two pages, and first writes to single pages are slow: beyond it writing all rows is as fast.
+UNTOUCHED_SHARE = 1 / 16
 
 
 def refuse_double_backward() -> None:
@@ -98,7 +102,11 @@ def weight_gradient(
     Where dy was kept it is upstream * dy^T hidden. Otherwise it is upstream * dw, whose rows (K, D)
     are those at the indices, or all of them.
     """
-    out = large_empty((vocab_size, dw.shape[1]), dtype, dw)
+    shape = (vocab_size, dw.shape[1])
+    if dw.is_cpu and 0 < len(dw) <= UNTOUCHED_SHARE * vocab_size:
+        product = _multiply(dw, upstream, torch.empty_like(dw, dtype=dtype))
+        return untouched_zeros(shape, dtype).index_copy_(0, vocab_indices, product)
+    out = large_empty(shape, dtype, dw)
     if hidden is not None and dy.numel() > 0:
         if mask is not None and len(dy) < len(hidden):
             hidden = hidden[torch.nonzero_static(mask, size=len(dy))[:, 0]]
