@@ -79,9 +79,10 @@ class RowProblem(NamedTuple):
 
     def launch(self, kernels: ModuleType, name: str) -> tuple[Tensor, ...]:
         if name == "statistics":
-            return kernels.row_statistics(
-                self.terms.y, self.terms.row, with_collision_and_argmax=False
-            )[:3]
+            y, row = self.terms.y, self.terms.row
+            parts = kernels.row_statistics(y, row, with_collision_and_argmax=False)
+            stats, m, log_s = kernels.finish_rows(parts, y.shape[1], None)
+            return stats.entropy, m, log_s
         if name == "gradient":
             kernels.row_gradient(*self.terms, self.out)
             return (self.out,)
