@@ -99,4 +99,5 @@ def test_gpus(monkeypatch):
     monkeypatch.setattr(choice_costs, "operand_dtype", lambda weight: weight.dtype)
     monkeypatch.setattr(choice_costs, "costs_of", lambda device: GPUS[(9, 0)])
     assert why_exact(head(8192, 4096, 151_936), BOTH) == ""
-    assert why_exact(head(64, 896, 151_936), BOTH) != ""  # launches outweigh such products
+    # Launches outweigh such products.
+    assert why_exact(head(64, 896, 32_000), BOTH) != ""
