@@ -205,7 +205,7 @@ def page(paths: list[Path], studies: list[Path], folder: str = "") -> str:
         if trained:
             lines += ["### A whole update", "", *tables.updates(trained), ""]
         if content.get("ratios"):
-            lines += ["### Must and aim", "", *tables.ratios(content["ratios"]), ""]
+            lines += ["### Ratios, limits and goals", "", *tables.ratios(content["ratios"]), ""]
         for title, rows in tables.proof(content):
             lines += [f"### {title}", "", *rows, ""]
     for path in studies:

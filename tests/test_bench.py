@@ -51,20 +51,19 @@ def refused(capfd, *arguments):
 def test_lm_like_is_calibrated(hidden_size, vocab_size):
     """LM-like inputs match the figures of SmolLM2-135M, also with a larger vocabulary."""
     found = inputs.figures(inputs.lm_like(1024, hidden_size, vocab_size))
-    stated = inputs.STATED
-    assert found.entropy_half == pytest.approx(stated.entropy_half, rel=0.25)
-    assert found.entropy_one == pytest.approx(stated.entropy_one, rel=0.25)
-    assert found.logit_std == pytest.approx(3.4, rel=0.15)
-    assert found.margin == pytest.approx(2.2, rel=0.25)
-    assert stated.active_half / 3 < found.active_half < 2 * stated.active_half
-    assert stated.active_one / 2 < found.active_one < 1.5 * stated.active_one
+    model = inputs.SMOLLM2_FIGURES
+    assert found.entropy_half == pytest.approx(model.entropy_half, rel=0.25)
+    assert found.entropy_one == pytest.approx(model.entropy_one, rel=0.25)
+    assert found.logit_std == pytest.approx(model.logit_std, rel=0.15)
+    assert found.margin == pytest.approx(model.margin, rel=0.25)
+    assert model.active_half / 3 < found.active_half < 2 * model.active_half
+    assert model.active_one / 2 < found.active_one < 1.5 * model.active_one
 
 
 @pytest.mark.slow
 def test_real_states_have_the_stated_figures():
     found = inputs.figures(inputs.real(0.5, 1024))
-    for name in ("entropy_half", "entropy_one", "active_half", "active_one"):
-        assert getattr(found, name) == pytest.approx(getattr(inputs.STATED, name), rel=0.2)
+    assert found == pytest.approx(inputs.SMOLLM2_FIGURES, rel=0.2)
 
 
 def test_uniform_is():
