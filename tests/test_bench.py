@@ -162,7 +162,7 @@ def test_peak_is_that_of_the_run():
 def test_a_run_and_its_report(tmp_path, capfd):
     """Run each case in its own processes, then write the table and plots."""
     path = tmp_path / "device.json"
-    providers = ["floor", "ours", "cce"]
+    providers = ["ours", "cce"]
     assert bench(*TINY, "--provider", *providers, "--results", path) == 0
     out = capfd.readouterr().out
     assert "needs a CUDA GPU" in out or torch.cuda.is_available()
