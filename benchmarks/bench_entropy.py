@@ -67,7 +67,7 @@ def dtype_of(head):
 
 
 BF16 = pytest.mark.parametrize("head", ["bfloat16"], indirect=True)
-LIMITS = {  # of the ratio, by kind and dtype: limit and aim, shown but not asserted
+LIMITS = {  # of the ratio, by kind and dtype: limit and goal, shown but not asserted
     ("loss", "float32"): ("1.20", "1.08"),
     ("loss", "bfloat16"): ("1.8", "1.25"),
     ("forward", "float32"): ("1.15", "1.05"),

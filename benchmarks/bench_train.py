@@ -30,7 +30,7 @@ PROGRAMS = {
     "plain": "plain transformers and eager entropy, fp32",
     OFFICIAL: "the official train.py's way, fp32",
 }
-# Limit and aim of the ratio, shown but not asserted.
+# Limit and goal of the ratio, shown but not asserted.
 LIMITS = {"plain": (">= 2", ">= 4"), OFFICIAL: (">= 5", ">= 10")}
 LOSS_RTOL = 0.01  # between losses on the same tokens; ours drops 2^-9 of its gradient
 

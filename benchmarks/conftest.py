@@ -70,7 +70,7 @@ def pytest_terminal_summary(terminalreporter, config):
     write = terminalreporter.write_line
     name = store.device_name(DEVICE)
     write(f"\n{name}; torch {torch.__version__}; medians of {ROUNDS} rounds in turns")
-    head = ("what", "over", "ms", "over, ms", "ratio", "quartiles", "must", "aim")
+    head = ("what", "over", "ms", "over, ms", "ratio", "quartiles", "limit", "goal")
     lines = [head] + [
         (
             row["what"],

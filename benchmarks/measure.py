@@ -2,7 +2,8 @@
 
 `python -m benchmarks.measure truth FILE` writes the fp64 loss, and fp64 gradients of a sample, to
 FILE; `python -m benchmarks.measure run FILE` compares a provider with it, and measures its work,
-memory and time.
+memory and time; `python -m benchmarks.measure fresh FILE` measures its time alone, with nothing set
+in the process, and reads no FILE.
 """
 
 import ctypes
@@ -14,6 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
 from typing import NamedTuple
@@ -100,8 +102,13 @@ def upstream(case: Case, device: str) -> Tensor:
     return torch.linspace(-1, 1, case.tokens, device=device) / case.tokens
 
 
+def clear_gradients(problem: HeadProblem) -> None:
+    problem.hidden.grad = problem.weight.grad = None
+
+
 def call(provider: Provider, case: Case, problem: HeadProblem) -> Tensor | None:
-    """Run one training step, which leaves gradients in .grad; return the loss."""
+    """Run one training step, which replaces the gradients in .grad; return the loss."""
+    clear_gradients(problem)
     if provider.loss is None:
         products(problem, GEMMS[case.task])
         return None
@@ -114,10 +121,6 @@ def call(provider: Provider, case: Case, problem: HeadProblem) -> Tensor | None:
     if case.task != "forward":
         loss.backward()
     return loss.detach()
-
-
-def clear_gradients(problem: HeadProblem) -> None:
-    problem.hidden.grad = problem.weight.grad = None
 
 
 def wide_logits(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -293,11 +296,7 @@ def measure(case: Case, true: dict[str, dict]) -> dict[str, object]:
     provider = PROVIDERS[case.provider]
     return_freed_memory()
     problem = make_problem(case)
-
-    def run() -> Tensor | None:
-        clear_gradients(problem)
-        return call(provider, case, problem)
-
+    run = partial(call, provider, case, problem)
     found: dict[str, object] = {"versions": versions(provider)}
     if case.provider == "compile":
         run()  # compiles, so that what follows measures the compiled code alone
@@ -320,7 +319,18 @@ def measure(case: Case, true: dict[str, dict]) -> dict[str, object]:
         found["beyond_gradients_mib"] = round(max(0, peak - gradients) / 2**20, 1)
     clear_gradients(problem)
     keep_freed_memory()
-    return found | in_turns(case.device, run, lambda: products(problem, GEMMS[case.task]))
+    return found | in_turns(case.device, run, partial(products, problem, GEMMS[case.task]))
+
+
+def fresh_times(case: Case) -> dict[str, object]:
+    """Time a case where nothing is set, as in a user's program.
+
+    On a CPU, freed memory then goes back to the system, and each call pays for its new pages.
+    """
+    problem = make_problem(case)
+    run = partial(call, PROVIDERS[case.provider], case, problem)
+    run()  # compiles, and starts threads
+    return in_turns(case.device, run, partial(products, problem, GEMMS[case.task]))
 
 
 def versions(provider: Provider) -> dict[str, str]:
@@ -340,7 +350,7 @@ def main() -> None:
         found: dict[str, object] = {}
     else:
         try:
-            found = measure(case, torch.load(path))
+            found = fresh_times(case) if kind == "fresh" else measure(case, torch.load(path))
         except ImportError as error:
             found = {"skipped": f"does not import: {str(error).splitlines()[0]}"}
         except (MemoryError, torch.OutOfMemoryError) as error:

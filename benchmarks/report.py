@@ -51,8 +51,13 @@ def featured(cases: dict[str, dict]) -> list[list[dict]]:
         rows = [row for row in plain if (row["shape"], row["input"]) == pair]
         most = max(row["tokens"] for row in rows)
         rows = [row for row in rows if row["tokens"] == most]
-        found.append(sorted(rows, key=lambda row: row.get("ratio", float("inf"))))
+        found.append(sorted(rows, key=rank))
     return found
+
+
+def rank(row: dict) -> float:
+    """Return the ratio, of a fresh process where there is one; infinity for a row without."""
+    return row.get("fresh_ratio", row.get("ratio", float("inf")))
 
 
 def heading(row: dict) -> str:
@@ -68,22 +73,45 @@ def name_of(row: dict) -> str:
     return name if provider.quantity == "entropy" else f"{name} ({provider.quantity})"
 
 
-def cells(row: dict, memory: tuple[str, ...]) -> str:
-    """Return a row's cells: time, ratio, memory, work, error; empty if not measured."""
+def fresh_cell(row: dict) -> str:
+    """Return time and ratio in a fresh process; empty if not measured."""
+    if "fresh_ratio" not in row:
+        return ""
+    low, high = row["fresh_ratio_quartiles"]
+    return f"{row['fresh_time_ms']:.0f} ms, {row['fresh_ratio']:.2f} ({low:.2f}-{high:.2f})"
+
+
+def cells(row: dict, fresh: bool, memory: tuple[str, ...]) -> str:
+    """Return a row's cells: times, memory, work, error; empty if not measured."""
     low, high = row["ratio_quartiles"]
     found = [f"{row['time_ms']:.0f} ms", f"{row['ratio']:.2f} ({low:.2f}-{high:.2f})"]
+    found += [fresh_cell(row)] if fresh else []
     found += [f"{row[name]:.0f} MiB" if name in row else "" for name in memory]
     found.append("" if row["gemm_units"] is None else f"{row['gemm_units']:.2f}")
     found.append(f"{100 * worst_error(row):.2g} %" if "error" in row else "")
     return " | ".join(found)
 
 
+def has_fresh(rows: list[dict]) -> bool:
+    """Return True if a fresh process was measured too, which it is on a CPU alone."""
+    return any("fresh_ratio" in row for row in rows)
+
+
+def head_lines(first: list[str], fresh: bool, memory: list[str]) -> list[str]:
+    times = ["time", "over the GEMM floor", *(["in a fresh process"] if fresh else [])]
+    heads = [*first, *times, *memory, "GEMM work", "error"]
+    return [
+        "|" + "".join(f" {head} |" if head else " |" for head in heads),
+        "|" + "---|" * len(heads),
+    ]
+
+
 def table(rows: list[dict]) -> list[str]:
+    fresh = has_fresh(rows)
     lines = [
         f"{heading(rows[0])}: loss with all gradients",
         "",
-        "| | time | over the GEMM floor | peak memory | beyond gradients | GEMM work | error |",
-        "|---|---|---|---|---|---|---|",
+        *head_lines([""], fresh, ["peak memory", "beyond gradients"]),
     ]
     unable: dict[str, list[str]] = {}
     for row in rows:
@@ -92,9 +120,10 @@ def table(rows: list[dict]) -> list[str]:
             continue
         name = name_of(row)
         if "wrong" in row:
-            lines.append(f"| {name} | wrong | | | | | **{100 * worst_error(row):.2g} %** |")
+            empty = " |" * (5 if fresh else 4)
+            lines.append(f"| {name} | wrong |{empty} **{100 * worst_error(row):.2g} %** |")
             continue
-        lines.append(f"| {name} | {cells(row, ('peak_mib', 'beyond_gradients_mib'))} |")
+        lines.append(f"| {name} | {cells(row, fresh, ('peak_mib', 'beyond_gradients_mib'))} |")
     lines.append("")
     for why, names in unable.items():
         lines.append(f"Not here: {', '.join(names)}: {why}.")
@@ -109,17 +138,17 @@ def others(content: dict) -> list[str]:
     rows = [row for row in rows if row["shape"] != "scaling" and "ratio" in row]
     if not rows:
         return []
+    fresh = has_fresh(rows)
     lines = [
         "Each over the products that its own task needs.",
         "",
-        "| problem | task | | time | over the GEMM floor | beyond gradients | GEMM work | error |",
-        "|---|---|---|---|---|---|---|---|",
+        *head_lines(["problem", "task", ""], fresh, ["beyond gradients"]),
     ]
     for row in rows:
         kind, tau = row["input"].rsplit("-", 1)
         lines.append(
             f"| {row['shape']}, {TITLES[kind]}, {tau} | {row['task']} | {name_of(row)} "
-            f"| {cells(row, ('beyond_gradients_mib',))} |"
+            f"| {cells(row, fresh, ('beyond_gradients_mib',))} |"
         )
     return lines
 
@@ -205,7 +234,7 @@ def page(paths: list[Path], studies: list[Path], folder: str = "") -> str:
         if trained:
             lines += ["### A whole update", "", *tables.updates(trained), ""]
         if content.get("ratios"):
-            lines += ["### Must and aim", "", *tables.ratios(content["ratios"]), ""]
+            lines += ["### Ratios, limits and goals", "", *tables.ratios(content["ratios"]), ""]
         for title, rows in tables.proof(content):
             lines += [f"### {title}", "", *rows, ""]
     for path in studies:
@@ -297,10 +326,13 @@ def time_figure(plt, content: dict, theme: str):
     height = 1.2 + 0.36 * max(map(len, groups))
     figure, panels = plt.subplots(1, len(groups), figsize=(5.4 * len(groups), height))
     for axes, rows in zip([panels] if len(groups) == 1 else panels, groups, strict=True):
-        ratios = [row["ratio"] for row in rows]
+        fresh = all("fresh_ratio" in row for row in rows)  # never both kinds in one panel
+        prefix = "fresh_" if fresh else ""
+        ratios = [row[f"{prefix}ratio"] for row in rows]
+        quartiles = [row[f"{prefix}ratio_quartiles"] for row in rows]
         spread = [
-            [row["ratio"] - row["ratio_quartiles"][0] for row in rows],
-            [row["ratio_quartiles"][1] - row["ratio"] for row in rows],
+            [ratio - low for ratio, (low, _) in zip(ratios, quartiles, strict=True)],
+            [high - ratio for ratio, (_, high) in zip(ratios, quartiles, strict=True)],
         ]
         axes.barh(
             [PROVIDERS[row["provider"]].title for row in rows],
@@ -310,14 +342,14 @@ def time_figure(plt, content: dict, theme: str):
             color=[colour(row["provider"], theme) for row in rows],
             height=0.66,
         )
-        for place, row in enumerate(rows):
-            label = f"  {row['ratio']:.2f}"
-            axes.text(row["ratio_quartiles"][1], place, label, va="center")
+        for place, (ratio, (_, high)) in enumerate(zip(ratios, quartiles, strict=True)):
+            axes.text(high, place, f"  {ratio:.2f}", va="center")
         axes.axvline(1, color=THEMES[theme][0], linewidth=1, linestyle=":")
-        axes.set_xlim(0, 1.15 * max(row["ratio_quartiles"][1] for row in rows))
+        axes.set_xlim(0, 1.15 * max(high for _, high in quartiles))
         axes.invert_yaxis()
         axes.tick_params(axis="y", length=0)
-        axes.set_xlabel("time over that of the bare matrix products")
+        where = ", in a fresh process" if fresh else ""
+        axes.set_xlabel(f"time over that of the bare matrix products{where}")
         kind, tau = rows[0]["input"].rsplit("-", 1)
         axes.set_title(f"{rows[0]['shape']}, {TITLES[kind]}, temperature {tau}", fontsize=10)
     figure.tight_layout(w_pad=3)

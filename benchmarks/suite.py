@@ -62,8 +62,8 @@ def _listed(texts: dict[str, str]) -> str:
 
 DESCRIPTION = f"""Measure time, peak memory, GEMM work and error of losses over an LM head.
 
-Each provider runs in a process of its own. By default these are measured, in
-bfloat16, for the loss with all gradients:
+Each case runs in a process of its own, and on a CPU again in a second one. By
+default these are measured, in bfloat16, for the loss with all gradients:
   CPU  {" and ".join(f"{shape} with {kind}" for shape, kind in report.FEATURED["cpu"])}
   GPU  {", ".join(shape for shape, _ in report.FEATURED["cuda"])}, with lm-0.5
 with every provider but ours-64mib and, on a CPU, linear-cross-entropy (80 s a
@@ -72,6 +72,9 @@ Ctrl-C keeps them.
 
   time    median, and its ratio (quartiles) to the floor: the bare matrix
           products, timed in turns with it. Compare ratios: a machine's speed varies
+  fresh   the ratio in a fresh process, as your program is: nothing is set there,
+          so each call pays for the pages of its new outputs. The first process
+          keeps freed memory, as a GPU's allocator does. Only on a CPU
   peak    memory above the inputs: of the device's allocator, or resident on a CPU
   work    GEMM work / (tokens x hidden x vocabulary); a product costs 2
   error   relative, against fp64 on a sample: the worst of loss and gradients
@@ -220,10 +223,29 @@ def line_of(case: Case, row: dict) -> str:
     low, high = row["ratio_quartiles"]
     peak = f"{row['peak_mib']:.0f} MiB" if "peak_mib" in row else "-"
     work = "-" if row["gemm_units"] is None else f"{row['gemm_units']:.2f}"
+    fresh = ""
+    if "fresh_ratio" in row:
+        fresh = ", fresh {:.2f} ({:.2f}-{:.2f})".format(
+            row["fresh_ratio"], *row["fresh_ratio_quartiles"]
+        )
+    elif "fresh_skipped" in row:
+        fresh = f", fresh skipped: {row['fresh_skipped']}"
     return (
         f"{name}{row['time_ms']:9.1f} ms {row['ratio']:6.2f} of the floor ({low:.2f}-{high:.2f})"
-        f"{peak:>12}  work {work}  {error}"
+        f"{fresh}{peak:>12}  work {work}  {error}"
     )
+
+
+def measured_row(case: Case, truth: Path) -> dict:
+    """Measure a case; on a CPU also in a fresh process, whose fields begin with fresh_.
+
+    A GPU's memory is kept by its allocator in every process, and --scaling is about memory.
+    """
+    row = run_process("run", case, truth)
+    if case.device == "cpu" and case.shape != "scaling" and "ratio" in row:
+        fresh = run_process("fresh", case, truth)
+        row |= {f"fresh_{name}": value for name, value in fresh.items()}
+    return row
 
 
 def run(cases: list[Case], path: Path) -> int:
@@ -240,7 +262,7 @@ def run(cases: list[Case], path: Path) -> int:
                 why = reason_not_to(case)
                 if why is None and failed is None:
                     failed = run_process("truth", case, truth)
-                row = {"skipped": why} if why else failed or run_process("run", case, truth)
+                row = {"skipped": why} if why else failed or measured_row(case, truth)
                 print(line_of(case, row), flush=True)
                 measured += "skipped" not in row
                 key = f"{case.problem} {case.provider}"

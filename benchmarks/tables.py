@@ -135,10 +135,10 @@ def updates(rows: dict[str, dict]) -> list[str]:
 def ratios(rows: dict[str, dict]) -> list[str]:
     """Tabulate `make bench`."""
     lines = [
-        f"By `make bench`, {max(row['date'] for row in rows.values())}: ratios, what they must be "
-        "and what is aimed at.",
+        f"By `make bench`, {max(row['date'] for row in rows.values())}. A ratio should keep to its "
+        "limit, and is worked on until it reaches its goal.",
         "",
-        "| | over | ratio | must | aim | time |",
+        "| | over | ratio | limit | goal | time |",
         "|---|---|---|---|---|---|",
     ]
     for row in rows.values():
@@ -157,7 +157,7 @@ def study(report: dict) -> list[str]:
         f"{report['data']}, {report['model']} model, {report['held_out']} held-out problems, "
         "accuracy in %",
         "",
-        f"| | prompts | right before, by vote | greedy | change | sampled | over T = {best:g} |",
+        f"| | prompts | solved before | greedy | change | sampled | over T = {best:g} |",
         "|---|---|---|---|---|---|---|",
         f"| untrained | | | {100 * report['base_greedy']:.1f} | | "
         f"{100 * report['base_sampled']['1.0']:.1f} | |",

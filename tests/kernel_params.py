@@ -53,4 +53,5 @@ CUDA = pytest.param(
         pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
     ],
 )
+DWEIGHT = ["kept", "accumulated"]  # parameters of the fixture `dweight`
 on_cpu_only = pytest.mark.parametrize("rows", ROWS, indirect=True)

@@ -311,13 +311,18 @@ def test_the_readme_s_first_numbers():
     cases = json.loads(results.read_text())["cases"].values()
     chosen = {"shape": "qwen2.5-1.5b", "dtype": "bfloat16", "task": "loss", "input": "lm-0.5"}
     rows = {c["provider"]: c for c in cases if chosen.items() <= c.items()}
-    ours, compiled, floor = rows["ours"], rows["compile"], rows["floor"]
+    ours, compiled = rows["ours"], rows["compile"]
     worse = max(compiled["error"].values()) / max(ours["error"].values())
+    # In a fresh process, as a reader's is, where that was measured
+    ms = {
+        name: rows[name].get("fresh_time_ms", rows[name]["time_ms"])
+        for name in ("ours", "compile", "floor")
+    }
     text = " ".join(PAGES["README.md"].split())
     assert f"({ours['tokens']} tokens, {ours['vocab_size']:,} vocabulary entries, bf16)" in text
-    assert f"all gradients take {ours['time_ms']:.0f} ms" in text
-    assert f"takes {compiled['time_ms']:.0f} ms with {worse:.0f} times the error" in text
-    assert f"the matrix products alone take {floor['time_ms']:.0f} ms" in text
+    assert f"all gradients take {ms['ours']:.0f} ms" in text
+    assert f"takes {ms['compile']:.0f} ms with {worse:.0f} times the error" in text
+    assert f"the matrix products alone take {ms['floor']:.0f} ms" in text
 
 
 def test_equations_are_numbered_as_in_the_reference():

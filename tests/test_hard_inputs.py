@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from kernel_params import CUDA, OLDER, ROWS, TRITON
+from kernel_params import CUDA, DWEIGHT, OLDER, ROWS, TRITON
 from torch.testing import assert_close
 from truth import (
     assert_no_worse_than_eager,
@@ -21,7 +21,19 @@ from em_kernels import entropy_from_logits, fused_entropy_loss, fused_token_stat
 
 pytestmark = pytest.mark.usefixtures("rows")
 both_ways = pytest.mark.usefixtures("dweight")  # a mean or sum keeps dy, or does not
-on_triton_too = pytest.mark.parametrize("rows", [*ROWS, *OLDER, TRITON, CUDA], indirect=True)
+WITH_TRITON = [*ROWS, *OLDER, TRITON, CUDA]
+on_triton_too = pytest.mark.parametrize("rows", WITH_TRITON, indirect=True)
+
+
+def in_one_way(rows, way):
+    """Combine the parameters; the interpreter takes most of the time, so its second way is slow."""
+    marks = [pytest.mark.slow] if rows is TRITON and way == "accumulated" else []
+    return pytest.param(*rows.values, way, id=f"{rows.id}-{way}", marks=[*rows.marks, *marks])
+
+
+def both_ways_on_triton_too(test):
+    pairs = [in_one_way(rows, way) for rows in WITH_TRITON for way in DWEIGHT]
+    return pytest.mark.parametrize("rows, dweight", pairs, indirect=True)(both_ways(test))
 
 
 def heads(logits):
@@ -54,8 +66,7 @@ def assert_rows_close(gradient, truth):
     assert (error <= 2e-6 * truth.norm(dim=1)).all(), error / truth.norm(dim=1)
 
 
-@both_ways
-@on_triton_too
+@both_ways_on_triton_too
 @pytest.mark.parametrize("shift", [-1e4, -300.0, 300.0, 1e4])
 def test_shift_invariance(shift):
     """Also for rows of negative logits only: verl #7439 starts the running maximum at 0."""
@@ -87,8 +98,7 @@ def test_words_masked_by_the_least_number(dtype, v):
         assert_rows_close(gradient, true_gradient)
 
 
-@both_ways
-@on_triton_too
+@both_ways_on_triton_too
 @pytest.mark.parametrize("gap", [200.0, 1e4, 1e30])
 def test_one_hot_rows(gap):
     logits = torch.zeros(3, 40)
@@ -97,8 +107,7 @@ def test_one_hot_rows(gap):
         assert (entropy == 0).all() and (gradient == 0).all()
 
 
-@both_ways
-@on_triton_too
+@both_ways_on_triton_too
 @pytest.mark.parametrize("gap", [10.0, 14.0, 17.0, 20.0])
 def test_entropy_of_a_sure_model(gap):
     """For H of 2e-2 to 2e-6, log(1 + s') in fp32 would lose three digits and more."""
@@ -144,8 +153,7 @@ def test_gradient_of_a_sure_logprob():
     assert_close(gradient.double(), expected, rtol=2e-5, atol=0)
 
 
-@both_ways
-@on_triton_too
+@both_ways_on_triton_too
 def test_logits_of_ten_thousand():
     logits = torch.linspace(-1e4, 1e4, 63).repeat(2, 1)
     logits[:, -2] = 1e4 - 0.5
@@ -155,8 +163,7 @@ def test_logits_of_ten_thousand():
         assert_rows_close(gradient, true_gradient)
 
 
-@both_ways
-@on_triton_too
+@both_ways_on_triton_too
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_words_masked_by_the_bias(softcap):
     """Masked entries count as absent, with a softcap too (which would turn -inf into -softcap)."""
@@ -195,8 +202,7 @@ def test_target_that_is_masked():
     assert logprob.isneginf().tolist() == [True, False, False]
 
 
-@both_ways
-@on_triton_too
+@both_ways_on_triton_too
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_broken_rows_stay_alone(poison, reduction):
@@ -290,11 +296,13 @@ def test_fp16_mean_over_many_tokens():
         assert relative_error(mine, true.double()) < 1e-3
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.slow)]
+)
 def test_mean_of_statistics_over_many_tokens(dtype, monkeypatch):
     """The same for fused_token_stats, where only 16-bit GEMMs show it."""
     n = 4096
-    *inputs, _ = draw(n, 8, 8000, dtype=dtype, scale=0.3)
+    *inputs, _ = draw(n, 8, 4000, dtype=dtype, scale=0.3)
     exact = [x.detach().double().requires_grad_() for x in inputs]
 
     def gradients(hidden, weight, bias):
@@ -304,7 +312,7 @@ def test_mean_of_statistics_over_many_tokens(dtype, monkeypatch):
     true = gradients(*exact)
     monkeypatch.setattr(ops.inputs, "operand_dtype", lambda weight: weight.dtype)  # as on a GPU
     for mine, reference in zip(gradients(*inputs), true, strict=True):
-        assert relative_error(mine, reference) < 1e-2  # else 0.125 in fp16
+        assert relative_error(mine, reference) < 1e-2  # else 0.08 and more in fp16
 
 
 @pytest.mark.usefixtures("rows")

@@ -30,9 +30,15 @@ NEEDS = [[True, True, True], [True, False, False], [False, True, False], [False,
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("needs", NEEDS)
-@pytest.mark.parametrize("optional", [True, False])
+@pytest.mark.parametrize(
+    "optional, dtype",
+    [
+        *((True, dtype) for dtype in DTYPES),
+        (False, torch.float32),
+        pytest.param(False, torch.bfloat16, marks=pytest.mark.slow),
+    ],
+)
 def test_opcheck(optional, needs, dtype):
     needs = [*needs[:2], needs[2] and optional]
     h, w, b, targets, mask, tau = arguments(needs, dtype, optional)

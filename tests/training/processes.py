@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from io import StringIO
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 from rich.console import Console
@@ -37,6 +38,7 @@ from em_kernels.training.engines import engine_of  # noqa: E402
 from em_kernels.training.interrupts import Interrupted, StopRequest  # noqa: E402
 from em_kernels.training.models.rounding import dithered  # noqa: E402
 from em_kernels.training.rollouts.sampling import Rollout  # noqa: E402
+from em_kernels.training.settings import UserError  # noqa: E402
 from em_kernels.training.trainer import train  # noqa: E402
 
 EXAMPLES = TESTS.parent / "examples"
@@ -152,7 +154,17 @@ def engine_facts(config):
     except Interrupted:
         told = True
     engine.close()
-    return {"loss": [*loss, norm], "told": told, "parts": parts}
+    facts = {"loss": [*loss, norm], "told": told, "parts": parts}
+    return {**facts, "refusal": refusal(lambda: find_ranks(config.device, rollouts=1))}
+
+
+def refusal(work):
+    """Return what ends this process; ranks other than the first say nothing, after a while."""
+    with mock.patch("time.sleep"):
+        try:
+            work()
+        except (UserError, SystemExit) as error:
+            return str(error)
 
 
 def left(run):

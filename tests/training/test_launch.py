@@ -34,13 +34,14 @@ def test_examples(folders, tmp_path, example, engine, model):
     assert [row["index"] for row in read(tmp_path / "run/rollouts.jsonl")] == [*range(6)] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("more", "env", "line"),
     [
-        slow(["--steps", "0"], {}, "greater than or equal to 1"),
+        (["--steps", "0"], {}, "greater than or equal to 1"),
         (["--rollouts", "1"], {}, "rollouts: 1 are fewer than the 2 processes"),
-        slow(["--mode", "lora"], FSDP2, "mode: lora does not go with fsdp2, which has full"),
-        slow([], {**FSDP2, "FSDP_VERSION": "1"}, "fsdp: version 1 is not supported"),
+        (["--mode", "lora"], FSDP2, "mode: lora does not go with fsdp2, which has full"),
+        ([], {**FSDP2, "FSDP_VERSION": "1"}, "fsdp: version 1 is not supported"),
     ],
 )
 def test_what_cannot_work_is_one_line(folders, tmp_path, more, env, line):
@@ -64,6 +65,7 @@ def test_a_folder_in_use_is_one_line(folders, tmp_path):
         code, out, err = launched(torchrun(), *command, where=tmp_path)
     ours = [words for words in err.splitlines() if words.startswith("em-kernels train:")]
     assert code != 0 and len(ours) == 1 and "another process works in run now" in ours[0], err
+    assert "rank      : " in err  # the launcher's own table
 
 
 ENGINES = [pytest.param({}, id="replicas"), pytest.param(FSDP2, id="fsdp2", marks=pytest.mark.slow)]

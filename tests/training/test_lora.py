@@ -97,7 +97,7 @@ def test_gradients_are_those_of_the_product():
     [
         ("q_proj",),
         ("v_proj",),
-        ("q_proj", "v_proj"),
+        pytest.param(("q_proj", "v_proj"), marks=pytest.mark.slow),
         ("layers.1.self_attn.q_proj",),
         ("layers.1.self_attn.k_proj", "layers.0.mlp.up_proj"),
         ("layers.1.mlp.down_proj",),

@@ -44,7 +44,7 @@ def recorded(function):
     "kind, dtype, options, shared",
     [
         ("qwen2", torch.bfloat16, {}, True),
-        ("qwen2", torch.bfloat16, {}, False),
+        pytest.param("qwen2", torch.bfloat16, {}, False, marks=pytest.mark.slow),
         ("gemma2", torch.float32, {"head_dim": 16, "query_pre_attn_scalar": 16}, False),
         ("gpt2", torch.float32, {}, False),  # its layers are Conv1D
     ],

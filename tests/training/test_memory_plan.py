@@ -220,8 +220,8 @@ def test_batches_shrink_with_memory():
 @pytest.mark.parametrize(
     "changes, remedy",
     [
-        ({"micro_batch": 10**6, "rollouts": 600}, "--micro-batch auto"),
-        ({"rollout_batch": 600, "rollouts": 600}, "--rollout-batch auto"),
+        ({"micro_batch": 10**6, "rollouts": 300}, "--micro-batch auto"),
+        ({"rollout_batch": 300, "rollouts": 300}, "--rollout-batch auto"),
     ],
 )
 def test_refusals_name_what_is_missing_and_what_helps(changes, remedy):

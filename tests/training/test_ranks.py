@@ -52,6 +52,8 @@ def test_engines(by_engine, engine, env):
     for rank in (0, 1):
         facts = json.loads((home / f"engine.{rank}.json").read_text())
         assert facts["loss"] == [0, 0, 0, 0] and facts["told"]
+        line = "rollouts: 1 are fewer than the 2 processes; raise it"
+        assert facts["refusal"] == ("2" if rank else line)
         layers = [f"model.layers.{i}" for i in range(2)] if engine == "fsdp2" else []
         assert [name for name in facts["parts"] if "layers" in name] == layers
 

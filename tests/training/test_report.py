@@ -8,10 +8,12 @@ from collections import Counter
 from decimal import Decimal
 from html.parser import HTMLParser
 from io import StringIO
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from peft import PeftModel
 from rich.console import Console
 from scipy.stats import fisher_exact, skew
@@ -111,6 +113,20 @@ def plain(model, rollouts, temperature):
     return z, entropy, logp.exp().gather(1, tokens[:, None])[:, 0]
 
 
+@pytest.fixture
+def quick_pngs(monkeypatch):
+    """Write empty PNGs, which two tests draw; the SVGs of the page are drawn."""
+    draw = Figure.savefig
+
+    def savefig(figure, target, **options):
+        target.touch() if isinstance(target, Path) else draw(figure, target, **options)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+
+
+without_pngs = pytest.mark.usefixtures("quick_pngs")
+
+
 @pytest.fixture(scope="module")
 def trained(folder, tmp_path_factory):
     output = tmp_path_factory.mktemp("runs") / "one"
@@ -150,6 +166,7 @@ def test_measures_are_plain_torch(kind, tolerance):
     assert torch.equal(found.histogram, histogram) and histogram.sum() == finite.numel()
 
 
+@without_pngs
 def test_a_page_shows_what_plain_torch_has(trained, folder):
     page, metrics = report(trained), read(trained / "metrics.jsonl")
     models = {
@@ -242,6 +259,7 @@ def test_pieces_of_characters():
     assert pieces(tokenizer, [], [start] * 9) == [""] * 9
 
 
+@without_pngs
 def test_adapters_and_one_update(folder, tmp_path):
     """LoRA checkpoints are loaded on their base; with one update there are no later texts."""
     config = settings(folder, tmp_path / "lora", mode="lora", steps=1, lr=0.1)
@@ -257,6 +275,7 @@ def test_adapters_and_one_update(folder, tmp_path):
     assert "sampled by the model before that update" not in page.told
 
 
+@without_pngs
 def test_an_answer_that_came_on_resume(folder, tmp_path):
     config = settings(folder, tmp_path / "run", steps=1, save_optimizer=True)
     run(config)
@@ -266,6 +285,7 @@ def test_an_answer_that_came_on_resume(folder, tmp_path):
     assert accuracy[0] is None and f"prompt was {accuracy[1]:.0%} in update 2." in page.told
 
 
+@without_pngs
 def test_long_completions_and_several_runs(folder, tmp_path, monkeypatch):
     longest = 24
     monkeypatch.setattr(report_module, "LONGEST", longest)
@@ -282,6 +302,7 @@ def test_long_completions_and_several_runs(folder, tmp_path, monkeypatch):
     assert page.tags["svg"] == 10
 
 
+@without_pngs
 @pytest.mark.parametrize("what", ["no checkpoint", "no model", "other model", "no metrics"])
 def test_what_is_missing_is_said(what, trained, folder, tmp_path):
     shutil.copytree(trained, copy := tmp_path / "run")
@@ -338,6 +359,7 @@ def test_words_follow_the_numbers():
     assert repeated.startswith("Repetition rose from 0.0% to 20.0% of the 4-grams")
 
 
+@without_pngs
 def test_the_command(trained, tmp_path, capfd):
     output = tmp_path / "page.html"
     assert main(["report", str(trained), "--no-models", "--output", str(output)]) == 0
@@ -350,6 +372,7 @@ def test_the_command(trained, tmp_path, capfd):
     assert "Example: em-kernels report runs/seed15" in " ".join(capfd.readouterr().out.split())
 
 
+@without_pngs
 @pytest.mark.parametrize(
     "what", ["no run", "folder", "here", "file in the way", "too long a name", "damaged"]
 )
