@@ -257,7 +257,8 @@ def commands(model: PreTrainedModel, folder: Path) -> str:
     model.to(dtype)
     make_tokenizer().save_pretrained(folder / "model")
     arguments = asked(folder)
-    line = refusal_of(["plan", *arguments, "--prompt-tokens", "6"])
+    prompt_tokens = len(make_tokenizer()(TRAINING_TEXT).input_ids)
+    line = refusal_of(["plan", *arguments, "--prompt-tokens", str(prompt_tokens)])
     line = line or refusal_of(["train", *arguments, "--mode", "full"])
     if not line:
         AutoModelForCausalLM.from_pretrained(Path(arguments[-1], "checkpoints", "step-00001"))

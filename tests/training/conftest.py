@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from training.evaluations import NAMES, evaluation_file
@@ -7,8 +9,25 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from em_kernels.training.models.demo_model import fetch_demo
+from em_kernels.training.planning import planner
 
 disable_progress_bar()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def measurements():
+    """Measure each model once: that takes seconds and depends on nothing else."""
+    kept, real = {}, planner.ModelMemory
+
+    def measured(config, dtype, attention, lora):
+        facts = {**config.to_dict(), "_name_or_path": None}
+        adapters = (lora.lora_rank, lora.lora_targets) if lora else None
+        key = (type(config), json.dumps(facts, default=repr), dtype, attention, adapters)
+        return kept.get(key) or kept.setdefault(key, real(config, dtype, attention, lora))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planner, "ModelMemory", measured)
+        yield
 
 
 @pytest.fixture(scope="session")

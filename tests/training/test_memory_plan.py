@@ -11,7 +11,6 @@ from em_kernels.commands.plan import open_config
 from em_kernels.ops.gemm import bf16_isa
 from em_kernels.ops.memory import TILE
 from em_kernels.training.config import TrainConfig
-from em_kernels.training.planning import planner
 from em_kernels.training.planning.activations import ModelMemory
 from em_kernels.training.planning.components import fixed_bytes, logit_row_bytes
 from em_kernels.training.planning.plan import GIB, phases
@@ -149,22 +148,6 @@ def small():
 
 
 SHORT = {"sampling": {"max_new_tokens": 40}}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def measurements():
-    """Measure each model once: that takes seconds and depends on nothing else."""
-    kept, real = {}, planner.ModelMemory
-
-    def measured(model_config, *others):
-        key = [model_config.to_json_string(use_diff=False)]
-        key += [(x.lora_rank, x.lora_targets) if isinstance(x, TrainConfig) else x for x in others]
-        key = tuple(key)
-        return kept.get(key) or kept.setdefault(key, real(model_config, *others))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planner, "ModelMemory", measured)
-        yield
 
 
 def test_settings_are_filled_in(small):

@@ -245,6 +245,7 @@ class ModelMemory:
     ) -> None:
         self.config, self.itemsize = config, dtype.itemsize
         self._measured: dict[tuple, ActivationBytes] = {}
+        self._caches: dict[int, int] = {}
         with _as_user_error(config):
             whole = _FakeModel(config, dtype, attention, None)
             check_cache(whole.model)
@@ -288,6 +289,11 @@ class ModelMemory:
 
     def cache_bytes(self, tokens: int) -> int:
         """Return the bytes of keys and values of one completion."""
+        if tokens not in self._caches:
+            self._caches[tokens] = self._measure_cache(tokens)
+        return self._caches[tokens]
+
+    def _measure_cache(self, tokens: int) -> int:
         found = []
         for fake in self.models:
             cache = DynamicCache(config=fake.model.config)
