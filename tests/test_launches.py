@@ -14,7 +14,7 @@ from em_kernels.kernels import triton_kernels
 from em_kernels.ops import chunked, sparse, vocab_slabs
 from em_kernels.ops.inputs import GradMask, HeadInputs, SavedStats
 
-ROWS, D, V = 128, 1536, 151936
+ROWS, D, V = 48, 1536, 151936
 CHUNK_BYTES = ROWS * V * 6  # fp32 logits and bf16 dy
 BOTH = GradMask(hidden=True, weight=True)
 FREE = ("empty", "new_empty", "empty_like", "empty_strided", "detach", "scalar_tensor")
@@ -69,7 +69,7 @@ def head(tokens, vocab=V, **named):
 def per_chunk(launches, run, marker="row_statistics_kernel"):
     """Return the launches of each chunk more; a chunk launches the marker once."""
     counts = []
-    for chunks in (8, 16):
+    for chunks in (24, 56):
         launches.names.clear()
         with launches:
             run(chunks)
@@ -106,7 +106,7 @@ def test_statistics(launches, keeps_logits, monkeypatch):
     monkeypatch.setattr(vocab_slabs, "MAX_KEPT_SLAB_BYTES", length * (ROWS * 2 + D * 4))
 
     def run(slabs):
-        inputs = head(ROWS, slabs * length)
+        inputs = head(ROWS, slabs * length)._replace(chunk_bytes=1 << 30)
         out = vocab_slabs.token_stats(inputs, True, may_keep_logits=keeps_logits)
         assert (out.logits.numel() > 0) == keeps_logits
         upstream = torch.empty(5, ROWS, device="meta")

@@ -21,6 +21,7 @@ from .inputs import GradMask, HeadInputs, SavedStats, StatsOutput, part_of, scal
 from .memory import chunk_length, large_empty, logits_budget
 
 MIN_SLAB_BYTES = 64 << 20  # measured on a CPU: GEMMs over fewer vocabulary entries are slow
+SLABS_PER_MERGE = 16  # on a GPU, where a merge is 30 launches; their parts are 512 bytes a token
 MAX_KEPT_SLAB_BYTES = 64 << 20  # for dy and fp32 dweight of a slab of kept logits
 
 
@@ -107,13 +108,21 @@ def token_stats(
 def _statistics_of_slabs(
     inputs: HeadInputs, tokens: slice | Tensor, with_collision_and_argmax: bool
 ) -> RowParts:
-    """Return the parts of all slabs of these tokens."""
-    parts = []
+    """Return the parts of all slabs of these tokens, merged now and then so that they stay few."""
+    parts: list[RowParts] = []
+    most = SLABS_PER_MERGE if inputs.hidden.is_cuda else 1
     for slab in _slabs(inputs, inputs.hidden[tokens], tokens):
         part = kernels.row_statistics(slab.y, slab.row, with_collision_and_argmax)
         if part.argmax is not None:
             part = part._replace(argmax=part.argmax + slab.vocab_slice.start)
         parts.append(part)
+        if len(parts) > most:
+            merged = reference.merge(_joined(parts))
+            parts = [RowParts._make(None if field is None else field[None] for field in merged)]
+    return _joined(parts)
+
+
+def _joined(parts: list[RowParts]) -> RowParts:
     fields = zip(*parts, strict=True)
     return RowParts._make(None if field[0] is None else torch.cat(field) for field in fields)
 
