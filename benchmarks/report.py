@@ -171,31 +171,45 @@ def by_size(content: dict) -> list[str]:
     return lines
 
 
-def about(content: dict) -> str:
-    """Name the device, the date and the versions of what is shown."""
+def shown(content: dict) -> list[dict]:
+    """Return the rows whose dates and versions stand above the tables."""
     groups = featured(content.get("cases", {}))
     groups += [list(content.get(name, {}).values()) for name in ("training", "proof", "parts")]
     rows = [row for group in groups for row in group if "skipped" not in row]
-    rows = rows or [row for group in groups for row in group]
+    return rows or [row for group in groups for row in group]
+
+
+def date_of(content: dict) -> str:
+    return max(row["date"] for row in shown(content))
+
+
+def about(content: dict) -> str:
+    """Name the device, the date and the versions of what is shown."""
+    rows = shown(content)
     versions = {name: v for row in rows for name, v in row.get("versions", {}).items()}
     known = ", ".join(f"{name} {versions[name]}" for name in sorted(versions))
-    return f"On {content['device']}, {max(row['date'] for row in rows)}; {known}."
+    return f"On {content['device']}, {date_of(content)}; {known}."
 
 
 def measured(paths: list[Path]) -> list[tuple[Path, dict]]:
     """Load the files that have something to show."""
     loaded = [(path, store.load(path)) for path in paths]
-    shown = ("training", "proof", "parts")
-    return [(p, c) for p, c in loaded if featured(c.get("cases", {})) or any(map(c.get, shown))]
+    sections = ("training", "proof", "parts")
+    return [(p, c) for p, c in loaded if featured(c.get("cases", {})) or any(map(c.get, sections))]
 
 
 def block(paths: list[Path]) -> str:
-    """Return the README's generated text: five rows of the first featured problem, and a plot."""
+    """Return the README's generated text: five rows of the first featured problem, and a plot.
+
+    Of several CPUs, or GPUs, the one that was measured last.
+    """
     lines: list[str] = []
-    for path, content in measured(paths):
-        groups = featured(content.get("cases", {}))
-        if not groups:
-            continue
+    latest: dict[str, tuple[Path, dict]] = {}
+    for path, content in sorted(measured(paths), key=lambda found: date_of(found[1])):
+        if groups := featured(content.get("cases", {})):
+            latest[groups[0][0]["device"]] = path, content
+    for path, content in latest.values():
+        groups = featured(content["cases"])
         rows = [row for row in groups[0] if row["provider"] in README_PROVIDERS]
         light, dark = (f"benchmarks/results/{path.stem}-time-{t}.svg" for t in THEMES)
         lines += [
