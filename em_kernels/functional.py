@@ -60,7 +60,7 @@ def fused_entropy_loss(
             entries would take longer than it saves (:func:`gradient_report` says so).
         chunk_bytes: memory for the logits held at a time; default the smaller of 1 GiB and an
             eighth of the free memory, rounded down to a power of two (on a GPU 256 tokens at least,
-            while a quarter of it holds them). It sets the order of sums,
+            while a quarter of the free memory holds them). It sets the order of sums,
             and which entries a tolerance drops: give it to get the same bits again on a machine
             with less free memory.
         process_group: ranks that each hold consecutive rows of the weight, and the same entries of

@@ -80,10 +80,14 @@ def test_more_products_never_speak_against_it():
     assert why_exact(head(512, 1536, 151_936), NEITHER) == ""  # nothing to choose
 
 
-def test_ranks_agree_whatever_their_shards():
+def test_ranks_agree_whatever_their_shards_and_devices(monkeypatch):
     for tokens, width in ((1, 16), (8, 64), (64, 256), (512, 1536)):
-        sizes = (1, 1000, 75_968, 151_936)
-        found = {why_exact(head(tokens, width, size, group="0"), BOTH) for size in sizes}
+        found = set()
+        for size in (1, 1000, 75_968, 151_936):
+            for isa in (0, 1):
+                monkeypatch.setattr(choice_costs, "bf16_isa", lambda isa=isa: isa)
+                monkeypatch.setattr("em_kernels.ops.gemm.bf16_isa", lambda isa=isa: isa)
+                found.add(why_exact(head(tokens, width, size, group="0"), BOTH))
         assert len(found) == 1
 
 

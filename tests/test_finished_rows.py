@@ -2,16 +2,36 @@
 
 import pytest
 import torch
-from kernel_params import ROWS, TRITON, interpreted_triton
+from kernel_params import CUDA, ROWS, TRITON, interpreted_triton
 from test_rows import in_fp64, per_row_of, problem, statistics_of, truth_of
 from torch.testing import assert_close
+from torch.utils._pytree import tree_leaves, tree_map_only
 from truth import FLOAT_STATS, relative_error
 
 from em_kernels import reference
 from em_kernels.kernels import portable
 from em_kernels.reference import RowParts, TokenStats
 
-ALL = pytest.mark.parametrize("kernels", [*ROWS, TRITON])
+
+class OnCuda:
+    """Triton's kernels on a GPU, for tensors on the CPU."""
+
+    def __getattr__(self, name):
+        from em_kernels.kernels import triton
+
+        def run(*given):
+            moved = tree_map_only(torch.Tensor, torch.Tensor.cuda, given)
+            found = getattr(triton, name)(*moved)
+            for tensor, written in zip(tree_leaves(given), tree_leaves(moved), strict=True):
+                if torch.is_tensor(tensor):
+                    tensor.copy_(written)
+            return tree_map_only(torch.Tensor, torch.Tensor.cpu, found)
+
+        return run
+
+
+ON_CUDA = pytest.param(OnCuda(), id=CUDA.id, marks=CUDA.marks)
+ALL = pytest.mark.parametrize("kernels", [*ROWS, TRITON, ON_CUDA])
 
 
 def parts_of(z, cuts, targets):
@@ -131,7 +151,7 @@ def test_choice_of_columns(kernels, kind, v):
     row_of[torch.randperm(v)[:old]] = torch.arange(old)
     found = kernels.choose_columns(mass, row_of, tolerance, 64, torch.float32)
     kept, new = found.counts.tolist()
-    chosen, rows = found.vocab_indices[:kept], found.rows[:kept]
+    chosen, rows = found.vocab_indices[:kept], found.dweight_rows[:kept]
     is_kept = torch.zeros(v).bool().index_fill_(0, chosen, True)
     total, left_out = mass.double().sum(), mass[~is_kept].double().sum()
     assert (chosen.diff() > 0).all() and (mass[chosen] != 0).all()
@@ -182,13 +202,13 @@ def test_gradient_of_columns(kernels, count, softcap, bias):
     sixteen = torch.float16 if kernels is interpreted_triton else torch.bfloat16
     before, given = y.clone(), torch.randn(len(y))
     for dtype, tolerance in ((sixteen, 2**-8), (torch.float32, 2e-5)):
-        left_out = given.clone()
+        residual = given.clone()
         per_row = per_row_of(parts, factors)
-        dy = kernels.gradient_of_columns(y, row, per_row, indices, dtype, left_out)
+        dy = kernels.gradient_of_columns(y, row, per_row, indices, dtype, residual)
         assert dy.dtype == dtype and dy.shape == expected.shape
         if count:
             assert relative_error(dy, expected) < tolerance
-        error = (left_out.double() - (given.double() - expected.sum(1))).abs()
+        error = (residual.double() - (given.double() - expected.sum(1))).abs()
         assert (error <= 2e-5 * expected.abs().sum(1) + 1e-6).all()
     assert torch.equal(y, before)
 

@@ -345,3 +345,20 @@ def test_dy_of_several_chunks_is_multiplied_at_once_as_on_a_gpu(trained, mask, m
     rows.clear()
     gradients_of(hidden, weight, 0.0, **arguments)
     assert max(rows) > 60
+
+
+def test_a_gpu_s_default_batches_dy_only_within_its_budget(monkeypatch):
+    """The default may rise to a tile of rows for the logits, but not for the dy beside them."""
+    asked = []
+
+    def chunk_length(total, bytes_each, *others, at_least_a_tile):
+        asked.append((bytes_each, at_least_a_tile))
+        return max(1, total // (8 if at_least_a_tile else 16))
+
+    monkeypatch.setattr(inputs.HeadInputs, "dy_has_own_buffer", True)
+    monkeypatch.setattr(inputs, "operand_dtype", lambda weight: torch.bfloat16)
+    monkeypatch.setattr(chunked, "chunk_length", chunk_length)
+    hidden, weight = (torch.randn(n, 8).bfloat16() for n in (400, 300))
+    head = inputs.HeadInputs(hidden, weight)
+    chunked.sum_entropy(head, True, inputs.GradMask(hidden=True, weight=True))
+    assert [rises for _, rises in asked] == [True, False] and asked[0][0] < asked[1][0]

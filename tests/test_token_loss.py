@@ -236,6 +236,23 @@ def test_what_loss_fn_does_to_its_arguments_stays_there():
         assert torch.equal(ours, truth)
 
 
+def test_loss_fn_may_overwrite_a_statistic_that_its_losses_do_not_use():
+    hidden, weight, _, targets = draw(N, D, V)
+
+    def loss_fn(stats, index):
+        losses = stats.logprob**2
+        with torch.no_grad():
+            stats.entropy.zero_()
+        return losses
+
+    found = []
+    for function in (loss_fn, lambda stats, index: stats.logprob**2):
+        loss = fused_token_loss(hidden, weight, targets, function)
+        found.append((loss, *torch.autograd.grad(loss, (hidden, weight))))
+    for ours, truth in zip(*found, strict=True):
+        assert torch.equal(ours, truth)
+
+
 def test_16_bit_losses_are_summed_in_fp32():
     hidden, weight, _, targets = draw(N, D, V)
     rough = fused_token_loss(hidden, weight, None, lambda s, i: (1e4 * s.entropy).half())

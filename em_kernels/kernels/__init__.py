@@ -88,13 +88,13 @@ def choose_columns(
 
 
 def gradient_of_columns(
-    terms: RowTerms, vocab_indices: Tensor, dtype: torch.dtype, left_out: Tensor
+    terms: RowTerms, vocab_indices: Tensor, dtype: torch.dtype, residual: Tensor
 ) -> Tensor:
     """Return dy (8), (rows, K), of some columns, whose indices (K,) ascend.
 
-    dy's sums over them are subtracted from left_out (rows,).
+    dy's sums over them are subtracted from residual (rows,).
     """
-    return kernels_for(terms.y).gradient_of_columns(*terms, vocab_indices, dtype, left_out)
+    return kernels_for(terms.y).gradient_of_columns(*terms, vocab_indices, dtype, residual)
 
 
 def row_stride(columns: int, device: torch.device) -> int:

@@ -79,11 +79,11 @@ def gradient_of_columns(
     per_row: Tensor,
     vocab_indices: Tensor,
     dtype: torch.dtype,
-    left_out: Tensor,
+    residual: Tensor,
 ) -> Tensor:
-    """Return dy (8) of these columns; subtract its row sums from left_out."""
+    """Return dy (8) of these columns; subtract its row sums from residual."""
     taken, row = take_columns(y, row, vocab_indices)
-    left_out -= column_mass(taken, row, per_row)[1]
+    residual -= column_mass(taken, row, per_row)[1]
     out = taken.view(dtype)[:, : taken.shape[1]]  # each row's first bytes
     row_gradient(taken, row, per_row, out)
     return out

@@ -30,7 +30,7 @@ class ColumnChoice(NamedTuple):
     """The columns of a chunk that are multiplied, and what leaving out the others drops."""
 
     vocab_indices: Tensor  # (K or more,) ascending; the first K are valid
-    rows: Tensor  # (K or more,) each column's row in dweight
+    dweight_rows: Tensor  # (K or more,)
     row_of: Tensor  # (V,) these rows, and those of earlier choices; -1: none
     counts: Tensor  # (2,) int64: K, and how many of them are in no earlier choice
     masses: Tensor  # (2,) of the columns left out, and of all
@@ -106,16 +106,16 @@ def choose_columns(
     kept = ~(mass < threshold) & (mass != 0)
     left_out = torch.where(kept, 0, mass)
     vocab_indices = kept.nonzero()[:, 0]
-    rows = row_of[vocab_indices]
-    is_new = rows < 0
+    dweight_rows = row_of[vocab_indices]
+    is_new = dweight_rows < 0
     new_rows = (row_of >= 0).sum() + is_new.cumsum(0) - 1
-    rows = torch.where(is_new, new_rows, rows)
+    dweight_rows = torch.where(is_new, new_rows, dweight_rows)
     counts = torch.stack([kept.sum(), is_new.sum()])
     sample, shares = _sample(left_out, sample_size)
     return ColumnChoice(
         vocab_indices,
-        rows,
-        row_of.index_copy(0, vocab_indices, rows),
+        dweight_rows,
+        row_of.index_copy(0, vocab_indices, dweight_rows),
         counts,
         torch.stack([left_out.sum(), total]),
         sample,
@@ -141,11 +141,11 @@ def gradient_of_columns(
     per_row: Tensor,
     vocab_indices: Tensor,
     dtype: torch.dtype,
-    left_out: Tensor,
+    residual: Tensor,
 ) -> Tensor:
-    """Return dy (8) of these columns; subtract its row sums from left_out."""
+    """Return dy (8) of these columns; subtract its row sums from residual."""
     taken, row = take_columns(y, row, vocab_indices)
-    left_out -= column_mass(taken, row, per_row)[1]
+    residual -= column_mass(taken, row, per_row)[1]
     out = taken if taken.dtype == dtype else taken.new_empty(taken.shape, dtype=dtype)
     row_gradient(taken, row, per_row, out)
     return out

@@ -188,7 +188,7 @@ def choose_columns(
     sample_size = min(sample_size, columns)
     choice = ColumnChoice(
         vocab_indices=torch.empty_like(row_of),
-        rows=torch.empty_like(row_of),
+        dweight_rows=torch.empty_like(row_of),
         row_of=torch.empty_like(row_of),
         counts=row_of.new_empty(2),
         masses=mass.new_empty(2),
@@ -216,9 +216,9 @@ def gradient_of_columns(
     per_row: Tensor,
     vocab_indices: Tensor,
     dtype: torch.dtype,
-    left_out: Tensor,
+    residual: Tensor,
 ) -> Tensor:
-    """Return dy (8) of these columns; subtract its row sums from left_out."""
+    """Return dy (8) of these columns; subtract its row sums from residual."""
     rows, count = len(y), len(vocab_indices)
     stride = triton.cdiv(count, 16) * 16  # which a GEMM reads fast
     out = torch.empty(rows, stride, dtype=dtype, device=y.device)[:, :count]
@@ -234,7 +234,7 @@ def gradient_of_columns(
             *_vectors(row, y),
             per_row,
             vocab_indices,
-            left_out,
+            residual,
             rows,
             count,
             *_scalars(row),

@@ -323,7 +323,7 @@ def column_gradient_kernel(
     targets_ptr,  # (rows,)
     per_row_ptr,  # (8, rows), as in row_gradient_kernel
     indices_ptr,  # (count,) of columns
-    left_out_ptr,  # (rows,), from which each row's sum is subtracted
+    residual_ptr,  # (rows,), from which each row's sum is subtracted
     rows,
     count,
     logit_scale,
@@ -351,8 +351,8 @@ def column_gradient_kernel(
         dy = tl.where(mask, du * scale, 0.0)
         tl.store(out_row + offs, dy, mask=mask)
         total += dy
-    left_out = tl.load(left_out_ptr + row)
-    tl.store(left_out_ptr + row, left_out - tl.sum(total, axis=0))
+    residual = tl.load(residual_ptr + row)
+    tl.store(residual_ptr + row, residual - tl.sum(total, axis=0))
 
 
 @triton.jit

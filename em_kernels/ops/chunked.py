@@ -53,8 +53,14 @@ def _chunks(
     memory = hidden.new_empty(0)
     all_rows = inputs.row_transform()
 
-    def fit_rows(remaining: int, row_bytes: int) -> int:
-        length = chunk_length(remaining, row_bytes, inputs.chunk_bytes, hidden.device)
+    def fit_rows(remaining: int, row_bytes: int, at_least_a_tile: bool = True) -> int:
+        length = chunk_length(
+            remaining,
+            row_bytes,
+            inputs.chunk_bytes,
+            hidden.device,
+            at_least_a_tile=at_least_a_tile,
+        )
         # Ranks differ in free memory, but need the same chunks: each is a collective call.
         return length if shard is None else shard.smallest(length)
 
@@ -70,7 +76,7 @@ def _chunks(
             if 1 < batch.chunks < length < remaining:
                 # Shorter chunks, where the budget then also holds dy of a batch of them.
                 batched_dy = widest * (batch.chunks - 1) * inputs.operand.itemsize
-                shorter = fit_rows(remaining, row_bytes + batched_dy)
+                shorter = fit_rows(remaining, row_bytes + batched_dy, at_least_a_tile=False)
                 if shorter >= TILE:
                     length, batch.capacity = shorter, min(batch.chunks * shorter, remaining)
             if start == 0:
@@ -167,8 +173,9 @@ def sum_custom_loss(
     depends: list[bool] = []
 
     def per_token(stats: TokenStats, tokens: slice | Tensor) -> tuple[Tensor, TokenStats]:
-        # Copies, which loss_fn may overwrite.
-        floats = list(torch.stack([x for x in stats[:5] if x is not None]).unbind())
+        # Copies, which loss_fn may overwrite one by one: hence .data, as views would not do.
+        copies = torch.stack([x for x in stats[:5] if x is not None])
+        floats = [x.data for x in copies.unbind()]
         leaves = _in_place_of(stats, floats)
         if stats.argmax is not None:
             leaves = leaves._replace(argmax=stats.argmax.clone())

@@ -204,7 +204,7 @@ class GradAccumulator:
         `new_count` of them were in no chunk before.
         """
         weight, wide, operand = self.inputs.weight, self.inputs.dtype, self.inputs.operand
-        choice, left_out = selection.choice, selection.row_sums
+        choice, residual = selection.choice, selection.row_sums
         entry_bytes = len(chunk.hidden) * (wide.itemsize + operand.itemsize)
         entry_bytes += weight.shape[1] * (wide.itemsize + weight.dtype.itemsize)
         length = slab_length(entry_bytes, budget=chunk.terms.y.nbytes)
@@ -217,11 +217,11 @@ class GradAccumulator:
         for start in range(0, count, length):
             slab = slice(start, min(start + length, count))
             entries = choice.vocab_indices[slab]
-            dy = kernels.gradient_of_columns(chunk.terms, entries, operand, left_out)
+            dy = kernels.gradient_of_columns(chunk.terms, entries, operand, residual)
             if self.needs.hidden:
                 gemm(dh, dy, weight[entries], accumulate=start > 0, alpha=chunk.scale)
             if self.needs.weight:
-                rows = slab if unwritten else choice.rows[slab]
+                rows = slab if unwritten else choice.dweight_rows[slab]
                 self.dw.add_some(dy, chunk.hidden, chunk.scale, entries, rows)
             if self.needs.bias:
                 self.db.index_add_(0, entries, dy.sum(0, dtype=wide), alpha=chunk.scale)
@@ -230,7 +230,7 @@ class GradAccumulator:
                 dh.zero_()
             # Each row's sum is put back, at the mean of the weights left out.
             mean = gemm(dh.new_empty(1, dh.shape[1]), choice.shares, weight[choice.sample])[0]
-            dh.addr_(left_out, mean, alpha=chunk.scale)
+            dh.addr_(residual, mean, alpha=chunk.scale)
             self._store_dhidden(chunk.tokens, dh)
         self.masses.add_(choice.masses, alpha=chunk.scale)
 

@@ -48,12 +48,13 @@ def chunk_length(
     chunk_bytes: int | None,
     device: torch.device,
     default_bytes: int = MAX_CHUNK_BYTES,
+    at_least_a_tile: bool = True,
 ) -> int:
     """Return how many of `total` rows (or columns) of logits to take at a time.
 
     They fit into logits_budget(); chunks are as even as possible, and on a GPU multiples of TILE
-    where that many fit. There the default is at least TILE while a quarter of the free memory
-    holds it.
+    where that many fit. There the default is TILE at least, unless the caller does not want that or
+    a quarter of the free memory does not hold it.
     """
     if chunk_bytes is not None and chunk_bytes < bytes_each:
         raise ValueError(
@@ -62,7 +63,7 @@ def chunk_length(
         )
     budget = logits_budget(chunk_bytes, device, default_bytes)
     fitting = max(1, budget // max(1, bytes_each))
-    if chunk_bytes is None and device.type == "cuda" and fitting < TILE:
+    if at_least_a_tile and chunk_bytes is None and device.type == "cuda" and fitting < TILE:
         fitting = TILE if TILE * bytes_each <= free_bytes(device) // 4 else fitting
     step = TILE if device.type == "cuda" and TILE <= fitting < total else 1
     chunks = max(1, -(-total // (fitting // step * step)))
@@ -81,10 +82,10 @@ def large_empty(shape: torch.Size | tuple[int, ...], dtype: torch.dtype, like: T
 
 
 def untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Return zeros on the CPU that take memory and time only where they are written to.
+    """Return zeros on the CPU that take memory only where they are written to.
 
-    They are fresh pages, which the system clears when they are first used; small ones, as it clears
-    whole pages.
+    They are fresh pages, which the system clears when they are first used: whoever reads or writes
+    all of them pays for that. Small pages, as it clears whole ones. The storage cannot be resized.
     """
     size = math.prod(shape) * dtype.itemsize
     if size == 0 or not hasattr(mmap, "MAP_PRIVATE"):  # Windows

@@ -48,7 +48,9 @@ def choose_columns(
     row_of: as in kernels.choose_columns.
     """
     mass, row_sums = kernels.column_mass(terms)
-    exactness = 1 - (len(row_sums) + 128) * torch.finfo(mass.dtype).eps
+    # A mass is a sum of so many rows; sums of masses add V / 2048 one after another, then a tree.
+    roundings = len(row_sums) + len(mass) // 2048 + 64
+    exactness = 1 - roundings * torch.finfo(mass.dtype).eps
     tolerance *= max(0.0, exactness)
     return kernels.choose_columns(mass, row_of, tolerance, SAMPLE, sample_dtype), row_sums
 

@@ -21,7 +21,7 @@ from .inputs import GradMask, HeadInputs, SavedStats, StatsOutput, part_of, scal
 from .memory import chunk_length, large_empty, logits_budget
 
 MIN_SLAB_BYTES = 64 << 20  # measured on a CPU: GEMMs over fewer vocabulary entries are slow
-SLABS_PER_MERGE = 16  # on a GPU, where a merge is 30 launches; their parts are 512 bytes a token
+SLABS_PER_MERGE = 16  # on a GPU: a merge is 30 launches, their parts take 512 bytes a token or more
 MAX_KEPT_SLAB_BYTES = 64 << 20  # for dy and fp32 dweight of a slab of kept logits
 
 

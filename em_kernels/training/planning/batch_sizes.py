@@ -49,6 +49,7 @@ class BatchSizes:
         self.max_rows = min(together, config.micro_batch_rows or self.completions)
         self.row_tokens = self.new_tokens + (0 if self.shared else self.prompt_tokens)
         self.settings: dict[str, Any] = {}
+        self.passing: dict[str, int] = {}
         rows, target_rows = self._choose_micro_batch()
         sampled = self._choose_rollout_batch()
         self.passing |= self._worst_case(rows)
@@ -70,12 +71,19 @@ class BatchSizes:
         Each reads the head's weight again; with offload it may also send a gradient of the whole
         head to the host.
         """
-        spare = self.chunk_bytes + phases(self.passing)["backward"] - phases(self.passing)["head"]
-        larger = 1 << max(0, spare.bit_length() - 1)
+        least, before = self.chunk_bytes, peak(self.passing)
+        spare = least + phases(self.passing)["backward"] - phases(self.passing)["head"]
+        larger = 1 << (max(1, spare).bit_length() - 1)
         if not (self.cuda and self.config.mode == "offload"):
             larger = min(larger, MAX_CHUNK_BYTES)
-        self.chunk_bytes = max(self.chunk_bytes, larger)
-        self.passing |= self._worst_case(rows)
+        while larger > least:
+            self.chunk_bytes = larger
+            found = self._worst_case(rows)
+            if peak({**self.passing, **found}) <= before:
+                self.passing |= found
+                return
+            larger //= 2
+        self.chunk_bytes = least
 
     def _choose_micro_batch(self) -> tuple[int, int]:
         """Choose the rows of a micro-batch; return them and the rows that would be efficient."""
