@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..kernels.cpu import supports
 from . import choice_costs
-from .memory import large_empty, untouched_zeros
+from .memory import untouched_zeros
 from .weight_gradient import multiply_kept_dy
 
 # Up to this share of rows that are not 0, the others stay untouched. A row of 3 KiB touches almost
@@ -74,7 +74,7 @@ def _scale(saved, upstream, dtype):
     may_overwrite = saved.dtype == dtype and not keeps_graph()  # no later backward reads `saved`
     if may_overwrite and saved.is_cpu and upstream.item() == 1:
         return saved
-    out = saved if may_overwrite else large_empty(saved.shape, dtype, saved)
+    out = saved if may_overwrite else torch.empty_like(saved, dtype=dtype)
     return _multiply(saved, upstream, out)
 
 
@@ -106,7 +106,7 @@ def weight_gradient(
     if dw.is_cpu and 0 < len(dw) <= UNTOUCHED_SHARE * vocab_size:
         product = _multiply(dw, upstream, torch.empty_like(dw, dtype=dtype))
         return untouched_zeros(shape, dtype).index_copy_(0, vocab_indices, product)
-    out = large_empty(shape, dtype, dw)
+    out = dw.new_empty(shape, dtype=dtype)
     if hidden is not None and dy.numel() > 0:
         if mask is not None and len(dy) < len(hidden):
             hidden = hidden[torch.nonzero_static(mask, size=len(dy))[:, 0]]

@@ -153,7 +153,7 @@ def token_stats_backward(
     finished = FinishedRows(stats, saved.m[tokens], saved.log_s[tokens])
     per_row = kernels.gradient_factors(finished, up, inputs.vocab_size)
     dh = h.new_zeros(h.shape if needs.hidden else (0,), dtype=wide)
-    dw = large_empty(weight.shape if needs.weight else (0,), weight.dtype, weight)
+    dw = weight.new_empty(weight.shape if needs.weight else (0,))
     dw_slab = dh.new_empty(0)
     db = weight.new_empty(len(weight) if needs.bias else 0)
     is_kept = saved.logits.numel() > 0
