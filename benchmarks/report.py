@@ -29,10 +29,6 @@ LINES = {  # of the memory plot: colour (None: that of other libraries) and dash
 }
 
 
-def worst_error(row: dict) -> float:
-    return max(row["error"].values())
-
-
 def featured(cases: dict[str, dict]) -> list[list[dict]]:
     """Return the cases of each featured problem, or of the first one if none is featured.
 
@@ -73,45 +69,12 @@ def name_of(row: dict) -> str:
     return name if provider.quantity == "entropy" else f"{name} ({provider.quantity})"
 
 
-def fresh_cell(row: dict) -> str:
-    """Return time and ratio in a fresh process; empty if not measured."""
-    if "fresh_ratio" not in row:
-        return ""
-    low, high = row["fresh_ratio_quartiles"]
-    return f"{row['fresh_time_ms']:.0f} ms, {row['fresh_ratio']:.2f} ({low:.2f}-{high:.2f})"
-
-
-def cells(row: dict, fresh: bool, memory: tuple[str, ...]) -> str:
-    """Return a row's cells: times, memory, work, error; empty if not measured."""
-    low, high = row["ratio_quartiles"]
-    found = [f"{row['time_ms']:.0f} ms", f"{row['ratio']:.2f} ({low:.2f}-{high:.2f})"]
-    found += [fresh_cell(row)] if fresh else []
-    found += [f"{row[name]:.0f} MiB" if name in row else "" for name in memory]
-    found.append("" if row["gemm_units"] is None else f"{row['gemm_units']:.2f}")
-    found.append(f"{100 * worst_error(row):.2g} %" if "error" in row else "")
-    return " | ".join(found)
-
-
-def has_fresh(rows: list[dict]) -> bool:
-    """Return True if a fresh process was measured too, which it is on a CPU alone."""
-    return any("fresh_ratio" in row for row in rows)
-
-
-def head_lines(first: list[str], fresh: bool, memory: list[str]) -> list[str]:
-    times = ["time", "over the GEMM floor", *(["in a fresh process"] if fresh else [])]
-    heads = [*first, *times, *memory, "GEMM work", "error"]
-    return [
-        "|" + "".join(f" {head} |" if head else " |" for head in heads),
-        "|" + "---|" * len(heads),
-    ]
-
-
 def table(rows: list[dict]) -> list[str]:
-    fresh = has_fresh(rows)
+    fresh = tables.has_fresh(rows)
     lines = [
         f"{heading(rows[0])}: loss with all gradients",
         "",
-        *head_lines([""], fresh, ["peak memory", "beyond gradients"]),
+        *tables.head_lines([""], fresh, ["peak memory", "beyond gradients"]),
     ]
     unable: dict[str, list[str]] = {}
     for row in rows:
@@ -121,9 +84,11 @@ def table(rows: list[dict]) -> list[str]:
         name = name_of(row)
         if "wrong" in row:
             empty = " |" * (5 if fresh else 4)
-            lines.append(f"| {name} | wrong |{empty} **{100 * worst_error(row):.2g} %** |")
+            lines.append(f"| {name} | wrong |{empty} **{100 * tables.worst_error(row):.2g} %** |")
             continue
-        lines.append(f"| {name} | {cells(row, fresh, ('peak_mib', 'beyond_gradients_mib'))} |")
+        lines.append(
+            f"| {name} | {tables.cells(row, fresh, ('peak_mib', 'beyond_gradients_mib'))} |"
+        )
     lines.append("")
     for why, names in unable.items():
         lines.append(f"Not here: {', '.join(names)}: {why}.")
@@ -138,17 +103,17 @@ def others(content: dict) -> list[str]:
     rows = [row for row in rows if row["shape"] != "scaling" and "ratio" in row]
     if not rows:
         return []
-    fresh = has_fresh(rows)
+    fresh = tables.has_fresh(rows)
     lines = [
         "Each over the products that its own task needs.",
         "",
-        *head_lines(["problem", "task", ""], fresh, ["beyond gradients"]),
+        *tables.head_lines(["problem", "task", ""], fresh, ["beyond gradients"]),
     ]
     for row in rows:
         kind, tau = row["input"].rsplit("-", 1)
         lines.append(
             f"| {row['shape']}, {TITLES[kind]}, {tau} | {row['task']} | {name_of(row)} "
-            f"| {cells(row, fresh, ('beyond_gradients_mib',))} |"
+            f"| {tables.cells(row, fresh, ('beyond_gradients_mib',))} |"
         )
     return lines
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks import inputs, report, store
+from benchmarks import inputs, report, store, tables
 from benchmarks.measure import GEMMS, TASKS, Case
 from benchmarks.providers import ON_REQUEST, PROVIDERS
 from benchmarks.store import BenchError
@@ -217,7 +217,7 @@ def line_of(case: Case, row: dict) -> str:
     name = f"  {case.provider:<22}"
     if "skipped" in row:
         return f"{name}skipped: {row['skipped']}"
-    error = f"error {report.worst_error(row):.1e}" if "error" in row else ""
+    error = f"error {tables.worst_error(row):.1e}" if "error" in row else ""
     if "wrong" in row:
         return f"{name}WRONG: {error} ({row['wrong']})"
     low, high = row["ratio_quartiles"]

@@ -1,4 +1,4 @@
-"""Markdown tables of whole updates, ratios, studies and the parts of make gpu."""
+"""Markdown: cells of a measured case; tables of updates, ratios, studies, the parts of make gpu."""
 
 from collections.abc import Iterator
 
@@ -9,6 +9,44 @@ TEST_TITLES = {
     "ranks": "several processes",
 }
 KERNELS = 8  # kernels shown per step, those that take most
+
+
+def worst_error(row: dict) -> float:
+    return max(row["error"].values())
+
+
+def fresh_cell(row: dict) -> str:
+    """Return time and ratio in a fresh process; empty if not measured."""
+    if "fresh_ratio" not in row:
+        return ""
+    low, high = row["fresh_ratio_quartiles"]
+    return f"{row['fresh_time_ms']:.0f} ms, {row['fresh_ratio']:.2f} ({low:.2f}-{high:.2f})"
+
+
+def cells(row: dict, fresh: bool, memory: tuple[str, ...]) -> str:
+    """Return a row's cells: times, memory, work, error; empty if not measured."""
+    low, high = row["ratio_quartiles"]
+    found = [f"{row['time_ms']:.0f} ms", f"{row['ratio']:.2f} ({low:.2f}-{high:.2f})"]
+    found += [fresh_cell(row)] if fresh else []
+    found += [f"{row[name]:.0f} MiB" if name in row else "" for name in memory]
+    found.append("" if row["gemm_units"] is None else f"{row['gemm_units']:.2f}")
+    found.append(f"{100 * worst_error(row):.2g} %" if "error" in row else "")
+    return " | ".join(found)
+
+
+def has_fresh(rows: list[dict]) -> bool:
+    """Return True if a fresh process was measured too, which it is on a CPU alone."""
+    return any("fresh_ratio" in row for row in rows)
+
+
+def head_lines(first: list[str], fresh: bool, memory: list[str]) -> list[str]:
+    """Return the two lines above the rows whose cells() are asked for alike."""
+    times = ["time", "over the GEMM floor", *(["in a fresh process"] if fresh else [])]
+    heads = [*first, *times, *memory, "GEMM work", "error"]
+    return [
+        "|" + "".join(f" {head} |" if head else " |" for head in heads),
+        "|" + "---|" * len(heads),
+    ]
 
 
 def proof(content: dict) -> Iterator[tuple[str, list[str]]]:

@@ -9,7 +9,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 import em_kernels.kernels.triton as compiled
-import em_kernels.kernels.triton_kernels as kernels
+from em_kernels.kernels import triton_columns, triton_finish, triton_kernels
 from em_kernels.kernels.configs import DEFAULT
 
 # Few lanes, as the interpreter merges them one by one; few columns, so that rows have blocks.
@@ -52,10 +52,13 @@ def _copy(module):
 
 def load():
     """Return the copy, with the launch settings SMALL; it counts one multiprocessor."""
-    copy, copied_kernels = _copy(compiled), _copy(kernels)
-    copied_kernels.core = tl.core  # the interpreter patches what the kernels' module names
-    for kernel in [name for name in vars(copy) if name.endswith("_kernel")]:
-        setattr(copy, kernel, getattr(copied_kernels, kernel))
+    functions = {}
+    for module in (triton_kernels, triton_finish, triton_columns, compiled):
+        copy = _copy(module)
+        copy.core = tl.core  # the interpreter patches what the kernels' module names
+        vars(copy).update((name, functions[name]) for name in functions if hasattr(copy, name))
+        made = {k: x for k, x in vars(copy).items() if isinstance(x, InterpretedFunction)}
+        functions |= made
     for name in FUNCTIONS:
         setattr(copy, name, _in_interpreter(getattr(copy, name)))
     copy.config_for = lambda capability: SMALL

@@ -14,7 +14,7 @@ import torch
 from kernel_params import needs_extension
 from spawned import HANG_S, outlived, wait_for
 
-from benchmarks import inputs, measure, report, store, suite
+from benchmarks import inputs, measure, report, store, suite, tables
 from benchmarks.providers import PROVIDERS, official_loss
 from em_kernels.cli import main
 
@@ -170,7 +170,7 @@ def test_a_run_and_its_report(tmp_path, capfd):
     assert len(rows) == len(providers) and json.loads(path.read_text())["schema"] == store.SCHEMA
     ours = rows["32x400 N=24 D=32 V=400 bfloat16 loss lm-0.5 ours"]
     assert ours["gemm_units"] == 6 and ours["rounds"] == measure.ROUNDS
-    assert report.worst_error(ours) < 0.01 and ours["versions"]["torch"] == version("torch")
+    assert tables.worst_error(ours) < 0.01 and ours["versions"]["torch"] == version("torch")
     low, high = ours["ratio_quartiles"]
     assert 0 < low <= ours["ratio"] <= high
     fresh = {name for name in ours if name.startswith("fresh_")}
@@ -187,7 +187,7 @@ def test_a_run_and_its_report(tmp_path, capfd):
     page = (tmp_path / "device.md").read_text()
     assert "**ours, exact**" in page and "Cut Cross-Entropy: needs a CUDA GPU" in page
     if not torch.cuda.is_available():
-        assert f"| {report.fresh_cell(ours)} |" in page
+        assert f"| {tables.fresh_cell(ours)} |" in page
     for theme in report.THEMES:
         plot = tmp_path / f"device-time-{theme}.svg"
         assert "ours, exact" in plot.read_text() and plot.stat().st_size < 60_000

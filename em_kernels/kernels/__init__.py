@@ -1,9 +1,10 @@
 """Row kernels: a chunk of raw logits in, statistics or their gradient out.
 
 One file per device, each with the same functions, which are documented here and get the fields of
-RowTerms one by one. y (rows, V) holds raw logits in fp32 or fp64 (for Triton also in 16 bits), each
-row contiguous; statistics and everything per row are in the accumulation dtype; a gradient is
-written into separate memory or a gradient_buffer.
+RowTerms one by one; only Triton's has gradient_of_columns, for which the others have parts. y
+(rows, V) holds raw logits in fp32 or fp64 (for Triton also in 16 bits), each row contiguous;
+statistics and everything per row are in the accumulation dtype; a gradient is written into separate
+memory or a gradient_buffer.
 """
 
 from importlib.util import find_spec
@@ -94,7 +95,14 @@ def gradient_of_columns(
 
     dy's sums over them are subtracted from residual (rows,).
     """
-    return kernels_for(terms.y).gradient_of_columns(*terms, vocab_indices, dtype, residual)
+    kernels = kernels_for(terms.y)
+    if hasattr(kernels, "gradient_of_columns"):  # gathers and computes at once
+        return kernels.gradient_of_columns(*terms, vocab_indices, dtype, residual)
+    taken = portable.take_columns(terms.y, terms.row, vocab_indices)
+    residual -= kernels.column_mass(*taken, terms.per_row)[1]
+    out = gradient_buffer(taken[0], dtype)
+    kernels.row_gradient(*taken, terms.per_row, out)
+    return out
 
 
 def row_stride(columns: int, device: torch.device) -> int:

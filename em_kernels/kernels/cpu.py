@@ -11,7 +11,6 @@ from ..reference import RowParts, RowTransform
 from .portable import choose_columns as choose_columns
 from .portable import finish_rows as finish_rows
 from .portable import gradient_factors as gradient_factors
-from .portable import take_columns
 
 try:
     from .. import _C  # type: ignore[attr-defined]
@@ -71,22 +70,6 @@ def column_mass(y: Tensor, row: RowTransform, per_row: Tensor) -> tuple[Tensor, 
     mass, row_sums = y.new_empty(y.shape[1]), torch.empty_like(m)
     torch.ops.em_kernels.column_mass(y, *_arguments(row), m, log_s, factors, mass, row_sums, isa())
     return mass, row_sums
-
-
-def gradient_of_columns(
-    y: Tensor,
-    row: RowTransform,
-    per_row: Tensor,
-    vocab_indices: Tensor,
-    dtype: torch.dtype,
-    residual: Tensor,
-) -> Tensor:
-    """Return dy (8) of these columns; subtract its row sums from residual."""
-    taken, row = take_columns(y, row, vocab_indices)
-    residual -= column_mass(taken, row, per_row)[1]
-    out = taken.view(dtype)[:, : taken.shape[1]]  # each row's first bytes
-    row_gradient(taken, row, per_row, out)
-    return out
 
 
 def _arguments(row: RowTransform) -> RowTransform:

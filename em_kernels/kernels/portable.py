@@ -135,22 +135,6 @@ def _sample(left_out: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return indices.clamp(max=len(left_out) - 1), shares[None]  # padding has no share
 
 
-def gradient_of_columns(
-    y: Tensor,
-    row: RowTransform,
-    per_row: Tensor,
-    vocab_indices: Tensor,
-    dtype: torch.dtype,
-    residual: Tensor,
-) -> Tensor:
-    """Return dy (8) of these columns; subtract its row sums from residual."""
-    taken, row = take_columns(y, row, vocab_indices)
-    residual -= column_mass(taken, row, per_row)[1]
-    out = taken if taken.dtype == dtype else taken.new_empty(taken.shape, dtype=dtype)
-    row_gradient(taken, row, per_row, out)
-    return out
-
-
 def take_columns(
     y: Tensor, row: RowTransform, vocab_indices: Tensor
 ) -> tuple[Tensor, RowTransform]:

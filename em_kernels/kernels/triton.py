@@ -1,4 +1,4 @@
-"""Row kernels for GPUs: launches of triton_kernels.py.
+"""Row kernels for GPUs: launches of the kernels in the triton_*.py files.
 
 They take logits of 16 bits too, as entropy_from_logits has them.
 """
@@ -13,15 +13,9 @@ from ..reference import RowParts, RowTransform, TokenStats
 from . import portable
 from .configs import RowConfig, config_for
 from .portable import ROUNDS, STEPS, ColumnChoice, FinishedRows
-from .triton_kernels import (
-    choose_columns_kernel,
-    column_gradient_kernel,
-    column_mass_kernel,
-    finish_rows_kernel,
-    gradient_factors_kernel,
-    row_gradient_kernel,
-    row_statistics_kernel,
-)
+from .triton_columns import choose_columns_kernel, column_mass_kernel
+from .triton_finish import finish_rows_kernel, gradient_factors_kernel
+from .triton_kernels import column_gradient_kernel, row_gradient_kernel, row_statistics_kernel
 
 MIN_SPLIT_BLOCKS = 4  # per part of a row: the merge (7) is then little work
 MIN_SPLIT_ROWS = 32  # per part of a column: partial masses are then at most 1/32 of the logits

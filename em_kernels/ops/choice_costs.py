@@ -1,4 +1,4 @@
-"""Whether a gradient tolerance can pay, from shapes, dtypes and what a device takes for each step.
+"""Decides whether a gradient tolerance can pay, from shapes, dtypes and a device's speed.
 
 All ranks decide alike, before the first chunk.
 """
@@ -13,7 +13,7 @@ from .gemm import bf16_isa, operand_dtype
 
 
 class ChoiceCosts(NamedTuple):
-    """What one device takes, in seconds, and what it does in one."""
+    """Seconds that one device takes for a choice of columns, and its speed in matrix products."""
 
     per_logit: float  # the pass that adds up column masses, less the pass over dy that it saves
     per_entry: float  # of the vocabulary: the choice

@@ -124,6 +124,7 @@ def quick_pngs(monkeypatch):
     monkeypatch.setattr(Figure, "savefig", savefig)
 
 
+NAME = "x" * 245 + ".html"  # too long
 without_pngs = pytest.mark.usefixtures("quick_pngs")
 
 
@@ -373,9 +374,7 @@ def test_the_command(trained, tmp_path, capfd):
 
 
 @without_pngs
-@pytest.mark.parametrize(
-    "what", ["no run", "folder", "here", "file in the way", "too long a name", "damaged"]
-)
+@pytest.mark.parametrize("what", ["no run", "folder", "here", "in the way", "long", "damaged"])
 def test_what_is_refused(what, trained, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     runs, output = tmp_path / "run", tmp_path / "page.html"
@@ -386,11 +385,8 @@ def test_what_is_refused(what, trained, tmp_path, monkeypatch, capfd):
         output, line = tmp_path, f"output: {tmp_path} is a folder; name a file"
     elif what == "here":
         output, line = ".", r"output: \. is a folder; name a file, report.html say"
-    elif what == "too long a name":  # The plots, which are drawn first, have shorter ones.
-        output = tmp_path / ("x" * 245 + ".html")
-        line = f"output: cannot write {output}: "
-    elif what == "file in the way":
-        output = runs / "config.yaml" / "page.html"
+    elif what in ("long", "in the way"):  # The plots, which are drawn first, have shorter names.
+        output = runs / "config.yaml" / "page.html" if what == "in the way" else tmp_path / NAME
         line = f"output: cannot write {output}: "
     else:
         (runs / "metrics.jsonl").write_text("{\n")
