@@ -9,7 +9,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from functools import partial
 
+import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, set_seed
 from trl import GRPOConfig, GRPOTrainer
@@ -44,6 +46,7 @@ def train_and_measure(kind: type[GRPOTrainer], model: str, dtype: str) -> dict:
     create, what = AutoModelForCausalLM.from_config, Qwen2Config(**WIDE, tie_word_embeddings=True)
     if model == "demo":
         create, what = AutoModelForCausalLM.from_pretrained, fetch_demo()
+        create = partial(create, dtype=torch.float32)
     with tempfile.TemporaryDirectory() as output:
         config = {"per_device_train_batch_size": ROWS, "num_generations": ROWS, **SETTINGS}
         config |= {"max_steps": STEPS + 1, "num_iterations": STEPS + 1, "bf16": dtype == "bf16"}

@@ -5,6 +5,7 @@ head they have no peaks: nothing could be left out, and times would say nothing 
 `python -m benchmarks.inputs` compares LM-like inputs with a model's.
 """
 
+import json
 import math
 import os
 from collections.abc import Iterator
@@ -33,7 +34,7 @@ SHARED_FALL = 0.3
 # Norms of weight rows are those of vectors of 3 normals, which makes the upper tail exponential.
 NORM_FREEDOM = 3
 SURENESS = 0.4  # log-normal spread of each token's own part: some tokens are sure, some not
-CACHED_TOKENS = 1024  # least number of real states to generate, which takes minutes
+PROBLEMS = Path(__file__).parent / "math500_ten.jsonl"  # every 50th of MATH-500 (MIT licence)
 BLOCK = 4096  # Rows drawn from one seed: any number of threads draws the same.
 
 
@@ -118,23 +119,46 @@ def uniform(
     return Input(hidden, weight, _targets(hidden, weight, seed))
 
 
-def real(
-    temperature: float, tokens: int, dtype: torch.dtype = torch.float32, device: str = "cpu"
-) -> Input:
-    """Return hidden states and the tied head of SmolLM2-135M on its own completions.
+class Real(NamedTuple):
+    """A model whose own hidden states are an input."""
 
-    They answer One-shot EM's prompt, sampled at the temperature with top_k 50 and top_p 0.95. The
-    first call generates them, later ones read them from the cache.
+    shape: str  # name of its head in suite.SHAPES
+    texts: str  # what it answers, for --help
+    tokens: int  # generated at once, which takes minutes
+    new_tokens: int  # of each completion
+
+
+REAL = {  # by kind of input
+    "real": Real("smollm2-135m", "SmolLM2 on One-shot EM's prompt", 1024, 96),
+    "qwen2.5-0.5b": Real("qwen2.5-0.5b", "Qwen2.5-Coder-0.5B on ten of MATH-500", 2048, 256),
+    "qwen2.5-1.5b": Real("qwen2.5-1.5b", "Qwen2.5-Coder-1.5B on ten of MATH-500", 2048, 256),
+}
+
+
+def real(
+    kind: str,
+    temperature: float,
+    tokens: int,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> Input:
+    """Return hidden states and the tied head of one of REAL on its own completions.
+
+    They are sampled at the temperature with top_k 50 and top_p 0.95. The first call makes the
+    model's folder and generates them, later ones read them from the cache.
     """
     from safetensors.torch import load_file, save_file
 
     from em_kernels.training.models.demo_model import fetch_demo
 
-    folder = fetch_demo(quiet=True)
-    cached = folder.parent / f"bench-states-{temperature}.safetensors"
+    from . import models
+
+    folder = fetch_demo(quiet=True) if kind == "real" else models.fetch_model(kind)
+    name = "" if kind == "real" else f"{kind}-"
+    cached = folder.parent / f"bench-states-{name}{temperature}.safetensors"
     hidden = load_file(cached)["hidden"] if cached.exists() else torch.empty(0)
     if len(hidden) < tokens:
-        hidden = _generated(folder, temperature, max(tokens, CACHED_TOKENS))
+        hidden = _generated(kind, folder, temperature, max(tokens, REAL[kind].tokens))
         whole = cached.with_suffix(f".{os.getpid()}")
         save_file({"hidden": hidden}, whole)
         whole.replace(cached)
@@ -144,38 +168,45 @@ def real(
     return Input(hidden, weight, _targets(hidden, weight, 0))
 
 
-def _generated(folder: Path, temperature: float, tokens: int) -> Tensor:
+def _generated(kind: str, folder: Path, temperature: float, tokens: int) -> Tensor:
     """Generate completions; return the hidden states (tokens, D) that their tokens came from."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
     from em_kernels.hf import hidden_states
     from em_kernels.training.config import Sampling
+    from em_kernels.training.models.loading import auto_dtype
     from em_kernels.training.rollouts.sampling import generate
 
     disable_progress_bar()
+    dtype = torch.float32 if kind == "real" else getattr(torch, auto_dtype("cpu"))
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    chat = tokenizer.apply_chat_template(
-        [{"role": "user", "content": PROMPT}], tokenize=False, add_generation_prompt=True
-    )
-    prompt = tokenizer(chat, add_special_tokens=False).input_ids
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    texts = [PROMPT] * 16
+    if kind != "real":
+        texts = [json.loads(line)["problem"] for line in PROBLEMS.read_text("utf-8").splitlines()]
+    prompts = []
+    for text in texts:
+        chat = tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+        )
+        prompts.append(tokenizer(chat, add_special_tokens=False).input_ids)
     sampling = Sampling(
         temperature=temperature,
         top_k=50,
         top_p=0.95,
         repetition_penalty=1.0,
-        max_new_tokens=96,
+        max_new_tokens=REAL[kind].new_tokens,
     )
     found: list[Tensor] = []
     start = 0
     while sum(map(len, found)) < tokens:
-        seeds = [(0, i) for i in range(start, start + 16)]
-        for rollout in generate(model, tokenizer, [prompt] * len(seeds), seeds, sampling):
+        seeds = [(0, i) for i in range(start, start + len(prompts))]
+        for rollout in generate(model, tokenizer, prompts, seeds, sampling):
             ids = torch.tensor([rollout.prompt_ids + rollout.response_ids])
             with torch.no_grad():
                 states = hidden_states(model, ids)[0]
-            found.append(states[len(prompt) - 1 : -1])
+            found.append(states[len(rollout.prompt_ids) - 1 : -1])
         start += len(seeds)
     return torch.cat(found)[:tokens].contiguous()
 
@@ -233,7 +264,7 @@ def calibration(shapes: dict[str, tuple[int, int]], tokens: int = 1024) -> Itera
     )
     yield line("SmolLM2-135M, calibrated to", SMOLLM2_FIGURES)
     for tau in TEMPERATURES:
-        yield line(f"SmolLM2-135M, text sampled at {tau}", figures(real(tau, tokens)))
+        yield line(f"SmolLM2-135M, text sampled at {tau}", figures(real("real", tau, tokens)))
     for name, (hidden_size, vocab_size) in shapes.items():
         given = lm_like(tokens, hidden_size, vocab_size)
         yield line(f"lm_like, {name}: {hidden_size} x {vocab_size}", figures(given))

@@ -17,8 +17,6 @@ from em_kernels.training.runs.records import read_metrics, read_rollouts
 from em_kernels.training.task import load_task
 from em_kernels.training.trainer import train
 
-ROWS = 8  # completions per micro-batch of by_hand; ours chooses its own
-
 
 class EachUpdate(io.StringIO):
     """A file for a Console; calls done(metrics) when train has printed an update's line."""
@@ -39,12 +37,15 @@ def ours(config: TrainConfig, done: Callable[[dict], None]) -> None:
     train(config, console=Console(file=EachUpdate(config.output, done)))
 
 
-def by_hand(config: TrainConfig, official: bool, run: Path, done: Callable[[dict], None]) -> None:
+def by_hand(
+    config: TrainConfig, official: bool, run: Path, rows: int, done: Callable[[dict], None]
+) -> None:
     """Train as one writes it with transformers and torch, in fp32.
 
     Args:
         official: as in One-shot EM's train.py: no KV cache in sampling, all logits in training.
         run: folder whose completions are trained on.
+        rows: completions per micro-batch; ours chooses its own.
     """
     device = torch.device(config.device)
     source = load_task(config).source
@@ -72,8 +73,9 @@ def by_hand(config: TrainConfig, official: bool, run: Path, done: Callable[[dict
             temperature=config.sampling.temperature,
             top_k=config.sampling.top_k,
             top_p=config.sampling.top_p,
+            repetition_penalty=config.sampling.repetition_penalty,
             max_new_tokens=config.sampling.max_new_tokens,
-            stop_strings=list(config.sampling.stop),
+            stop_strings=list(config.sampling.stop) or None,
             tokenizer=tokenizer,
             pad_token_id=0,
             use_cache=not official,
@@ -84,8 +86,8 @@ def by_hand(config: TrainConfig, official: bool, run: Path, done: Callable[[dict
         rollouts = read_rollouts(run, config.rollouts)[update]
         total = torch.zeros((), device=device)
         scored = sum(len(rollout.response_ids) for rollout in rollouts)
-        for start in range(0, len(rollouts), ROWS):
-            batch = padded(rollouts[start : start + ROWS], device)
+        for start in range(0, len(rollouts), rows):
+            batch = padded(rollouts[start : start + rows], device)
             loss = loss_of(model, *batch, prompt.shape[1], config.temperature) / scored
             loss.backward()
             total += loss.detach()

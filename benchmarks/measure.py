@@ -82,8 +82,8 @@ def make_problem(case: Case) -> HeadProblem:
     """Make the inputs of a case, with the gradients that its task needs."""
     dtype, kind = getattr(torch, case.dtype), case.input.rsplit("-", 1)[0]
     sizes = (case.tokens, case.hidden_size, case.vocab_size)
-    if kind == "real":
-        given = inputs.real(case.temperature, case.tokens, dtype, case.device)
+    if kind in inputs.REAL:
+        given = inputs.real(kind, case.temperature, case.tokens, dtype, case.device)
     else:
         make = {"lm": inputs.lm_like, "uniform": inputs.uniform}[kind]
         given = make(*sizes, dtype, case.device)
@@ -216,11 +216,6 @@ def mallopt(option: int, value: int) -> None:
         function(option, value)
 
 
-def return_freed_memory() -> None:
-    """Make glibc return freed blocks of 64 KiB and more at once, so that peaks are true."""
-    mallopt(-3, 2**16)  # M_MMAP_THRESHOLD, which would otherwise grow
-
-
 def keep_freed_memory() -> None:
     """Make glibc keep freed memory, as a GPU's allocator does.
 
@@ -294,7 +289,7 @@ def in_turns(device: str, run: Callable, floor: Callable) -> dict[str, object]:
 def measure(case: Case, true: dict[str, dict]) -> dict[str, object]:
     """Measure a case: work, error, memory, time; no memory and time if the error is too large."""
     provider = PROVIDERS[case.provider]
-    return_freed_memory()
+    mallopt(-3, 2**16)  # M_MMAP_THRESHOLD: freed blocks are returned, so that peaks are true
     problem = make_problem(case)
     run = partial(call, provider, case, problem)
     found: dict[str, object] = {"versions": versions(provider)}
@@ -310,6 +305,10 @@ def measure(case: Case, true: dict[str, dict]) -> dict[str, object]:
         found["error"] = {name: float(f"{x:.3g}") for name, x in found["error"].items()}
         if not max(found["error"].values()) <= WRONG[case.dtype]:  # NaN is wrong too.
             return found | {"wrong": f"error above {WRONG[case.dtype]}"}
+        found["loss"] = float(f"{loss.item():.4g}")
+    if case.provider == "ours-sparse":
+        report = em_kernels.gradient_report(provider.loss(problem))
+        found["active_share"] = float(f"{report.active_share.item():.3g}")
     clear_gradients(problem)
     peak = peak_bytes(case.device, run)
     leaves = (problem.hidden, problem.weight)

@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 
-from benchmarks import store, tables
+from benchmarks import inputs, store, tables
 from benchmarks.providers import PROVIDERS
 
 FEATURED = {  # shape and input of the problems that are shown, and measured by default
@@ -12,6 +12,7 @@ FEATURED = {  # shape and input of the problems that are shown, and measured by 
     "cuda": (("qwen3-8b", "lm-0.5"), ("llama3-8b", "lm-0.5"), ("gemma2-2b", "lm-0.5")),
 }
 TITLES = {"lm": "LM-like input", "real": "real states", "uniform": "near-uniform input"}
+TITLES |= {kind: "own states" for kind in inputs.REAL if kind != "real"}
 README_PROVIDERS = ("ours", "ours-sparse", "floor", "compile", "official-eager")
 README = Path(__file__).parents[1] / "README.md"
 PAGE = README.parent / "docs" / "benchmarks.md"
@@ -98,7 +99,7 @@ def table(rows: list[dict]) -> list[str]:
 def others(content: dict) -> list[str]:
     """Tabulate what was measured beside the featured problems: other tasks, inputs and losses."""
     cases = content.get("cases", {})
-    shown = [row for group in featured(cases) for row in group]
+    shown = [row for group in featured(cases) for row in group] + of_real_models(cases)
     rows = [row for row in cases.values() if row not in shown]
     rows = [row for row in rows if row["shape"] != "scaling" and "ratio" in row]
     if not rows:
@@ -116,6 +117,12 @@ def others(content: dict) -> list[str]:
             f"| {tables.cells(row, fresh, ('beyond_gradients_mib',))} |"
         )
     return lines
+
+
+def of_real_models(cases: dict[str, dict]) -> list[dict]:
+    """Return the cases on own states of models whose vocabulary has 152 thousand entries."""
+    kinds = {kind for kind in inputs.REAL if kind != "real"}
+    return [row for row in cases.values() if row["input"].rsplit("-", 1)[0] in kinds]
 
 
 def by_size(content: dict) -> list[str]:
@@ -205,6 +212,8 @@ def page(paths: list[Path], studies: list[Path], folder: str = "") -> str:
             lines += [f"### The loss, {group[0]['shape']}", "", *table(group), ""]
         if groups:
             lines += [*plot(path, "time", "time over the floor"), ""]
+        if real := [r for r in of_real_models(content.get("cases", {})) if "ratio" in r]:
+            lines += ["### On the states of real models", "", *tables.real_models(real), ""]
         if rest := others(content):
             lines += ["### Other tasks and inputs", "", *rest, ""]
         if scaling(content):

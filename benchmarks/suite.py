@@ -41,14 +41,14 @@ SHAPES = {
 }
 DTYPES = ("float32", "bfloat16")
 TOKENS = {"cpu": 512, "cuda": 8192}
-REAL = "smollm2-135m"  # the one shape with `real` inputs
 INPUTS = {  # by kind and temperature
     "lm-0.5": "as peaked as SmolLM2's at temperature 0.5 (--calibration)",
     "lm-1": "the same at temperature 1",
     "uniform-1": "near-uniform: the worst case for grad_tolerance",
-    "real-0.5": f"SmolLM2 on its own text, temperature 0.5; {REAL} only",
-    "real-1": "the same at temperature 1",
 }
+for kind, model in inputs.REAL.items():
+    INPUTS[f"{kind}-0.5"] = f"{model.texts}, sampled at 0.5; only with its own shape"
+    INPUTS[f"{kind}-1"] = "the same at temperature 1"
 SCALING_PROVIDERS = ("ours-sparse", "ours", "ours-64mib", "trl", "stable-eager")
 SCALING_WIDTH = {"cpu": 128, "cuda": 2048}
 SCALING_TOKENS = (256, 1024, 4096, 16384, 32768)
@@ -135,18 +135,32 @@ def cases_of(options: argparse.Namespace) -> Iterator[Case]:
 
 def problems_of(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield shape, sizes and input of the problems that the flags ask for."""
-    kinds = chosen("input", options.input, INPUTS) if options.input else ["lm-0.5"]
+    asked = [x for name in options.input for x in by_temperature(name)]
+    kinds = chosen("input", asked, INPUTS) if asked else ["lm-0.5"]
     featured = report.FEATURED[options.device]
     shapes = list(SHAPES) if "all" in options.shape else options.shape
     wanted: Iterable[tuple[str, str]] = product(shapes, kinds)
-    if not shapes:
-        wanted = product([featured[0][0]], kinds) if options.input else featured
+    if not shapes and asked:
+        wanted = [(shape_of(kind) or featured[0][0], kind) for kind in kinds]
+    elif not shapes:
+        wanted = featured
     for shape, kind in wanted:
-        if shape == REAL or not kind.startswith("real"):
+        if shape_of(kind) in (None, shape):
             tokens = options.tokens or TOKENS[options.device]
             yield {"shape": shape, "tokens": tokens, "input": kind, **head_of(shape)._asdict()}
         elif "all" not in options.input:
-            raise BenchError(f"--input: {kind} exists for --shape {REAL} only")
+            raise BenchError(f"--input: {kind} exists for --shape {shape_of(kind)} only")
+
+
+def by_temperature(name: str) -> list[str]:
+    """Return the inputs that a kind without its temperature stands for, else the name itself."""
+    return [known for known in INPUTS if known.rsplit("-", 1)[0] == name] or [name]
+
+
+def shape_of(kind: str) -> str | None:
+    """Return the one shape that a model's own input has; None if it can have any."""
+    model = inputs.REAL.get(kind.rsplit("-", 1)[0])
+    return None if model is None else model.shape
 
 
 def scaling_problems(options: argparse.Namespace) -> Iterator[dict[str, Any]]:

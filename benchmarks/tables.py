@@ -49,6 +49,31 @@ def head_lines(first: list[str], fresh: bool, memory: list[str]) -> list[str]:
     ]
 
 
+def real_models(rows: list[dict]) -> list[str]:
+    """Tabulate, for a model's own states, peakedness and what a tolerance gains and costs."""
+    fresh = has_fresh(rows)
+    heads = ["model", "T", "N", "entropy", "active", "", "over the GEMM floor"]
+    heads += ["in a fresh process"] * fresh + ["beyond gradients", "dhidden", "dweight"]
+    lines = [
+        "Loss with all gradients. *Active*: the share of vocabulary entries that the tolerance "
+        "keeps, on average over chunks. *dhidden*, *dweight*: relative error against fp64.",
+        "",
+        f"| {' | '.join(heads)} |",
+        "|" + "---|" * len(heads),
+    ]
+    for row in rows:
+        model, tau = row["input"].rsplit("-", 1)
+        share = f"{100 * row['active_share']:.2g} %" if "active_share" in row else ""
+        low, high = row["ratio_quartiles"]
+        found = [model, tau, str(row["tokens"]), f"{row.get('loss', 0):.3f}", share]
+        found += [row["provider"], f"{row['ratio']:.2f} ({low:.2f}-{high:.2f})"]
+        found += [fresh_cell(row)] if fresh else []
+        found.append(f"{row['beyond_gradients_mib']:.0f} MiB")
+        found += [f"{100 * row['error'][name]:.2g} %" for name in ("hidden", "weight")]
+        lines.append(f"| {' | '.join(found)} |")
+    return lines
+
+
 def proof(content: dict) -> Iterator[tuple[str, list[str]]]:
     """Yield the title and the lines of each part that was done."""
     found = {k: row for k, row in content.get("proof", {}).items() if "skipped" not in row}
@@ -145,22 +170,32 @@ def training(parts: dict[str, dict]) -> list[str]:
     return lines
 
 
-def model_of(rows: dict[str, dict]) -> str:
+def model_of(row: dict) -> str:
     """Describe the updates that bench_train.py measured."""
-    first = next(iter(rows.values()))
-    model = "SmolLM2-135M-Instruct" if first["model"] == "demo" else first["model"]
-    return f"{model}, {first['rollouts']} completions of the demo's prompt, sampled and trained"
+    model = "SmolLM2-135M-Instruct" if row["model"] == "demo" else row["model"]
+    prompt = "the demo's prompt"
+    if row.get("recipe", "demo") != "demo":
+        prompt = f"the paper's prompt, of up to {row['new_tokens']} tokens"
+    return f"{model}, {row['rollouts']} completions of {prompt}, sampled and trained"
 
 
 def updates(rows: dict[str, dict]) -> list[str]:
     """Tabulate whole updates of One-shot EM, as bench_train.py measured them."""
+    found: dict[str, list[dict]] = {}
+    for row in rows.values():
+        found.setdefault(model_of(row), []).append(row)
+    return [line for title, group in found.items() for line in [*updates_of(title, group), ""]][:-1]
+
+
+def updates_of(title: str, rows: list[dict]) -> list[str]:
+    """Tabulate updates of one model and recipe."""
     lines = [
-        f"A whole update of One-shot EM, {model_of(rows)}",
+        f"A whole update of One-shot EM, {title}",
         "",
         "| | update | over ours | sampling | training | tokens | peak memory | updates |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for row in rows.values():
+    for row in rows:
         seconds = [f"{row[key]:.1f} s" for key in ("sampling_s", "training_s")]
         lines.append(
             f"| {row['program']} | {row['total_s']:.1f} s | {row['ratio']:.2f} "

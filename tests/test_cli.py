@@ -73,7 +73,7 @@ def test_as_a_process(place, tmp_path):
     output = tmp_path / "run"
     done = run("train", "--model", "model", *PROMPT, *SHORT, "--output", output, cwd=place)
     assert (done.returncode, done.stdout) == (0, f"{output}/checkpoints/step-00001\n")
-    assert done.stderr.count("\n") == 2 and done.stderr.startswith("update  1/1  loss = entropy")
+    assert done.stderr.count("\n") == 2 and done.stderr.startswith("update  1/1  entropy")
     assert "\nWarning: 2 of 2 completions were cut off; raise" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
@@ -129,7 +129,7 @@ def test_progress_goes_to_stderr_and_the_checkpoint_to_stdout(at, tmp_path, capf
     assert main(["train", "--model", "model", *PROMPT, *SHORT, "--output", str(output)]) == 0
     stdout, stderr = capfd.readouterr()
     assert stdout == f"{output}/checkpoints/step-00001\n"
-    assert stderr.startswith("update  1/1  loss = entropy ")
+    assert stderr.startswith("update  1/1  entropy ")
 
 
 def test_flags_override_yaml_and_yaml_the_defaults(at, tmp_path):

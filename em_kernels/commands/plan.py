@@ -16,16 +16,17 @@ from ..training.config import TrainConfig
 from ..training.console import Terminal
 from ..training.distributed import ENGINES, LaunchSpec
 from ..training.interrupts import doing
+from ..training.models import gguf
 from ..training.models.demo_model import ARCHITECTURE
 from ..training.models.loading import architecture, in_short
-from ..training.planning.plan import GIB, PHASES, Plan, phases
+from ..training.planning.plan import GIB, PHASES, RATES, Plan, phases
 from ..training.planning.planner import Planner
 from ..training.settings import UserError
 from ..training.task import check_context
 from .flags import as_flags, train_settings
 
-HELP = """Plans memory, disk and time from the model's config.json alone; --model may also name that
-file. More flags:
+HELP = """Plans memory, disk and time from the model's config.json, which --model may also name, or
+from the header of a GGUF file. More flags:
   --prompt-tokens N  length of the prompt (default: 128)
   --json             print everything as JSON
   --ranks N          plan for one of N processes on one machine (default: 1)
@@ -68,7 +69,8 @@ def run(arguments: list[str]) -> int:
     with Terminal(stderr=True).status("running the model's shapes"), doing(what):
         download = download_bytes(config.model)
         device = torch.device(kind)
-        planner = Planner(config, model_config, tokens, device, download, launch=launch)
+        here = config.host_memory is None  # else it is another machine that is planned for
+        planner = Planner(config, model_config, tokens, device, download, 0, launch, here)
         modes, chosen = planner.modes(), planner.choose()
     command = shlex.join([*launcher(launch), "train", *as_flags(command_of(config, chosen))])
     if known.json:
@@ -97,12 +99,15 @@ def launcher(launch: LaunchSpec) -> list[str]:
 def open_config(model: str) -> PreTrainedConfig:
     """Open the config of a model, or a config.json; UserError if that is not possible."""
     if not model:
-        raise UserError('model: missing; name a hub id, a local folder, a config.json, or "demo"')
+        known = 'a hub id, a local folder, a config.json, a GGUF file, or "demo"'
+        raise UserError(f"model: missing; name {known}")
     if model == "demo":
         return LlamaConfig(**ARCHITECTURE)
     path = Path(model).expanduser()
     if model.startswith((".", "/", "~")) and not path.exists():
         raise UserError(f"model: there is no {model}")
+    if path.suffix == gguf.SUFFIX and not path.is_dir():
+        return gguf.read_config(path)
     try:
         return AutoConfig.from_pretrained(str(path), trust_remote_code=False)
     except Exception as error:  # transformers and the hub client raise many kinds
@@ -181,11 +186,14 @@ def show(console: Console, modes: list[Plan], chosen: Plan, command: str) -> Non
     full = f"{chosen.config.sampling.max_new_tokens} tokens"
     say(f"Available: {limits}")
     say(f"Seconds of an update in which all completions reach {full}: {each}. Once: {once}.")
+    known = f"Assuming {machine}" if r in RATES.values() else "Measured on this processor"
     say(
-        f"Assuming {machine}: {r.flops / 1e12:g} TFLOP/s, {r.bandwidth / 1e9:g} GB/s of device "
-        f"memory, {r.pcie / 1e9:g} between host and device, {r.host / 1e9:g} in AdamW on the host, "
-        f"{r.disk / 1e9:g} of disk, {r.download / 1e9:g} of download; {r.layers:g} layers/s in "
-        "sampling."
+        f"{known}: {r.flops / 1e12:.3g} TFLOP/s in training, {r.sampled_flops / 1e12:.3g} in "
+        f"sampling, which reads {r.read / 1e9:.3g} GB/s and chooses from {r.entries / 1e6:.0f} "
+        f"million vocabulary entries/s; {r.bandwidth / 1e9:.3g} GB/s of device memory, "
+        f"{r.host / 1e9:.3g} in AdamW on the host. "
+        f"Assuming also {r.pcie / 1e9:g} GB/s between host and device, {r.disk / 1e9:g} of disk, "
+        f"{r.download / 1e9:g} of download; {r.layers:g} layers/s in sampling."
     )
     if chosen.fits:
         say(f"Mode {chosen.name} fits. To run it:\n\n{command}\n")

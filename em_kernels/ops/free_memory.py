@@ -1,5 +1,6 @@
-"""Free host memory, within a container's limit."""
+"""Free host memory, within a container's limit; peaks; return of freed memory."""
 
+import ctypes
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,3 +59,13 @@ def peak_memory_gib(device: torch.device) -> float:
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def return_freed_memory() -> None:
+    """Make glibc return its heap's free pages to the system; does nothing without glibc.
+
+    By itself it keeps freed blocks of less than 32 MiB, and reuses them badly: a training step of
+    Qwen2.5-0.5B then holds 0.9 GiB more than is ever in use.
+    """
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)

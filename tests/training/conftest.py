@@ -50,7 +50,7 @@ def folder(tmp_path_factory):
 def demo():
     """Return the 135M model and its tokenizer; a skip would hide a broken conversion."""
     folder = fetch_demo()
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return model, AutoTokenizer.from_pretrained(folder)
 
 

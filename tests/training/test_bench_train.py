@@ -35,7 +35,7 @@ def test_the_loops_are_the_same_work(official, tmp_path):
             raise Enough
 
     with pytest.raises(Enough):
-        by_hand(config, official, config.output, done)
+        by_hand(config, official, config.output, 4, done)
     assert expected[0] - expected[2] > 0.01 and found == pytest.approx(expected, rel=1e-4)
 
 

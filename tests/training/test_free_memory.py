@@ -1,5 +1,9 @@
 """Free memory of a machine, with and without control groups; a run's disk."""
 
+import ctypes
+import subprocess
+import sys
+
 import pytest
 import torch
 from training.tiny import run, save_tiny, settings
@@ -78,3 +82,24 @@ def test_disk_holds_the_next_state_beside_the_last(tmp_path, monkeypatch):
     model_config = AutoConfig.from_pretrained(folder)
     planned = Planner(config, model_config, 10, torch.device("cpu")).resolve()
     assert max(seen) == pytest.approx(sum(planned.disk.values()), rel=0.02)
+
+
+FREED = """
+import torch
+from em_kernels.ops.free_memory import return_freed_memory
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+del (x := [torch.ones(6 << 20)])[:]  # raises glibc's own threshold to 24 MiB
+blocks = [torch.ones(1 << 19) for _ in range(100)]  # 2 MiB each
+before = resident()
+del blocks[::2]
+return_freed_memory()
+print(before - resident())
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="glibc's allocator alone")
+def test_freed_blocks_go_back_to_the_system():
+    """Free every other block: they are holes in glibc's heap, which would stay."""
+    run = subprocess.run([sys.executable, "-c", FREED], capture_output=True, check=True)
+    assert int(run.stdout) > 0.9 * 50 * (2 << 20)

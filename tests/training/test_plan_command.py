@@ -5,12 +5,13 @@ import shlex
 
 import pytest
 import torch
-from training.shapes import two_layers
+from training.shapes import SMALL, two_layers
+from transformers import AutoConfig
 
 from em_kernels.commands import plan
 from em_kernels.commands.flags import as_flags, train_settings
 from em_kernels.training.config import TrainConfig
-from em_kernels.training.planning.plan import GIB
+from em_kernels.training.planning.plan import GIB, RATES
 from em_kernels.training.planning.planner import Planner
 from em_kernels.training.settings import UserError
 
@@ -63,6 +64,25 @@ def test_command_for_another_machine(file, folder, capsys):
         k for k, v in again.config.model_dump(mode="json").items() if v != chosen["config"][k]
     }
     assert different <= {"model"}
+
+
+@pytest.mark.parametrize("layers", [8, 2])
+def test_speed_of_this_processor(layers, tmp_path, capsys):
+    """Measure it at layers that are alike; with fewer layers, or for another machine, estimate."""
+    config = AutoConfig.for_model("qwen2", **SMALL | {"num_hidden_layers": layers})
+    config.save_pretrained(tmp_path)
+    arguments = ["--model", str(tmp_path), "--device", "cpu", "--max-new-tokens", "40"]
+    assert plan.run(arguments) == 0
+    here = "Measured on this processor" in capsys.readouterr().out
+    assert here == (layers == 8)
+    assert plan.run([*arguments, "--json"]) == 0
+    rates = json.loads(capsys.readouterr().out)["chosen"]["rates"]
+    assert all(0 < rate < 1e18 for rate in rates.values())
+    found = ("flops", "sampled_flops", "read", "entries", "bandwidth", "host")
+    same = {name for name in found if rates[name] == getattr(RATES["cpu"], name)}
+    assert same == (set() if here else {*found})
+    assert plan.run([*arguments, "--host-memory", "4"]) == 0
+    assert "Assuming two cores" in capsys.readouterr().out
 
 
 def test_table(folder, capsys):

@@ -127,6 +127,18 @@ def test_official_loss(tmp_path):
         assert_same(ours, truth, TOLERANCE)
 
 
+@pytest.mark.parametrize("official", [False, True])
+def test_maximising_turns_the_gradient_around(official, tmp_path):
+    model = make_model(dtype=torch.float64)
+    config = settings("-", tmp_path, official_loss=official, micro_batch_rows=3)
+    loss, down = loss_and_gradients(model, ROLLOUTS, config)
+    config = config.model_copy(update={"objective": "maximise"})
+    same, up = loss_and_gradients(model, ROLLOUTS, config)
+    assert same.entropy == pytest.approx(loss.entropy) and loss.entropy > 0
+    assert_same(up, {name: -gradient for name, gradient in down.items()}, TOLERANCE)
+    assert all(gradient.any() for gradient in up.values())
+
+
 def test_prompts_are_computed_once(tmp_path):
     """A prompt is computed once, and not apart where only one rollout has it."""
     model = make_model()

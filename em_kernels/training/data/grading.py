@@ -133,6 +133,9 @@ def _same(known: _Answer, found: _Answer) -> bool | None:
     return False if certain or not (known.latex and found.latex) else None
 
 
+WORKERS, WORKER_BYTES = 2, 200 << 20  # processes that compare answers, and what each takes
+
+
 class Grader(AbstractContextManager["Grader"]):
     """Compares completions with answers and with each other; workers start when first needed."""
 
@@ -203,7 +206,7 @@ class Grader(AbstractContextManager["Grader"]):
                 return
             if self._pool is None or not self._pool.active:
                 self.close()
-                workers = min(2, os.cpu_count() or 1)  # They take 0.2 GB each.
+                workers = min(WORKERS, os.cpu_count() or 1)
                 self._pool = ProcessPool(workers, initializer=_limit, context=_Context())
                 with StopRequest(patient=True) as stop:  # An interrupted start leaves a worker.
                     is_active = self._pool.active  # Reading it starts the workers.

@@ -16,6 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ...functional import entropy_loss_into
 from ...hf import Head, hidden_states
+from ...ops.free_memory import return_freed_memory
 from ..config import TrainConfig
 from ..rollouts.sampling import Rollout
 from .optimizer import MasterAdamW
@@ -274,7 +275,8 @@ def entropy_step(
     index: int = 0,
     count: int = 1,
 ) -> StepLoss:
-    """Add the gradient of the mean entropy over all scored tokens to the optimizer's.
+    """Add the gradient of the mean entropy over all scored tokens, or of its negative if that is
+    the objective, to the optimizer's.
 
     Args:
         rollouts: those of the whole update, on all ranks.
@@ -285,6 +287,8 @@ def entropy_step(
     official, weight, options = config.official_loss, head.weight, loss_options(config, head)
     share = rank_share(rollouts, config, micro_batch, index, count)
     mean, reports = 0.0, torch.zeros(2)
+    # Where memory use turns: before a micro-batch's forward, head and backward, and at the end.
+    trim = return_freed_memory if model.device.type == "cpu" else lambda: None
 
     def add_rows(vocab_indices: slice | Tensor, gradient: Tensor) -> None:
         optimizer.add(weight, gradient, vocab_indices)
@@ -296,6 +300,7 @@ def entropy_step(
             firsts = 0 if prompt is None or official else sum(map(len, batches))
             for batch in batches:
                 check()
+                trim()
                 states = scored_states(model, batch, prompt, official)
                 weights = torch.ones(len(states), dtype=torch.float64)
                 if prompt is not None and firsts:
@@ -304,16 +309,20 @@ def entropy_step(
                     firsts = 0
                 elif len(states) == 0:
                     continue
-                mask = (weights / share.divisor(len(states), official)).to(states.device)
+                divisor = config.sign * share.divisor(len(states), official)
+                mask = (weights / divisor).to(states.device)
+                trim()
                 loss, dstates, dbias, report = entropy_loss_into(
                     add_rows if weight.requires_grad else None, states, weight, mask=mask, **options
                 )
                 if dbias is not None:
                     assert head.bias is not None
                     optimizer.add(head.bias, dbias)
+                trim()
                 states.backward(dstates)
-                mean += loss.item()
+                mean += config.sign * loss.item()
                 reports += torch.stack(report[:2]).cpu() * (weights.sum() / share.tokens)
             if prompt is not None:
                 prompt.backward()
+    trim()
     return StepLoss(mean, *reports.tolist())

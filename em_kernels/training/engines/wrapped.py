@@ -66,10 +66,10 @@ class Wrapped(Engine, ABC):
             tokens = len(states) if len(losses) < len(batches) else 0
             # The mask is made here, as FSDP would round a module's argument to bf16.
             mask = states.new_zeros(len(states), dtype=torch.float64)
-            mask[:tokens] = 1 / max(1, share.divisor(tokens, config.official_loss))
+            mask[:tokens] = config.sign / max(1, share.divisor(tokens, config.official_loss))
             options = loss_options(config, head)
             loss = fused_entropy_loss(states, head.weight, mask=mask, **options)
-            losses.append(loss.detach())
+            losses.append(config.sign * loss.detach())
             reports.append(tokens / max(1, share.tokens) * torch.stack(gradient_report(loss)[:2]))
             return loss
 

@@ -27,7 +27,7 @@ class StudyConfig(TaskSettings):
     """
 
     model: str = "demo"
-    """Hub id, local folder, or "demo" (135M)."""
+    """Hub id, local folder, GGUF file, or "demo" (135M)."""
     data: str = "addition"
     """Problems with answers: a .jsonl or .parquet file, a hub dataset (owner/name), "addition", or
     gym:TASK[?setting=value&...] (a reasoning-gym task).

@@ -26,7 +26,9 @@ class TaskSettings(Settings):
     """A model, problems, and how the model is asked them."""
 
     model: str = ""
-    """Hub id, local folder, folder of a run (its newest checkpoint is used), or "demo" (135M)."""
+    """Hub id, local folder, GGUF file, folder of a run (its newest checkpoint is used), or "demo"
+    (135M).
+    """
     data: str = ""
     """Problems: a .jsonl or .parquet file, a hub dataset (owner/name), "addition" (sums of two
     two-digit numbers), or gym:TASK[?setting=value&...] (a reasoning-gym task).

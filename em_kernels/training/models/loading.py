@@ -22,16 +22,22 @@ from transformers import (
 from ...ops.gemm import bf16_isa
 from ..run_folder import newest_checkpoint
 from ..settings import UserError, in_one_line
+from . import gguf
 from .demo_model import fetch_demo
 
 ADAPTERS = "adapter_config.json"
 
 
 def resolve_source(model: str) -> str:
-    """Return the folder or hub id that `model` names; for a run, its newest checkpoint."""
+    """Return the folder or hub id that `model` names; for a run, its newest checkpoint, for a GGUF
+    file its folder in the cache, which is made on the first call.
+    """
     if not model:
-        raise UserError('model: missing; name a hub id, a local folder, or "demo"')
-    if model.startswith((".", "/", "~")) and not Path(model).expanduser().is_dir():
+        raise UserError('model: missing; name a hub id, a local folder, a GGUF file, or "demo"')
+    path = Path(model).expanduser()
+    if path.suffix == gguf.SUFFIX and not path.is_dir():
+        return str(gguf.folder_of(path))
+    if model.startswith((".", "/", "~")) and not path.is_dir():
         raise UserError(f"model: there is no folder {model}")
     source = str(fetch_demo()) if model == "demo" else os.path.expanduser(model)
     source = str(newest_checkpoint(Path(source)) or source)

@@ -262,11 +262,14 @@ class ModelMemory:
             targets = lora.lora_targets if lora is not None else ()
             numbered = any(part.isdigit() for target in targets for part in target.split("."))
             if alike and self.can_share_prefix and self.layers > sum(DEPTHS) and not numbered:
-                configs = [_with_depth(config, depth) for depth in DEPTHS]
+                configs = [with_depth(config, depth) for depth in DEPTHS]
                 self.models = [_FakeModel(c, dtype, attention, lora) for c in configs]
             else:
                 self.models = [_FakeModel(config, dtype, attention, lora) if lora else whole]
-            self.sizes = ParameterSizes(*self._full_depth([m.sizes() for m in self.models]))
+            sizes = [model.sizes() for model in self.models]
+            self.sizes = ParameterSizes(*self._full_depth(sizes))
+            # Of one of the layers; 0 if these are not alike.
+            self.layer_bytes = sizes[-1].weight_bytes - sizes[0].weight_bytes
 
     def _full_depth(self, values: Any) -> list[int]:
         """Extrapolate linearly from the 2- and 3-layer models to full depth."""
@@ -306,7 +309,8 @@ class ModelMemory:
         return self._full_depth(found)[0]
 
 
-def _with_depth(config: PreTrainedConfig, depth: int) -> PreTrainedConfig:
+def with_depth(config: PreTrainedConfig, depth: int) -> PreTrainedConfig:
+    """Return the config with so many layers."""
     config = copy.deepcopy(config)
     text = config.get_text_config()
     text.num_hidden_layers = depth

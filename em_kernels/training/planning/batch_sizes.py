@@ -17,6 +17,7 @@ ENOUGH_TOKENS = 4096  # recompute only where a micro-batch of this size would no
 EFFICIENT_TOKENS = 2048  # of a micro-batch; a larger one is hardly faster
 EFFICIENT_ROWS = 16  # sampled side by side; more are hardly faster
 MAX_SAMPLED_ROWS = 256  # a step of more rows takes a GPU as long per token, and a CPU longer
+HEAD_SHARE = 0.02  # of the head's backward that a tolerance leaves (real states: 0.001 to 0.02)
 # Cap: short completions may pack up to 8x as many rows into a micro-batch.
 SHORT_ROWS = 8
 
@@ -167,31 +168,42 @@ class BatchSizes:
             self.completions,
         )
         matrices, trained = sizes.matrix_parameters, sizes.trained_parameters
+        head = model.vocab_size * model.hidden_size
         read = matrices * model.itemsize
         if config.four_bit:  # half a byte read, 2 bytes written; `read` has these read again
             read += sizes.linear_parameters * 5 // 2
         steps = new * -(-completions // int(config.rollout_batch))
         # A cache grows from nothing, its rows end at different times: three quarters on average.
-        fetched = steps * read + completions * new * self.cache_bytes * 3 // 4
+        cached = completions * new * self.cache_bytes * 3 // 4
+        reading = steps * read / rates.read + cached / rates.bandwidth
         produced = completions * new * 2 * matrices
-        flops = (4 if config.mode == "lora" else 6) * matrices
+        products = 4 if config.mode == "lora" else 6
+        head_products = 2 + (products - 2) * (HEAD_SHARE if config.grad_tolerance else 1)
+        flops = products * (matrices - head) + head_products * head
         if config.gradient_checkpointing:
-            flops += 2 * (matrices - model.vocab_size * model.hidden_size)
+            flops += 2 * (matrices - head)
         tokens = completions * new + self.prompt_tokens * self.computed_prompts
         launching = steps * model.layers / rates.layers
-        sampling = max(fetched / rates.bandwidth, produced / rates.flops, launching)
+        computing = produced / rates.sampled_flops  # while a GPU reads, but a CPU does not
+        sampling = max(reading, computing, launching) if self.cuda else reading + computing
+        if config.sampling.temperature:
+            sampling += completions * new * model.vocab_size / rates.entries
         seconds = {"sampling": sampling, "training": tokens * flops / rates.flops}
         gradient_bytes = PRECISIONS[config.gradients].itemsize
         state_bytes = 4 + 2 * PRECISIONS[config.moments].itemsize  # master and both moments
         adamw_bytes = trained * (2 * state_bytes + gradient_bytes)
-        weights_to_device = trained * model.itemsize / rates.pcie
-        if config.mode == "offload":
-            added_up = trained * (model.itemsize + 2 * gradient_bytes) / rates.host
-            backwards = self.micro_batches + self.shared_prompts
-            seconds["gradients to host"] = backwards * max(weights_to_device, added_up)
-            seconds["AdamW"] = adamw_bytes / rates.host + weights_to_device
+        backwards = self.micro_batches + self.shared_prompts
+        added_up = backwards * trained * (model.itemsize + 2 * gradient_bytes)
+        weights_to_device = trained * model.itemsize / rates.pcie if self.cuda else 0.0
+        if config.mode == "offload" and self.cuda:
+            to_host = max(backwards * weights_to_device, added_up / rates.host)
+            seconds["gradients to host"] = to_host
         else:
-            seconds["AdamW"] = adamw_bytes / rates.bandwidth
+            seconds["training"] += added_up / rates.bandwidth
+        on_device = self.cuda and config.mode != "offload"
+        seconds["AdamW"] = adamw_bytes / (rates.bandwidth if on_device else rates.host)
+        if config.mode == "offload":
+            seconds["AdamW"] += weights_to_device
         if config.offload_dir is not None:
             seconds["AdamW"] += trained * 2 * state_bytes / rates.disk
         return seconds

@@ -19,7 +19,10 @@ PHASES = {  # components that come and go, by the phase in which they are in mem
 class Rates(NamedTuple):
     """Speeds of a machine, all per second."""
 
-    flops: float  # of matrix products, sustained
+    flops: float  # of matrix products in training, sustained
+    sampled_flops: float  # the same, in sampling
+    read: float  # bytes of weights in a sampling step
+    entries: float  # vocabulary entries of a row of logits that the samplers choose from
     bandwidth: float  # bytes of the device's memory
     pcie: float  # bytes between host and device
     host: float  # bytes of host memory in AdamW
@@ -29,8 +32,8 @@ class Rates(NamedTuple):
 
 
 RATES = {  # a 24 GB card of the RTX 3090 and 4090's class; two cores of a processor
-    "cuda": Rates(60e12, 800e9, 20e9, 20e9, 2e9, 50e6, 3000),
-    "cpu": Rates(0.15e12, 15e9, 15e9, 10e9, 1e9, 50e6, 3000),
+    "cuda": Rates(60e12, 60e12, 800e9, 3e9, 800e9, 20e9, 20e9, 2e9, 50e6, 3000),
+    "cpu": Rates(0.15e12, 0.15e12, 15e9, 50e6, 15e9, 15e9, 1e9, 1e9, 50e6, 3000),
 }
 
 
@@ -65,8 +68,9 @@ class Plan:
 
     @property
     def allocated(self) -> int:
-        """Bytes that torch.cuda.max_memory_allocated should report."""
-        return self.device_total - sum(self.device.get(n, 0) for n in ("context", "fragments"))
+        """Bytes that torch.cuda.max_memory_allocated should report, or a CPU process's peak."""
+        other = ("context", "fragments") if self.host else ("graders",)
+        return self.device_total - sum(self.device.get(name, 0) for name in other)
 
     @property
     def host_total(self) -> int:

@@ -21,6 +21,7 @@ from ..settings import UserError
 from . import components
 from .activations import ModelMemory
 from .batch_sizes import BatchSizes
+from .cpu_speed import measured_rates
 from .plan import GIB, RATES, Plan, cheaper, peak
 
 ONE_PROCESS = LaunchSpec()
@@ -32,6 +33,7 @@ class Planner:
     Args:
         download: bytes to download; None: all weights, in the dtype that the config names.
         loaded_bytes: those of the model that are on the device already.
+        measure_speed: take this CPU's speed for the plan's seconds, instead of estimates.
     """
 
     def __init__(
@@ -43,10 +45,12 @@ class Planner:
         download: int | None = 0,
         loaded_bytes: int = 0,
         launch: LaunchSpec = ONE_PROCESS,
+        measure_speed: bool = False,
     ) -> None:
         self.model_config, self.prompt_tokens = model_config, prompt_tokens
         self.download, self.launch = download, launch
         self.cuda, self.rates = device.type == "cuda", RATES[device.type]
+        self.measure_speed = measure_speed and not self.cuda
         if launch.engine != "replicas":
             config = sharded_settings(config, launch.engine)
         if config.dtype == "auto":
@@ -55,7 +59,7 @@ class Planner:
         host = free_host_bytes() if config.host_memory is None else int(config.host_memory * GIB)
         limit = host // launch.on_machine
         if config.host_memory is None and not self.cuda:
-            limit += loaded_bytes
+            limit += loaded_bytes + components.CPU_PROCESS_BYTES  # which this process holds now
         self.device_limit = self.host_limit = limit
         if self.cuda and config.gpu_memory is not None:
             self.device_limit = int(config.gpu_memory * GIB)
@@ -138,7 +142,11 @@ class Planner:
         key = (config.lora_rank, config.lora_targets) if config.mode == "lora" else None
         if key not in self.models:
             lora = config if key else None
-            self.models[key] = ModelMemory(self.model_config, self.dtype, config.attention, lora)
+            model = ModelMemory(self.model_config, self.dtype, config.attention, lora)
+            self.models[key] = model
+            if self.measure_speed and (layer := model.layer_bytes):
+                self.rates = measured_rates(self.model_config, layer, self.dtype, config.sampling)
+                self.measure_speed = False
         return self.models[key]
 
     def plan(self, config: TrainConfig) -> Plan:
@@ -168,7 +176,8 @@ class Planner:
         else:
             device, host, disk = components.sharded_bytes(config, model, self.launch, cuda)
         room = self.device_limit - sum(device.values())
-        room = int(room / (1 + components.FRAGMENTED_SHARE)) if cuda else room
+        lost = components.FRAGMENTED_SHARE if cuda else components.CPU_FRAGMENTED_SHARE
+        room = int(room / (1 + lost))
         chunk = config.chunk_bytes or components.default_chunk_bytes(model, self.device_limit, cuda)
         ranks, tokens = self.launch.ranks, self.prompt_tokens
         batches = BatchSizes(config, model, tokens, ranks, cuda, chunk, room)
@@ -177,8 +186,7 @@ class Planner:
             passing["rounding"] = 2 * min(SLAB, trained) + 4 * min(LENGTH, SLAB, trained)
         if not cuda and not lora and model.itemsize == 4:
             passing["bf16 copy"] = sizes.weight_bytes // 2 + components.NOISE_BYTES
-        if cuda:
-            device["fragments"] = int(components.FRAGMENTED_SHARE * peak(passing))
+        device["fragments"] = int(lost * peak(passing))
         complete = {
             "lr": config.lr or (LORA_LR if lora else FULL_LR),
             "attention": attention_of(config.attention, self.model_config),

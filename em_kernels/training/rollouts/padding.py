@@ -10,11 +10,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel
-from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, cache_utils
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ...hf import decoder_of, takes
 
+# Layers that share another's keys and values; transformers before 5.23 has no class for them.
+DUMMY_LAYER = getattr(cache_utils, "DummyLayer", DynamicLayer)
 HALF = (torch.bfloat16, torch.float16)
 # Results of check_sampling: True if padding changes no row.
 PADS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
@@ -24,7 +26,7 @@ def check_cache(model: PreTrainedModel) -> None:
     """Raise TypeError if rows of the model's KV cache cannot be repeated and dropped."""
     kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
     name = type(model).__name__
-    for kind in kinds - {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer}:
+    for kind in kinds - {DynamicLayer, DynamicSlidingWindowLayer, DUMMY_LAYER}:
         raise TypeError(f"model: {name} keeps a {kind.__name__}; only attention is supported")
     if not takes(decoder_of(model), "past_key_values", "use_cache"):
         why = f"{name} takes no keys and values of earlier tokens"
@@ -126,7 +128,7 @@ def check_sampling(model: PreTrainedModel) -> bool:
 def can_pad(model: PreTrainedModel, longest: int) -> bool:
     """Return True if rows of unequal length, up to `longest` tokens, can share a batch."""
     kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
-    if not kinds <= {DynamicLayer, DummyLayer}:  # A sliding window counts padding.
+    if not kinds <= {DynamicLayer, DUMMY_LAYER}:  # A sliding window counts padding.
         return False
     settings = model.config.get_text_config().to_dict().items()
     windows = [v for name, v in settings if re.search(r"(^|_)window(_size)?$", name)]

@@ -98,6 +98,29 @@ def generate(
     return [results[i] for i in range(len(prompts))]
 
 
+def processors_of(
+    sampling: Sampling, uniforms: Tensor, start: int
+) -> generation.LogitsProcessorList:
+    """Return what turns logits into ones of which the largest is the sampled token.
+
+    Args:
+        uniforms: (rows, new tokens) random numbers that decide.
+        start: length of the prompt.
+    """
+    processors = generation.LogitsProcessorList()
+    if sampling.repetition_penalty != 1:
+        processors.append(generation.RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+    if sampling.temperature > 0:
+        if sampling.temperature != 1:
+            processors.append(generation.TemperatureLogitsWarper(sampling.temperature))
+        if sampling.top_k:
+            processors.append(generation.TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p < 1:
+            processors.append(generation.TopPLogitsWarper(sampling.top_p))
+        processors.append(_InverseCdf(uniforms, start))
+    return processors
+
+
 def _batches(lengths: Sequence[int], size: int, pad: bool) -> Iterator[list[int]]:
     """Batch indices by length: at most twice the batch's shortest, or all equal without padding."""
     batch: list[int] = []
@@ -130,18 +153,7 @@ def _generate_batch(
     results: dict[int, Rollout] = {}
     rows = torch.arange(len(ids), device=ids.device)  # each row's index in prompts
     while len(rows):
-        processors = generation.LogitsProcessorList()
-        if sampling.repetition_penalty != 1:
-            penalty = sampling.repetition_penalty
-            processors.append(generation.RepetitionPenaltyLogitsProcessor(penalty))
-        if sampling.temperature > 0:
-            if sampling.temperature != 1:
-                processors.append(generation.TemperatureLogitsWarper(sampling.temperature))
-            if sampling.top_k:
-                processors.append(generation.TopKLogitsWarper(sampling.top_k))
-            if sampling.top_p < 1:
-                processors.append(generation.TopPLogitsWarper(sampling.top_p))
-            processors.append(_InverseCdf(uniforms[rows], prompt_length))
+        processors = processors_of(sampling, uniforms[rows], prompt_length)
         segment_end = _SegmentEnd(endings, len(rows), prompt_length, check)
         config = {"max_length": longest, "pad_token_id": ends[0] if ends else 0}
         stop = {"stopping_criteria": generation.StoppingCriteriaList([segment_end])}

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..interrupts import doing
-from ..models.loading import ADAPTERS, architecture, in_short
+from ..models.loading import ADAPTERS, architecture, in_short, resolve_source
 from ..models.rounding import to_bf16
 from ..run_folder import newest_checkpoint
 from ..settings import UserError
@@ -43,9 +43,8 @@ def merge(adapter: Path, output: Path) -> Path:
         check_mergeable(config)
         weights = load_file(folder / "adapter_model.safetensors")
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        base = AutoModelForCausalLM.from_pretrained(
-            str(config.base_model_name_or_path), dtype="auto", trust_remote_code=False
-        )
+        source = resolve_source(str(config.base_model_name_or_path))
+        base = AutoModelForCausalLM.from_pretrained(source, dtype="auto", trust_remote_code=False)
     except Exception as error:  # peft, transformers, safetensors and the hub raise many kinds.
         raise UserError(f"merge: {folder}: {in_short(error)}") from error
     try:
