@@ -170,6 +170,13 @@ def summary(rows: dict[str, list[dict]], options: argparse.Namespace) -> dict[st
     return found
 
 
+def key_of(program: str, row: dict) -> str:
+    """Return the key of a program's results; those of the demo's recipe have its name alone."""
+    if row["recipe"] == "demo":
+        return program
+    return f"{row['model']} {row['rollouts']}x{row['new_tokens']} {program}"
+
+
 def main(arguments: list[str]) -> int:
     """Run the programs; return 0 when done, 2 for an error that the user can mend."""
     program = "python -m benchmarks.bench_train"
@@ -229,8 +236,7 @@ def main(arguments: list[str]) -> int:
     path = options.results or store.path_of(options.device)
     try:
         found = summary(take_turns(options), options)
-        prefix = "" if options.recipe == "demo" else f"{Path(options.model).name} "
-        named = {f"{prefix}{name}": row for name, row in found.items()}
+        named = {key_of(name, row): row for name, row in found.items()}
         store.merge(path, options.device, "training", named)
     except BenchError as error:
         print(f"bench_train: error: {error}", file=sys.stderr)
