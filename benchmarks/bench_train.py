@@ -21,7 +21,7 @@ import em_kernels
 from benchmarks import inputs, store, tables
 from benchmarks.loops import by_hand, ours
 from benchmarks.store import BenchError
-from em_kernels.training.config import preset
+from em_kernels.training.config import FULL_LR, preset
 
 OURS, OFFICIAL = "ours-fp32", "official"
 PROGRAMS = {
@@ -32,8 +32,8 @@ PROGRAMS = {
 }
 # Limit and goal of the ratio, shown but not asserted.
 LIMITS = {"plain": (">= 2", ">= 4"), OFFICIAL: (">= 5", ">= 10")}
-# Between losses on the same tokens. bf16 weights and activations change the entropy itself.
-LOSS_RTOL, LOSS_RTOL_BF16 = 0.01, 0.05
+# Between losses on the same tokens. From the second update on, bf16 and fp32 weights differ too.
+LOSS_RTOL, LOSS_RTOL_BF16 = 0.01, 0.1
 RECIPES = {"demo": "addition, 24 tokens", "one-shot-em": "the paper's prompt and sampling"}
 
 
@@ -59,6 +59,7 @@ def run_program(program: str, options: argparse.Namespace, folder: Path) -> None
             "model": options.model,
             "prompt": config.prompt or inputs.PROMPT,
             "sampling": config.sampling.model_copy(update=sampling),
+            "lr": config.lr or FULL_LR,
             "save_at": (),
             "rollouts": options.rollouts,
             "steps": 10**6,
