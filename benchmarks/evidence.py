@@ -7,6 +7,7 @@ checkpoints are deleted, and the next call goes on with the next run.
 
 import argparse
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from em_kernels.training.evaluation.statistics import paired_change, percent, wilson
+from em_kernels.training.runs.records import write_whole
 
 RESULTS = Path(__file__).parent / "results" / "evidence"
 POOL, STEPS, SCORED = 24, 5, (1, 5)
@@ -25,7 +27,10 @@ TRAINING = f"--steps {STEPS} --rollouts 32 --max-new-tokens 256 --save-optimizer
 
 
 class Arm(NamedTuple):
-    """One training run: its prompt ("pi1" or "selected"), learning rate, seed and objective."""
+    """One training run: its prompt, learning rate, seed and objective.
+
+    prompt: "pi1", "selected" (the first of the ranking) or "random" (another one of it).
+    """
 
     prompt: str
     lr: float
@@ -97,7 +102,8 @@ class Study(NamedTuple):
             flags += f" --objective {arm.objective}"
         prompt: list[object] = ["--prompt-from", self.pi1]
         if arm.prompt != "pi1":
-            row = 0 if arm.prompt == "selected" else POOL - 1
+            others = random.Random(arm.seed).randrange(1, POOL)  # places in the ranking
+            row = 0 if arm.prompt == "selected" else others
             prompt = ["--prompt-from", self.selection(), "--prompt-rows", row]
             prompt.append("--no-chat-template")  # The ranking holds prompts as the model reads them
         self.em_kernels(flags, "--model", self.model, "--output", run, *prompt)
@@ -151,16 +157,19 @@ def main() -> None:
     study = Study(options.model, options.data, options.pi1, options.work, options.problems)
     options.results.mkdir(parents=True, exist_ok=True)
     if not (file := options.results / "base.json").exists():
-        file.write_text(json.dumps(study.score(study.model, study.work / "base")) + "\n")
+        write_whole(file, json.dumps(study.score(study.model, study.work / "base")) + "\n")
     for arm in ARMS:
         file = options.results / f"{arm.name}.json"
         if file.exists() or (options.only and arm.name != options.only):
             continue
-        file.write_text(json.dumps(measure(study, arm)) + "\n")
+        write_whole(file, json.dumps(measure(study, arm)) + "\n")
         shutil.rmtree(study.work / arm.name / "checkpoints")
         Console().print(table(options.results))
     Console().print(table(options.results))
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("benchmarks.evidence: interrupted; the same command goes on")

@@ -34,7 +34,7 @@ from the header of a GGUF file. More flags:
   --on-host          that engine keeps the optimizer's state in host memory
 
 For another machine: --gpu-memory and --host-memory take GiB; a card sold with 24 GB has 22 to 23.5.
-No GPU is needed here.
+No GPU is needed here. Without them, a CPU's speed is measured, which takes some seconds.
 
 Example:
   em-kernels plan --model Qwen/Qwen2.5-Math-7B --gpu-memory 22.5 --host-memory 89"""

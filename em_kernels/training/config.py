@@ -109,7 +109,7 @@ class TrainConfig(Settings):
     rollouts_from: Path | None = None
     """Train on the completions recorded in this run's folder instead of sampling."""
     objective: Literal["minimise", "maximise"] = "minimise"
-    """What is done to the entropy. maximise is a control: a gain that it also gives is not due to
+    """Lower the entropy, or raise it as a control: a gain that raising also gives is not due to
     confidence.
     """
     official_loss: bool = False

@@ -85,6 +85,19 @@ def test_speed_of_this_processor(layers, tmp_path, capsys):
     assert "Assuming two cores" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "mpt"])
+def test_speed_with_a_short_context(kind, tmp_path, capsys):
+    """GPT-2 is measured within its context; MPT, whose context has another name, is estimated."""
+    small = {"n_positions": 64, "n_embd": 64, "n_head": 4, "n_layer": 8}
+    if kind == "mpt":
+        small = {"max_seq_len": 64, "d_model": 64, "n_heads": 4, "n_layers": 8}
+    AutoConfig.for_model(kind, **small).save_pretrained(tmp_path)
+    asked = ["--device", "cpu", "--prompt-tokens", "8", "--max-new-tokens", "9"]
+    assert plan.run(["--model", str(tmp_path), *asked]) == 0
+    told = {"gpt2": "Measured on this processor", "mpt": "Assuming two cores"}
+    assert told[kind] in capsys.readouterr().out
+
+
 def test_table(folder, capsys):
     arguments = ["--model", str(folder), "--device", "cpu", "--max-new-tokens", "40"]
     assert plan.run([*arguments, "--host-memory", "4"]) == 0

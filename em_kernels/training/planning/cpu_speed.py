@@ -18,9 +18,9 @@ from .plan import MIB, RATES, Rates
 
 LAYER_BYTES = 512 * MIB  # of weights that are multiplied with: more than a CPU's caches hold
 MAX_DEPTH = 4
-TRAINED = (2, 256)  # rows and tokens of the forward and backward
+TOKENS = 256  # of a row in the forward and backward, and before a sampling step
+TRAINED_ROWS = 2
 FEW_ROWS, MANY_ROWS = 4, 32  # of a sampling step
-CACHED = 256  # tokens before it
 SAMPLED_ROWS = 8  # of logits
 UPDATED = 2 * SLAB  # weights that AdamW updates
 UPDATED_BYTES = 2 * (4 + 2 + 2) + 4  # of each: master and bf16 moments read and written, gradient
@@ -47,10 +47,12 @@ def measured_rates(
             p.fill_(0.01)
     matrices = sum(p.numel() for p in layers if p.dim() > 1)
     vocab_size = len(embedding)
-    few, many = (_seconds(_sampling_step(model, rows)) for rows in (FEW_ROWS, MANY_ROWS))
+    context = getattr(model_config.get_text_config(), "max_position_embeddings", None) or -1
+    tokens = min(TOKENS, context // 2) if context > 0 else TOKENS  # XLNet's -1 is no limit
+    few, many = (_seconds(_sampling_step(model, rows, tokens)) for rows in (FEW_ROWS, MANY_ROWS))
     each_row = max(0.0, many - few) / (MANY_ROWS - FEW_ROWS)
     reading = max(few - FEW_ROWS * each_row, 0.1 * few)
-    ids = torch.arange(TRAINED[0] * TRAINED[1]).view(TRAINED) % vocab_size
+    ids = torch.arange(TRAINED_ROWS * tokens).view(TRAINED_ROWS, tokens) % vocab_size
     embedding.requires_grad_(False)  # Its gradient is added up, which is planned by itself.
     source, target = torch.ones(2, LAYER_BYTES // 8)
     return RATES["cpu"]._replace(
@@ -79,8 +81,8 @@ def _train(model: PreTrainedModel, ids: torch.Tensor) -> None:
     model.zero_grad()
 
 
-def _sampling_step(model: PreTrainedModel, rows: int) -> Callable[[], object]:
-    """Return a function that runs the layers on one more token of each row."""
+def _sampling_step(model: PreTrainedModel, rows: int, tokens: int) -> Callable[[], object]:
+    """Return a function that runs the layers on one more token of each row, after so many."""
     cache = DynamicCache(config=model.config)
     ids = torch.ones(rows, 1, dtype=torch.int64)
 
@@ -90,7 +92,7 @@ def _sampling_step(model: PreTrainedModel, rows: int) -> Callable[[], object]:
 
     with torch.no_grad():
         decoder_of(model)(
-            input_ids=ids[:1].expand(1, CACHED), past_key_values=cache, use_cache=True
+            input_ids=ids[:1].expand(1, tokens), past_key_values=cache, use_cache=True
         )
     cache.batch_repeat_interleave(rows)
     return step

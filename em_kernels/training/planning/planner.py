@@ -4,6 +4,7 @@ Needs the model's config alone: activations are measured on fake tensors, the re
 """
 
 import shutil
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -33,7 +34,8 @@ class Planner:
     Args:
         download: bytes to download; None: all weights, in the dtype that the config names.
         loaded_bytes: those of the model that are on the device already.
-        measure_speed: take this CPU's speed for the plan's seconds, instead of estimates.
+        measure_speed: take this CPU's speed for the plan's seconds; where the layers differ or
+            need other inputs, the estimates stay.
     """
 
     def __init__(
@@ -145,8 +147,10 @@ class Planner:
             model = ModelMemory(self.model_config, self.dtype, config.attention, lora)
             self.models[key] = model
             if self.measure_speed and (layer := model.layer_bytes):
-                self.rates = measured_rates(self.model_config, layer, self.dtype, config.sampling)
                 self.measure_speed = False
+                with suppress(Exception):  # Some architectures want more than token ids.
+                    sampling = config.sampling
+                    self.rates = measured_rates(self.model_config, layer, self.dtype, sampling)
         return self.models[key]
 
     def plan(self, config: TrainConfig) -> Plan:
