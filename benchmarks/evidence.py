@@ -18,11 +18,13 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from em_kernels.training.config import read_yaml
 from em_kernels.training.evaluation.statistics import paired_change, percent, wilson
 from em_kernels.training.runs.records import write_whole
 
 RESULTS = Path(__file__).parent / "results" / "evidence"
 POOL, STEPS, SCORED = 24, 5, (1, 5)
+HEADS = ("run", "update", "entropy", "right, %", "change, points", "p", "cut off, %")
 TRAINING = f"--steps {STEPS} --rollouts 32 --max-new-tokens 256 --save-optimizer False"
 
 
@@ -80,7 +82,8 @@ class Study(NamedTuple):
         """Score a model greedily on the first problems; return its results."""
         task = f"eval --template qwen25-math-cot --count {self.problems} --max-new-tokens 512"
         self.em_kernels(task, "--data", self.data, "--model", model, "--output", output)
-        return json.loads((output / "results.json").read_text())
+        found = json.loads((output / "results.json").read_text())
+        return {**found, "model": Path(str(model)).name, "data": self.data.name}
 
     def selection(self) -> Path:
         """Rank the problems that follow the scored ones; return the ranking."""
@@ -113,33 +116,47 @@ class Study(NamedTuple):
 def measure(study: Study, arm: Arm) -> dict[str, Any]:
     """Train and score an arm; return what its result file holds."""
     run = study.train(arm)
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    found: dict[str, Any] = {"arm": arm._asdict(), "metrics": rows, "scores": {}}
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    found: dict[str, Any] = {"arm": arm._asdict(), "metrics": metrics, "scores": {}}
     for update in SCORED:
         checkpoint = run / "checkpoints" / f"step-{update:05d}"
         found["scores"][update] = study.score(checkpoint, study.work / f"{arm.name}-{update}")
-    found["settings"] = (run / "config.yaml").read_text()
+    settings = read_yaml(run / "config.yaml").flat()
+    names = {name: Path(str(settings[name])).name for name in ("model", "prompt_from", "output")}
+    return {**found, "settings": settings | names}  # names, as nobody else has these folders
+
+
+def rows(results: Path) -> list[tuple[str, ...]]:
+    """Return the cells under `HEADS` of the base and of the arms that are done."""
+    base = json.loads((results / "base.json").read_text())
+    before = np.array(base["right"])[:, 0]
+    cut = percent(1 - base["ended"])
+    found = [("base", "", "", percent(before.mean(), wilson(before)), "", "", cut)]
+    for arm in ARMS:
+        if not (file := results / f"{arm.name}.json").exists():
+            continue
+        done = json.loads(file.read_text())
+        for update, score in done["scores"].items():
+            now = np.array(score["right"])[:, 0]
+            change, low, high, p = paired_change(before, now)
+            points = f"{100 * change:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+            entropy = f"{done['metrics'][int(update) - 1]['entropy']:.3f}"
+            right, cut = percent(now.mean(), wilson(now)), percent(1 - score["ended"])
+            found.append((arm.name, update, entropy, right, points, f"{p:.2g}", cut))
     return found
+
+
+def markdown(results: Path = RESULTS) -> str:
+    """Return the table as docs/evidence.md shows it."""
+    lines = [HEADS, ("---",) * len(HEADS), *rows(results)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def table(results: Path) -> Table:
     """Return a table of the arms that are done: accuracy and its change from the base."""
-    base = json.loads((results / "base.json").read_text())
-    before = np.array(base["right"])[:, 0]
-    shown = Table("", "update", "entropy", "right, %", "change, points", "p", "cut off, %")
-    cut = percent(1 - base["ended"])
-    shown.add_row("base", "", "", percent(before.mean(), wilson(before)), "", "", cut)
-    for arm in ARMS:
-        if not (file := results / f"{arm.name}.json").exists():
-            continue
-        found = json.loads(file.read_text())
-        for update, score in found["scores"].items():
-            now = np.array(score["right"])[:, 0]
-            change, low, high, p = paired_change(before, now)
-            points = f"{100 * change:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
-            entropy = f"{found['metrics'][int(update) - 1]['entropy']:.3f}"
-            right, cut = percent(now.mean(), wilson(now)), percent(1 - score["ended"])
-            shown.add_row(arm.name, update, entropy, right, points, f"{p:.2g}", cut)
+    shown = Table(*HEADS)
+    for cells in rows(results):
+        shown.add_row(*cells)
     return shown
 
 

@@ -1,10 +1,10 @@
-"""The tables and plots of README and docs/benchmarks.md, from the files in results/ alone."""
+"""The tables and plots of README and docs, from the files in results/ alone."""
 
 import json
 import re
 from pathlib import Path
 
-from benchmarks import inputs, store, tables
+from benchmarks import evidence, inputs, store, tables
 from benchmarks.providers import PROVIDERS
 
 FEATURED = {  # shape and input of the problems that are shown, and measured by default
@@ -16,6 +16,7 @@ TITLES |= {kind: "own states" for kind in inputs.REAL if kind != "real"}
 README_PROVIDERS = ("ours", "ours-sparse", "floor", "compile", "official-eager")
 README = Path(__file__).parents[1] / "README.md"
 PAGE = README.parent / "docs" / "benchmarks.md"
+EVIDENCE = README.parent / "docs" / "evidence.md"
 STUDIES = store.RESULTS / "studies"
 BEGIN, END = "<!-- python -m benchmarks --report: begin -->", "<!-- end -->"
 # By theme: colour of text, colour of other libraries' marks.
@@ -259,7 +260,7 @@ def generated() -> dict[Path, str]:
     """Return the text between the markers of each page."""
     results, studies = sorted(store.RESULTS.glob("*.json")), sorted(STUDIES.glob("*.json"))
     whole = page(results, studies, "../benchmarks/results/")
-    return {README: block(results), PAGE: whole}
+    return {README: block(results), PAGE: whole, EVIDENCE: evidence.markdown()}
 
 
 def scaling(content: dict) -> list[dict]:

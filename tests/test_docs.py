@@ -31,6 +31,7 @@ FILES = [ROOT / "README.md", *ROOT.glob("docs/*.md")]
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in FILES}
 NOT_RUN = {  # reasons, by page, of the blocks that no test here can run
     "benchmarks.md": ["installs what is measured beside ours"],
+    "evidence.md": ["takes half an hour a run"],
     "using.md": ["vllm needs a GPU", "vllm needs a GPU", "llama.cpp is not a Python package"],
 }
 OTHERS_FLAGS = {"--no-build-isolation", "--max-lora-rank"}  # pip's and vLLM's, named in the text

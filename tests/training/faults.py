@@ -175,7 +175,6 @@ def the(name):
     parts |= {
         "Running": records.Running,
         "SharedPrefix": step.SharedPrefix,
-        "Ends": rollout._SegmentEnd,
     }
     return parts[name]
 
@@ -204,8 +203,8 @@ INSIDE = {  # in the middle of a write, or of something that must happen as a wh
 BETWEEN = {
     "nothing yet": lambda: after(the("Running"), "__enter__", 1),
     "settings": lambda: after(the("records"), "write_config", 1),
-    "token 5 of update 1": lambda: on(the("Ends"), "__call__", 5),
-    "token 30": lambda: on(the("Ends"), "__call__", 30),
+    "token 5 of update 1": lambda: on(the("rollout"), "next_tokens", 5),
+    "token 30": lambda: on(the("rollout"), "next_tokens", 30),
     "completions of update 3": lambda: after(the("records"), "append", 5),
     "the second micro-batch of update 1": lambda: on(the("step"), "scored_states", 2),
     "the last micro-batch of update 4": lambda: on(the("SharedPrefix"), "backward", 5),
@@ -222,7 +221,7 @@ OTHERS = {
         the("step"), "scored_states", lambda model, batch, *rest: 12 * len(batch), 40, 2
     ),
     "memory for 2 completions": lambda: no_memory(
-        the("rollout"), "_generate_batch", lambda model, tokenizer, ids, *rest: len(ids), 2
+        the("rollout"), "_generate_batch", lambda *given: len(given[-2]), 2
     ),
     "no memory for a gradient": no_memory_for_a_gradient,
     "memory for 30 tokens": lambda: no_memory(
@@ -253,7 +252,7 @@ OTHERS = {
     "Ctrl-C twice in update 2": lambda: on(the("SharedPrefix"), "backward", 3, twice),
     "Ctrl-C twice in the second save": lambda: on_file(".step-00004.partial", 1, "rename", twice),
     "Ctrl-C in the first save": lambda: on(the("run"), "save_checkpoint", 1, interrupt),
-    "Ctrl-C at token 5": lambda: on(the("Ends"), "__call__", 5, interrupt),
+    "Ctrl-C at token 5": lambda: on(the("rollout"), "next_tokens", 5, interrupt),
     # In evaluations and studies:
     "5 completions": lambda: after(the("completions"), "append", 5),
     "held after 5 completions": lambda: on(the("completions"), "append", 5, None, hold),

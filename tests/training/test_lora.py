@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from em_kernels.hf import check_head, head_of
 from em_kernels.training.config import TrainConfig
 from em_kernels.training.models.lora import adapted_layers, add_adapters
-from em_kernels.training.rollouts.padding import check_cache
+from em_kernels.training.rollouts.kv_cache import check_cache
 from em_kernels.training.rollouts.sampling import Rollout, generate
 from em_kernels.training.settings import UserError
 

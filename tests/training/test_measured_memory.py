@@ -18,9 +18,13 @@ from em_kernels.training.config import Sampling, TrainConfig
 from em_kernels.training.engines.step import SharedPrefix, recomputation, scored_states
 from em_kernels.training.models import rounding
 from em_kernels.training.planning.activations import ModelMemory
-from em_kernels.training.planning.components import CPU_PROCESS_BYTES, head_bytes
+from em_kernels.training.planning.components import (
+    CPU_PROCESS_BYTES,
+    completion_bytes,
+    head_bytes,
+)
 from em_kernels.training.planning.plan import peak
-from em_kernels.training.rollouts.sampling import Rollout
+from em_kernels.training.rollouts.sampling import Rollout, generate
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
@@ -99,6 +103,24 @@ def test_head(words, width, states, chunk, trained):
         lambda: entropy_loss_into(sink, hidden, weight, mask=mask, chunk_bytes=1 << chunk)
     )
     assert max(live) == pytest.approx(planned, rel=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "changes",
+    [{"temperature": 0}, {}, {"top_k": 0}, {"top_k": 0, "top_p": 1}],
+    ids=["greedy", "top-k", "top-p", "all"],
+)
+def test_sampling(changes, dtype):
+    model_config = AutoConfig.for_model("llama", **SMALL | {"vocab_size": 20000})
+    model = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
+    sampling, rows, prompt = Sampling(max_new_tokens=40, **changes), 16, [1] * 30
+    asked, memory = config(sampling=sampling), ModelMemory(model_config, dtype)
+    each = completion_bytes(asked, memory, len(prompt), cuda=False)
+    seeds = [(1, row) for row in range(rows)]
+    tokenizer = tiny.make_tokenizer()
+    _, live = recorded(lambda: generate(model, tokenizer, [prompt] * rows, seeds, sampling))
+    assert max(live) == pytest.approx(rows * sum(each.values()), rel=0.1)
 
 
 @pytest.mark.skipif(bf16_isa() == 0, reason="this CPU multiplies no bf16")

@@ -204,7 +204,7 @@ def test_batches_shrink_with_memory():
     "changes, remedy",
     [
         ({"micro_batch": 10**6, "rollouts": 300}, "--micro-batch auto"),
-        ({"rollout_batch": 300, "rollouts": 300}, "--rollout-batch auto"),
+        ({"rollout_batch": 3000, "rollouts": 3000}, "--rollout-batch auto"),
     ],
 )
 def test_refusals_name_what_is_missing_and_what_helps(changes, remedy):

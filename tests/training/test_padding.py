@@ -129,22 +129,27 @@ def test_a_sliding_window_would_count_padding_in(kind, tokenizer):
 
 
 @pytest.mark.parametrize("pad", [True, False])
-@given(lengths=st.lists(st.integers(1, 40)), size=st.integers(1, 6))
-def test_batches(pad, lengths, size):
-    found = list(_batches(lengths, size, pad))
+@given(lengths=st.lists(st.integers(1, 40)), new=st.integers(1, 30), size=st.integers(1, 6))
+def test_batches(pad, lengths, new, size):
+    found = list(_batches(lengths, new, size, pad))
     assert sorted(sum(found, [])) == list(range(len(lengths)))
-    limit = 2 if pad else 1
     sizes = [[lengths[i] for i in batch] for batch in found]
+
+    def fits(shortest, longest):
+        return longest + new <= 2 * (shortest + new) if pad else longest == shortest
+
     for batch in sizes:
-        assert 0 < len(batch) <= size and max(batch) <= limit * min(batch)
+        assert 0 < len(batch) <= size and fits(min(batch), max(batch))
     for batch, after in zip(sizes, sizes[1:], strict=False):  # No batch could have taken one more.
-        assert max(batch) <= after[0] and (len(batch) == size or after[0] > limit * min(batch))
+        assert max(batch) <= after[0]
+        assert len(batch) == size or not fits(min(batch), after[0])
 
 
-def test_twice_the_length_is_the_limit():
-    assert list(_batches([10, 20, 21, 5], 64, True)) == [[3, 0], [1, 2]]
-    assert list(_batches([20, 10, 10], 64, True)) == [[1, 2, 0]]
-    assert list(_batches([21, 10, 10], 64, True)) == [[1, 2], [0]]
+def test_half_of_a_row_may_be_padding():
+    assert list(_batches([10, 20, 21, 5], 1, 64, True)) == [[3, 0], [1, 2]]
+    assert list(_batches([10, 20, 21, 5], 16, 64, True)) == [[3, 0, 1, 2]]
+    assert list(_batches([22, 10, 10], 1, 64, True)) == [[1, 2], [0]]
+    assert list(_batches([21, 10, 10], 1, 64, True)) == [[1, 2, 0]]
 
 
 PLACES = {  # Padding would change ALiBi's positions, and a window that the cache does not know.

@@ -12,15 +12,13 @@ from transformers import (
     GenerationConfig,
     LogitsProcessorList,
     RepetitionPenaltyLogitsProcessor,
-    StoppingCriteriaList,
-    StopStringCriteria,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
 from em_kernels.training.config import DEMO_SHOTS, Sampling
-from em_kernels.training.rollouts.sampling import _InverseCdf, _SegmentEnd, generate
+from em_kernels.training.rollouts.sampling import generate
 
 PLAIN = Sampling(temperature=1, top_k=0, top_p=1, repetition_penalty=1, max_new_tokens=24)
 GREEDY = PLAIN.model_copy(update={"temperature": 0})
@@ -335,20 +333,3 @@ def test_real_model(demo):
     assert found.ended and tokenizer.decode(found.response_ids) == " 31 + 52 = 8"
     length = len(found.response_ids)
     assert found.response_ids == plain_generate(model, prompt, max_new_tokens=length)
-
-
-def test_a_uniform_never_falls_on_an_impossible_token():
-    scores = torch.tensor([-torch.inf, 0, -torch.inf, 0, -torch.inf]).expand(4, -1)
-    uniforms = torch.tensor([0, 0.25, 0.5, 1 - 2**-53], dtype=torch.float64)[:, None]
-    left = _InverseCdf(uniforms, start=3)(torch.zeros(4, 3, dtype=torch.int64), scores)
-    assert left.argmax(-1).tolist() == [1, 1, 3, 3]
-
-
-def test_a_stop_string_does_not_begin_in_the_prompt(tokenizer):
-    prompt = tokenizer("abc\n").input_ids
-    newline = tokenizer("\n").input_ids
-    ends = StoppingCriteriaList([StopStringCriteria(tokenizer, ["\n\n"])])
-    segment = _SegmentEnd(ends, 1, len(prompt), lambda: None)
-    assert not segment(torch.tensor([prompt + newline]), None)
-    assert segment(torch.tensor([prompt + newline + newline]), None)
-    assert segment.length.tolist() == [len(prompt) + 2]

@@ -14,7 +14,8 @@ from ...functional import entropy_loss_into
 from ...hf import check_head, head_of, require_gradients
 from ..config import TrainConfig
 from ..distributed import Ranks
-from ..rollouts.padding import check_cache, check_sampling
+from ..rollouts.kv_cache import check_cache
+from ..rollouts.padding import check_sampling
 from ..rollouts.sampling import Rollout
 from ..runs.checkpoint import Writer, write_model
 from ..settings import UserError

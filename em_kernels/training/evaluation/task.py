@@ -15,7 +15,8 @@ from ..config import Sampling
 from ..data.problems import QWEN25_MATH_COT, Conversation, Problem, encode, few_shot, read_problems
 from ..interrupts import doing
 from ..models.loading import architecture, auto_dtype, load_model, open_source, tell_attention
-from ..rollouts.padding import check_cache, check_sampling
+from ..rollouts.kv_cache import check_cache
+from ..rollouts.padding import check_sampling
 from ..settings import Positive, Settings, UserError, json_object
 from ..task import check_context, find_device
 

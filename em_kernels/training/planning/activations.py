@@ -23,7 +23,7 @@ from ...hf import decoder_of, head_of, require_gradients
 from ..config import TrainConfig
 from ..engines.step import SharedPrefix, recomputation, scored_states
 from ..models.loading import architecture, attention_of, refused_attention
-from ..rollouts.padding import check_cache
+from ..rollouts.kv_cache import check_cache
 from ..rollouts.sampling import Rollout
 from ..settings import UserError, in_one_line
 

@@ -35,11 +35,11 @@ LOADED_BYTES = 5 * GIB  # a published model comes in shards of at most 5 GB
 CHUNK_BYTES = 256 * MIB  # the default of chunk_bytes
 SMALL_STATE_BYTES = 8 * GIB  # of the optimizer, which save_optimizer "auto" saves
 BUCKET_ELEMENTS = 2 * 500_000_000  # two buckets of DeepSpeed's default reduce_bucket_size
-# Measured as the peaks of `entropy_loss_into` and of `generate` with its logits processors under
-# torch.profiler on a CPU; the same for vocabularies of 50,000 and 150,000, for 8 and 16 rows.
+# Measured as the peaks of `entropy_loss_into` and of `generate` under torch.profiler on a CPU; the
+# same for small and large vocabularies, for 8 and 16 rows.
 STATISTICS_BYTES = 132  # per token
 CHOICE_BYTES = 36  # per vocabulary entry, where the columns that need a gradient are chosen
-GREEDY_BYTES, PLAIN_BYTES, TOP_K_BYTES, TOP_P_BYTES = 16, 24, 28, 34  # per vocabulary entry
+WHOLE_CDF_BYTES, WHOLE_TOP_P_BYTES = 24, 30  # per vocabulary entry, in sampling without top-k
 CUDA_SORT_BYTES = 24  # per vocabulary entry: keys and indices again, in a GPU's sort (estimated)
 
 
@@ -144,13 +144,13 @@ def completion_bytes(
 ) -> dict[str, int]:
     """Return the bytes of one completion while it is sampled."""
     sampling, length = config.sampling, prompt_tokens + config.sampling.max_new_tokens
-    per_entry = GREEDY_BYTES
-    if sampling.temperature:
-        per_entry = TOP_K_BYTES if sampling.top_k else PLAIN_BYTES
+    per_entry = model.itemsize + 4  # logits, and their copy in fp32
+    if sampling.temperature and not sampling.top_k:
+        per_entry = WHOLE_CDF_BYTES
         if sampling.top_p < 1:
-            per_entry = TOP_P_BYTES + CUDA_SORT_BYTES * cuda
+            per_entry = WHOLE_TOP_P_BYTES + CUDA_SORT_BYTES * cuda
     cache = model.cache_bytes(length)
-    grown_layer = cache // (2 * model.layers)  # a layer's keys are copied to add a token
+    moved = cache // (2 * model.layers)  # a layer's keys, when rows leave the batch
     ids = 8 * (3 * length + sampling.max_new_tokens)
-    logits = model.vocab_size * (per_entry + model.itemsize)
-    return {"KV cache": cache, "next tokens": logits + grown_layer + ids}
+    logits = model.vocab_size * per_entry
+    return {"KV cache": cache, "next tokens": logits + moved + ids}

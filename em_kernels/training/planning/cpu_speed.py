@@ -2,22 +2,23 @@
 
 import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from ...hf import decoder_of, hidden_states
 from ..config import Sampling
 from ..engines.optimizer import SLAB, MasterAdamW
-from ..rollouts.sampling import processors_of
+from ..rollouts.kv_cache import grouped_attention, new_cache
+from ..rollouts.next_tokens import next_tokens
 from .activations import with_depth
 from .plan import MIB, RATES, Rates
 
 LAYER_BYTES = 512 * MIB  # of weights that are multiplied with: more than a CPU's caches hold
 MAX_DEPTH = 4
+TIMED = 2  # calls of which the faster one counts
 TOKENS = 256  # of a row in the forward and backward, and before a sampling step
 TRAINED_ROWS = 2
 FEW_ROWS, MANY_ROWS = 4, 32  # of a sampling step
@@ -66,9 +67,9 @@ def measured_rates(
 
 
 def _seconds(work: Callable[[], object]) -> float:
-    """Time the faster of two calls."""
+    """Time the faster of the calls."""
     found = []
-    for _ in range(2):
+    for _ in range(TIMED):
         start = time.perf_counter()
         work()
         found.append(time.perf_counter() - start)
@@ -83,12 +84,13 @@ def _train(model: PreTrainedModel, ids: torch.Tensor) -> None:
 
 def _sampling_step(model: PreTrainedModel, rows: int, tokens: int) -> Callable[[], object]:
     """Return a function that runs the layers on one more token of each row, after so many."""
-    cache = DynamicCache(config=model.config)
+    cache = new_cache(model, tokens + TIMED)
     ids = torch.ones(rows, 1, dtype=torch.int64)
 
     @torch.no_grad()
     def step() -> None:
-        decoder_of(model)(input_ids=ids, past_key_values=cache, use_cache=True)
+        with grouped_attention():
+            decoder_of(model)(input_ids=ids, past_key_values=cache, use_cache=True)
 
     with torch.no_grad():
         decoder_of(model)(
@@ -100,12 +102,11 @@ def _sampling_step(model: PreTrainedModel, rows: int, tokens: int) -> Callable[[
 
 def _choice(sampling: Sampling, vocab_size: int) -> Callable[[], object]:
     """Return a function that chooses tokens by logits, as sampling does."""
-    uniforms = torch.full((SAMPLED_ROWS, 1), 0.5, dtype=torch.float64)
-    processors = processors_of(sampling, uniforms, 1)
+    uniforms = torch.full((SAMPLED_ROWS,), 0.5, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
-    scores: Any = 3 * torch.randn(SAMPLED_ROWS, vocab_size, generator=generator)
-    ids: Any = torch.zeros(SAMPLED_ROWS, 1, dtype=torch.int64)
-    return lambda: processors(ids, scores.clone()).argmax(-1)
+    scores = 3 * torch.randn(SAMPLED_ROWS, vocab_size, generator=generator)
+    ids = torch.zeros(SAMPLED_ROWS, 1, dtype=torch.int64)
+    return lambda: next_tokens(scores.clone(), ids, sampling, uniforms)
 
 
 def _adamw(dtype: torch.dtype) -> Callable[[], object]:

@@ -1,0 +1,135 @@
+"""Keys and values of the tokens so far. What transformers' interface of caches and attention asks
+for stands here alone.
+"""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import DynamicCache, PreTrainedModel, cache_utils
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ...hf import decoder_of, takes
+
+# Layers that share another's keys and values; transformers before 5.23 has no class for them.
+DUMMY_LAYER = getattr(cache_utils, "DummyLayer", DynamicLayer)
+_lock, _users = threading.Lock(), 0  # of grouped_attention, which changes what all threads call
+
+
+class PreallocatedLayer(DynamicLayer):
+    """Keys and values of one layer, in memory that is allocated once for all tokens to come.
+
+    transformers' own layer allocates and copies everything anew for each token.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        self.capacity = capacity
+        self.memory: list[Tensor] = []  # keys and values (rows, heads, capacity, head_dim)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Add tokens (rows, heads, tokens, head_dim); return views of all keys and values."""
+        states, start = (key_states, value_states), self.get_seq_length()
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.memory = [self._allocated(new, len(new)) for new in states]
+        end = start + key_states.shape[-2]
+        for memory, new in zip(self.memory, states, strict=True):
+            memory[:, :, start:end] = new
+        return self._show(end)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row."""
+        if (length := self.get_seq_length()) > 0:
+            for i, memory in enumerate(self.memory):
+                self.memory[i] = self._allocated(memory, repeats * len(memory))
+                repeated = memory[:, :, :length].repeat_interleave(repeats, dim=0)
+                self.memory[i][:, :, :length] = repeated
+            self._show(length)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows, at the start of the same memory."""
+        if (length := self.get_seq_length()) > 0:
+            for i, memory in enumerate(self.memory):
+                self.memory[i] = memory[: len(indices)]
+                self.memory[i][:, :, :length] = memory[indices, :, :length]
+            self._show(length)
+
+    def _allocated(self, like: Tensor, rows: int) -> Tensor:
+        return like.new_empty(rows, like.shape[1], self.capacity, like.shape[3])
+
+    def _show(self, length: int) -> tuple[Tensor, Tensor]:
+        keys, values = (memory[:, :, :length] for memory in self.memory)
+        self.keys, self.values = keys, values
+        return keys, values
+
+
+def new_cache(model: PreTrainedModel, capacity: int) -> DynamicCache:
+    """Return an empty cache for so many tokens; a sliding window's layers hold their window."""
+    cache = DynamicCache(config=model.config)
+    for i, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer:
+            cache.layers[i] = PreallocatedLayer(capacity)
+    return cache
+
+
+def layer_kinds(model: PreTrainedModel) -> set[type]:
+    """Return the classes of the model's cache layers, those of layers that have none left out."""
+    return {type(layer) for layer in DynamicCache(config=model.config).layers} - {DUMMY_LAYER}
+
+
+def keeps_every_token(model: PreTrainedModel) -> bool:
+    """Return True if no layer drops keys that a sliding window has passed."""
+    return layer_kinds(model) <= {DynamicLayer}
+
+
+def check_cache(model: PreTrainedModel) -> None:
+    """Raise TypeError if rows of the model's KV cache cannot be repeated and dropped."""
+    name = type(model).__name__
+    for kind in layer_kinds(model) - {DynamicLayer, DynamicSlidingWindowLayer}:
+        raise TypeError(f"model: {name} keeps a {kind.__name__}; only attention is supported")
+    if not takes(decoder_of(model), "past_key_values", "use_cache"):
+        why = f"{name} takes no keys and values of earlier tokens"
+        raise TypeError(f"model: {why}; this architecture is not supported")
+
+
+@contextmanager
+def grouped_attention() -> Iterator[None]:
+    """Within this context, transformers' sdpa computes one new token's attention group by group.
+
+    The query heads that share a key head become the rows of one product: torch's own grouped
+    attention reads the keys once for every query head, which takes 10 times as long on a CPU.
+    """
+    global _users
+    with _lock:
+        _users += 1
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = _attention
+    try:
+        yield
+    finally:
+        with _lock:
+            _users -= 1
+            if not _users:
+                del ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
+) -> tuple[Tensor, None]:
+    """transformers' sdpa; shapes (rows, heads, tokens, head_dim)."""
+    rows, heads, tokens, head_dim = query.shape
+    alike = mask is None or mask.shape[1] == 1  # for all heads
+    plain = options.get("position_bias") is None and options.get("cache") is None
+    if tokens > 1 or heads == key.shape[1] or not (alike and plain):
+        return sdpa_attention_forward(module, query, key, value, mask, **options)
+    groups = query.reshape(rows, key.shape[1], -1, head_dim)
+    scale = options.get("scaling")
+    found = scaled_dot_product_attention(groups, key, value, attn_mask=mask, scale=scale)
+    return found.reshape(rows, 1, heads, value.shape[-1]), None
