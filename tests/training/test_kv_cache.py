@@ -78,7 +78,8 @@ def test_attention_by_groups(tokens, heads, mask):
         inputs[1:] = [x[:, :, :tokens] for x in inputs[1:]]
     expected, _ = sdpa_attention_forward(module, *inputs, allowed, scaling=0.3)
     with grouped_attention():
-        found, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](module, *inputs, allowed, scaling=0.3)
+        attention = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        found, _ = attention(module, *inputs, attention_mask=allowed, scaling=0.3)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 

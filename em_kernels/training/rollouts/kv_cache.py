@@ -121,15 +121,20 @@ def grouped_attention() -> Iterator[None]:
 
 
 def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,  # some models name the arguments
+    **options: Any,
 ) -> tuple[Tensor, None]:
     """transformers' sdpa; shapes (rows, heads, tokens, head_dim)."""
     rows, heads, tokens, head_dim = query.shape
-    alike = mask is None or mask.shape[1] == 1  # for all heads
+    alike = attention_mask is None or attention_mask.shape[1] == 1  # for all heads
     plain = options.get("position_bias") is None and options.get("cache") is None
     if tokens > 1 or heads == key.shape[1] or not (alike and plain):
-        return sdpa_attention_forward(module, query, key, value, mask, **options)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     groups = query.reshape(rows, key.shape[1], -1, head_dim)
     scale = options.get("scaling")
-    found = scaled_dot_product_attention(groups, key, value, attn_mask=mask, scale=scale)
+    found = scaled_dot_product_attention(groups, key, value, attn_mask=attention_mask, scale=scale)
     return found.reshape(rows, 1, heads, value.shape[-1]), None
