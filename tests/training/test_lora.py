@@ -31,7 +31,7 @@ from em_kernels.training.settings import UserError
 @FP32_AND_BF16
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_every_linear_layer_but_the_head_has_one(kind, dtype):
-    """Adapters are in fp32, as many as planned, and have no effect at first."""
+    """Adapters have the model's dtype, are as many as planned, and have no effect at first."""
     model = wide(kind, dtype=dtype)
     linear = {n for n, m in model.named_modules() if type(m).__name__ in ("Linear", "Conv1D")}
     (head,) = (n for n, m in model.named_modules() if m is model.get_output_embeddings())
@@ -44,7 +44,7 @@ def test_every_linear_layer_but_the_head_has_one(kind, dtype):
     names = {n for n in added if is_adapter(n)}
     where = {n.removeprefix("base_model.model.").partition(".lora_")[0] for n in names}
     assert where == linear - {head} and len(where) >= 8
-    assert all(added[n].dtype == torch.float32 and added[n].requires_grad for n in names)
+    assert all(added[n].dtype == dtype and added[n].requires_grad for n in names)
     assert not any(added[n].requires_grad for n in added.keys() - names)
     assert sum(added[n].numel() for n in names) == planned
     assert torch.equal(model(IDS).logits, before)
@@ -64,7 +64,7 @@ def test_only_adapters_get_gradients(kind, dtype):
     loss.backward()
     for name, parameter in adapted.named_parameters():
         if is_adapter(name):
-            assert parameter.grad.dtype == torch.float32 and parameter.grad.abs().sum() > 0, name
+            assert parameter.grad.dtype == dtype and parameter.grad.abs().sum() > 0, name
         else:
             assert parameter.grad is None, name
     nn.utils.clip_grad_norm_(model.parameters(), 0.1)

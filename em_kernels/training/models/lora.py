@@ -58,9 +58,10 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def add_adapters(model: PreTrainedModel, config: TrainConfig) -> PeftModel:
-    """Freeze the model and add fp32 adapters to its layers, in place, before its first forward.
+    """Freeze the model and add adapters to its layers, in place, before its first forward.
 
-    Their initial values depend on config.seed alone and do not change the model's output.
+    They have the dtype that the model computes in: peft's fp32 ones would compute in fp32. Their
+    initial values depend on config.seed and that dtype, and do not change the model's output.
     """
     layers = adapted_layers(model, config)
     training = {module for module in model.modules() if module.training}
@@ -74,12 +75,16 @@ def add_adapters(model: PreTrainedModel, config: TrainConfig) -> PeftModel:
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # about peft's calls of transformers
         torch.random.default_generator.manual_seed(config.seed)  # peft initialises on the CPU.
-        adapted = get_peft_model(model, lora)
+        adapted = get_peft_model(model, lora, autocast_adapter_dtype=False)
     lora.base_model_name_or_path = model.name_or_path or config.model
     if layers.keys() != {n for n, m in model.named_modules() if isinstance(m, LoraLayer)}:
         why = "peft takes some of these names for its fused experts, which are not supported"
         where = f"in a {type(model).__name__}"
         raise UserError(f"lora_targets: {where}, {why}; name layers of its attention only")
+    head: Any = model.get_output_embeddings()
+    for p in adapted.parameters():
+        if p.requires_grad:  # peft leaves those of 4-bit layers in fp32.
+            p.data = p.data.to(head.weight.dtype)
     module: Any
     for module in adapted.modules():
         module.training = module in training  # peft's modules start in training mode.

@@ -109,7 +109,7 @@ class _FakeModel:
         require_gradients(self.model)
         self.text = [p for p in self.base if p.requires_grad]  # no vision tower's
         if lora is not None:
-            self._add_adapters(lora)
+            self._add_adapters(lora, dtype)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.live = _LiveBytes(self.model)
         # The last run's shared prompt: (tokens, recompute), the prompt, and its backward's peaks.
@@ -117,7 +117,7 @@ class _FakeModel:
         self.prefix: SharedPrefix | None = None
         self.prefix_peaks = (0, 0)
 
-    def _add_adapters(self, lora: TrainConfig) -> None:
+    def _add_adapters(self, lora: TrainConfig, dtype: torch.dtype) -> None:
         from peft import LoraConfig, inject_adapter_in_model
 
         from ..models.lora import adapted_layers
@@ -130,7 +130,7 @@ class _FakeModel:
             for module in self.model.modules():
                 for name, p in module._parameters.items():
                     if p is not None and p.requires_grad:
-                        module._parameters[name] = nn.Parameter(torch.empty(p.shape))
+                        module._parameters[name] = nn.Parameter(torch.empty(p.shape, dtype=dtype))
 
     def sizes(self) -> ParameterSizes:
         embedding = self.model.get_input_embeddings().weight

@@ -198,7 +198,7 @@ class Planner:
         config = config.model_copy(update={**complete, **batches.settings})
         saved = len({step for step in config.save_at if step < config.steps} | {config.steps})
         kept = min(saved, config.keep + 1) if config.keep else saved
-        checkpoint = 4 * trained if lora else 2 * sizes.weight_bytes // model.itemsize
+        checkpoint = sizes.trained_bytes if lora else 2 * sizes.weight_bytes // model.itemsize
         disk["checkpoints"] = kept * checkpoint
         if config.save_optimizer:  # the next state is written before the last one is removed
             disk["optimizer state"] = state_bytes * min(2, saved)
