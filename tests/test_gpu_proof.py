@@ -217,7 +217,8 @@ def test_every_file_of_gpu_tests_is_part_of_it():
 def test_every_gpu_test_is_part_of_it():
     """Collect the GPU tests, those of the rows fixture too."""
     tests = ROOT / "tests"
-    asked = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "gpu", tests]
+    asked = [sys.executable, "-m", "pytest", "--collect-only", "-q"]
+    asked += ["-m", "gpu or simulated", tests]
     listed = subprocess.run(asked, capture_output=True, text=True, cwd=ROOT).stdout
     found = set(re.findall(r"^tests/(\S+\.py)", listed, re.M))
     assert found == {name for names in gpu_proof.TESTS.values() for name in names}

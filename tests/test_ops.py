@@ -143,3 +143,10 @@ def test_second_derivatives_are_refused(second):
     }[second]()
     with pytest.raises(RuntimeError, match="second derivatives"):
         torch.autograd.grad(output, hidden, create_graph=True)
+
+
+def test_ops_that_read_on_the_host_stay_out_of_cuda_graphs():
+    ops = {name: op for name, op in vars(torch_library).items() if name.endswith("_op")}
+    unsafe = {name for name, op in ops.items() if torch.Tag.cudagraph_unsafe in op._opoverload.tags}
+    assert unsafe == ops.keys() - {"entropy_from_logits_op", "entropy_from_logits_backward_op"}
+    assert len(unsafe) == 4

@@ -20,6 +20,8 @@ HEAD_SCHEMA = (
     "Tensor? temperatures, float[] transform, SymInt? chunk_bytes, str? group"
 )
 HEAD_SIZE = len(HeadArguments._fields)
+# Of ops that read counts or scales on the host, which a recorded CUDA graph would not do again.
+READS_ON_HOST = (torch.Tag.cudagraph_unsafe,)
 NO_GRADIENT = (None,) * (HEAD_SIZE - 3)  # for all of the head but hidden, weight and bias
 
 
@@ -28,6 +30,7 @@ NO_GRADIENT = (None,) * (HEAD_SIZE - 3)  # for all of the head but hidden, weigh
     mutates_args=(),
     schema=f"({HEAD_SCHEMA}, float grad_tolerance, bool mean, bool[] needs)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=READS_ON_HOST,
 )
 def entropy_loss_op(*arguments):
     """Return the loss (), and the fields of gradients.Gradients."""
@@ -73,7 +76,10 @@ entropy_loss_op.register_autograd(_entropy_loss_backward, setup_context=_entropy
 
 # An op, as the compiler does not know the sizes of what the forward has saved.
 weight_gradient_op = torch.library.custom_op(
-    "em_kernels::weight_gradient", saved_gradients.weight_gradient, mutates_args=()
+    "em_kernels::weight_gradient",
+    saved_gradients.weight_gradient,
+    mutates_args=(),
+    tags=READS_ON_HOST,
 )
 
 
@@ -106,6 +112,7 @@ class TokenLoss(torch.autograd.Function):
     mutates_args=(),
     schema=f"({HEAD_SCHEMA}, bool[] needs, bool with_collision_and_argmax, int single_stat_index)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=READS_ON_HOST,
 )
 def token_stats_op(*arguments):
     """Return the fields of inputs.StatsOutput.
@@ -144,6 +151,7 @@ def _(hidden, *others):
     mutates_args=(),
     schema="(Tensor upstream, Tensor statistics, Tensor m, Tensor log_s, Tensor logits,"
     f" {HEAD_SCHEMA}, bool[] needs) -> (Tensor, Tensor, Tensor)",
+    tags=READS_ON_HOST,
 )
 def token_stats_backward_op(upstream, statistics, m, log_s, logits, *arguments):
     """Return dhidden, dweight, dbias in the inputs' dtypes."""
