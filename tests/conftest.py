@@ -2,14 +2,13 @@ import contextlib
 import gc
 import os
 import signal
-from collections import Counter
 
 import pytest
 import torch
 from hypothesis import settings
 from kernel_params import CUDA, DWEIGHT, ROWS
 from other_sums import other_sums
-from simulated_cuda import NOT_SIMULATED, SLOW_ON_CPU, simulated
+from simulated_cuda import NOT_SIMULATED, simulated
 from spawned import use_tolerances
 from torch.overrides import TorchFunctionMode
 
@@ -70,26 +69,17 @@ def pytest_collection_finish():
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Where there is no GPU, run its tests on a simulated one.
-
-    All but every 17th of a function's cases, and those with large sizes, are slow tests.
-    """
+    """Where there is no GPU, run its tests on a simulated one, as slow tests."""
     if torch.cuda.is_available():
         return
-    cases = Counter()
     for item in [item for item in items if item.get_closest_marker("gpu")]:
         for node in item.listchain():
             node.own_markers[:] = [mark for mark in node.own_markers if not _needs_gpu(mark)]
         item.fixturenames.insert(0, "simulated_cuda")
         item.add_marker("simulated")
-        file, name = item.path.name, f"{item.path.name}::{item.originalname}"
-        sizes = item.callspec.params if hasattr(item, "callspec") else {}
-        large = sizes.get("n", 0) >= 100 or sizes.get("v", 0) > 5000
-        if cases[name] % 17 or large or {file, name} & SLOW_ON_CPU:
-            item.add_marker("slow")
+        item.add_marker("slow")
         if why := NOT_SIMULATED.get(item.originalname):
             item.add_marker(pytest.mark.skip(reason=why))
-        cases[name] += 1
 
 
 def _needs_gpu(mark):

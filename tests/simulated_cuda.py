@@ -59,28 +59,6 @@ NOT_SIMULATED = {
     "test_opcheck": _OPCHECK,
     "test_opcheck_of_logits": _OPCHECK,
 }
-# Files and functions that take seconds a case, and are slow tests as a whole.
-SLOW_ON_CPU = {
-    "test_functional_gpu.py",
-    "test_gradients.py",
-    "test_kept.py",
-    "test_precision.py",
-    "test_sink.py",
-    "test_sparse.py",
-    "test_sparse_gpu.py",
-    "test_functional.py::test_chunks_change_nothing",
-    "test_hard_inputs.py::test_gradient_of_sure_tokens_by_recomputation",
-    "test_hard_inputs.py::test_logits_of_16_bit_inputs_are_fp32",
-    "test_hard_inputs.py::test_mean_of_statistics_over_many_tokens",
-    "test_hard_inputs.py::test_vocabulary_of_qwen",
-    "test_peers.py::test_gradients_of_near_uniform_rows",
-    "test_rows_gpu.py::test_chunk_bytes_bounds_the_peak",
-    "test_rows_gpu.py::test_column_mass_of_a_vocabulary",
-    "test_rows_gpu.py::test_entropy_loss",
-    "test_rows_gpu.py::test_logits_that_exist",
-    "test_rows_gpu.py::test_the_same_bits_again",
-    "test_rows_gpu.py::test_token_stats",
-}
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
 # Ops beside pointwise ones that take a scalar from the host.
 TAKES_HOST_SCALAR = ("fill_", "masked_fill", "masked_fill_", "index_put", "index_put_")

@@ -79,12 +79,10 @@ only_7b = pytest.mark.parametrize("model", ["7B"], indirect=True)
 
 @only_7b
 def test_lora_and_nf4(model):
-    for rank, size in ((16, 0.6), (64, 2.4)):
+    for rank, size in ((16, 0.68), (64, 2.71)):
         device, host, _ = always(model.planner, mode="lora", lora_rank=rank)
-        state = sum(device[name] for name in ("adapters", "moments", "gradients"))
-        assert device["master"] == 0 and state == 16 * rank * 28 * (
-            4 * 3584 + 2 * (3584 + 512) + 3 * (3584 + 18944)
-        )
+        state = sum(device[name] for name in ("adapters", "master", "moments", "gradients"))
+        assert state == 18 * rank * 28 * (4 * 3584 + 2 * (3584 + 512) + 3 * (3584 + 18944))
         assert state / GIB == pytest.approx(size, abs=0.05)
     device, _, _ = always(model.planner, mode="lora", four_bit=True)
     assert device["weights"] / GIB == pytest.approx(5.17, abs=0.005)
@@ -187,7 +185,7 @@ def test_lora_has_its_own_lr(small):
     plan = Planner(config(mode="lora", **SHORT), small, 20, CPU).resolve()
     assert plan.config.lr == 2e-4
     a_layer = 16 * (2 * 128 + 2 * 96 + 3 * 224)
-    assert plan.device["adapters"] == 4 * 8 * a_layer
+    assert plan.device["adapters"] == 2 * 8 * a_layer
 
 
 def test_batches_shrink_with_memory():
