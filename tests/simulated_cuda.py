@@ -21,34 +21,33 @@ import contextlib
 import functools
 import math
 import threading
-import weakref
 from types import SimpleNamespace
 
 import interpreted
 import pytest
 import torch
 from kernel_params import interpreted_triton
-from torch._library.custom_ops import OPDEFS
-from torch._subclasses.fake_tensor import FakeTensor
+from simulated_tensors import (
+    CPU,
+    CUDA,
+    INNER,
+    TOTAL_BYTES,
+    CudaTensor,
+    Event,
+    SimulatedCuda,
+    Stream,
+    inner_device,
+    plain,
+)
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from em_kernels.kernels import triton
 
-CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
-# The device that C++ sees: it must differ from the CPU, and autograd runs it on the caller's thread
-# where a CUDA device would need a thread of its own.
-INNER = torch.device("lazy", 0)
-TOTAL_BYTES = 6 << 30
-BLOCK_BYTES = 512  # the caching allocator's smallest block
 SM_COUNT = 4  # few enough for the interpreter, enough to split rows and columns
 # Large blocks: the interpreter's time is that of its steps, whatever their width.
 LAUNCHES = interpreted.SMALL._replace(THREAD_V=64, BLOCK_N=16, BLOCK_V=1024)
-MAX_STEPS = (
-    3000  # of the interpreter, which does about a hundred a second; longer tests are skipped
-)
+MAX_STEPS = 3000  # of the interpreter, which does about a hundred a second
 _LOADING = "transformers' loading of weights is not simulated"
 _OPCHECK = "opcheck traces with tensors of its own kind"
 NOT_SIMULATED = {
@@ -59,435 +58,16 @@ NOT_SIMULATED = {
     "test_opcheck": _OPCHECK,
     "test_opcheck_of_logits": _OPCHECK,
 }
-PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
-# Ops beside pointwise ones that take a scalar from the host.
-TAKES_HOST_SCALAR = ("fill_", "masked_fill", "masked_fill_", "index_put", "index_put_")
-INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index")
-WAITS = ("_local_scalar_dense", "equal", "nonzero", "masked_select", "is_nonzero", "_unique2")
-
-
-def _plans():
-    """Return whether torch's own tensors without values are in use, with devices of their own."""
-    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
-
-
-def _device(x):
-    """Return the device that C++ should see for a CUDA device, and anything else unchanged."""
-    if _plans():
-        return x
-    is_cuda = str(x).startswith("cuda") if isinstance(x, (str, torch.device)) else False
-    return INNER if is_cuda else x
-
-
-class CudaTensor(torch.Tensor):
-    """A tensor of the simulated device; its storage is the host's."""
-
-    __torch_function__ = torch._C._disabled_torch_function_impl
-    device = property(lambda self: CUDA)
-    is_cuda, is_cpu = True, False
-
-    @classmethod
-    def __torch_dispatch__(cls, function, types, arguments=(), named=None):
-        if function is torch.ops.prim.device.default:
-            return INNER
-        return SimulatedCuda.active.dispatch(function, arguments, named or {})
-
-    def __getitem__(self, index):
-        return super().__getitem__(_index(index))
-
-    def __setitem__(self, index, value):
-        super().__setitem__(_index(index), value)
-
-    def __format__(self, spec):
-        return format(self.detach().cpu(), spec)
-
-    def __repr__(self):
-        return repr(self.detach().cpu())
-
-    def tolist(self):
-        return self.cpu().tolist()
-
-    def numpy(self, force=False):
-        if not force:
-            raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu()")
-        return self.detach().cpu().numpy()
-
-    def record_stream(self, stream):
-        SimulatedCuda.active.keep(self, stream)
-
-    def __deepcopy__(self, memo):
-        return memo.setdefault(id(self), self.detach().clone().requires_grad_(self.requires_grad))
-
-
-def _index(x):
-    """Make tensors of an index's lists, which torch would do without modes."""
-    if isinstance(x, list):
-        return torch.tensor(x, device=CPU)
-    return tuple(map(_index, x)) if isinstance(x, tuple) else x
-
-
-def plain(x):
-    """Return the tensor of the host that has x's memory."""
-    if not isinstance(x, CudaTensor):
-        return x
-    alias = torch.empty(0, dtype=x.dtype, device=CPU)
-    return alias.set_(x.untyped_storage(), x.storage_offset(), x.size(), x.stride())
-
-
-def poison(x):
-    """Fill a tensor of the host with what must not be read."""
-    if x.dtype.is_floating_point or x.dtype.is_complex:
-        return x.fill_(torch.nan)
-    return x.fill_(True if x.dtype == torch.bool else torch.iinfo(x.dtype).min)
-
-
-class Memory:
-    """One storage of the device: its size, and which op of which stream wrote it last."""
-
-    def __init__(self, nbytes, stream):
-        self.nbytes = -(-nbytes // BLOCK_BYTES) * BLOCK_BYTES
-        self.stream = stream  # on which it was allocated
-        self.written = stream, stream.position
-
-
-class Stream:
-    """A queue of work; `seen` says up to where it, and others it has waited for, must be done."""
-
-    def __init__(self, device=None, priority=0):
-        self.position, self.seen = 0, {}
-
-    def advance(self):
-        self.position += 1
-        self.seen[self] = self.position
-
-    def has_seen(self, stream, position):
-        return self.seen.get(stream, 0) >= position
-
-    def record_event(self, event=None):
-        event = event or Event()
-        event.record(self)
-        return event
-
-    def wait_event(self, event):
-        for stream, position in event.seen.items():
-            self.seen[stream] = max(position, self.seen.get(stream, 0))
-
-    def wait_stream(self, stream):
-        self.wait_event(stream.record_event())
-
-    def synchronize(self):
-        self.record_event().synchronize()
-
-
-class Event:
-    """A point in a stream."""
-
-    def __init__(self, enable_timing=False, blocking=False, interprocess=False):
-        self.seen = {}
-
-    def record(self, stream=None):
-        self.seen = dict((stream or torch.cuda.current_stream()).seen)
-
-    def wait(self, stream=None):
-        (stream or torch.cuda.current_stream()).wait_event(self)
-
-    def synchronize(self):
-        SimulatedCuda.active.finish(self.seen)
-
-    def query(self):
-        self.synchronize()
-        return True
-
-    def elapsed_time(self, other):
-        return 1.0  # ms
-
-
-class Copy:
-    """An asynchronous copy between pinned memory and the device."""
-
-    def __init__(self, host, ours, to_host, stream, memory):
-        self.host, self.to_host, self.stream, self.position = host, to_host, stream, stream.position
-        self.key, self.values = ours.untyped_storage()._cdata, None
-        self.layout = ours.dtype, ours.storage_offset(), ours.size(), ours.stride()
-        storage = ours.untyped_storage()
-        self.storage = weakref.ref(storage)
-        # Memory of another stream may be taken by others once its tensor goes, unless the caller
-        # has recorded this stream.
-        self.held = storage if not to_host or memory.stream is stream else None
-        poison(host if to_host else plain(ours))
-
-    def start(self):
-        """Read the source."""
-        if self.values is not None:
-            return
-        storage, (dtype, *layout) = self.storage(), self.layout
-        ours = torch.empty(0, dtype=dtype, device=CPU)
-        if storage is None:
-            self.values = poison(torch.empty_like(self.host))
-        elif self.to_host:
-            self.values = ours.set_(storage, *layout).clone()
-        else:
-            self.values = ours.set_(storage, *layout).copy_(self.host)
-
-    def finish(self):
-        self.start()
-        if self.to_host:
-            self.host.copy_(self.values)
-
-
-@functools.cache
-def _is_composite(function):
-    return torch._C._dispatch_has_kernel_for_dispatch_key(
-        function.name(), "CompositeImplicitAutograd"
-    )
-
-
-@functools.cache
-def _written_arguments(function):
-    """Return the names of the arguments that an op writes to."""
-    arguments = function._schema.arguments
-    return [x.name for x in arguments if x.alias_info is not None and x.alias_info.is_write]
-
-
-class SimulatedCuda(TorchDispatchMode):
-    """Mode in which CUDA tensors can be made."""
-
-    active = None
-
-    def __init__(self):
-        super().__init__()
-        self.stream = self.default_stream = Stream()
-        self.memories, self.pinned, self.copies = {}, set(), []
-        self.allocated = self.peak = 0
-        self.limit = TOTAL_BYTES
-        self.steps = 0  # of the interpreter
-        self.lock = threading.RLock()  # a thread of the offload waits for events
-
-    def __torch_dispatch__(self, function, types, arguments=(), named=None):
-        if any(isinstance(x, FakeTensor) for x in tree_leaves((arguments, named))) or _plans():
-            return function(*arguments, **(named or {}))
-        if function is torch.ops.prim.device.default:
-            return INNER
-        return self.dispatch(function, arguments, named or {})
-
-    # Memory
-
-    def wrap(self, x):
-        """Return the CUDA tensor that has the memory of a tensor of the host."""
-        storage = x.untyped_storage()
-        key = storage._cdata
-        if key not in self.memories:
-            memory = self.memories[key] = Memory(storage.nbytes(), self.stream)
-            weakref.finalize(storage, self._free, key)
-            self.allocated += memory.nbytes
-            self.peak = max(self.peak, self.allocated)
-            if self.allocated > self.limit:
-                wanted = memory.nbytes / 2**20
-                raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {wanted} MiB")
-        make = torch.Tensor._make_subclass
-        return make(CudaTensor, x, False, dispatch_device=True, device_for_backend_keys=CPU)
-
-    def _free(self, key):
-        self.allocated -= self.memories.pop(key).nbytes
-
-    def keep(self, x, stream):
-        """Keep x's memory until the stream's copies of it are done."""
-        storage = x.untyped_storage()
-        for copy in self.copies:
-            if copy.key == storage._cdata and copy.stream is stream:
-                copy.held = storage
-
-    def is_pinned(self, x):
-        return x.untyped_storage()._cdata in self.pinned
-
-    def pin(self, x):
-        storage = x.untyped_storage()
-        if storage._cdata not in self.pinned:
-            self.pinned.add(storage._cdata)
-            weakref.finalize(storage, self.pinned.discard, storage._cdata)
-        return x
-
-    # Streams
-
-    def use(self, read, written):
-        """Put an op that reads and writes CUDA tensors on the current stream."""
-        with self.lock:
-            stream = self.stream
-            stream.advance()
-            for x in (*read, *written):
-                key = x.untyped_storage()._cdata
-                for copy in self.copies:
-                    if copy.key == key and stream.has_seen(copy.stream, copy.position):
-                        copy.start()
-                if not stream.has_seen(*self.memories[key].written):
-                    raise RuntimeError("a race: another stream wrote this tensor; wait for it")
-            for x in written:
-                self.memories[x.untyped_storage()._cdata].written = stream, stream.position
-
-    def finish(self, seen):
-        """Let all copies arrive that the streams have up to these positions."""
-        with self.lock:
-            for copy in self.copies[:]:
-                if seen.get(copy.stream, 0) >= copy.position:
-                    copy.finish()
-                    self.copies.remove(copy)
-
-    def copy(self, target, source, non_blocking):
-        """Copy between the host and the device."""
-        to_host = not isinstance(target, CudaTensor)
-        host, ours = (target, source) if to_host else (source, target)
-        self.use([ours] if to_host else [], [] if to_host else [ours])
-        flat = host.is_contiguous() and ours.is_contiguous() and host.shape == ours.shape
-        if non_blocking and self.is_pinned(host) and flat and host.dtype == ours.dtype:
-            memory = self.memories[ours.untyped_storage()._cdata]
-            self.copies.append(Copy(host, ours, to_host, self.stream, memory))
-        else:
-            self.finish(self.stream.seen)
-            plain(target).copy_(plain(source))
-        return target
-
-    # Ops
-
-    def dispatch(self, function, arguments, named):
-        tensors = [x for x in tree_leaves((arguments, named)) if isinstance(x, torch.Tensor)]
-        ours = [x for x in tensors if isinstance(x, CudaTensor)]
-        device = named.get("device")
-        device = None if device is None else torch.device(device)
-        makes_ours = device is not None and device.type in ("cuda", INNER.type)
-        name = function._schema.name.partition("::")[2]
-        if not ours and not makes_ours:
-            return self._on_host(function, name, arguments, named)
-        if function.namespace not in ("aten", "prim", "prims"):
-            return self._own_op(function, arguments, named)
-        if _is_composite(function):
-            with self, torch._C._AutoDispatchBelowAutograd():
-                return function.decompose(*arguments, **named)
-        host = [x for x in tensors if not isinstance(x, CudaTensor)]
-        if name == "copy_" and host:
-            return self.copy(*arguments[:2], named.get("non_blocking", len(arguments) > 2))
-        if name == "_to_copy" and (host or device == CPU):
-            return self._moved(function, arguments[0], named)
-        if device == CPU:  # new memory with the shape of ours
-            return self._on_host(function, name, tree_map_only(CudaTensor, plain, arguments), named)
-        if host:
-            self._refuse_host(function, name, arguments, host)
-        if name in PRODUCTS:
-            _check_product(function, arguments, named)
-        return self._on_device(function, name, arguments, named, ours)
-
-    def _on_host(self, function, name, arguments, named):
-        if name in ("pin_memory", "_pin_memory"):
-            return self.pin(arguments[0].clone())
-        if name == "is_pinned":
-            return self.is_pinned(arguments[0])
-        if named.get("pin_memory"):
-            return self.pin(function(*arguments, **named | {"pin_memory": False}))
-        return function(*arguments, **named)
-
-    def _own_op(self, function, arguments, named):
-        name = function._schema.name
-        if name not in OPDEFS:  # it is in C++
-            raise NotImplementedError(f"Could not run '{name}' with arguments from 'CUDA'.")
-        with self, torch._C._AutoDispatchBelowAutograd():
-            return OPDEFS[name]._init_fn(*arguments, **named)
-
-    def _moved(self, function, source, named):
-        """Run _to_copy between the devices."""
-        options = {key: x for key, x in named.items() if key in ("dtype", "memory_format")}
-        if isinstance(source, CudaTensor):  # cast there
-            cast = self._on_device(function, "_to_copy", (source,), options, [source])
-            target = torch.empty_like(plain(cast))
-            if named.get("non_blocking"):
-                self.pin(target)
-            return self.copy(target, cast, named.get("non_blocking", False))
-        if named.get("non_blocking") and self.is_pinned(source) and "dtype" not in options:
-            return self.copy(self.wrap(torch.empty_like(source)), source, True)
-        return self.wrap(function(source, **options))
-
-    def _refuse_host(self, function, name, arguments, host):
-        if name in INDEXING and isinstance(arguments[0], CudaTensor):
-            host = [x for x in arguments[2:3] if x is host[-1]]  # indices may be the host's
-        takes_scalar = torch.Tag.pointwise in function.tags or name in TAKES_HOST_SCALAR
-        takes_scalar |= name.startswith("_foreach_")
-        onto_host = function._schema.is_mutable and any(x is arguments[0] for x in host)
-        if onto_host or any(x.dim() > 0 or not takes_scalar for x in host):
-            raise RuntimeError(
-                "Expected all tensors to be on the same device, but found at least two devices, "
-                f"cuda:0 and cpu! ({function})"
-            )
-
-    def _on_device(self, function, name, arguments, named, ours):
-        if name in WAITS:
-            self.finish(self.stream.seen)
-        names = [x.name for x in function._schema.arguments]
-        given = dict(zip(names, arguments, strict=False)) | named
-        written = tree_leaves([given[x] for x in _written_arguments(function) if x in given])
-        written = [x for x in written if isinstance(x, CudaTensor)]
-        self.use(ours, written)
-        outer = {}
-
-        def inner(x):
-            found = plain(x)
-            outer[id(found)] = x, found
-            return found
-
-        arguments = tree_map_only(torch.Tensor, inner, arguments)
-        named = tree_map_only(torch.Tensor, inner, named)
-        if "device" in named:
-            named = named | {"device": CPU}
-        named.pop("pin_memory", None)
-        run = _product_in_fp32 if function._overloadname.startswith("dtype") else function
-        found = run(*arguments, **named)
-        for x, plainer in list(outer.values()) if written else ():
-            if isinstance(x, CudaTensor) and _layout(x) != _layout(plainer):  # out= was resized
-                x.data = self.wrap(plainer)
-        if "empty" in name:
-            poison(found)
-
-        def wrapped(x):
-            return outer[id(x)][0] if id(x) in outer else self.wrap(x)
-
-        return tree_map_only(torch.Tensor, wrapped, found)
-
-
-def _layout(x):
-    return x.untyped_storage()._cdata, x.storage_offset(), x.size(), x.stride()
-
-
-def _check_product(function, arguments, named):
-    """Raise what CUDA raises for the dtypes of a matrix product."""
-    has_self = "add" in function._schema.name
-    a, b = arguments[has_self : has_self + 2]
-    if not (a.dtype.is_floating_point or a.dtype.is_complex):
-        raise NotImplementedError(f'"addmm_cuda" not implemented for {a.dtype}')
-    if not function._overloadname.startswith("dtype"):
-        return
-    out_dtype = arguments[has_self + 2]
-    if a.dtype != b.dtype:
-        raise RuntimeError(f"mat1 and mat2 must have the same dtype, but got {a.dtype}, {b.dtype}")
-    if out_dtype != a.dtype and (out_dtype != torch.float32 or a.dtype.itemsize != 2):
-        raise RuntimeError("out_dtype must be the same as input dtype or fp32 for fp16/bf16 inputs")
-    if "out" in named and named["out"].dtype != out_dtype:
-        raise RuntimeError("out_dtype must be the same as the dtype of the provided out tensor")
-    if has_self and arguments[0].dtype not in (out_dtype, a.dtype):
-        raise RuntimeError("self dtype must match either out_dtype or mat1 dtype")
-
-
-def _product_in_fp32(*arguments, out=None, **scales):
-    *matrices, dtype = arguments
-    name = {2: ("mm", "bmm"), 3: ("addmm", "baddbmm")}[len(matrices)][matrices[-1].dim() - 2]
-    found = getattr(torch, name)(*(x.to(dtype) for x in matrices), **scales)
-    return found if out is None else out.copy_(found)
 
 
 def _with_inner_device(function):
     @functools.wraps(function)
     def run(*arguments, **named):
-        named = {key: _device(x) for key, x in named.items()}
+        named = {key: inner_device(x) for key, x in named.items()}
         # transformers loads weights in threads, which have no mode.
         is_thread = threading.current_thread() is not threading.main_thread()
         with SimulatedCuda.active if is_thread else contextlib.nullcontext():
-            return function(*map(_device, arguments), **named)
+            return function(*map(inner_device, arguments), **named)
 
     return run
 
@@ -498,7 +78,7 @@ def _made_on_the_host(function):
     @functools.wraps(function)
     def run(data, *, device=None, **named):
         contexts = [x for x in _get_current_function_mode_stack() if isinstance(x, DeviceContext)]
-        device = _device(device or (contexts[-1].device if contexts else CPU))
+        device = inner_device(device or (contexts[-1].device if contexts else CPU))
         if isinstance(data, torch.Tensor) or device != INNER:
             return function(data, device=device, **named)
         requires_grad = named.pop("requires_grad", False)
@@ -524,7 +104,7 @@ class _Launcher:
         block = LAUNCHES.THREAD_V * 32 * LAUNCHES.statistics_warps
         self.cuda.steps += math.prod(grid) + tensors[0].numel() // block
         if self.cuda.steps > MAX_STEPS:
-            pytest.skip("takes too long in Triton's interpreter")
+            pytest.skip(f"needs over {MAX_STEPS} steps of Triton's interpreter; a GPU runs it")
         self.cuda.use(tensors, tensors)
         run = interpreted._in_interpreter(self.kernel[grid])
         run(*map(plain, arguments), **{key: plain(x) for key, x in named.items()})

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from kernel_params import interpreted_triton
-from simulated_cuda import BLOCK_BYTES, TOTAL_BYTES
+from simulated_memory import BLOCK_BYTES
+from simulated_tensors import TOTAL_BYTES
 
 from em_kernels.kernels import triton
 from em_kernels.ops.gemm import gemm

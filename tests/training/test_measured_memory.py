@@ -108,8 +108,8 @@ def test_head(words, width, states, chunk, trained):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "changes",
-    [{"temperature": 0}, {}, {"top_k": 0}, {"top_k": 0, "top_p": 1}],
-    ids=["greedy", "top-k", "top-p", "all"],
+    [{"temperature": 0}, {}, {"top_k": 0}, {"top_k": 0, "top_p": 1}, {"top_k": 19_990}],
+    ids=["greedy", "top-k", "top-p", "all", "top-k of nearly all"],
 )
 def test_sampling(changes, dtype):
     model_config = AutoConfig.for_model("llama", **SMALL | {"vocab_size": 20000})

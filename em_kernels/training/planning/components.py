@@ -14,6 +14,7 @@ from ..distributed import LaunchSpec
 from ..engines.offload import BUFFER_BYTES
 from ..engines.optimizer import PRECISIONS, SLAB, state_bytes
 from ..models.rounding import LENGTH
+from ..rollouts.next_tokens import has_candidates
 from .activations import ModelMemory
 from .plan import GIB, MIB
 
@@ -39,7 +40,10 @@ BUCKET_ELEMENTS = 2 * 500_000_000  # two buckets of DeepSpeed's default reduce_b
 # same for small and large vocabularies, for 8 and 16 rows.
 STATISTICS_BYTES = 132  # per token
 CHOICE_BYTES = 36  # per vocabulary entry, where the columns that need a gradient are chosen
-WHOLE_CDF_BYTES, WHOLE_TOP_P_BYTES = 24, 30  # per vocabulary entry, in sampling without top-k
+WHOLE_CDF_BYTES, WHOLE_TOP_P_BYTES = (
+    24,
+    30,
+)  # per vocabulary entry, in sampling from the whole vocabulary
 CUDA_SORT_BYTES = 24  # per vocabulary entry: keys and indices again, in a GPU's sort (estimated)
 
 
@@ -145,7 +149,7 @@ def completion_bytes(
     """Return the bytes of one completion while it is sampled."""
     sampling, length = config.sampling, prompt_tokens + config.sampling.max_new_tokens
     per_entry = model.itemsize + 4  # logits, and their copy in fp32
-    if sampling.temperature and not sampling.top_k:
+    if sampling.temperature and not has_candidates(sampling, model.vocab_size):
         per_entry = WHOLE_CDF_BYTES
         if sampling.top_p < 1:
             per_entry = WHOLE_TOP_P_BYTES + CUDA_SORT_BYTES * cuda

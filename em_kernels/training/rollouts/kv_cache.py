@@ -1,5 +1,5 @@
 """Keys and values of the tokens so far. What transformers' interface of caches and attention asks
-for stands here alone.
+of sampling stands here alone; training's shared prompt has cache layers of its own.
 """
 
 import threading

@@ -30,7 +30,7 @@ def next_tokens(scores: Tensor, ids: Any, sampling: Sampling, uniforms: Tensor) 
     if sampling.temperature == 0:
         return scores.argmax(-1)
     warpers, top_k = _warpers(sampling), sampling.top_k
-    if top_k and top_k + EXTRA < scores.shape[1]:
+    if has_candidates(sampling, scores.shape[1]):
         candidates = scores.topk(top_k + EXTRA, sorted=False).indices.sort(-1).values
         narrow = scores.gather(1, candidates)
         ordered = (narrow / sampling.temperature).sort(-1, descending=True).values
@@ -38,6 +38,11 @@ def next_tokens(scores: Tensor, ids: Any, sampling: Sampling, uniforms: Tensor) 
             index = inverse_cdf(warpers(ids, narrow), uniforms)
             return candidates.gather(1, index[:, None])[:, 0]
     return inverse_cdf(warpers(ids, scores), uniforms)
+
+
+def has_candidates(sampling: Sampling, vocab_size: int) -> bool:
+    """Return True if top-k leaves a part of the vocabulary out of what is sorted and summed up."""
+    return 0 < sampling.top_k < vocab_size - EXTRA
 
 
 def inverse_cdf(scores: Tensor, uniforms: Tensor) -> Tensor:

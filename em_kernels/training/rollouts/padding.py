@@ -1,4 +1,4 @@
-"""Whether a model computes each row of a padded batch as if it were alone."""
+"""Tests of a model before it samples: does padding, or another row beside it, change a row?"""
 
 import re
 from collections.abc import Iterator

@@ -64,8 +64,7 @@ class TokenRows:
         self.ids, self.positions = self.ids[rows], self.positions[rows]
         if self.mask is not None:
             self.mask = self.mask[rows]
-        if self.known:
-            self.cache.batch_select_indices(rows)
+        self.cache.batch_select_indices(rows)
 
     def _feed(self, rows: slice, end: int) -> Tensor:
         """Compute the tokens up to `end` that the cache lacks; return the last one's logits."""
