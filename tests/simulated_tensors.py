@@ -182,9 +182,15 @@ class SimulatedCuda(TorchDispatchMode):
 
     def wrap(self, x):
         """Return the CUDA tensor that has the memory of a tensor of the host."""
+        self.memory_of(x)
+        make = torch.Tensor._make_subclass
+        return make(CudaTensor, x, False, dispatch_device=True, device_for_backend_keys=CPU)
+
+    def memory_of(self, x):
+        """Return the Memory of x's storage, which is counted from the first time on."""
         storage = x.untyped_storage()
         key = storage._cdata
-        if key not in self.memories:
+        if key not in self.memories:  # or the garbage collector took its Python object for dead
             memory = self.memories[key] = Memory(storage.nbytes(), self.stream)
             weakref.finalize(storage, self._free, key)
             self.allocated += memory.nbytes
@@ -192,8 +198,7 @@ class SimulatedCuda(TorchDispatchMode):
             if self.allocated > self.limit:
                 wanted = memory.nbytes / 2**20
                 raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {wanted} MiB")
-        make = torch.Tensor._make_subclass
-        return make(CudaTensor, x, False, dispatch_device=True, device_for_backend_keys=CPU)
+        return self.memories[key]
 
     def _free(self, key):
         self.allocated -= self.memories.pop(key).nbytes
@@ -227,10 +232,10 @@ class SimulatedCuda(TorchDispatchMode):
                 for copy in self.copies:
                     if copy.key == key and stream.has_seen(copy.stream, copy.position):
                         copy.start()
-                if not stream.has_seen(*self.memories[key].written):
+                if not stream.has_seen(*self.memory_of(x).written):
                     raise RuntimeError("a race: another stream wrote this tensor; wait for it")
             for x in written:
-                self.memories[x.untyped_storage()._cdata].written = stream, stream.position
+                self.memory_of(x).written = stream, stream.position
 
     def finish(self, seen):
         """Let all copies arrive that the streams have up to these positions."""
@@ -247,7 +252,7 @@ class SimulatedCuda(TorchDispatchMode):
         self.use([ours] if to_host else [], [] if to_host else [ours])
         flat = host.is_contiguous() and ours.is_contiguous() and host.shape == ours.shape
         if non_blocking and self.is_pinned(host) and flat and host.dtype == ours.dtype:
-            memory = self.memories[ours.untyped_storage()._cdata]
+            memory = self.memory_of(ours)
             self.copies.append(Copy(host, plain(ours), to_host, self.stream, memory))
         else:
             self.finish(self.stream.seen)
@@ -344,7 +349,8 @@ class SimulatedCuda(TorchDispatchMode):
         if "device" in named:
             named = named | {"device": CPU}
         named.pop("pin_memory", None)
-        run = _product_in_fp32 if function._overloadname.startswith("dtype") else function
+        widens = name in PRODUCTS and function._overloadname.startswith("dtype")
+        run = _product_in_fp32 if widens else function
         found = run(*arguments, **named)
         for x, plainer in list(outer.values()) if written else ():
             if isinstance(x, CudaTensor) and _layout(x) != _layout(plainer):  # out= was resized

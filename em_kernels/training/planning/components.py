@@ -40,10 +40,8 @@ BUCKET_ELEMENTS = 2 * 500_000_000  # two buckets of DeepSpeed's default reduce_b
 # same for small and large vocabularies, for 8 and 16 rows.
 STATISTICS_BYTES = 132  # per token
 CHOICE_BYTES = 36  # per vocabulary entry, where the columns that need a gradient are chosen
-WHOLE_CDF_BYTES, WHOLE_TOP_P_BYTES = (
-    24,
-    30,
-)  # per vocabulary entry, in sampling from the whole vocabulary
+# Per vocabulary entry, where a token is chosen among all of them.
+WHOLE_CDF_BYTES, WHOLE_TOP_P_BYTES = 24, 30
 CUDA_SORT_BYTES = 24  # per vocabulary entry: keys and indices again, in a GPU's sort (estimated)
 
 
