@@ -162,6 +162,7 @@ def simulated(patch):
         "max_memory_reserved": lambda device=None: cuda.peak,
         "reset_peak_memory_stats": reset_peak,
         "set_per_process_memory_fraction": set_limit,
+        "get_per_process_memory_fraction": lambda device=None: cuda.limit / TOTAL_BYTES,
     }
     for name, value in replaced.items():
         patch.setattr(torch.cuda, name, value)

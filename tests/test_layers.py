@@ -44,7 +44,7 @@ training.runs
 training.distributed training.models
 training.rollouts training.data
 training.config
-training.settings training.interrupts training.console training.run_folder training.out_of_memory
+training.settings training.interrupts training.console training.run_folder training.device_memory
 hf hf_trainer trl
 functional losses
 ops.torch_library

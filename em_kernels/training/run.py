@@ -18,13 +18,12 @@ from ..ops.free_memory import peak_memory_gib
 from .config import TrainConfig
 from .console import progress_on, update_line
 from .data.grading import Grader
+from .device_memory import halve_until_it_fits, is_out_of_memory
 from .distributed import LaunchSpec, Ranks
 from .engines import engine_of
 from .engines.step import StepLoss
 from .interrupts import Interrupted, StopRequest, doing
 from .models.loading import architecture, load_model, tell_attention
-from .out_of_memory import halve_until_it_fits, is_out_of_memory
-from .planning.components import CONTEXT_BYTES
 from .planning.plan import Plan, cheaper
 from .rollouts.sampling import Rollout, generate
 from .run_folder import METRICS, ROLLOUTS, checkpoint_folder, update_of
@@ -71,12 +70,6 @@ class Run:
         self.stopped = StoppedRun()  # where this run resumes
         self.sizes = {name: getattr(plan.config, name) for name in ("micro_batch", "rollout_batch")}
         self.is_whole = True  # the weights are those of a finished update
-        if ranks.device.type == "cuda":
-            # Beyond the limit torch's allocator raises an error, which is better than taking the
-            # desktop's memory, or than slow paging to host memory under WSL.
-            total = torch.cuda.get_device_properties(ranks.device).total_memory
-            share = min(1.0, (plan.device_limit - CONTEXT_BYTES) / total)
-            torch.cuda.set_per_process_memory_fraction(share, ranks.device)
 
     def load(self, model: PreTrainedModel | None) -> None:
         """Load model and engine; refuse what does not suit before anything is written."""
@@ -218,23 +211,29 @@ class Run:
         """Sample an update's completions, each rank its share."""
         config, ranks = self.config, self.ranks
         indices = range(ranks.index, config.rollouts, ranks.count)
+        done: dict[int, Rollout] = {}  # also of a batch that then ran out of memory
 
-        def sample(batch_size: int) -> list[Rollout]:
-            progress.reset(bar, total=len(indices))
-            return generate(
+        def sample(batch_size: int) -> None:
+            left = [i for i in indices if i not in done]
+
+            def on_done(position: int, rollout: Rollout) -> None:
+                done[left[position]] = rollout
+                progress.advance(bar)
+
+            generate(
                 self.engine.model,
                 self.task.tokenizer,
-                [self.prompts[i] for i in indices],
-                [(config.seed, update, i) for i in indices],
+                [self.prompts[i] for i in left],
+                [(config.seed, update, i) for i in left],
                 config.sampling,
                 batch_size=batch_size,
-                on_done=lambda count: progress.advance(bar, count),
+                on_done=on_done,
                 check=stop.check,
             )
 
         with self.engine.gathered_weights():
-            mine = ranks.together(lambda: self._fitting("rollout_batch", sample, 1))
-        shares = ranks.gather(mine)
+            ranks.together(lambda: self._fitting("rollout_batch", sample, 1))
+        shares = ranks.gather([done[i] for i in indices])
         return [shares[i % ranks.count][i // ranks.count] for i in range(config.rollouts)]
 
     def _forward_backward(self, rollouts: Sequence[Rollout], stop: StopRequest) -> StepLoss:

@@ -10,9 +10,11 @@ from transformers import PreTrainedModel
 from .config import TrainConfig, read_yaml
 from .console import Terminal
 from .data.problems import texts_of
+from .device_memory import let_segments_grow, limited_memory
 from .distributed import Ranks, find_ranks
 from .interrupts import Interrupted, StopRequest, doing
 from .models.loading import architecture
+from .planning.components import CONTEXT_BYTES
 from .planning.plan import Plan
 from .planning.planner import Planner
 from .run import Run, TrainResult, why_stop_early
@@ -49,14 +51,23 @@ def train(
         UserError: for settings that cannot work, before anything is written; for a full disk.
         Interrupted: after Ctrl-C, with a checkpoint of the last finished update.
     """
+    let_segments_grow()
     ranks = find_ranks(config.device, config.rollouts)
     console = (console or Terminal(stderr=True)) if ranks.is_main else Console(quiet=True)
     config, task, plan = ranks.from_main(lambda: _prepare(config, model, resume, ranks, console))
     run = Run(config, plan, task, console, ranks)
-    try:
-        run.load(model)
-    except torch.OutOfMemoryError as error:
-        raise run.failed(error) from error
+    with limited_memory(ranks.device, plan.device_limit - CONTEXT_BYTES):
+        try:
+            run.load(model)
+        except torch.OutOfMemoryError as error:
+            raise run.failed(error) from error
+        _carry_out(run, resume)
+    return run.result
+
+
+def _carry_out(run: Run, resume: bool) -> None:
+    """Train a loaded run to its end."""
+    config, console, ranks = run.asked, run.console, run.ranks
     tracked = config if ranks.is_main else config.model_copy(update={"report_to": "none"})
     with (
         closing(run.engine),
@@ -70,22 +81,21 @@ def train(
         run.start(resume)
         tracking.start(len(run.stopped.metrics))
         try:
-            for update in range(run.stopped.update + 1, plan.config.steps + 1):
+            for update in range(run.stopped.update + 1, config.steps + 1):
                 if reason := why_stop_early(run.config, run.result.metrics):
                     console.print(f"Stopped early: {reason}.", soft_wrap=True)
                     break
                 if running:
                     running.phase(f"update {update}")
-                with doing(f"update {update} of {architecture(task.model_config)}"):
+                with doing(f"update {update} of {architecture(run.task.model_config)}"):
                     run.update(update, stop)
                 tracking.log(run.result.metrics[-1])
-                if update in plan.config.save_at:
+                if update in config.save_at:
                     run.save()
             run.save()
             ranks.together(stop.check)
         except (Exception, Interrupted) as error:
             raise run.failed(error) from (None if isinstance(error, UserError) else error)
-    return run.result
 
 
 def _prepare(

@@ -5,6 +5,7 @@ import torch
 from training.tiny import make_model, rounded, run, settings
 from transformers import AutoModelForCausalLM
 
+from em_kernels.training.rollouts import sampling
 from em_kernels.training.settings import UserError
 
 
@@ -50,3 +51,22 @@ def test_out_of_memory_keeps_what_was_finished_and_names_the_remedies(finished, 
         run(settings(folder, tmp_path / "run"), model)
     checkpoints = tmp_path / "run" / "checkpoints"
     assert [p.name for p in checkpoints.glob("*")] == ["step-00001"] * finished
+
+
+def test_out_of_memory_keeps_the_completions_that_are_done(folder, tmp_path, monkeypatch):
+    batches = []
+
+    class Exhausted(sampling.TokenRows):
+        def __init__(self, model, prompts, new_tokens):
+            batches.append(len(prompts))
+            if len(batches) in (1, 3):
+                raise torch.OutOfMemoryError
+            super().__init__(model, prompts, new_tokens)
+
+    auto = {"steps": 1, "rollout_batch": "auto"}
+    run(settings(folder, tmp_path / "plain", **auto))
+    monkeypatch.setattr(sampling, "TokenRows", Exhausted)
+    run(settings(folder, tmp_path / "run", **auto))
+    assert batches == [6, 3, 3, 1, 1, 1]
+    files = [tmp_path / name / "rollouts.jsonl" for name in ("plain", "run")]
+    assert files[0].read_bytes() == files[1].read_bytes()

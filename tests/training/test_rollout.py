@@ -313,11 +313,11 @@ def test_dropout_is_off(tokenizer, prompts):
 
 def test_progress_counts_every_completion(tokenizer, exact_model, prompts):
     exact_model.generation_config.eos_token_id = list(range(0, 267, 4))
-    done = []
-    generate(
-        exact_model, tokenizer, prompts * 5, seeds(30), PLAIN, batch_size=4, on_done=done.append
-    )
-    assert sum(done) == 30 and min(done) >= 1
+    done = {}
+    on_done = lambda index, rollout: done.update({index: rollout})  # noqa: E731
+    options = {"batch_size": 4, "on_done": on_done}
+    found = generate(exact_model, tokenizer, prompts * 5, seeds(30), PLAIN, **options)
+    assert [done[i] for i in range(30)] == found
 
 
 def test_nothing_to_do(tokenizer, exact_model):

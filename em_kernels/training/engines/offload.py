@@ -91,13 +91,28 @@ def _waiter_for(stream: torch.cuda.Stream) -> Callable[[], object]:
     return stream.record_event(torch.cuda.Event(blocking=True)).synchronize
 
 
+def zeros_in_memory(
+    device: torch.device, kinds: Mapping[str, Sequence[tuple[int, torch.dtype]]]
+) -> dict[str, list[Tensor]]:
+    """Return zeros (n,) for each (n, dtype), in one block of memory for each kind.
+
+    A GPU's allocator would round each tensor up, to as much as 2 MiB.
+    """
+    zeros = {}
+    for kind, tensors in kinds.items():
+        size = sum(map(_aligned_bytes, tensors))
+        # zero_() makes a host that lacks the memory fail here, and not in the first update.
+        arena = torch.empty(size, dtype=torch.uint8, device=device).zero_()
+        zeros[kind] = _tensors_in(arena, tensors)
+    return zeros
+
+
 def zeros_in_files(
     folder: Path, kinds: Mapping[str, Sequence[tuple[int, torch.dtype]]]
 ) -> dict[str, list[Tensor]]:
     """Return zeros (n,) for each (n, dtype), in a mapped file for each kind."""
-    # Rounded up to 4 elements, so that each tensor starts at a multiple of 8 bytes.
-    lengths = {kind: [-(-n // 4) * 4 * d.itemsize for n, d in kinds[kind]] for kind in kinds}
-    need = sum(map(sum, lengths.values()))
+    sizes = {kind: sum(map(_aligned_bytes, tensors)) for kind, tensors in kinds.items()}
+    need = sum(sizes.values())
     remedy = "choose another folder, or leave it out to use memory"
     if not hasattr(os, "posix_fallocate"):
         raise UserError("offload_dir: needs Linux; leave it out to use memory")
@@ -106,16 +121,25 @@ def zeros_in_files(
         folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free
         if need > free:  # checked first: a reservation that fails has filled the disk
-            sizes = f"{need / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
-            raise UserError(f"offload_dir: {folder} needs {sizes}; {remedy}")
-        for kind, tensors in kinds.items():
+            found = f"{need / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
+            raise UserError(f"offload_dir: {folder} needs {found}; {remedy}")
+        for kind, size in sizes.items():
             # Unlinked once it is mapped: on Linux the file goes with the process, however it ends.
             with NamedTemporaryFile(dir=folder, prefix=f"{kind}.") as file:
-                size = sum(lengths[kind])
                 os.posix_fallocate(file.fileno(), 0, size)  # else a full disk is a SIGBUS later
                 arena = torch.from_file(file.name, shared=True, size=size, dtype=torch.uint8)
-            parts = zip(arena.split(lengths[kind]), tensors, strict=True)
-            zeros[kind] = [part[: n * d.itemsize].view(d) for part, (n, d) in parts]
+            zeros[kind] = _tensors_in(arena, kinds[kind])
     except OSError as error:
         raise UserError(f"offload_dir: {folder}: {error.strerror}; {remedy}") from error
     return zeros
+
+
+def _aligned_bytes(tensor: tuple[int, torch.dtype]) -> int:
+    """Return a tensor's bytes, in multiples of 16 elements: kernels load 16 bytes at a time."""
+    count, dtype = tensor
+    return -(-count // 16) * 16 * dtype.itemsize
+
+
+def _tensors_in(arena: Tensor, tensors: Sequence[tuple[int, torch.dtype]]) -> list[Tensor]:
+    parts = zip(arena.split(list(map(_aligned_bytes, tensors))), tensors, strict=True)
+    return [part[: n * d.itemsize].view(d) for part, (n, d) in parts]

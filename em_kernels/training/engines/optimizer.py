@@ -13,7 +13,7 @@ from torch.optim.adamw import adamw
 from ..config import TrainConfig
 from ..distributed import Ranks
 from ..models.rounding import to_bf16
-from .offload import Bounce, zeros_in_files
+from .offload import Bounce, zeros_in_files, zeros_in_memory
 
 SLAB = 1 << 21  # elements; the fastest of 2^20, 2^21, 2^22 (2-core CPU), and fits a buffer in fp64
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}  # by their names in the settings
@@ -105,13 +105,10 @@ class MasterAdamW:
                 n = p.numel() if apart or kind != "master" else 0
                 sizes[kind].append((n, p.dtype if p.dtype == torch.float64 else dtype))
         mapped = zeros_in_files(folder, {kind: sizes[kind] for kind in KINDS[:3]}) if folder else {}
-        # zero_() makes a host that lacks the memory fail here, and not in the first update.
-        state = [
-            mapped.get(kind) or [torch.empty(n, dtype=d, device=device).zero_() for n, d in s]
-            for kind, s in sizes.items()
-        ]
+        rest = {kind: sizes[kind] for kind in KINDS if kind not in mapped}
+        state = zeros_in_memory(device, rest) | mapped
         self._slots: dict[Tensor, _Slot] = {}
-        for p, *tensors in zip(names, *state, strict=True):
+        for p, *tensors in zip(names, *(state[kind] for kind in KINDS), strict=True):
             self._slots[p] = slot = _Slot(names[p], p, *tensors)
             if len(slot.master) == p.numel():
                 slot.master.copy_(slot.weights())
@@ -132,8 +129,8 @@ class MasterAdamW:
         """Add to the gradient of a parameter.
 
         Args:
-            gradient: a tensor of the parameter's shape, which the optimizer may keep; or of some of
-                its rows, which the caller may overwrite (on the current stream) after the call.
+            gradient: of the parameter's shape; or of some of its rows, which the caller may then
+                overwrite (on the current stream).
             rows: a slice or int64 indices; copying indices from a GPU waits for its stream.
         """
         slot = self._slots[parameter]
@@ -163,9 +160,7 @@ class MasterAdamW:
                 else:
                     into.add_(slab)
 
-        if self._bounce is None and first and source.dtype == target.dtype:
-            slot.gradient = source  # no copy; the tensor that it replaces is as large
-        elif self._bounce is None:
+        if self._bounce is None:
             put(slice(None), source)
         else:
             self._bounce.fetch(source, put, reused=rows is not None)

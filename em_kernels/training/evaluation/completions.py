@@ -10,8 +10,8 @@ from rich.console import Console
 
 from ..console import progress_on
 from ..data.problems import Conversation
+from ..device_memory import halve_until_it_fits
 from ..interrupts import doing
-from ..out_of_memory import halve_until_it_fits
 from ..rollouts.sampling import generate
 from ..runs.records import append, read_lines
 from ..settings import UserError

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ...hf import check_head, head_of
 from ..config import Sampling
 from ..data.problems import QWEN25_MATH_COT, Conversation, Problem, encode, few_shot, read_problems
+from ..device_memory import let_segments_grow
 from ..interrupts import doing
 from ..models.loading import architecture, auto_dtype, load_model, open_source, tell_attention
 from ..rollouts.kv_cache import check_cache
@@ -104,6 +105,7 @@ def digest(problems: Sequence[Problem], prompts: Sequence[str | Conversation]) -
 
 def open_model(config: TaskSettings, console: Console) -> Opened:
     """Load the model and check that it can be sampled and scored; UserError where it cannot."""
+    let_segments_grow()
     device = find_device(config.device)
     dtype = auto_dtype(device.type) if config.dtype == "auto" else config.dtype
     source, model_config, tokenizer = open_source(config.model)

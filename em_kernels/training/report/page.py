@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from ... import __version__
 from ..config import TrainConfig, read_yaml
 from ..console import Terminal
-from ..out_of_memory import is_out_of_memory
+from ..device_memory import is_out_of_memory
 from ..rollouts.sampling import Rollout
 from ..run_folder import CONFIG, ROLLOUTS, newest_checkpoint
 from ..runs.records import read_metrics, read_rollouts, write_whole

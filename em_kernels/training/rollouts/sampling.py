@@ -41,7 +41,7 @@ def generate(
     sampling: Sampling,
     *,
     batch_size: int = 64,
-    on_done: Callable[[int], object] = lambda count: None,
+    on_done: Callable[[int, Rollout], object] = lambda index, rollout: None,
     check: Callable[[], object] = lambda: None,
 ) -> list[Rollout]:
     """Sample a completion for each prompt, until an end-of-sequence id of model or tokenizer.
@@ -49,7 +49,7 @@ def generate(
     Args:
         prompts: token ids; those of similar length are sampled together.
         seeds: the integers that each completion's randomness depends on.
-        on_done: called with the number of completions just finished.
+        on_done: called with each completion and its index, some time after it has ended.
         check: called after every token; may raise to abandon the work.
     """
     results: dict[int, Rollout] = {}
@@ -57,12 +57,14 @@ def generate(
     ends = sorted({*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None})
     lengths, new = [len(ids) for ids in prompts], sampling.max_new_tokens
     pad = len(set(lengths)) > 1 and can_pad(model, max(lengths) + new)
-    sample = partial(_generate_batch, model, tokenizer, sampling, ends, on_done, check)
+    sample = partial(_generate_batch, model, tokenizer, sampling, ends, check)
     with ready_to_generate(model):
         for batch in _batches(lengths, new, batch_size, pad):
             uniforms = np.stack([np.random.default_rng(seeds[i]).random(new) for i in batch])
-            done = sample([prompts[i] for i in batch], torch.tensor(uniforms, device=model.device))
-            results.update(zip(batch, done, strict=True))
+            rows = [prompts[i] for i in batch], torch.tensor(uniforms, device=model.device)
+            for row, rollout in sample(*rows):
+                results[batch[row]] = rollout
+                on_done(batch[row], rollout)
     return [results[i] for i in range(len(prompts))]
 
 
@@ -88,14 +90,15 @@ def _generate_batch(
     tokenizer: PreTrainedTokenizerBase,
     sampling: Sampling,
     ends: list[int],
-    on_done: Callable[[int], object],
     check: Callable[[], object],
     prompts: Sequence[list[int]],
     uniforms: Tensor,
-) -> list[Rollout]:
-    """Sample one batch; rows that have finished leave it, an eighth of them at a time."""
+) -> Iterator[tuple[int, Rollout]]:
+    """Sample one batch, and yield its rows; those that have finished leave it, an eighth of them at
+    a time.
+    """
     batch = TokenRows(model, prompts, sampling.max_new_tokens)
-    start, results = batch.length, dict[int, Rollout]()
+    start = batch.length
     endings: list[Any] = [generation.EosTokenCriteria(eos_token_id=ends)] if ends else []
     if sampling.stop:
         endings.append(generation.StopStringCriteria(tokenizer, list(sampling.stop)))
@@ -120,11 +123,9 @@ def _generate_batch(
         columns = rows.tolist(), length.tolist(), batch.tokens[:, start:].tolist()
         for row, end, response in zip(*columns, strict=True):
             if end > 0 or last:
-                results[row] = Rollout(prompts[row], response[: end or count], end > 0)
+                yield row, Rollout(prompts[row], response[: end or count], end > 0)
         going = (length == 0).nonzero()[:, 0]
-        on_done(len(batch) - len(going) * (not last))
         if last or not len(going):
-            break
+            return
         rows, length = rows[going], length[going]
         batch.keep(going)
-    return [results[row] for row in range(len(prompts))]
