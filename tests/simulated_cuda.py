@@ -27,6 +27,7 @@ import interpreted
 import pytest
 import torch
 from kernel_params import interpreted_triton
+from simulated_graph import Graph
 from simulated_tensors import (
     CPU,
     CUDA,
@@ -118,8 +119,10 @@ def simulated(patch):
     @contextlib.contextmanager
     def stream_context(stream):
         before, cuda.stream = cuda.stream, stream or cuda.stream
-        yield
-        cuda.stream = before
+        try:
+            yield
+        finally:
+            cuda.stream = before
 
     def set_limit(fraction, device=None):
         cuda.limit = fraction * TOTAL_BYTES
@@ -138,6 +141,7 @@ def simulated(patch):
     replaced = {
         "Stream": Stream,
         "Event": Event,
+        "CUDAGraph": Graph,
         "stream": stream_context,
         "_lazy_init": lambda: None,
         "_exchange_device": lambda index: 0,
@@ -175,6 +179,7 @@ def simulated(patch):
         patch.setattr(owner, name, _with_inner_device(getattr(owner, name)))
     for name in ("tensor", "as_tensor"):
         patch.setattr(torch, name, _made_on_the_host(getattr(torch, name)))
+    patch.setattr(torch._C, "_host_emptyCache", lambda: None, raising=False)
     patch.setattr(triton, "config_for", lambda capability: LAUNCHES)
     patch.setattr(SimulatedCuda, "active", cuda)
     with cuda:

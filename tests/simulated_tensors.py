@@ -169,6 +169,7 @@ class SimulatedCuda(TorchDispatchMode):
         self.allocated = self.peak = 0
         self.limit = TOTAL_BYTES
         self.steps = 0  # of the interpreter
+        self.graph = None  # that is being captured
         self.lock = threading.RLock()  # a thread of the offload waits for events
 
     def __torch_dispatch__(self, function, types, arguments=(), named=None):
@@ -224,6 +225,8 @@ class SimulatedCuda(TorchDispatchMode):
 
     def use(self, read, written):
         """Put an op that reads and writes CUDA tensors on the current stream."""
+        if self.graph is not None:  # they run when it is replayed
+            return
         with self.lock:
             stream = self.stream
             stream.advance()
@@ -247,6 +250,7 @@ class SimulatedCuda(TorchDispatchMode):
 
     def copy(self, target, source, non_blocking):
         """Copy between the host and the device."""
+        self.refuse_in_graph("a copy from or to the host")
         to_host = not isinstance(target, CudaTensor)
         host, ours = (target, source) if to_host else (source, target)
         self.use([ours] if to_host else [], [] if to_host else [ours])
@@ -258,6 +262,11 @@ class SimulatedCuda(TorchDispatchMode):
             self.finish(self.stream.seen)
             plain(target).copy_(plain(source))
         return target
+
+    def refuse_in_graph(self, what):
+        if self.graph is not None:
+            self.graph.is_valid = False
+            raise RuntimeError(f"{what}: operation not permitted when stream is capturing")
 
     # Ops
 
@@ -306,6 +315,7 @@ class SimulatedCuda(TorchDispatchMode):
 
     def _moved(self, function, source, named):
         """Run _to_copy between the devices."""
+        self.refuse_in_graph("a copy from or to the host")
         options = {key: x for key, x in named.items() if key in ("dtype", "memory_format")}
         if isinstance(source, CudaTensor):  # cast there
             cast = self._on_device(function, "_to_copy", (source,), options, [source])
@@ -331,6 +341,7 @@ class SimulatedCuda(TorchDispatchMode):
 
     def _on_device(self, function, name, arguments, named, ours):
         if name in WAITS:
+            self.refuse_in_graph(name)
             self.finish(self.stream.seen)
         names = [x.name for x in function._schema.arguments]
         given = dict(zip(names, arguments, strict=False)) | named
@@ -352,6 +363,8 @@ class SimulatedCuda(TorchDispatchMode):
         widens = name in PRODUCTS and function._overloadname.startswith("dtype")
         run = _product_in_fp32 if widens else function
         found = run(*arguments, **named)
+        if self.graph is not None:
+            self.graph.record(run, arguments, named, found)
         for x, plainer in list(outer.values()) if written else ():
             if isinstance(x, CudaTensor) and _layout(x) != _layout(plainer):  # out= was resized
                 x.data = self.wrap(plainer)

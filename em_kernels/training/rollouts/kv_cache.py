@@ -31,19 +31,25 @@ class PreallocatedLayer(DynamicLayer):
         super().__init__()
         self.capacity = capacity
         self.memory: list[Tensor] = []  # keys and values (rows, heads, capacity, head_dim)
+        self.fixed: tuple[Tensor, int] | None = None  # see fixed_step()
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """Add tokens (rows, heads, tokens, head_dim); return views of all keys and values."""
         states, start = (key_states, value_states), self.get_seq_length()
+        if self.fixed is not None:
+            place, end = self.fixed
+            for memory, new in zip(self.memory, states, strict=True):
+                memory.index_copy_(2, place, new)
+            return self.show(end)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self.memory = [self._allocated(new, len(new)) for new in states]
         end = start + key_states.shape[-2]
         for memory, new in zip(self.memory, states, strict=True):
             memory[:, :, start:end] = new
-        return self._show(end)
+        return self.show(end)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row."""
@@ -52,7 +58,7 @@ class PreallocatedLayer(DynamicLayer):
                 self.memory[i] = self._allocated(memory, repeats * len(memory))
                 repeated = memory[:, :, :length].repeat_interleave(repeats, dim=0)
                 self.memory[i][:, :, :length] = repeated
-            self._show(length)
+            self.show(length)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows, at the start of the same memory."""
@@ -60,12 +66,14 @@ class PreallocatedLayer(DynamicLayer):
             for i, memory in enumerate(self.memory):
                 self.memory[i] = memory[: len(indices)]
                 self.memory[i][:, :, :length] = memory[indices, :, :length]
-            self._show(length)
+            self.show(length)
 
     def _allocated(self, like: Tensor, rows: int) -> Tensor:
-        return like.new_empty(rows, like.shape[1], self.capacity, like.shape[3])
+        # Zeros, as masked keys and values are multiplied with 0 all the same.
+        return like.new_zeros(rows, like.shape[1], self.capacity, like.shape[3])
 
-    def _show(self, length: int) -> tuple[Tensor, Tensor]:
+    def show(self, length: int) -> tuple[Tensor, Tensor]:
+        """Make so many tokens the layer's; return views of their keys and values."""
         keys, values = (memory[:, :, :length] for memory in self.memory)
         self.keys, self.values = keys, values
         return keys, values
@@ -78,6 +86,28 @@ def new_cache(model: PreTrainedModel, capacity: int) -> DynamicCache:
         if type(layer) is DynamicLayer:
             cache.layers[i] = PreallocatedLayer(capacity)
     return cache
+
+
+@contextmanager
+def fixed_step(cache: DynamicCache, place: Tensor, end: int) -> Iterator[None]:
+    """Within this context a token goes to `place` (1,), whatever tokens there are, and attention
+    sees the first `end` keys and values; the caller masks those that are none.
+    """
+    layers = [layer for layer in cache.layers if isinstance(layer, PreallocatedLayer)]
+    for layer in layers:
+        layer.fixed = place, end
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.fixed = None
+
+
+def set_length(cache: DynamicCache, length: int) -> None:
+    """Make the cache hold the first tokens in its memory."""
+    for layer in cache.layers:
+        if isinstance(layer, PreallocatedLayer) and layer.is_initialized:
+            layer.show(length)
 
 
 def layer_kinds(model: PreTrainedModel) -> set[type]:

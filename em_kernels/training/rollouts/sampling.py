@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, generation
 
 from ..config import Sampling
+from .cuda_graph import rows_for
 from .next_tokens import next_tokens
 from .padding import can_pad, ready_to_generate
-from .token_rows import TokenRows
 
 LEAVE_SHARE = 8  # The batch is rebuilt once 1/8 of its rows have finished.
 
@@ -97,7 +97,7 @@ def _generate_batch(
     """Sample one batch, and yield its rows; those that have finished leave it, an eighth of them at
     a time.
     """
-    batch = TokenRows(model, prompts, sampling.max_new_tokens)
+    batch = rows_for(model)(model, prompts, sampling.max_new_tokens)
     start = batch.length
     endings: list[Any] = [generation.EosTokenCriteria(eos_token_id=ends)] if ends else []
     if sampling.stop:

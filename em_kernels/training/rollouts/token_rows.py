@@ -11,6 +11,11 @@ from transformers import PreTrainedModel
 from .kv_cache import new_cache
 
 
+def takes_positions(model: PreTrainedModel) -> bool:
+    """Return True if the model is told where each token stands."""
+    return "position_ids" in inspect.signature(model.forward).parameters
+
+
 class TokenRows:
     """A batch of prompts and the tokens added to them.
 
@@ -36,7 +41,7 @@ class TokenRows:
             row[prefix : prefix + gap] = 0
         self.positions = (mask.cumsum(-1) - 1).clamp(min=0).to(self.device)
         self.mask = mask.to(self.device) if any(gaps) else None
-        self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+        self.takes_positions = takes_positions(model)
         self.cache = new_cache(model, capacity)
         if prefix:
             self._feed(slice(0, 1), prefix)
