@@ -69,7 +69,7 @@ class Plan:
     @property
     def allocated(self) -> int:
         """Bytes that torch.cuda.max_memory_allocated should report, or a CPU process's peak."""
-        other = ("context", "fragments") if self.host else ("graders",)
+        other = ("context", "fragments", "spare") if self.host else ("graders",)
         return self.device_total - sum(self.device.get(name, 0) for name in other)
 
     @property

@@ -179,6 +179,8 @@ class Planner:
             device, host, disk = components.fixed_bytes(config, model, cuda)
         else:
             device, host, disk = components.sharded_bytes(config, model, self.launch, cuda)
+        if cuda:
+            device["spare"] = int(components.SPARE_SHARE * self.device_limit)
         room = self.device_limit - sum(device.values())
         lost = components.FRAGMENTED_SHARE if cuda else components.CPU_FRAGMENTED_SHARE
         room = int(room / (1 + lost))
