@@ -17,6 +17,10 @@ from .reference import IGNORE_INDEX, RowTransform, transform
 # One lock per model: only one thread at a time may replace its forward.
 FORWARD_LOCKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 INPUTS = ("input_ids", "attention_mask", "position_ids")  # of a batch, what goes to the model
+OVERFLOW = (
+    "dtype: this model's activations overflow float16, whose largest number is 65504; "
+    "use float32 or bfloat16"
+)
 
 
 class Head(NamedTuple):
@@ -150,7 +154,8 @@ def head_reads(model: nn.Module, read: Callable[[Tensor, Head], Tensor]) -> Iter
 def check_head(model: nn.Module, head: Head) -> None:
     """Compare the head's logits with the model's own on 16 tokens; the model may be wrapped.
 
-    Raises: TypeError if they differ: the loss would be that of another distribution.
+    Raises: TypeError if they differ: the loss would be that of another distribution; or if fp16
+        activations overflow.
     """
     vocab_size = causal_lm(model).config.get_text_config().vocab_size
     ids = torch.arange(16, device=head.weight.device)[None] % vocab_size
@@ -163,6 +168,8 @@ def check_head(model: nn.Module, head: Head) -> None:
         y = model(input_ids=ids, use_cache=False)
     row = RowTransform(None, y.new_ones(y.shape[1]).float(), head.logit_scale, head.softcap)
     worst = (transform(y[0].float(), row) - expected[0]).abs().max().item()
+    if y.dtype == torch.float16 and expected.isnan().any():
+        raise TypeError(OVERFLOW)
     # The model may round its logits to bf16, 2^-8 of their size.
     tolerance = 0.02 if y.dtype.itemsize == 2 else 0.001
     if not worst <= tolerance * max(1.0, expected.abs().max().item()):

@@ -147,9 +147,10 @@ class TrainConfig(Settings):
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to train on; auto: a CUDA GPU if there is one, else the CPU."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the weights in forward and backward; the optimizer keeps fp32 masters. auto:
-    bfloat16 on a GPU and on CPUs with AMX or AVX512-BF16, else float32.
+    bfloat16 on a GPU, but float16 on CUDA cards below sm80 (T4, V100, RTX 20), with a scaled loss;
+    on a CPU bfloat16 if it has AMX or AVX512-BF16, else float32.
     """
     micro_batch: Auto | Positive = "auto"
     """Maximum tokens per forward and backward, not counting a shared prompt. Changes memory and

@@ -25,7 +25,7 @@ from .engines.step import StepLoss
 from .interrupts import Interrupted, StopRequest, doing
 from .models.loading import architecture, load_model, tell_attention
 from .planning.plan import Plan, cheaper
-from .rollouts.sampling import Rollout, generate
+from .rollouts.sampling import Rollout, check_overflow, generate
 from .run_folder import METRICS, ROLLOUTS, checkpoint_folder, update_of
 from .runs import records
 from .runs.checkpoint import defining_settings, newest_state, read_state, save_checkpoint
@@ -173,10 +173,7 @@ class Run:
             sampled = time.perf_counter()
             accuracy = ranks.from_main(lambda: self._record(update, rollouts, stop))
             progress.update(bar, description=f"{title} training", completed=0)
-            loss = self._forward_backward(rollouts, stop)
-            norm = self.engine.norm()
-            if not math.isfinite(norm):
-                raise UserError(f"lr: the gradient of update {update} is not finite; lower it")
+            loss, norm = self._gradient(update, rollouts, stop)
             self.is_whole = False
             self.engine.step(norm)
         end = time.perf_counter()
@@ -235,6 +232,24 @@ class Run:
             ranks.together(lambda: self._fitting("rollout_batch", sample, 1))
         shares = ranks.gather([done[i] for i in indices])
         return [shares[i % ranks.count][i // ranks.count] for i in range(config.rollouts)]
+
+    def _gradient(
+        self, update: int, rollouts: Sequence[Rollout], stop: StopRequest
+    ) -> tuple[StepLoss, float]:
+        """Compute the gradient of all ranks; return the loss and the gradient's norm.
+
+        A gradient that overflows fp16 is computed anew with half its scale.
+        """
+        while True:
+            loss = self._forward_backward(rollouts, stop)
+            norm = self.engine.norm()
+            if math.isfinite(norm):
+                return loss, norm
+            check_overflow(torch.tensor(loss.entropy), self.engine.model.dtype)
+            if not self.engine.halve_scale():
+                raise UserError(f"lr: the gradient of update {update} is not finite; lower it")
+            told = "The gradient overflowed float16: trying again with half its scale."
+            self.console.print(told, soft_wrap=True)
 
     def _forward_backward(self, rollouts: Sequence[Rollout], stop: StopRequest) -> StepLoss:
         """Compute the gradient and the loss of all ranks."""

@@ -22,6 +22,7 @@ MODES = {
     "full": {},
     "replay": {"save_optimizer": False},
     "bf16": {"dtype": "bfloat16", "moments": "bf16", "gradients": "bf16", "grad_tolerance": 2**-9},
+    "fp16": {"dtype": "float16"},
     "lora": {"mode": "lora"},
     "lora replay": {"mode": "lora", "save_optimizer": False, "gradient_checkpointing": True},
     "offload": {"mode": "offload", "moments": "bf16"},

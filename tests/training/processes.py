@@ -3,6 +3,7 @@ torchrun, this file is those processes.
 """
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -155,7 +156,32 @@ def engine_facts(config):
         told = True
     engine.close()
     facts = {"loss": [*loss, norm], "told": told, "parts": parts}
+    if ranks.launch.engine == "replicas":
+        facts["scales"] = scales_after_an_overflow(config, ranks)
     return {**facts, "refusal": refusal(lambda: find_ranks(config.device, rollouts=1))}
+
+
+def scales_after_an_overflow(config, ranks):
+    """Return an fp16 engine's scale before and after each gradient, until it is finite on all
+    ranks. The last rank's alone overflows, above a scale of 16.
+    """
+    config = config.model_copy(update={"dtype": "float16", "official_loss": False})
+    engine = engine_of("replicas")(make_model(dtype=torch.float16), make_tokenizer(), config, ranks)
+    scales = [engine.optimizer.scale]
+
+    def overflow(gradient):
+        return gradient * torch.inf if scales[-1] > 16 else gradient
+
+    if ranks.index == ranks.count - 1:
+        engine.model.model.norm.weight.register_hook(overflow)
+    rollouts = [Rollout([5, 6], [7, 8, 9], False)] * 3
+    engine.forward_backward(rollouts, 40, lambda: None)
+    while not math.isfinite(norm := engine.norm()):
+        assert engine.halve_scale()
+        scales.append(engine.optimizer.scale)
+        engine.forward_backward(rollouts, 40, lambda: None)
+    engine.close()
+    return [*scales, norm]
 
 
 def refusal(work):

@@ -21,7 +21,7 @@ from training.tiny import PLAIN, save_tiny
 from transformers import AutoModelForCausalLM
 
 from em_kernels.hf import check_head, head_of
-from em_kernels.training.models.loading import four_bit_config
+from em_kernels.training.models.loading import four_bit_config, load_model
 from em_kernels.training.models.lora import adapted_layers, add_adapters
 from em_kernels.training.rollouts.sampling import generate
 from em_kernels.training.runs.merge import merge
@@ -30,7 +30,7 @@ from em_kernels.training.settings import UserError
 
 def four_bit(folder):
     return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.bfloat16, quantization_config=four_bit_config()
+        folder, dtype=torch.bfloat16, quantization_config=four_bit_config(torch.bfloat16)
     )
 
 
@@ -98,7 +98,7 @@ def test_gradients_pass_through_four_bits(kind, tmp_path, tokenizer):
 
 
 def test_head_in_four_bits_is_refused(tmp_path):
-    config = four_bit_config()
+    config = four_bit_config(torch.bfloat16)
     config.llm_int8_skip_modules = ["nothing"]
     folder = save_tiny(tmp_path / "model", **WIDE, tied=False, vocab_size=320)
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
@@ -106,7 +106,17 @@ def test_head_in_four_bits_is_refused(tmp_path):
         head_of(model)
 
 
+def test_products_have_the_dtype_of_the_run(tmp_path):
+    folder = save_tiny(tmp_path / "model", **WIDE)
+    cpu = torch.device("cpu")
+    for name, dtype in (("bfloat16", torch.bfloat16), ("float16", torch.float16)):
+        model = load_model(str(folder), name, "auto", cpu, four_bit=True)
+        packed = [m for m in model.modules() if type(m).__name__ == "Linear4bit"]
+        assert packed and {layer.compute_dtype for layer in packed} == {dtype}
+        assert model.dtype == head_of(model).weight.dtype == dtype
+
+
 def test_bitsandbytes_is_asked_for_by_name(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(UserError, match=r"^4bit: .* pip install 'em-kernels\[4bit\]'$"):
-        four_bit_config()
+        four_bit_config(torch.bfloat16)

@@ -161,6 +161,7 @@ RUNS = {
         False,
         {"dtype": "bfloat16", "moments": "bf16", "gradients": "bf16", "micro_batch": 10**6},
     ),
+    "fp16": ("qwen2", False, {"dtype": "float16", "micro_batch": 10**6}),
     "lora": ("llama", False, {"mode": "lora"}),
 }
 

@@ -181,6 +181,25 @@ def test_what_the_user_fixed_stays(small):
     assert [plan.device[name] for name in names] == [2 * count, 4 * count, 4 * count, 2 * count]
 
 
+@pytest.mark.parametrize(
+    "device, gib", [pytest.param(CPU, None, marks=pytest.mark.slow), (CUDA, 15)]
+)
+def test_fp16_takes_what_bf16_takes_and_a_bf16_copy_to_save(device, gib):
+    exact = {"moments": "fp32", "gradients": "fp32", "save_optimizer": False}
+    asked = config(mode="full", gpu_memory=gib, host_memory=8, **exact, **SHORT)
+    found = [
+        Planner(asked.model_copy(update={"dtype": dtype}), two_layers(), 20, device).resolve()
+        for dtype in ("float16", "bfloat16")
+    ]
+    names = ("weights", "master", "moments", "gradients", "scratch")
+    half, same = ([plan.device[name] for name in names] for plan in found)
+    assert half == same and half[1] == 2 * half[0]
+    if gib:
+        assert found[0].host["saving"] == half[0]
+    else:
+        assert found[0].device["bf16 copy"] > half[0] and not found[1].device["bf16 copy"]
+
+
 def test_lora_has_its_own_lr(small):
     plan = Planner(config(mode="lora", **SHORT), small, 20, CPU).resolve()
     assert plan.config.lr == 2e-4

@@ -49,6 +49,7 @@ def by_engine(tmp_path_factory, folders):
 @ENGINES
 def test_engines(by_engine, engine, env):
     home = by_engine(engine, **env)
+    scales = []
     for rank in (0, 1):
         facts = json.loads((home / f"engine.{rank}.json").read_text())
         assert facts["loss"] == [0, 0, 0, 0] and facts["told"]
@@ -56,6 +57,11 @@ def test_engines(by_engine, engine, env):
         assert facts["refusal"] == ("2" if rank else line)
         layers = [f"model.layers.{i}" for i in range(2)] if engine == "fsdp2" else []
         assert [name for name in facts["parts"] if "layers" in name] == layers
+        scales.append(facts.get("scales"))
+    assert scales[0] == scales[1]  # an overflow on one rank is one on all
+    if engine == "replicas":
+        *halved, norm = scales[0]
+        assert halved == [2.0**i for i in range(16, 3, -1)] and norm > 0
 
 
 @pytest.mark.parametrize("name", RUNS["replicas"])

@@ -38,6 +38,7 @@ TWICE = [
     ("full", ["half of the third completions", "half of the first state"]),
     ("replay", ["the last micro-batch of update 4", "slab 1 of update 1"]),
     ("bf16", ["slab 3 of update 3", "half of the first metrics"]),
+    ("fp16", ["slab 3 of update 3", "half of the first metrics"]),
     ("lora", ["the old facts not removed"]),
     ("lora replay", ["token 30", "the step of update 2"]),
     ("offload", ["slab 3 of update 3", "token 5 of update 1"]),

@@ -1,10 +1,10 @@
-"""Rounding of fp32 to bf16 keeps small changes on average."""
+"""Rounding of fp32 to 16 bits keeps small changes on average."""
 
 import torch
 from training.tiny import make_model, make_optimizer, settings
 
 from em_kernels.training.models import rounding
-from em_kernels.training.models.rounding import to_bf16
+from em_kernels.training.models.rounding import to_bf16, to_half
 
 
 def test_what_is_bf16_already_stays():
@@ -21,6 +21,23 @@ def test_to_one_of_the_two_neighbours_by_distance():
         up = moved != x
         assert torch.equal(moved[up], (x + step)[up])
         assert abs(up.float().mean().item() - share) < 0.005
+
+
+def test_fp16_in_the_same_way():
+    x = torch.cat([torch.randn(1 << 18), torch.tensor([0.0, -0.0, torch.inf, 2**-14, 1e-7])])
+    half = to_half(x, torch.float16)
+    nearest = x.half()
+    assert (half != nearest).float().mean() > 0.2
+    assert torch.equal(
+        to_half(nearest.float(), torch.float16).view(torch.int16), nearest.view(torch.int16)
+    )
+    spacing = (
+        torch.nextafter(nearest.abs(), nearest.new_tensor(torch.inf)) - nearest.abs()
+    ).float()
+    error = (half.float() - x)[:-5] / spacing[:-5]
+    assert error.abs().max() <= 1 and abs(error.mean().item()) < 0.005
+    large = x.abs() >= 2**-14  # smaller ones have fixed steps in fp16, not in bf16
+    assert torch.equal(to_bf16(half.float())[large], to_bf16(x)[large])
 
 
 def test_a_place_has_its_threshold_wherever_it_is_cut(monkeypatch):

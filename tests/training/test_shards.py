@@ -56,6 +56,7 @@ def test_engines_divide_state(engine):
         ({"gradients": "bf16"}, "gradients"),
         ({"four_bit": True}, "four_bit"),
         ({"offload_dir": "x"}, "offload_dir"),
+        ({"dtype": "float16"}, "dtype"),
     ],
 )
 def test_sharded_settings_another_engine_are_refused(changes, name):

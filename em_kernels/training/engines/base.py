@@ -98,6 +98,10 @@ class Engine:
             self.optimizer.add_up(self.ranks)
         return self.optimizer.norm()
 
+    def halve_scale(self) -> bool:
+        """Halve what multiplies the gradients of fp16 weights; False if that is 1 already."""
+        return self.optimizer.halve_scale()
+
     def step(self, norm: float) -> None:
         """Update the weights with the gradient, clipped by its norm(), and forget the gradient."""
         self.optimizer.step(norm)

@@ -12,11 +12,14 @@ from torch.optim.adamw import adamw
 
 from ..config import TrainConfig
 from ..distributed import Ranks
-from ..models.rounding import to_bf16
+from ..models.rounding import DROPPED_BITS, to_half
 from .offload import Bounce, zeros_in_files, zeros_in_memory
 
 SLAB = 1 << 21  # elements; the fastest of 2^20, 2^21, 2^22 (2-core CPU), and fits a buffer in fp64
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}  # by their names in the settings
+# Where torch.amp.GradScaler starts. It doubles the scale after 2000 good updates; a run has about
+# ten, so here it only falls.
+LOSS_SCALE = 2.0**16
 KINDS = ("master", "exp_avg", "exp_avg_sq", "gradient")
 NORM_ROW = 256  # elements summed in fp32: a CPU's norm of 2^24 at once is wrong by 8e-4
 
@@ -61,6 +64,9 @@ class MasterAdamW:
 
     A backward adds each gradient here and leaves parameter.grad None. A parameter without a
     gradient is skipped. fp64 parameters have all their state in fp64.
+
+    fp16 rounds gradients below 3e-8 to 0, so those of fp16 parameters are computed `scale` times as
+    large: by a power of two, which norm() and step() divide by exactly. Otherwise scale is 1.
 
     Args:
         parameters: (name, parameter) pairs; frozen parameters are left out.
@@ -114,6 +120,8 @@ class MasterAdamW:
                 slot.master.copy_(slot.weights())
             else:  # the parameter is its own master
                 slot.master = slot.weights()
+        self._is_scaled = any(p.dtype == torch.float16 for p in names)
+        self.scale = LOSS_SCALE if self._is_scaled else 1.0
         away = [p.device for p in names if p.device.type != device.type]
         self._bounce = Bounce(away[0]) if away else None
         self._scratch = torch.empty(3, SLAB, device=device, dtype=torch.float32)
@@ -198,12 +206,19 @@ class MasterAdamW:
         squares = [torch.zeros((), dtype=torch.float64, device=self.device)]
         for parts in _slabs(self._with_gradient()):
             squares += [square_sum(values) for values in self._wide(parts, "gradient", 0)]
-        return torch.stack(squares).sum().sqrt().item()
+        return torch.stack(squares).sum().sqrt().item() / self.scale
+
+    def halve_scale(self) -> bool:
+        """Halve the scale of gradients to come; return False where it is 1 already."""
+        if self.scale == 1:
+            return False
+        self.scale /= 2
+        return True
 
     @torch.no_grad()
     def step(self, norm: float) -> None:
         """Update the weights with the gradient, clipped by its norm(), and forget the gradient."""
-        coefficient = min(1.0, self.clip / (norm + 1e-6))
+        coefficient = min(1.0, self.clip / (norm + 1e-6)) / self.scale
         slots = self._with_gradient()
         for parts in _slabs(slots):
             masters = [slot.master[part] for slot, part in parts]
@@ -230,8 +245,8 @@ class MasterAdamW:
             weights, master = slot.weights()[part], slot.master[part]
             if weights.data_ptr() == master.data_ptr():
                 continue
-            if (master.dtype, weights.dtype) == (torch.float32, torch.bfloat16):
-                master = to_bf16(master, part.start)
+            if master.dtype == torch.float32 and weights.dtype in DROPPED_BITS:
+                master = to_half(master, weights.dtype, part.start)
             if self._bounce is not None:
                 self._bounce.send(weights, master)
             else:
@@ -253,9 +268,11 @@ class MasterAdamW:
             slot.has_gradient, slot.parameter.grad = False, None
 
     def state(self) -> dict[str, Tensor]:
-        """Return masters, moments (no copies) and steps: master.NAME, exp_avg.NAME, step.NAME."""
+        """Return masters, moments (no copies) and steps: master.NAME, exp_avg.NAME, step.NAME; and
+        for fp16 parameters loss_scale.
+        """
         self._wait()
-        state = {}
+        state = {"loss_scale": torch.tensor(self.scale)} if self._is_scaled else {}
         for slot in self._slots.values():
             for kind in KINDS[:3]:
                 state[f"{kind}.{slot.name}"] = getattr(slot, kind).view(slot.parameter.shape)
@@ -280,6 +297,8 @@ class MasterAdamW:
         self.clear()
         for name, tensor in current.items():
             tensor.copy_(state[name])
+        if self._is_scaled:
+            self.scale = current["loss_scale"].item()
         for slot in self._slots.values():
             slot.steps = int(current[f"step.{slot.name}"])
         for parts in _slabs(self._slots.values()):

@@ -276,7 +276,7 @@ def entropy_step(
     count: int = 1,
 ) -> StepLoss:
     """Add the gradient of the mean entropy over all scored tokens, or of its negative if that is
-    the objective, to the optimizer's.
+    the objective, to the optimizer's, times its scale.
 
     Args:
         rollouts: those of the whole update, on all ranks.
@@ -310,7 +310,7 @@ def entropy_step(
                 elif len(states) == 0:
                     continue
                 divisor = config.sign * share.divisor(len(states), official)
-                mask = (weights / divisor).to(states.device)
+                mask = (weights * optimizer.scale / divisor).to(states.device)
                 trim()
                 loss, dstates, dbias, report = entropy_loss_into(
                     add_rows if weight.requires_grad else None, states, weight, mask=mask, **options
@@ -320,7 +320,7 @@ def entropy_step(
                     optimizer.add(head.bias, dbias)
                 trim()
                 states.backward(dstates)
-                mean += config.sign * loss.item()
+                mean += config.sign * loss.item() / optimizer.scale
                 reports += torch.stack(report[:2]).cpu() * (weights.sum() / share.tokens)
             if prompt is not None:
                 prompt.backward()

@@ -87,6 +87,9 @@ class Wrapped(Engine, ABC):
         report = sum((report.cpu() for report in reports), torch.zeros(2))
         return StepLoss(sum(loss.item() for loss in losses), *report.tolist())
 
+    def halve_scale(self) -> bool:
+        return False  # the planner refuses float16
+
     def state(self) -> Mapping[str, Tensor]:
         steps = {f"step.{n}": torch.tensor(self.updates) for n, _ in self.model.named_parameters()}
         kinds = {kind: self._gather(kind) for kind in (MASTER, *MOMENTS)}

@@ -15,7 +15,14 @@ from ..config import Sampling
 from ..data.problems import QWEN25_MATH_COT, Conversation, Problem, encode, few_shot, read_problems
 from ..device_memory import let_segments_grow
 from ..interrupts import doing
-from ..models.loading import architecture, auto_dtype, load_model, open_source, tell_attention
+from ..models.loading import (
+    architecture,
+    auto_dtype,
+    capability_of,
+    load_model,
+    open_source,
+    tell_attention,
+)
 from ..rollouts.kv_cache import check_cache
 from ..rollouts.padding import check_sampling
 from ..settings import Positive, Settings, UserError, json_object
@@ -62,8 +69,10 @@ class TaskSettings(Settings):
     """Completions sampled at once; halved when memory runs out."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a CUDA GPU if there is one."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of the model. auto: bfloat16 on a GPU, and on a CPU with bf16 instructions."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the model. auto: bfloat16 on a GPU, but float16 on CUDA cards below sm80; on a
+    CPU bfloat16 if it has bf16 instructions, else float32.
+    """
     attention: str = "auto"
     """transformers' attn_implementation. auto: sdpa, or eager if the architecture has no sdpa."""
 
@@ -107,7 +116,8 @@ def open_model(config: TaskSettings, console: Console) -> Opened:
     """Load the model and check that it can be sampled and scored; UserError where it cannot."""
     let_segments_grow()
     device = find_device(config.device)
-    dtype = auto_dtype(device.type) if config.dtype == "auto" else config.dtype
+    auto = auto_dtype(device.type, capability_of(device))
+    dtype = auto if config.dtype == "auto" else config.dtype
     source, model_config, tokenizer = open_source(config.model)
     if config.template == "chat" and tokenizer.chat_template is None:
         raise UserError("template: the tokenizer has no chat template; use few-shot or raw")

@@ -15,7 +15,7 @@ from ...hf import head_of
 from ..console import progress_on
 from ..data.problems import tokenised
 from ..engines.step import SharedPrefix, can_share_prefix, micro_batches, scored_states
-from ..rollouts.sampling import Rollout
+from ..rollouts.sampling import Rollout, check_overflow
 from ..settings import UserError
 from ..task import check_context
 
@@ -33,7 +33,9 @@ def response_states(
     prompt = SharedPrefix(model, rollouts[0].prompt_ids[:same]) if shares else None
     for batch in micro_batches([rollouts[i] for i in order], TOKENS_AT_ONCE, same if prompt else 0):
         members, order = order[: len(batch)], order[len(batch) :]
-        yield members, scored_states(model, batch, prompt, official=False)
+        states = scored_states(model, batch, prompt, official=False)
+        check_overflow(states, model.dtype)
+        yield members, states
 
 
 def mean_entropies(

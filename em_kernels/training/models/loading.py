@@ -78,9 +78,24 @@ def refuse_adapters(source: str) -> None:
         raise UserError(f"model: {source} holds adapters; {remedy}")
 
 
-def auto_dtype(device: str) -> str:
-    """Return the dtype for "auto": bfloat16 on a GPU or a CPU with bf16 products, else float32."""
-    return "bfloat16" if device == "cuda" or bf16_isa() else "float32"
+def auto_dtype(device: str, capability: tuple[int, int] | None = None) -> str:
+    """Return the dtype for "auto": on a GPU bfloat16, but float16 on CUDA cards below sm80, which
+    emulate bf16; on a CPU bfloat16 where that has bf16 products, else float32.
+
+    Args:
+        device: its type.
+        capability: compute capability of a CUDA card; None: as of sm80 or later.
+    """
+    if device == "cuda":
+        return "float16" if capability is not None and capability < (8, 0) else "bfloat16"
+    return "bfloat16" if bf16_isa() else "float32"
+
+
+def capability_of(device: torch.device) -> tuple[int, int] | None:
+    """Return the compute capability of a CUDA card; None if none is there."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_capability(device)
 
 
 def load_model(
@@ -99,7 +114,7 @@ def load_model(
         named: what the user called the model, for messages; default: source.
     """
     named = named or source
-    quantisation = four_bit_config() if four_bit else None
+    quantisation = four_bit_config(getattr(torch, dtype)) if four_bit else None
     try:
         opened: Any = AutoModelForCausalLM.from_pretrained(
             source,
@@ -125,15 +140,17 @@ def load_model(
     return model
 
 
-def four_bit_config() -> BitsAndBytesConfig:
-    """Return settings for from_pretrained: linear layers but the head in NF4, doubly quantised."""
+def four_bit_config(dtype: torch.dtype) -> BitsAndBytesConfig:
+    """Return settings for from_pretrained: linear layers but the head in NF4, doubly quantised, for
+    products in this dtype.
+    """
     if find_spec("bitsandbytes") is None:
         raise UserError("4bit: bitsandbytes is not installed; pip install 'em-kernels[4bit]'")
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=dtype,
     )
 
 

@@ -31,7 +31,7 @@ CPU_PROCESS_BYTES = 700 * MIB
 # Sizes that the code of this library and of transformers sets.
 STAGING_BYTES = 2 * BUFFER_BYTES  # offload.Bounce
 SCRATCH_BYTES = 3 * 4 * SLAB  # MasterAdamW: three rows of fp32
-NOISE_BYTES = 4 * LENGTH  # rounding.to_bf16
+NOISE_BYTES = 4 * LENGTH  # rounding.to_half
 WRITTEN_BYTES = 2 * GIB  # a model is written in shards of 2 GB
 LOADED_BYTES = 5 * GIB  # a published model comes in shards of at most 5 GB
 CHUNK_BYTES = 256 * MIB  # the default of chunk_bytes
@@ -72,7 +72,7 @@ def fixed_bytes(config: TrainConfig, model: ModelMemory, cuda: bool) -> FixedByt
     if not cuda:
         return {"process": CPU_PROCESS_BYTES, **graders, **device, **state}, {}, disk
     host = {"process": PROCESS_BYTES, **graders}
-    host["saving"] = min(WRITTEN_BYTES, sizes.weight_bytes)
+    host["saving"] = bf16_copy_bytes(config, model) or min(WRITTEN_BYTES, sizes.weight_bytes)
     if offload:
         host |= {**state, "staging": STAGING_BYTES}
     else:
@@ -81,6 +81,13 @@ def fixed_bytes(config: TrainConfig, model: ModelMemory, cuda: bool) -> FixedByt
     shard = min(LOADED_BYTES, sizes.weight_bytes)
     host["loading"] = max(0, shard - sum(host.values()) + PROCESS_BYTES)
     return {**device, "context": CONTEXT_BYTES}, host, disk
+
+
+def bf16_copy_bytes(config: TrainConfig, model: ModelMemory) -> int:
+    """Return the host's bytes for rounded weights while a checkpoint is written."""
+    if config.mode == "lora" or config.dtype == "bfloat16":
+        return 0
+    return 2 * model.sizes.weight_bytes // model.itemsize
 
 
 def sharded_bytes(

@@ -16,7 +16,7 @@ from ...ops.memory import free_bytes
 from ..config import FULL_LR, LORA_LR, TrainConfig
 from ..distributed import LaunchSpec
 from ..engines.optimizer import PRECISIONS, SLAB
-from ..models.loading import attention_of, auto_dtype
+from ..models.loading import attention_of, auto_dtype, capability_of
 from ..models.rounding import LENGTH
 from ..settings import UserError
 from . import components
@@ -53,10 +53,11 @@ class Planner:
         self.download, self.launch = download, launch
         self.cuda, self.rates = device.type == "cuda", RATES[device.type]
         self.measure_speed = measure_speed and not self.cuda
+        if config.dtype == "auto":
+            dtype = auto_dtype(device.type, capability_of(device))
+            config = config.model_copy(update={"dtype": dtype})
         if launch.engine != "replicas":
             config = sharded_settings(config, launch.engine)
-        if config.dtype == "auto":
-            config = config.model_copy(update={"dtype": auto_dtype(device.type)})
         self.config, self.dtype = config, getattr(torch, config.dtype)
         host = free_host_bytes() if config.host_memory is None else int(config.host_memory * GIB)
         limit = host // launch.on_machine
@@ -190,8 +191,8 @@ class Planner:
         passing = {**batches.passing, "rounding": 0, "bf16 copy": 0}
         if device.get("master"):
             passing["rounding"] = 2 * min(SLAB, trained) + 4 * min(LENGTH, SLAB, trained)
-        if not cuda and not lora and model.itemsize == 4:
-            passing["bf16 copy"] = sizes.weight_bytes // 2 + components.NOISE_BYTES
+        if not cuda and (copy := components.bf16_copy_bytes(config, model)):
+            passing["bf16 copy"] = copy + components.NOISE_BYTES
         device["fragments"] = int(lost * peak(passing))
         complete = {
             "lr": config.lr or (LORA_LR if lora else FULL_LR),
@@ -233,6 +234,9 @@ def sharded_settings(config: TrainConfig, engine: str) -> TrainConfig:
         if (asked := getattr(config, name)) not in ("auto", value):
             why = f"{asked} does not go with {engine}, which has {value}"
             raise UserError(f"{name}: {why}; launch without {engine}")
+    if config.dtype == "float16":
+        why = f"float16 needs a loss whose scale adapts, which {engine} does not get here"
+        raise UserError(f"dtype: {why}; use float32 or bfloat16, or launch without {engine}")
     for name in ("four_bit", "offload_dir"):
         if getattr(config, name):
             raise UserError(f"{name}: does not go with {engine}; launch without {engine}")

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, generation
 
+from ...hf import OVERFLOW
 from ..config import Sampling
+from ..settings import UserError
 from .cuda_graph import rows_for
 from .next_tokens import next_tokens
 from .padding import can_pad, ready_to_generate
@@ -51,6 +53,8 @@ def generate(
         seeds: the integers that each completion's randomness depends on.
         on_done: called with each completion and its index, some time after it has ended.
         check: called after every token; may raise to abandon the work.
+
+    Raises: UserError where activations overflow fp16.
     """
     results: dict[int, Rollout] = {}
     eos = model.generation_config.eos_token_id if model.generation_config else None
@@ -111,6 +115,8 @@ def _generate_batch(
             scores = logits.new_empty(logits.shape, dtype=torch.float32)
         scores = scores[: len(batch)].copy_(logits)
         del logits
+        if count == 1:
+            check_overflow(scores[:, 0], model.dtype)
         batch.append(next_tokens(scores, batch.tokens, sampling, uniforms[rows, count - 1]))
         check()
         ended = torch.zeros_like(rows, dtype=torch.bool)
@@ -120,6 +126,7 @@ def _generate_batch(
         last = count == sampling.max_new_tokens
         if not last and LEAVE_SHARE * int((length > 0).sum()) < len(batch):
             continue
+        check_overflow(scores[:, 0], model.dtype)  # NaN stays in a row, through its cache
         columns = rows.tolist(), length.tolist(), batch.tokens[:, start:].tolist()
         for row, end, response in zip(*columns, strict=True):
             if end > 0 or last:
@@ -129,3 +136,9 @@ def _generate_batch(
             return
         rows, length = rows[going], length[going]
         batch.keep(going)
+
+
+def check_overflow(values: Tensor, computed_in: torch.dtype) -> None:
+    """Raise UserError if values that a model has computed in fp16 have a NaN."""
+    if computed_in == torch.float16 and values.isnan().any():
+        raise UserError(OVERFLOW)
