@@ -147,7 +147,7 @@ class TrainConfig(Settings):
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to train on; auto: a CUDA GPU if there is one, else the CPU."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the weights in forward and backward; the optimizer keeps fp32 masters. auto:
     bfloat16 on a GPU and on CPUs with AMX or AVX512-BF16, else float32.
     """

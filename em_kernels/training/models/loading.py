@@ -78,9 +78,17 @@ def refuse_adapters(source: str) -> None:
         raise UserError(f"model: {source} holds adapters; {remedy}")
 
 
-def auto_dtype(device: str) -> str:
-    """Return the dtype for "auto": bfloat16 on a GPU or a CPU with bf16 products, else float32."""
-    return "bfloat16" if device == "cuda" or bf16_isa() else "float32"
+def auto_dtype(device: str, capability: tuple[int, int] | None = None) -> str:
+    """Return the dtype for "auto": on a GPU bfloat16, but float16 on CUDA cards below sm80, which
+    emulate bf16; on a CPU bfloat16 where that has bf16 products, else float32.
+
+    Args:
+        device: its type.
+        capability: compute capability of a CUDA card; None: as of sm80 or later.
+    """
+    if device == "cuda":
+        return "float16" if capability is not None and capability < (8, 0) else "bfloat16"
+    return "bfloat16" if bf16_isa() else "float32"
 
 
 def load_model(
