@@ -19,25 +19,28 @@ from ..training.interrupts import doing
 from ..training.models import gguf
 from ..training.models.demo_model import ARCHITECTURE
 from ..training.models.loading import architecture, in_short
-from ..training.planning.plan import GIB, PHASES, RATES, Plan, phases
+from ..training.planning.gpus import BANDWIDTH_SHARE, CARDS, PRODUCTS_SHARE, find_card
+from ..training.planning.plan import CPU_RATES, GIB, PHASES, Plan, phases
 from ..training.planning.planner import Planner
 from ..training.settings import UserError
 from ..training.task import check_context
 from .flags import as_flags, train_settings
 
-HELP = """Plans memory, disk and time from the model's config.json, which --model may also name, or
+HELP = f"""Plans memory, disk and time from the model's config.json, which --model may also name, or
 from the header of a GGUF file. More flags:
+  --gpu NAME         plan for this card: {", ".join(CARDS)}
   --prompt-tokens N  length of the prompt (default: 128)
   --json             print everything as JSON
   --ranks N          plan for one of N processes on one machine (default: 1)
   --engine NAME      fsdp2 or deepspeed, if one of these shards the model
   --on-host          that engine keeps the optimizer's state in host memory
 
-For another machine: --gpu-memory and --host-memory take GiB; a card sold with 24 GB has 22 to 23.5.
-No GPU is needed here. Without them, a CPU's speed is measured, which takes some seconds.
+For another machine: --gpu and --host-memory, which takes GiB; for another card --gpu-memory takes
+GiB. No GPU is needed here. Without them, a CPU's speed is measured, which takes some seconds.
 
-Example:
-  em-kernels plan --model Qwen/Qwen2.5-Math-7B --gpu-memory 22.5 --host-memory 89"""
+Examples:
+  em-kernels plan --model Qwen/Qwen2.5-Math-7B --gpu 4090 --host-memory 89
+  em-kernels plan --model Qwen/Qwen2.5-Math-7B --gpu-memory 46 --host-memory 120"""
 CAUTION = """Entropy minimisation is sensitive to the prompt and the seed; a plan promises that a \
 run fits, not that the model gets better."""
 
@@ -46,6 +49,7 @@ def run(arguments: list[str]) -> int:
     """Print what a run needs; return 0 if the chosen mode fits, 1 if it does not."""
     parser = argparse.ArgumentParser(prog="em-kernels plan", add_help=False, allow_abbrev=False)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--gpu")
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--engine", choices=ENGINES, default=ENGINES[0])
@@ -59,18 +63,23 @@ def run(arguments: list[str]) -> int:
         raise UserError(
             "on_host: goes with --engine fsdp2 or deepspeed; without one, use --mode offload"
         )
+    card = None if known.gpu is None else find_card(known.gpu)
+    if card is not None and config.gpu_memory is not None:
+        raise UserError("gpu: brings its own memory; leave out gpu_memory, or gpu")
+    if card is not None and config.device == "cpu":
+        raise UserError("gpu: does not go with device cpu; leave out one of them")
     launch = LaunchSpec(known.ranks, known.ranks, known.engine, known.on_host)
     model_config = open_config(config.model)
     tokens, new_tokens = known.prompt_tokens, config.sampling.max_new_tokens
     check_context(model_config, tokens, new_tokens, "prompt_tokens:", "lower it")
-    cuda = torch.cuda.is_available() or config.gpu_memory is not None
+    cuda = torch.cuda.is_available() or (card or config.gpu_memory) is not None
     kind = config.device if config.device != "auto" else "cuda" if cuda else "cpu"
     what = f"planning memory of {architecture(model_config)}"
     with Terminal(stderr=True).status("running the model's shapes"), doing(what):
         download = download_bytes(config.model)
         device = torch.device(kind)
         here = config.host_memory is None  # else it is another machine that is planned for
-        planner = Planner(config, model_config, tokens, device, download, 0, launch, here)
+        planner = Planner(config, model_config, tokens, device, download, 0, launch, here, card)
         modes, chosen = planner.modes(), planner.choose()
     command = shlex.join([*launcher(launch), "train", *as_flags(command_of(config, chosen))])
     if known.json:
@@ -175,10 +184,16 @@ def show(console: Console, modes: list[Plan], chosen: Plan, command: str) -> Non
     console.print(parts)
     say = partial(console.print, soft_wrap=True, highlight=False, markup=False)
     limits, r = f"memory {chosen.device_limit / GIB:.1f} GiB", chosen.rates
-    machine = "two cores of a processor"
+    known, launches = "Measured on this processor", ""
+    if shared and r == CPU_RATES:
+        known = "Assuming two cores of a processor"
     if not shared:
         limits = f"device {limits}, host {chosen.host_limit / GIB:.1f} GiB"
-        machine = "a 24 GB card such as an RTX 3090 or 4090"
+        known = (
+            f"Assuming {PRODUCTS_SHARE:.0%} of the published products and {BANDWIDTH_SHARE:.0%} of "
+            f"the published bandwidth of one {chosen.card} (no GPU has confirmed this)"
+        )
+        launches = f"; {r.launches:g} launches/s in sampling"
     each, once = (
         ", ".join(f"{name} {s:.1f}" for name, s in seconds.items())
         for seconds in (chosen.seconds, chosen.once)
@@ -186,14 +201,13 @@ def show(console: Console, modes: list[Plan], chosen: Plan, command: str) -> Non
     full = f"{chosen.config.sampling.max_new_tokens} tokens"
     say(f"Available: {limits}")
     say(f"Seconds of an update in which all completions reach {full}: {each}. Once: {once}.")
-    known = f"Assuming {machine}" if r in RATES.values() else "Measured on this processor"
     say(
         f"{known}: {r.flops / 1e12:.3g} TFLOP/s in training, {r.sampled_flops / 1e12:.3g} in "
         f"sampling, which reads {r.read / 1e9:.3g} GB/s and chooses from {r.entries / 1e6:.0f} "
         f"million vocabulary entries/s; {r.bandwidth / 1e9:.3g} GB/s of device memory, "
         f"{r.host / 1e9:.3g} in AdamW on the host. "
         f"Assuming also {r.pcie / 1e9:g} GB/s between host and device, {r.disk / 1e9:g} of disk, "
-        f"{r.download / 1e9:g} of download; {r.layers:g} layers/s in sampling."
+        f"{r.download / 1e9:g} of download{launches}."
     )
     if chosen.fits:
         say(f"Mode {chosen.name} fits. To run it:\n\n{command}\n")

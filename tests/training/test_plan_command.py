@@ -11,7 +11,7 @@ from transformers import AutoConfig
 from em_kernels.commands import plan
 from em_kernels.commands.flags import as_flags, train_settings
 from em_kernels.training.config import TrainConfig
-from em_kernels.training.planning.plan import GIB, RATES
+from em_kernels.training.planning.plan import CPU_RATES, GIB
 from em_kernels.training.planning.planner import Planner
 from em_kernels.training.settings import UserError
 
@@ -79,7 +79,7 @@ def test_speed_of_this_processor(layers, tmp_path, capsys):
     rates = json.loads(capsys.readouterr().out)["chosen"]["rates"]
     assert all(0 < rate < 1e18 for rate in rates.values())
     found = ("flops", "sampled_flops", "read", "entries", "bandwidth", "host")
-    same = {name for name in found if rates[name] == getattr(RATES["cpu"], name)}
+    same = {name for name in found if rates[name] == getattr(CPU_RATES, name)}
     assert same == (set() if here else {*found})
     assert plan.run([*arguments, "--host-memory", "4"]) == 0
     assert "Assuming two cores" in capsys.readouterr().out

@@ -5,6 +5,7 @@ import logging
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -23,10 +24,11 @@ from ...hf import decoder_of, head_of, require_gradients
 from ..config import TrainConfig
 from ..engines.step import SharedPrefix, recomputation, scored_states
 from ..models.loading import architecture, attention_of, refused_attention
-from ..rollouts.kv_cache import check_cache
+from ..rollouts.kv_cache import check_cache, grouped_attention, new_cache
 from ..rollouts.sampling import Rollout
 from ..settings import UserError, in_one_line
 
+FREE = ("view", "empty", "detach")  # in names of operations that launch nothing on a GPU
 DEPTHS = (2, 3)  # layers of the models that are run in place of a deep one with identical layers
 
 
@@ -82,6 +84,21 @@ class _LiveBytes(TorchDispatchMode):
         """Return the peak since the last call."""
         peak, self.peak = self.peak, self.live
         return peak
+
+
+class _Launches(TorchDispatchMode):
+    """Counts operations that launch work on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        free = func.is_view or func.namespace == "prim"
+        self.count += not free and not any(part in func.__name__ for part in FREE)
+        return func(*args, **(kwargs or {}))
 
 
 class _FakeModel:
@@ -146,6 +163,15 @@ class _FakeModel:
             sum(p.nbytes for p in self.trained),
             max(p.numel() for p in self.base if p in linear and len(p) != len(head)),
         )
+
+    def launches(self) -> int:
+        """Return the operations that a token launches while it is sampled, linear in the depth."""
+        with self.fake, torch.no_grad(), _without_values(), grouped_attention():
+            cache, ids = new_cache(self.model, 2), torch.zeros(1, 1, dtype=torch.int64)
+            self.model(input_ids=ids, past_key_values=cache, use_cache=True)
+            with _Launches() as launched:
+                self.model(input_ids=ids, past_key_values=cache, use_cache=True)
+        return launched.count
 
     def run(self, rows: int, prompt: int, new: int, shared: bool, recompute: bool) -> list[int]:
         """Return seven numbers, each linear in the depth: rows that the head reads; bytes after the
@@ -289,6 +315,12 @@ class ModelMemory:
             head_rows, kept, *peaks = self._full_depth(runs)
             self._measured[key] = ActivationBytes(head_rows, kept, max(peaks))
         return self._measured[key]
+
+    @cached_property
+    def launches(self) -> int:
+        """Operations that the model, unquantised, launches in a step of sampling."""
+        with _as_user_error(self.config):
+            return self._full_depth([[model.launches()] for model in self.models])[0]
 
     def cache_bytes(self, tokens: int) -> int:
         """Return the bytes of keys and values of one completion."""

@@ -19,6 +19,7 @@ EFFICIENT_ROWS = 16  # sampled side by side; more are hardly faster
 MAX_SAMPLED_ROWS = 256  # a step of more rows takes a GPU as long per token, and a CPU longer
 # Of the head's backward, what a tolerance leaves at temperature 0.5 (Qwen2.5: 0.002; at 1: 0.16).
 HEAD_SHARE = 0.02
+CHOICE_LAUNCHES = 60  # operations beside the model's in a sampling step; next_tokens has most
 # Cap: short completions may pack up to 8x as many rows into a micro-batch.
 SHORT_ROWS = 8
 
@@ -170,25 +171,13 @@ class BatchSizes:
         )
         matrices, trained = sizes.matrix_parameters, sizes.trained_parameters
         head = model.vocab_size * model.hidden_size
-        read = matrices * model.itemsize
-        if config.four_bit:  # half a byte read, 2 bytes written; `read` has these read again
-            read += sizes.linear_parameters * 5 // 2
-        steps = new * -(-completions // int(config.rollout_batch))
-        # A cache grows from nothing, its rows end at different times: three quarters on average.
-        cached = completions * new * self.cache_bytes * 3 // 4
-        reading = steps * read / rates.read + cached / rates.bandwidth
-        produced = completions * new * 2 * matrices
         products = 4 if config.mode == "lora" else 6
         head_products = 2 + (products - 2) * (HEAD_SHARE if config.grad_tolerance else 1)
         flops = products * (matrices - head) + head_products * head
         if config.gradient_checkpointing:
             flops += 2 * (matrices - head)
         tokens = completions * new + self.prompt_tokens * self.computed_prompts
-        launching = steps * model.layers / rates.layers
-        computing = produced / rates.sampled_flops  # while a GPU reads, but a CPU does not
-        sampling = max(reading, computing, launching) if self.cuda else reading + computing
-        if config.sampling.temperature:
-            sampling += completions * new * model.vocab_size / rates.entries
+        sampling = self._sampling_seconds(config, rates)
         seconds = {"sampling": sampling, "training": tokens * flops / rates.flops}
         gradient_bytes = PRECISIONS[config.gradients].itemsize
         state_bytes = 4 + 2 * PRECISIONS[config.moments].itemsize  # master and both moments
@@ -208,6 +197,29 @@ class BatchSizes:
         if config.offload_dir is not None:
             seconds["AdamW"] += trained * 2 * state_bytes / rates.disk
         return seconds
+
+    def _sampling_seconds(self, config: TrainConfig, rates: Rates) -> float:
+        """Return an update's seconds of sampling, at most."""
+        model, sizes, produced = self.model, self.model.sizes, self.completions * self.new_tokens
+        read = sizes.matrix_parameters * model.itemsize
+        if config.four_bit:  # half a byte read, 2 bytes written; `read` has these read again
+            read += sizes.linear_parameters * 5 // 2
+        steps = self.new_tokens * -(-self.completions // int(config.rollout_batch))
+        reading = steps * read / rates.read
+        computing = produced * 2 * sizes.matrix_parameters / rates.sampled_flops
+        choosing = produced * model.vocab_size / rates.entries if config.sampling.temperature else 0
+        if not self.cuda:
+            # A cache grows from nothing, its rows end at different times: 3/4 on average.
+            cached = produced * self.cache_bytes * 3 // 4
+            return reading + cached / rates.bandwidth + computing + choosing
+        # At full length all rows stay to the end: each token reads the keys and values of a cache
+        # that is half grown on average, and each of these is written once.
+        half_grown = model.cache_bytes(self.prompt_tokens + self.new_tokens // 2)
+        cached = produced * half_grown + self.completions * self.cache_bytes
+        # A GPU multiplies while it reads the weights; attention and the choice wait for that. All
+        # of it overlaps with Python, which launches ahead.
+        on_device = max(reading, computing) + cached / rates.bandwidth + choosing
+        return max(on_device, steps * (model.launches + CHOICE_LAUNCHES) / rates.launches)
 
 
 def _even(total: int, size: int) -> int:

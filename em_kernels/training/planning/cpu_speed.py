@@ -14,7 +14,7 @@ from ..engines.optimizer import SLAB, MasterAdamW
 from ..rollouts.kv_cache import grouped_attention, new_cache
 from ..rollouts.next_tokens import next_tokens
 from .activations import with_depth
-from .plan import MIB, RATES, Rates
+from .plan import CPU_RATES, MIB, Rates
 
 LAYER_BYTES = 512 * MIB  # of weights that are multiplied with: more than a CPU's caches hold
 MAX_DEPTH = 4
@@ -56,7 +56,7 @@ def measured_rates(
     ids = torch.arange(TRAINED_ROWS * tokens).view(TRAINED_ROWS, tokens) % vocab_size
     embedding.requires_grad_(False)  # Its gradient is added up, which is planned by itself.
     source, target = torch.ones(2, LAYER_BYTES // 8)
-    return RATES["cpu"]._replace(
+    return CPU_RATES._replace(
         flops=6 * matrices * ids.numel() / _seconds(lambda: _train(model, ids)),
         sampled_flops=2 * matrices / max(each_row, 1e-3 * few),
         entries=SAMPLED_ROWS * vocab_size / _seconds(_choice(sampling, vocab_size)),

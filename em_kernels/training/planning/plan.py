@@ -28,13 +28,11 @@ class Rates(NamedTuple):
     host: float  # bytes of host memory in AdamW
     disk: float  # bytes
     download: float  # bytes
-    layers: float  # of a model that Python launches while it samples
+    launches: float = 100e3  # operations that Python launches on a GPU: 10 us each, estimated
 
 
-RATES = {  # a 24 GB card of the RTX 3090 and 4090's class; two cores of a processor
-    "cuda": Rates(60e12, 60e12, 800e9, 3e9, 800e9, 20e9, 20e9, 2e9, 50e6, 3000),
-    "cpu": Rates(0.15e12, 0.15e12, 15e9, 50e6, 15e9, 15e9, 1e9, 1e9, 50e6, 3000),
-}
+# Two cores of a processor, where a model's layers cannot be measured.
+CPU_RATES = Rates(0.15e12, 0.15e12, 15e9, 50e6, 15e9, 15e9, 1e9, 1e9, 50e6)
 
 
 @dataclass(frozen=True)
@@ -51,6 +49,7 @@ class Plan:
     seconds: Mapping[str, float]  # of an update whose completions all have full length
     once: Mapping[str, float]  # seconds of the run's other parts
     rates: Rates
+    card: str  # torch's name of the GPU whose published speed the rates assume; empty for a CPU
     pays: bool  # batches are large enough to be efficient
     remedies: tuple[str, ...] = ()  # flags with which it would fit, where it does not
 

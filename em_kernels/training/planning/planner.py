@@ -23,7 +23,8 @@ from . import components
 from .activations import ModelMemory
 from .batch_sizes import BatchSizes
 from .cpu_speed import measured_rates
-from .plan import GIB, RATES, Plan, cheaper, peak
+from .gpus import Card, card_of, gpu_rates
+from .plan import CPU_RATES, GIB, Plan, cheaper, peak
 
 ONE_PROCESS = LaunchSpec()
 
@@ -36,6 +37,7 @@ class Planner:
         loaded_bytes: those of the model that are on the device already.
         measure_speed: take this CPU's speed for the plan's seconds; where the layers differ or
             need other inputs, the estimates stay.
+        card: plan for this GPU in place of the one that is here.
     """
 
     def __init__(
@@ -48,13 +50,16 @@ class Planner:
         loaded_bytes: int = 0,
         launch: LaunchSpec = ONE_PROCESS,
         measure_speed: bool = False,
+        card: Card | None = None,
     ) -> None:
         self.model_config, self.prompt_tokens = model_config, prompt_tokens
         self.download, self.launch = download, launch
-        self.cuda, self.rates = device.type == "cuda", RATES[device.type]
+        self.cuda, self.rates = device.type == "cuda", CPU_RATES
+        self.card = (card or card_of(device)) if self.cuda else None
         self.measure_speed = measure_speed and not self.cuda
         if config.dtype == "auto":
-            dtype = auto_dtype(device.type, capability_of(device))
+            capability = card.capability if card else capability_of(device)
+            dtype = auto_dtype(device.type, capability)
             config = config.model_copy(update={"dtype": dtype})
         if launch.engine != "replicas":
             config = sharded_settings(config, launch.engine)
@@ -64,14 +69,17 @@ class Planner:
         if config.host_memory is None and not self.cuda:
             limit += loaded_bytes + components.CPU_PROCESS_BYTES  # which this process holds now
         self.device_limit = self.host_limit = limit
-        if self.cuda and config.gpu_memory is not None:
+        if card is not None:
+            self.device_limit = int(card.usable_gib * GIB)
+        elif self.cuda and config.gpu_memory is not None:
             self.device_limit = int(config.gpu_memory * GIB)
         elif self.cuda and torch.cuda.is_available():
             # Asking creates the context; its libraries are loaded later.
             context = components.CONTEXT_BYTES - components.LIBRARIES_BYTES
             self.device_limit = free_bytes(device) + loaded_bytes + context
         elif self.cuda:
-            raise UserError("gpu_memory: torch sees no CUDA GPU; give the GiB of one to plan for")
+            remedy = "give the GiB of one to plan for, or name it with plan --gpu"
+            raise UserError(f"gpu_memory: torch sees no CUDA GPU; {remedy}")
         self.models: dict[tuple | None, ModelMemory] = {}
         self.plans: dict[str, Plan] = {}
 
@@ -208,6 +216,9 @@ class Planner:
         weights, download = sizes.weight_bytes // model.itemsize, self.download
         if download is None:
             download = weights * getattr(self.model_config.dtype, "itemsize", 2)
+        card, rates = self.card, self.rates
+        if card is not None:
+            rates = gpu_rates(card, config.sampling, model.vocab_size)
         return Plan(
             config=config,
             device={**device, **passing},
@@ -216,13 +227,14 @@ class Planner:
             host_limit=self.host_limit,
             disk=disk,
             download=download,
-            seconds=batches.update_seconds(config, self.rates),
+            seconds=batches.update_seconds(config, rates),
             once={
-                "download": download / self.rates.download,
-                "loading": sizes.weight_bytes / self.rates.disk,
-                "checkpoints": saved * checkpoint / self.rates.disk,
+                "download": download / rates.download,
+                "loading": sizes.weight_bytes / rates.disk,
+                "checkpoints": saved * checkpoint / rates.disk,
             },
-            rates=self.rates,
+            rates=rates,
+            card=card.name if card else "",
             pays=batches.efficient,
         )
 
