@@ -158,8 +158,10 @@ class TrainConfig(Settings):
     """
     micro_batch_rows: Positive | None = None
     """Maximum completions per forward and backward; default: no limit."""
-    share_prefix: bool = True
-    """Run the prompt through the model once per update, for all completions, with gradients."""
+    share_prefix: Auto | bool = "auto"
+    """Run the prompt through the model once per update, for all completions, with gradients. auto:
+    where the plan finds it faster, as each prompt then has a backward of its own.
+    """
     rollout_batch: Auto | Positive = "auto"
     """Completions sampled in parallel; their KV cache takes most of the memory while sampling.
     auto: as many as fit and help speed.

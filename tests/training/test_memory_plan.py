@@ -1,5 +1,6 @@
 """Plans against known arithmetic, to the byte: what fits, what is filled in, what is refused."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -179,6 +180,21 @@ def test_what_the_user_fixed_stays(small):
     count = plan.device["weights"] // 2
     names = ("weights", "master", "moments", "gradients")
     assert [plan.device[name] for name in names] == [2 * count, 4 * count, 4 * count, 2 * count]
+
+
+def test_prompts_are_shared_where_that_is_faster():
+    """Offload sends all gradients to the host after each shared prompt, here for few tokens."""
+    limits = {"gpu_memory": 8.0, "host_memory": 8.0, "mode": "offload"}
+    one = Planner(config(**limits), two_layers(), 8, CUDA)
+    assert one.plan(one.config).config.share_prefix is True
+    rows = {"prompt_from": Path("p.jsonl"), "prompt": None, "prompt_rows": tuple(range(32))}
+    several = Planner(config(**limits, **rows), two_layers(), 8, CUDA)
+    several.models = one.models  # what is measured of them
+    plan = several.plan(several.config)
+    shared = several.plan(several.config.model_copy(update={"share_prefix": True}))
+    assert shared.config.share_prefix is True  # the user's word holds
+    assert plan.config.share_prefix is False
+    assert sum(plan.seconds.values()) < sum(shared.seconds.values())
 
 
 def test_lora_has_its_own_lr(small):

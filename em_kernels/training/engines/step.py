@@ -18,6 +18,7 @@ from ...functional import entropy_loss_into
 from ...hf import Head, hidden_states
 from ...ops.free_memory import return_freed_memory
 from ..config import TrainConfig
+from ..rollouts.kv_cache import grouped_attention
 from ..rollouts.sampling import Rollout
 from .optimizer import MasterAdamW
 
@@ -100,7 +101,8 @@ class SharedPrefix:
         kv = [leaf.to(x.dtype).expand(len(ids), -1, -1, -1) for leaf, x in pairs]
         cache = DynamicCache(config=self.model.config)
         cache.layers = [_ContinuedLayer(k, v) for k, v in zip(kv[::2], kv[1::2], strict=True)]
-        return hidden_states(self.model, ids, cache)
+        with grouped_attention():
+            return hidden_states(self.model, ids, cache)
 
     def backward(self) -> None:
         """Backpropagate the accumulated gradients through the prompt."""
@@ -132,10 +134,11 @@ def recomputation(model: PreTrainedModel, on: bool) -> Iterator[None]:
     would drop the KV cache, and with it the shared prompt.
     """
     layers = [m for m in model.modules() if on and isinstance(m, GradientCheckpointingLayer)]
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    # A layer attends in the backward, outside SharedPrefix.continued(), as it did in the forward.
+    options["context_fn"] = lambda: (grouped_attention(), grouped_attention())
     for layer in layers:
-        layer.forward = partial(  # type: ignore[method-assign]
-            checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
-        )
+        layer.forward = partial(checkpoint, layer.forward, **options)  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -238,7 +241,7 @@ def rank_share(
     def work_of(rollouts: Sequence[Rollout], tokens: int) -> Work:
         return [
             (ids, list(micro_batches(group, tokens, len(ids or ()), rows)))
-            for ids, group in by_prompt(rollouts, config.share_prefix)
+            for ids, group in by_prompt(rollouts, config.share_prefix is True)
         ]
 
     if official:  # The loss is a mean over micro-batches, so their order and content are fixed.

@@ -183,8 +183,11 @@ class Planner:
         lost = components.FRAGMENTED_SHARE if cuda else components.CPU_FRAGMENTED_SHARE
         room = int(room / (1 + lost))
         chunk = config.chunk_bytes or components.default_chunk_bytes(model, self.device_limit, cuda)
-        ranks, tokens = self.launch.ranks, self.prompt_tokens
-        batches = BatchSizes(config, model, tokens, ranks, cuda, chunk, room)
+        given = model, self.prompt_tokens, self.launch.ranks, cuda, chunk, room
+        batches = BatchSizes(config, *given)
+        if config.share_prefix == "auto" and batches.may_be_faster_alone(self.rates):
+            alone = BatchSizes(config.model_copy(update={"share_prefix": False}), *given)
+            batches = min(batches, alone, key=lambda sizes: sizes.cost(self.rates))
         passing = {**batches.passing, "rounding": 0, "bf16 copy": 0}
         if device.get("master"):
             passing["rounding"] = 2 * min(SLAB, trained) + 4 * min(LENGTH, SLAB, trained)
