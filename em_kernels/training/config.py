@@ -175,8 +175,9 @@ class TrainConfig(Settings):
     save work; 0: exact. The default, 2^-9, is bf16's rounding error.
     """
     attention: str = "auto"
-    """transformers' attn_implementation: sdpa, eager or flash_attention_2; auto: sdpa if the model
-    has it, else eager.
+    """transformers' attn_implementation: sdpa, eager or flash_attention_2, which pads no
+    micro-batch. auto: flash_attention_2 if the flash-attn package is installed and the GPU is sm80
+    or later, else sdpa, else eager, as far as the model has them.
     """
     chunk_bytes: Positive | None = None
     """Memory for the logits held at a time, in bytes; default: about 256 MiB, less on a small

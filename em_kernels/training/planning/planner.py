@@ -16,7 +16,7 @@ from ...ops.memory import free_bytes
 from ..config import FULL_LR, LORA_LR, TrainConfig
 from ..distributed import LaunchSpec
 from ..engines.optimizer import PRECISIONS, SLAB
-from ..models.loading import attention_of, auto_dtype
+from ..models.loading import attention_of, auto_dtype, has_flash_attention
 from ..models.rounding import LENGTH
 from ..settings import UserError
 from . import components
@@ -194,9 +194,10 @@ class Planner:
         if not cuda and not lora and model.itemsize == 4:
             passing["bf16 copy"] = sizes.weight_bytes // 2 + components.NOISE_BYTES
         device["fragments"] = int(lost * peak(passing))
+        flash = cuda and model.itemsize == 2 and has_flash_attention()
         complete = {
             "lr": config.lr or (LORA_LR if lora else FULL_LR),
-            "attention": attention_of(config.attention, self.model_config),
+            "attention": attention_of(config.attention, self.model_config, flash),
         }
         config = config.model_copy(update={**complete, **batches.settings})
         saved = len({step for step in config.save_at if step < config.steps} | {config.steps})
