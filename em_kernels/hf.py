@@ -97,14 +97,17 @@ def require_gradients(model: PreTrainedModel) -> None:
 
 
 def hidden_states(
-    model: PreTrainedModel, input_ids: Tensor, past_key_values: Cache | None = None
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    past_key_values: Cache | None = None,
+    **inputs: Any,
 ) -> Tensor:
     """Compute the final hidden states (B, T, D), which the head reads.
 
     Rows may be padded on the right, where causal attention never looks.
     """
     return decoder_of(model)(
-        input_ids=input_ids, past_key_values=past_key_values, use_cache=False
+        input_ids=input_ids, past_key_values=past_key_values, use_cache=False, **inputs
     ).last_hidden_state
 
 

@@ -3,6 +3,7 @@
 import argparse
 import os
 import platform
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -39,6 +40,12 @@ def run(arguments: list[str]) -> int:
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         kernels = kernels_for(torch.empty(0, 1, device=device)).__name__.rsplit(".", 1)[1]
         rows.append((f"row kernels, {device}", names.get(kernels, "Triton")))
+    if torch.cuda.is_available():
+        with suppress(ModuleNotFoundError):  # without the extras that training needs
+            from ..training.models.loading import FLASH, has_flash_attention
+
+            flash = f"{FLASH}, where the model has it" if has_flash_attention() else "sdpa"
+            rows.append(("attention in training, cuda", flash))
     isa = BF16_ISAS[bf16_isa()] if bf16_isa() else "none: slabs of the weight are upcast"
     rows.append(("bf16 GEMM, cpu", isa))
     rows += [(f"optional: {name}", installed(name)) for name in OPTIONAL]

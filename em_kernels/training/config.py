@@ -159,8 +159,10 @@ class TrainConfig(Settings):
     """
     micro_batch_rows: Positive | None = None
     """Maximum completions per forward and backward; default: no limit."""
-    share_prefix: bool = True
-    """Run the prompt through the model once per update, for all completions, with gradients."""
+    share_prefix: Auto | bool = "auto"
+    """Run the prompt through the model once per update, for all completions, with gradients. auto:
+    where the plan finds it faster, as each prompt then has a backward of its own.
+    """
     rollout_batch: Auto | Positive = "auto"
     """Completions sampled in parallel; their KV cache takes most of the memory while sampling.
     auto: as many as fit and help speed.
@@ -174,8 +176,9 @@ class TrainConfig(Settings):
     save work; 0: exact. The default, 2^-9, is bf16's rounding error.
     """
     attention: str = "auto"
-    """transformers' attn_implementation: sdpa, eager or flash_attention_2; auto: sdpa if the model
-    has it, else eager.
+    """transformers' attn_implementation: sdpa, eager or flash_attention_2, which pads no
+    micro-batch. auto: flash_attention_2 if the flash-attn package is installed and the GPU is sm80
+    or later, else sdpa, else eager, as far as the model has them.
     """
     chunk_bytes: Positive | None = None
     """Memory for the logits held at a time, in bytes; default: about 256 MiB, less on a small

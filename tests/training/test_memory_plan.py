@@ -1,5 +1,6 @@
 """Plans against known arithmetic, to the byte: what fits, what is filled in, what is refused."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -100,11 +101,12 @@ def test_1_5b_trains_in_full_on_a_24_gb_card(model):
     assert (plan.config.moments, plan.config.lr) == ("bf16", 2e-5)
     exact = of_mode(planner, mode="full", moments="fp32")
     assert not exact.fits and exact.missing.keys() == {"device"}
-    # A GEMM of whole tiles: chunks take what the head's phase has to spare, and no more.
+    # A GEMM of whole tiles; beyond that chunks take what the head's phase has to spare.
     per_row = logit_row_bytes(planner.model_memory(plan.config), cuda=True)
     assert plan.config.chunk_bytes >= TILE * per_row
     passing = phases(plan.device)
-    assert passing["head"] <= max(passing["sampling"], passing["backward"])
+    at_least = plan.config.chunk_bytes == TILE * per_row
+    assert at_least or passing["head"] <= max(passing["sampling"], passing["backward"])
 
 
 @only_7b
@@ -117,7 +119,7 @@ def test_7b_is_offloaded_from_a_24_gb_card(model):
     assert plan.config.micro_batch >= 4096 and plan.config.rollout_batch == 64
     assert plan.config.gradient_checkpointing is True and plan.config.dtype == "bfloat16"
     assert plan.device_total == sum(
-        plan.device[name] for name in ("weights", "buffers", "context", "fragments")
+        plan.device[name] for name in ("weights", "buffers", "context", "fragments", "spare")
     ) + max(phases(plan.device).values())
     assert phases(plan.device)["sampling"] > 64 * 640 * 57_344
     full = of_mode(planner, mode="full")
@@ -200,6 +202,21 @@ def test_fp16_takes_what_bf16_takes_and_a_bf16_copy_to_save(device, gib):
         assert found[0].device["bf16 copy"] > half[0] and not found[1].device["bf16 copy"]
 
 
+def test_prompts_are_shared_where_that_is_faster():
+    """Offload sends all gradients to the host after each shared prompt, here for few tokens."""
+    limits = {"gpu_memory": 8.0, "host_memory": 8.0, "mode": "offload"}
+    one = Planner(config(**limits), two_layers(), 8, CUDA)
+    assert one.plan(one.config).config.share_prefix is True
+    rows = {"prompt_from": Path("p.jsonl"), "prompt": None, "prompt_rows": tuple(range(32))}
+    several = Planner(config(**limits, **rows), two_layers(), 8, CUDA)
+    several.models = one.models  # what is measured of them
+    plan = several.plan(several.config)
+    shared = several.plan(several.config.model_copy(update={"share_prefix": True}))
+    assert shared.config.share_prefix is True  # the user's word holds
+    assert plan.config.share_prefix is False
+    assert sum(plan.seconds.values()) < sum(shared.seconds.values())
+
+
 def test_lora_has_its_own_lr(small):
     plan = Planner(config(mode="lora", **SHORT), small, 20, CPU).resolve()
     assert plan.config.lr == 2e-4
@@ -209,7 +226,7 @@ def test_lora_has_its_own_lr(small):
 
 def test_batches_shrink_with_memory():
     sizes = []
-    for gib in (0.56, 0.53):
+    for gib in (0.58, 0.55):
         asked = config(gpu_memory=gib, host_memory=8, mode="full", **SHORT)
         plan = Planner(asked, two_layers(), 20, CUDA).resolve()
         assert plan.device_total <= plan.device_limit == int(gib * GIB)
@@ -225,7 +242,7 @@ def test_batches_shrink_with_memory():
     ],
 )
 def test_refusals_name_what_is_missing_and_what_helps(changes, remedy):
-    asked = config(mode="full", gpu_memory=0.54, host_memory=8, **changes, **SHORT)
+    asked = config(mode="full", gpu_memory=0.56, host_memory=8, **changes, **SHORT)
     message = rf"^memory: mode full: \d\.\d+ GiB of device memory are missing \(.*; try {remedy}$"
     with pytest.raises(UserError, match=message):
         Planner(asked, two_layers(), 20, CUDA).resolve()

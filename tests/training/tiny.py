@@ -81,6 +81,7 @@ def settings(folder, output, **changes):
         "gradient_checkpointing": False,
         "dtype": "float32",
         "attention": "sdpa",
+        "share_prefix": True,
     }
     base |= {"chunk_bytes": 1 << 28, "save_optimizer": False, "save_at": ()}
     return TrainConfig(

@@ -18,8 +18,10 @@ from ...functional import entropy_loss_into
 from ...hf import Head, hidden_states
 from ...ops.free_memory import return_freed_memory
 from ..config import TrainConfig
+from ..rollouts.kv_cache import grouped_attention
 from ..rollouts.sampling import Rollout
 from .optimizer import MasterAdamW
+from .packing import behind_prefix, can_pack, packed_inputs
 
 
 class StepLoss(NamedTuple):
@@ -48,18 +50,23 @@ class _PromptLayer(DynamicLayer):
 
 
 class _ContinuedLayer(DynamicLayer):
-    """Prepends the prompt's keys and values to those of each row, which it does not keep."""
+    """Prepends the prompt's keys and values to those of each row, which it does not keep.
 
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
+    lengths: of rows that lie side by side.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, lengths: Sequence[int]) -> None:
         super().__init__()
         self.keys, self.values, self.is_initialized = keys, values, True
+        self.lengths = lengths
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         assert self.keys is not None and self.values is not None
-        keys = torch.cat([self.keys, key_states], dim=-2)
-        return keys, torch.cat([self.values, value_states], dim=-2)
+        lengths = self.lengths or [key_states.shape[-2]]
+        keys = behind_prefix(self.keys, key_states, lengths)
+        return keys, behind_prefix(self.values, value_states, lengths)
 
 
 class SharedPrefix:
@@ -94,13 +101,18 @@ class SharedPrefix:
         """Return the hidden state (1, D) that scores the first token of a response."""
         return self.leaves[0].to(self.outputs[0].dtype)
 
-    def continued(self, ids: Tensor) -> Tensor:
-        """Return hidden states (B, T, D) of rows (B, T) that continue the prompt."""
+    def continued(self, ids: Tensor, lengths: Sequence[int] = ()) -> Tensor:
+        """Return hidden states (B, T, D) of rows (B, T) that continue the prompt; lengths: of rows
+        that lie side by side in (1, T).
+        """
         pairs = zip(self.leaves[1:], self.outputs[1:], strict=True)
         kv = [leaf.to(x.dtype).expand(len(ids), -1, -1, -1) for leaf, x in pairs]
         cache = DynamicCache(config=self.model.config)
-        cache.layers = [_ContinuedLayer(k, v) for k, v in zip(kv[::2], kv[1::2], strict=True)]
-        return hidden_states(self.model, ids, cache)
+        pairs = zip(kv[::2], kv[1::2], strict=True)
+        cache.layers = [_ContinuedLayer(k, v, lengths) for k, v in pairs]
+        inputs = packed_inputs(lengths, self.length, ids.device) if lengths else {}
+        with grouped_attention():
+            return hidden_states(self.model, ids, cache, **inputs)
 
     def backward(self) -> None:
         """Backpropagate the accumulated gradients through the prompt."""
@@ -132,10 +144,11 @@ def recomputation(model: PreTrainedModel, on: bool) -> Iterator[None]:
     would drop the KV cache, and with it the shared prompt.
     """
     layers = [m for m in model.modules() if on and isinstance(m, GradientCheckpointingLayer)]
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    # A layer attends in the backward, outside SharedPrefix.continued(), as it did in the forward.
+    options["context_fn"] = lambda: (grouped_attention(), grouped_attention())
     for layer in layers:
-        layer.forward = partial(  # type: ignore[method-assign]
-            checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
-        )
+        layer.forward = partial(checkpoint, layer.forward, **options)  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -167,15 +180,21 @@ def by_prompt(rollouts: Sequence[Rollout], share: bool) -> Groups:
 
 
 def micro_batches(
-    rollouts: Sequence[Rollout], tokens: int, computed: int = 0, rows: int | None = None
+    rollouts: Sequence[Rollout],
+    tokens: int,
+    computed: int = 0,
+    rows: int | None = None,
+    packed: bool = False,
 ) -> Iterator[list[Rollout]]:
-    """Yield the rollouts in batches of at most `tokens` padded tokens and `rows` rows; the first
-    `computed` tokens of each row do not count. A longer rollout is a batch of its own.
+    """Yield the rollouts in batches of at most `tokens` tokens and `rows` rows; padding counts
+    unless they are packed, the first `computed` tokens of each row do not. A longer rollout is a
+    batch of its own.
     """
     batch: list[Rollout] = []
     for rollout in rollouts:
-        longest = max(map(len, [*batch, rollout])) - computed
-        if batch and ((len(batch) + 1) * longest > tokens or len(batch) == rows):
+        lengths = [len(r) - computed for r in [*batch, rollout]]
+        size = sum(lengths) if packed else len(lengths) * max(lengths)
+        if batch and (size > tokens or len(batch) == rows):
             yield batch
             batch = []
         batch.append(rollout)
@@ -183,34 +202,47 @@ def micro_batches(
         yield batch
 
 
-def padded_ids(
-    batch: Sequence[Rollout], first: int, official: bool, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Return token ids (B, T) from column `first` on, and indices of the scored positions among the
-    flattened ones. Padding is on the right, where causal attention never looks.
-    """
+class TokenBatch(NamedTuple):
+    """A micro-batch's tokens."""
+
+    ids: Tensor  # (B, T), padded on the right, where causal attention never looks; packed: (1, T)
+    scored: Tensor  # indices of the scored positions among the flattened ones
+    lengths: list[int]  # of packed rows, those without tokens left out
+
+
+def token_batch(
+    batch: Sequence[Rollout], first: int, official: bool, device: torch.device, packed: bool = False
+) -> TokenBatch:
+    """Return the rollouts' tokens from column `first` on."""
     spans = [scored_positions(rollout, official) for rollout in batch]
-    columns = max(span.stop for span in spans) - first
-    rows, index = list[list[int]](), list[int]()
-    for row, (rollout, span) in enumerate(zip(batch, spans, strict=True)):
-        tokens = (rollout.prompt_ids + rollout.response_ids)[first : span.stop]
-        rows.append(tokens + [0] * (columns - len(tokens)))
-        index += [row * columns + t - first for t in span if t >= first]
-    ids, scored = (torch.tensor(x, dtype=torch.int64, device=device) for x in (rows, index))
-    return ids, scored
+    columns = 0 if packed else max(span.stop for span in spans) - first
+    ids, scored, lengths = list[int](), list[int](), list[int]()
+    for rollout, span in zip(batch, spans, strict=True):
+        row = (rollout.prompt_ids + rollout.response_ids)[first : span.stop]
+        scored += [len(ids) + t - first for t in span if t >= first]
+        ids += row + [0] * (columns - len(row))
+        lengths += [len(row)] if packed and row else []
+    both = (torch.tensor(x, dtype=torch.int64, device=device) for x in (ids, scored))
+    tokens, index = both
+    shape = (1, len(ids)) if packed else (len(batch), columns)
+    return TokenBatch(tokens.view(shape), index, lengths)
 
 
 def scored_states(
     model: PreTrainedModel, batch: Sequence[Rollout], prompt: SharedPrefix | None, official: bool
 ) -> Tensor:
     """Return hidden states (n, D) at the scored positions, without those of a shared prompt."""
-    first = 0 if prompt is None else prompt.length
-    ids, index = padded_ids(batch, first, official, model.device)
+    first, device = 0 if prompt is None else prompt.length, model.device
+    ids, scored, lengths = token_batch(batch, first, official, device, can_pack(model))
     if ids.shape[1] == 0:
         assert prompt is not None
         return prompt.last[:0]
-    states = hidden_states(model, ids) if prompt is None else prompt.continued(ids)
-    return states.flatten(0, 1)[index]
+    if prompt is not None:
+        states = prompt.continued(ids, lengths)
+    else:
+        inputs = packed_inputs(lengths, 0, device) if lengths else {}
+        states = hidden_states(model, ids, **inputs)
+    return states.flatten(0, 1)[scored]
 
 
 Work: TypeAlias = list[tuple[Sequence[int] | None, list[list[Rollout]]]]  # micro-batches by prompt
@@ -230,15 +262,20 @@ class RankShare(NamedTuple):
 
 
 def rank_share(
-    rollouts: Sequence[Rollout], config: TrainConfig, micro_batch: int, index: int, count: int
+    rollouts: Sequence[Rollout],
+    config: TrainConfig,
+    micro_batch: int,
+    index: int,
+    count: int,
+    packed: bool = False,
 ) -> RankShare:
     """Return the share of rank `index` of `count`; the token mean spans all ranks."""
     official, rows = config.official_loss, config.micro_batch_rows
 
     def work_of(rollouts: Sequence[Rollout], tokens: int) -> Work:
         return [
-            (ids, list(micro_batches(group, tokens, len(ids or ()), rows)))
-            for ids, group in by_prompt(rollouts, config.share_prefix)
+            (ids, list(micro_batches(group, tokens, len(ids or ()), rows, packed)))
+            for ids, group in by_prompt(rollouts, config.share_prefix is True)
         ]
 
     if official:  # The loss is a mean over micro-batches, so their order and content are fixed.
@@ -285,7 +322,7 @@ def entropy_step(
         index, count: this rank, of so many; only its share is computed and returned.
     """
     official, weight, options = config.official_loss, head.weight, loss_options(config, head)
-    share = rank_share(rollouts, config, micro_batch, index, count)
+    share = rank_share(rollouts, config, micro_batch, index, count, can_pack(model))
     mean, reports = 0.0, torch.zeros(2)
     # Where memory use turns: before a micro-batch's forward, head and backward, and at the end.
     trim = return_freed_memory if model.device.type == "cpu" else lambda: None

@@ -15,7 +15,7 @@ from ..runs.checkpoint import Writer, write_model
 from ..settings import UserError
 from .base import Engine
 from .optimizer import KINDS, adamw_options
-from .step import StepLoss, loss_options, padded_ids, rank_share, recomputation
+from .step import StepLoss, loss_options, rank_share, recomputation, token_batch
 
 MASTER, *MOMENTS = KINDS[:3]
 
@@ -81,7 +81,7 @@ class Wrapped(Engine, ABC):
             for i in range(share.rounds):
                 ranks.together(check)
                 batch = batches[i] if i < len(batches) else rollouts[:1]
-                ids, index = padded_ids(batch, 0, config.official_loss, ranks.device)
+                ids, index, _ = token_batch(batch, 0, config.official_loss, ranks.device)
                 loss = self.root(input_ids=ids, use_cache=False)
                 self.backward(loss * ranks.count, i + 1 == share.rounds)
         report = sum((report.cpu() for report in reports), torch.zeros(2))

@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import is_flash_attn_2_available
 
 from ...ops.gemm import bf16_isa
 from ..run_folder import newest_checkpoint
@@ -26,6 +27,7 @@ from . import gguf
 from .demo_model import fetch_demo
 
 ADAPTERS = "adapter_config.json"
+FLASH = "flash_attention_2"
 
 
 def resolve_source(model: str) -> str:
@@ -154,18 +156,31 @@ def four_bit_config(dtype: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
-def attention_of(asked: str, config: PreTrainedConfig) -> str:
-    """Return the attention implementation asked for; for "auto", the one that the model gets."""
+def attention_of(asked: str, config: PreTrainedConfig, flash: bool = False) -> str:
+    """Return the attention implementation asked for; for "auto", the one that the model gets.
+
+    flash: take flash_attention_2 where the model has it.
+    """
+    if asked != "auto":
+        return asked
     kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    has_sdpa = getattr(kind, "_supports_sdpa", True)
-    return ("sdpa" if has_sdpa else "eager") if asked == "auto" else asked
+    if flash and getattr(kind, "_supports_flash_attn", False):
+        return FLASH
+    return "sdpa" if getattr(kind, "_supports_sdpa", True) else "eager"
+
+
+def has_flash_attention() -> bool:
+    """Return True if the flash_attn package is installed and the GPU is sm80 or later."""
+    is_there = torch.cuda.is_available() and is_flash_attn_2_available()
+    return is_there and torch.version.hip is None and torch.cuda.get_device_capability() >= (8, 0)
 
 
 def tell_attention(asked: str, model: PreTrainedModel, console: Console) -> None:
-    """Print the attention implementation if "auto" could not take sdpa."""
+    """Print the attention implementation if "auto" did not take sdpa."""
     taken, name = model.config._attn_implementation, type(model).__name__
     if asked == "auto" and taken != "sdpa":
-        console.print(f"Attention: {taken}; {name} has no sdpa.", markup=False, soft_wrap=True)
+        why = "flash-attn is installed" if taken == FLASH else f"{name} has no sdpa"
+        console.print(f"Attention: {taken}; {why}.", markup=False, soft_wrap=True)
 
 
 def architecture(config: PreTrainedConfig) -> str:

@@ -1,5 +1,6 @@
 """One rank's batch sizes (micro-batch, completions sampled at once, logits), and their speed."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -43,15 +44,18 @@ class BatchSizes:
 
     def __post_init__(self) -> None:
         config = self.config
+        auto = GPU_TOKENS if self.cuda else CPU_TOKENS
+        self.target_tokens = auto if config.micro_batch == "auto" else config.micro_batch
         self.new_tokens = config.sampling.max_new_tokens
         self.completions = -(-config.rollouts // self.ranks)
         prompts = 1 if config.prompt_from is None else len(config.prompt_rows)
         per_prompt = -(-self.completions // prompts)
-        self.shared = config.share_prefix and self.model.can_share_prefix and per_prompt > 1
+        can_share = self.model.can_share_prefix and per_prompt > 1
+        self.shared = config.share_prefix is not False and can_share
         together = per_prompt if self.shared else self.completions
         self.max_rows = min(together, config.micro_batch_rows or self.completions)
         self.row_tokens = self.new_tokens + (0 if self.shared else self.prompt_tokens)
-        self.settings: dict[str, Any] = {}
+        self.settings: dict[str, Any] = {"share_prefix": config.share_prefix is not False}
         self.passing: dict[str, int] = {}
         rows, target_rows = self._choose_micro_batch()
         sampled = self._choose_rollout_batch()
@@ -67,6 +71,20 @@ class BatchSizes:
         if self.shared:  # each shared prompt has a backward of its own
             self.micro_batches = -(-self.max_rows // rows) * prompts
             self.shared_prompts = self.computed_prompts = prompts
+
+    def cost(self, rates: Rates) -> tuple[bool, float]:
+        """Return whether memory is short, and the seconds of an update; less is better."""
+        config = self.config.model_copy(update=self.settings)
+        return peak(self.passing) > self.room, sum(self.update_seconds(config, rates).values())
+
+    def may_be_faster_alone(self, rates: Rates) -> bool:
+        """Return True if rows that each compute their prompt could be faster: in the fewest
+        micro-batches that there can be, as nothing is measured for them.
+        """
+        tokens, alone = self.new_tokens + self.prompt_tokens, copy.copy(self)
+        alone.micro_batches = -(-self.completions * tokens // self.target_tokens)
+        alone.shared_prompts, alone.computed_prompts = 0, self.completions
+        return self.shared and alone.cost(rates) < self.cost(rates)
 
     def _enlarge_chunks(self, rows: int) -> None:
         """Make chunks of logits as large as the later peak of the layers' backward allows.
@@ -90,10 +108,8 @@ class BatchSizes:
 
     def _choose_micro_batch(self) -> tuple[int, int]:
         """Choose the rows of a micro-batch; return them and the rows that would be efficient."""
-        config, target = self.config, self.config.micro_batch
-        if target == "auto":
-            target = GPU_TOKENS if self.cuda else CPU_TOKENS
-        target_rows = rows = max(1, min(self.max_rows, target // self.row_tokens))
+        config = self.config
+        target_rows = rows = max(1, min(self.max_rows, self.target_tokens // self.row_tokens))
         self.recompute = config.gradient_checkpointing is True
         if config.gradient_checkpointing == "auto":
             enough = min(target_rows, -(-ENOUGH_TOKENS // self.row_tokens))

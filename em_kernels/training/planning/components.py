@@ -4,7 +4,7 @@ from typing import TypeAlias
 
 import torch
 
-from ...ops.memory import chunk_length
+from ...ops.memory import TILE, chunk_length
 from ...ops.sparse import SAMPLE
 from ...ops.weight_gradient import MIN_SLAB_ENTRIES
 from ...ops.weight_gradient import SLAB_BYTES as HEAD_SLAB_BYTES
@@ -120,9 +120,13 @@ def logit_row_bytes(model: ModelMemory, cuda: bool) -> int:
 
 
 def default_chunk_bytes(model: ModelMemory, device_limit: int, cuda: bool) -> int:
-    """Return the largest power of two that memory allows, but at least two rows of logits."""
+    """Return the largest power of two that memory allows, or a GPU's whole tile of rows if that is
+    at most 1/32 of its memory; but at least two rows of logits.
+    """
+    row = logit_row_bytes(model, cuda)
     allowed = min(CHUNK_BYTES, device_limit // 64)
-    return max(2 * logit_row_bytes(model, cuda), 1 << max(0, allowed.bit_length() - 1))
+    least = TILE if cuda and TILE * row <= device_limit // 32 else 2
+    return max(least * row, 1 << max(0, allowed.bit_length() - 1))
 
 
 def head_bytes(

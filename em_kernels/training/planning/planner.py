@@ -16,7 +16,7 @@ from ...ops.memory import free_bytes
 from ..config import FULL_LR, LORA_LR, TrainConfig
 from ..distributed import LaunchSpec
 from ..engines.optimizer import PRECISIONS, SLAB
-from ..models.loading import attention_of, auto_dtype, capability_of
+from ..models.loading import attention_of, auto_dtype, capability_of, has_flash_attention
 from ..models.rounding import LENGTH
 from ..settings import UserError
 from . import components
@@ -194,17 +194,21 @@ class Planner:
         lost = components.FRAGMENTED_SHARE if cuda else components.CPU_FRAGMENTED_SHARE
         room = int(room / (1 + lost))
         chunk = config.chunk_bytes or components.default_chunk_bytes(model, self.device_limit, cuda)
-        ranks, tokens = self.launch.ranks, self.prompt_tokens
-        batches = BatchSizes(config, model, tokens, ranks, cuda, chunk, room)
+        given = model, self.prompt_tokens, self.launch.ranks, cuda, chunk, room
+        batches = BatchSizes(config, *given)
+        if config.share_prefix == "auto" and batches.may_be_faster_alone(self.rates):
+            alone = BatchSizes(config.model_copy(update={"share_prefix": False}), *given)
+            batches = min(batches, alone, key=lambda sizes: sizes.cost(self.rates))
         passing = {**batches.passing, "rounding": 0, "bf16 copy": 0}
         if device.get("master"):
             passing["rounding"] = 2 * min(SLAB, trained) + 4 * min(LENGTH, SLAB, trained)
         if not cuda and (copy := components.bf16_copy_bytes(config, model)):
             passing["bf16 copy"] = copy + components.NOISE_BYTES
         device["fragments"] = int(lost * peak(passing))
+        flash = cuda and model.itemsize == 2 and has_flash_attention()
         complete = {
             "lr": config.lr or (LORA_LR if lora else FULL_LR),
-            "attention": attention_of(config.attention, self.model_config),
+            "attention": attention_of(config.attention, self.model_config, flash),
         }
         config = config.model_copy(update={**complete, **batches.settings})
         saved = len({step for step in config.save_at if step < config.steps} | {config.steps})

@@ -1,17 +1,25 @@
-"""Keys and values of the tokens so far. What transformers' interface of caches and attention asks
-of sampling stands here alone; training's shared prompt has cache layers of its own.
+"""Keys and values of the tokens so far, and attention to them. What transformers' interface of
+caches and attention asks stands here alone; training's shared prompt has cache layers of its own.
 """
 
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache, PreTrainedModel, cache_utils
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    causal_mask_function,
+    sdpa_mask,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ...hf import decoder_of, takes
@@ -132,22 +140,38 @@ def check_cache(model: PreTrainedModel) -> None:
 
 @contextmanager
 def grouped_attention() -> Iterator[None]:
-    """Within this context, transformers' sdpa computes one new token's attention group by group.
+    """Within this context, transformers' sdpa repeats no keys for the query heads that share them.
 
-    The query heads that share a key head become the rows of one product: torch's own grouped
-    attention reads the keys once for every query head, which takes 10 times as long on a CPU.
+    One new token: these heads become the rows of one product, as torch's own grouped attention
+    reads the keys once for every query head, which takes 10 times as long on a CPU. Several new
+    tokens that continue a prefix: torch's lower-right causal attention.
     """
     global _users
     with _lock:
         _users += 1
         ALL_ATTENTION_FUNCTIONS["sdpa"] = _attention
+        ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] = _mask
     try:
         yield
     finally:
         with _lock:
             _users -= 1
             if not _users:
-                del ALL_ATTENTION_FUNCTIONS["sdpa"]
+                del ALL_ATTENTION_FUNCTIONS["sdpa"], ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
+
+
+def _mask(*arguments: Any, **options: Any) -> Any:
+    """transformers' mask for sdpa, marked if it is causal and nothing else.
+
+    Attention that knows the mark needs no mask; models that compute their own still have it.
+    """
+    mask: Any = sdpa_mask(*arguments, **options)
+    plain = options.get("mask_function") is causal_mask_function
+    if mask is not None and plain and options.get("attention_mask") is None:
+        start, end = options.get("q_offset"), options["kv_length"]
+        same_end = isinstance(start, int) and start + options["q_length"] == end
+        mask.is_lower_right = same_end and options.get("kv_offset") == 0
+    return mask
 
 
 def _attention(
@@ -160,11 +184,22 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """transformers' sdpa; shapes (rows, heads, tokens, head_dim)."""
     rows, heads, tokens, head_dim = query.shape
+    unchanged = all(options.get(name) is None for name in ("position_bias", "cache", "softcap"))
+    plain = unchanged and not options.get("dropout")
+    attend = partial(scaled_dot_product_attention, scale=options.get("scaling"))
+    grouped = heads != key.shape[1]
+    if plain and tokens > 1 and getattr(attention_mask, "is_lower_right", False):
+        bias = attention_mask[:1]  # the rows' masks are the same
+        if query.is_cuda:  # where only flash attention needs neither a mask nor repeated keys
+            parameters = SDPAParams(query, key, value, None, 0.0, False, grouped)
+            is_flash = can_use_flash_attention(parameters)
+            bias = causal_lower_right(tokens, key.shape[2]) if is_flash else None
+        if bias is not None:
+            found = attend(query, key, value, attn_mask=bias, enable_gqa=grouped)
+            return found.transpose(1, 2).contiguous(), None
     alike = attention_mask is None or attention_mask.shape[1] == 1  # for all heads
-    plain = options.get("position_bias") is None and options.get("cache") is None
-    if tokens > 1 or heads == key.shape[1] or not (alike and plain):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    groups = query.reshape(rows, key.shape[1], -1, head_dim)
-    scale = options.get("scaling")
-    found = scaled_dot_product_attention(groups, key, value, attn_mask=attention_mask, scale=scale)
-    return found.reshape(rows, 1, heads, value.shape[-1]), None
+    if plain and tokens == 1 and grouped and alike:
+        groups = query.reshape(rows, key.shape[1], -1, head_dim)
+        found = attend(groups, key, value, attn_mask=attention_mask)
+        return found.reshape(rows, 1, heads, value.shape[-1]), None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
