@@ -63,7 +63,7 @@ def _accelerators() -> Iterator[tuple[str, str]]:
         return
     count = torch.cuda.device_count() if kind == "cuda" else torch.accelerator.device_count()
     for index in range(count):
-        device = torch.device(kind, index)
+        device = torch.device(f"{kind}:{index}")
         kernels, gemm = f"{PORTABLE}: Triton is used on CUDA and ROCm GPUs", f"none: {UPCAST}"
         if kind == "cuda":
             with warnings.catch_warnings():

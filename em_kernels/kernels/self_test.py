@@ -117,27 +117,27 @@ class Problem(NamedTuple):
     """What the kernels are tested on."""
 
     y: Tensor  # (ROWS, COLUMNS), the same values in fp32, bf16 and fp16
-    row: RowTransform
-    upstream: TokenStats
+    inv_temperature: Tensor  # (ROWS,)
+    targets: Tensor  # (ROWS,)
+    upstream: Tensor  # (5, ROWS)
     mass: Tensor  # (COLUMNS,) that the choice of columns is made from
     row_of: Tensor  # (COLUMNS,) rows of an earlier choice
 
 
 def problem() -> Problem:
     """Draw the problem in fp32 on the CPU, from a generator of its own."""
-    like = {"generator": torch.Generator().manual_seed(0), "device": "cpu"}
-    y = torch.randn(ROWS, COLUMNS, dtype=torch.float32, **like)
-    y = (y * 4).clamp(-15, 15).mul(16).round().div(16)
-    inv_temperature = torch.linspace(0.5, 2, ROWS, dtype=torch.float32, device="cpu")
-    targets = torch.randint(COLUMNS, (ROWS,), **like)
+    generator, fp32 = torch.Generator().manual_seed(0), torch.float32
+    normal = torch.randn(ROWS, COLUMNS, generator=generator, dtype=fp32, device="cpu")
+    y = (normal * 4).clamp(-15, 15).mul(16).round().div(16)
+    inv_temperature = torch.linspace(0.5, 2, ROWS, dtype=fp32, device="cpu")
+    targets = torch.randint(COLUMNS, (ROWS,), generator=generator, device="cpu")
     targets[::7] = IGNORE_INDEX
-    upstream = torch.randn(5, ROWS, dtype=torch.float32, **like)
+    upstream = torch.randn(5, ROWS, generator=generator, dtype=fp32, device="cpu")
     upstream[1, ::7] = 0  # as the callers give it where a target is ignored
-    mass = torch.rand(COLUMNS, dtype=torch.float32, **like).mul(-12).exp2()
+    mass = torch.rand(COLUMNS, generator=generator, dtype=fp32, device="cpu").mul(-12).exp2()
     row_of = torch.full((COLUMNS,), -1, device="cpu")
     row_of[:99:3] = torch.arange(33, device="cpu")
-    row = RowTransform(None, inv_temperature, targets=targets)
-    return Problem(y, row, TokenStats(*upstream), mass, row_of)
+    return Problem(y, inv_temperature, targets, upstream, mass, row_of)
 
 
 def _converted(given: Problem, device: torch.device, y_dtype: torch.dtype) -> Problem:
@@ -147,45 +147,45 @@ def _converted(given: Problem, device: torch.device, y_dtype: torch.dtype) -> Pr
     def moved(x: Tensor) -> Tensor:
         return x.to(device=device, dtype=wide if x.is_floating_point() else x.dtype)
 
-    inv_temperature, targets = map(moved, (given.row.inv_temperature, given.row.targets))
-    row = RowTransform(None, inv_temperature, targets=targets)
-    upstream = TokenStats(*map(moved, given.upstream[:5]))
-    y = given.y.to(device=device, dtype=y_dtype)
-    return Problem(y, row, upstream, moved(given.mass), moved(given.row_of))
+    return Problem(
+        given.y.to(device=device, dtype=y_dtype),
+        *(moved(x) for x in given[1:]),
+    )
 
 
 def _results(kernels: ModuleType, given: Problem, out_dtype: torch.dtype) -> dict[str, Tensor]:
     """Run every kernel; return the results by name, integers for what must be the same."""
-    y, row, upstream, mass, row_of = given
+    y, inv_temperature, targets, upstream, mass, row_of = given
+    row = RowTransform(None, inv_temperature, targets=targets)
     parts = []
     for part in (slice(0, CUT), slice(CUT, COLUMNS)):
-        targets = None if row.targets is None else row.targets - part.start
-        found = kernels.row_statistics(y[:, part], row._replace(targets=targets), True)
+        shifted = row._replace(targets=targets - part.start)
+        found = kernels.row_statistics(y[:, part], shifted, True)
         parts.append(found._replace(argmax=found.argmax + part.start))
     joined = RowParts._make(map(torch.cat, zip(*parts, strict=True)))
-    rows = kernels.finish_rows(joined, COLUMNS, row.targets)
-    per_row = kernels.gradient_factors(rows, upstream, COLUMNS)
+    rows = kernels.finish_rows(joined, COLUMNS, targets)
+    per_row = kernels.gradient_factors(rows, TokenStats(*upstream), COLUMNS)
     dy = torch.empty_like(y, dtype=out_dtype)
     kernels.row_gradient(y, row, per_row, dy)
     column_mass, row_sums = kernels.column_mass(y, row, per_row)
     choice = kernels.choose_columns(mass, row_of, COLUMN_TOLERANCE, SAMPLE, out_dtype)
-    count, new_count = choice.counts.tolist()
-    # All choose the same columns, whose gradient is then the same.
-    columns, residual = choice.vocab_indices[:count], row_sums.clone()
+    # Not of the columns chosen, as wrong indices would end the process.
+    columns, residual = torch.arange(0, COLUMNS, 3, device=y.device), row_sums.clone()
     if hasattr(kernels, "gradient_of_columns"):
         chosen = kernels.gradient_of_columns(y, row, per_row, columns, out_dtype, residual)
     else:
         chosen = dy[:, columns]
         residual -= chosen.sum(1)
-    kept = torch.stack([columns, choice.dweight_rows[:count]])
+    count = int(choice.counts[0])
     return {
         **rows.stats._asdict(),
         "gradient": dy,
         "column masses": column_mass,
         "row sums": row_sums,
         "number of columns": choice.counts,
-        "columns": kept,
-        "rows of columns": choice.row_of,
+        "columns": choice.vocab_indices[:count],
+        "rows of columns": choice.dweight_rows[:count],
+        "rows of all columns": choice.row_of,
         "masses left out": choice.masses,
         "shares of the sample": choice.shares,
         "gradient of columns": chosen,
