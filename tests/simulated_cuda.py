@@ -19,6 +19,7 @@ devices; kernels of libraries (bitsandbytes, NCCL, flash attention).
 
 import contextlib
 import functools
+import itertools
 import math
 import threading
 from types import SimpleNamespace
@@ -43,10 +44,12 @@ from simulated_tensors import (
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
-from em_kernels.kernels import triton
+from em_kernels.kernels import self_test, triton
+from em_kernels.ops import gemm
 
 SM_COUNT = 4  # few enough for the interpreter, enough to split rows and columns
 # Large blocks: the interpreter's time is that of its steps, whatever their width.
+LOGIT_DTYPES = torch.float32, torch.bfloat16, torch.float16
 LAUNCHES = interpreted.SMALL._replace(THREAD_V=64, BLOCK_N=16, BLOCK_V=1024)
 MAX_STEPS = 3000  # of the interpreter, which does about a hundred a second
 _LOADING = "transformers' loading of weights is not simulated"
@@ -152,6 +155,7 @@ def simulated(patch):
         "is_bf16_supported": lambda including_emulation=True: True,
         "device_count": lambda: 1,
         "current_device": lambda: 0,
+        "is_current_stream_capturing": lambda: False,
         "get_device_name": lambda device=None: properties.name,
         "get_device_properties": lambda device=None: properties,
         "get_device_capability": lambda device=None: (properties.major, properties.minor),
@@ -181,6 +185,11 @@ def simulated(patch):
         patch.setattr(torch, name, _made_on_the_host(getattr(torch, name)))
     patch.setattr(torch._C, "_host_emptyCache", lambda: None, raising=False)
     patch.setattr(triton, "config_for", lambda capability: LAUNCHES)
+    # The kernels' self-test takes seconds of the interpreter; test_self_test.py runs it.
+    tested = itertools.product([CUDA], LOGIT_DTYPES, LOGIT_DTYPES)
+    patch.setattr(self_test, "_chosen", dict.fromkeys(tested, triton))
+    patch.setattr(self_test, "_failures", {})
+    patch.setattr(gemm, "_widens", {})
     patch.setattr(SimulatedCuda, "active", cuda)
     with cuda:
         yield cuda

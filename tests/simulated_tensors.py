@@ -145,9 +145,8 @@ class Event:
 
 @functools.cache
 def _is_composite(function):
-    return torch._C._dispatch_has_kernel_for_dispatch_key(
-        function.name(), "CompositeImplicitAutograd"
-    )
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return has_kernel(function.name(), "CompositeImplicitAutograd")
 
 
 @functools.cache
@@ -168,8 +167,9 @@ class SimulatedCuda(TorchDispatchMode):
         self.memories, self.pinned, self.copies = {}, set(), []
         self.allocated = self.peak = 0
         self.limit = TOTAL_BYTES
-        self.steps = 0  # of the interpreter
         self.graph = None  # that is being captured
+        self.is_old_rocm = False  # ROCm before torch 2.10 has no products of 16 bits into fp32
+        self.waits = self.steps = 0  # of the host for copies; of Triton's interpreter
         self.lock = threading.RLock()  # a thread of the offload waits for events
 
     def __torch_dispatch__(self, function, types, arguments=(), named=None):
@@ -243,6 +243,7 @@ class SimulatedCuda(TorchDispatchMode):
     def finish(self, seen):
         """Let all copies arrive that the streams have up to these positions."""
         with self.lock:
+            self.waits += 1
             for copy in self.copies[:]:
                 if seen.get(copy.stream, 0) >= copy.position:
                     copy.finish()
@@ -273,7 +274,7 @@ class SimulatedCuda(TorchDispatchMode):
     def dispatch(self, function, arguments, named):
         tensors = [x for x in tree_leaves((arguments, named)) if isinstance(x, torch.Tensor)]
         ours = [x for x in tensors if isinstance(x, CudaTensor)]
-        device = named.get("device")
+        device = next((x for x in arguments if isinstance(x, torch.device)), named.get("device"))
         device = None if device is None else torch.device(device)
         makes_ours = device is not None and device.type in ("cuda", INNER.type)
         name = function._schema.name.partition("::")[2]
@@ -394,6 +395,10 @@ def _check_product(function, arguments, named):
         raise RuntimeError(f"mat1 and mat2 must have the same dtype, but got {a.dtype}, {b.dtype}")
     if out_dtype != a.dtype and (out_dtype != torch.float32 or a.dtype.itemsize != 2):
         raise RuntimeError("out_dtype must be the same as input dtype or fp32 for fp16/bf16 inputs")
+    if SimulatedCuda.active.is_old_rocm:
+        raise RuntimeError(f"gemm input type {a.dtype} ... is not supported for ROCm")
+    if a.dtype == torch.float16 and torch.backends.cuda.matmul.allow_fp16_accumulation:
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasGemmEx`")
     if "out" in named and named["out"].dtype != out_dtype:
         raise RuntimeError("out_dtype must be the same as the dtype of the provided out tensor")
     if has_self and arguments[0].dtype not in (out_dtype, a.dtype):

@@ -188,7 +188,7 @@ def test_choice_of_columns(kernels, kind, v):
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("bias", [False, True])
 def test_gradient_of_columns(kernels, count, softcap, bias, monkeypatch):
-    monkeypatch.setattr(row_kernels, "kernels_for", lambda y: kernels)
+    monkeypatch.setattr(row_kernels, "kernels_for", lambda y, *_: kernels)
     v = 1300
     y, row, factors = problem(v, bias=bias, softcap=softcap)
     y[:, 40] = -torch.inf

@@ -7,9 +7,11 @@ import torch
 from kernel_params import interpreted_triton
 from simulated_memory import BLOCK_BYTES
 from simulated_tensors import TOTAL_BYTES
+from torch.testing import assert_close
 
+from em_kernels import fused_entropy_loss
 from em_kernels.kernels import triton
-from em_kernels.ops.gemm import gemm
+from em_kernels.ops.gemm import gemm, widens
 from em_kernels.ops.sparse import AsyncCounts
 from em_kernels.training.engines.offload import Bounce
 
@@ -89,9 +91,59 @@ def test_products_in_fp32():
     out = on_gpu(N, N)
     expected = out.cpu() + 0.5 * a.cpu().float() @ b.cpu().float()
     gemm(out, a, b, accumulate=True, alpha=0.5)
-    torch.testing.assert_close(out.cpu(), expected)
+    assert_close(out.cpu(), expected)
     with pytest.raises(RuntimeError, match="self dtype must match"):
         torch.addmm(out.double(), a, b, out_dtype=FP32)
+
+
+@pytest.mark.parametrize("shape", [(3, 50, 7), (50, 3, 7), (7, 3, 50), (50, 7, 3), (0, 5, 6)])
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_products_are_upcast_by_slabs_where_fp32_results_are_refused(
+    shape, accumulate, simulated_cuda, monkeypatch
+):
+    monkeypatch.setattr("em_kernels.ops.gemm.UPCAST_BYTES", 4 * 7 * 5)
+    rows, inner, columns = shape
+    a, b = on_gpu(rows, inner, dtype=BF16), on_gpu(columns, inner, dtype=BF16).t()
+    before, found = on_gpu(rows, columns), []
+    for simulated_cuda.is_old_rocm in (True, False):
+        monkeypatch.setattr("em_kernels.ops.gemm._widens", {})
+        out = before.clone()
+        assert gemm(out, a, b, accumulate, alpha=0.5) is out
+        found.append(out.cpu())
+    assert_close(*found, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_products_beside_fp16_accumulation(allowed, monkeypatch):
+    flags = torch.backends.cuda.matmul
+    before, flags.allow_fp16_accumulation = flags.allow_fp16_accumulation, allowed
+    try:
+        a, b = on_gpu(N, 50, dtype=torch.float16), on_gpu(50, N, dtype=torch.float16)
+        out = gemm(on_gpu(N, N), a, b)
+        assert flags.allow_fp16_accumulation == allowed
+        assert widens(a)
+        assert_close(out.cpu(), a.cpu().float() @ b.cpu().float())
+    finally:
+        flags.allow_fp16_accumulation = before
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
+def test_loss_where_fp32_results_are_refused(simulated_cuda, monkeypatch):
+    """It has the same numbers, and takes no fp32 copy of the gradient of all logits."""
+    slab_bytes = 1 << 15
+    monkeypatch.setattr("em_kernels.ops.gemm.UPCAST_BYTES", slab_bytes)
+    hidden, weight = on_gpu(30, 8, dtype=BF16), on_gpu(3000, 8, dtype=BF16)
+    found, peaks = [], []
+    for simulated_cuda.is_old_rocm in (True, False):
+        monkeypatch.setattr("em_kernels.ops.gemm._widens", {})
+        inputs = [x.detach().requires_grad_() for x in (hidden, weight)]
+        torch.cuda.reset_peak_memory_stats()
+        loss = fused_entropy_loss(*inputs)
+        found.append([x.cpu() for x in torch.autograd.grad(loss, inputs)])
+        peaks.append(torch.cuda.max_memory_allocated())
+    for upcast, direct in zip(*found, strict=True):
+        assert_close(upcast, direct, rtol=2**-7, atol=2**-7 * direct.abs().max().item())
+    assert peaks[0] <= peaks[1] + 4 * slab_bytes < peaks[1] + 30 * 3000 * 4
 
 
 def test_kernels_of_the_cpu_refuse():

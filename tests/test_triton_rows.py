@@ -207,7 +207,7 @@ def test_the_same_bits_again():
 
 @pytest.fixture
 def in_use(monkeypatch):
-    monkeypatch.setattr("em_kernels.kernels.kernels_for", lambda y: kernels)
+    monkeypatch.setattr("em_kernels.kernels.kernels_for", lambda y, *_: kernels)
 
 
 @pytest.mark.parametrize("n", [0, 1, 5])

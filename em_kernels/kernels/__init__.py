@@ -2,12 +2,11 @@
 
 One file per device, each with the same functions, which are documented here and get the fields of
 RowTerms one by one; only Triton's has gradient_of_columns, for which the others have parts. y
-(rows, V) holds raw logits in fp32 or fp64 (for Triton also in 16 bits), each row contiguous;
+(rows, V) holds raw logits in fp32 or fp64 (on a GPU also in 16 bits), each row contiguous;
 statistics and everything per row are in the accumulation dtype; a gradient is written into separate
 memory or a gradient_buffer.
 """
 
-from importlib.util import find_spec
 from types import ModuleType
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..reference import RowParts, RowTransform, TokenStats
-from . import cpu, portable
+from . import cpu, portable, self_test
 from .portable import ColumnChoice, FinishedRows
 
 
@@ -27,12 +26,13 @@ class RowTerms(NamedTuple):
     per_row: Tensor  # (8, rows): m, log s, and the Coefficients
 
 
-def kernels_for(x: Tensor) -> ModuleType:
-    """Return the fastest row kernels that this machine has for x, logits or their statistics."""
-    if x.is_cuda and x.dtype != torch.float64 and find_spec("triton"):
-        from . import triton  # imported only here, as it is slow to import
+def kernels_for(x: Tensor, out_dtype: torch.dtype | None = None) -> ModuleType:
+    """Return the fastest row kernels that this machine has for x, logits or their statistics.
 
-        return triton
+    out_dtype: in which the results are written, where it is not x's.
+    """
+    if x.is_cuda and x.dtype != torch.float64:
+        return self_test.tested_kernels(x, out_dtype or x.dtype)
     return cpu if cpu.supports(x) else portable
 
 
@@ -60,7 +60,7 @@ def gradient_factors(rows: FinishedRows, upstream: TokenStats, vocab_size: int) 
 
 def row_gradient(terms: RowTerms, out: Tensor) -> Tensor:
     """Write dy (8), (rows, V), into out, in its dtype; return out."""
-    kernels_for(terms.y).row_gradient(*terms, out)
+    kernels_for(terms.y, out.dtype).row_gradient(*terms, out)
     return out
 
 
@@ -85,7 +85,8 @@ def choose_columns(
         sample_size: columns left out whose indices and shares are returned at most.
         sample_dtype: dtype of these shares.
     """
-    return kernels_for(mass).choose_columns(mass, row_of, tolerance, sample_size, sample_dtype)
+    kernels = kernels_for(mass, sample_dtype)
+    return kernels.choose_columns(mass, row_of, tolerance, sample_size, sample_dtype)
 
 
 def gradient_of_columns(
@@ -95,7 +96,7 @@ def gradient_of_columns(
 
     dy's sums over them are subtracted from residual (rows,).
     """
-    kernels = kernels_for(terms.y)
+    kernels = kernels_for(terms.y, dtype)
     if hasattr(kernels, "gradient_of_columns"):  # gathers and computes at once
         return kernels.gradient_of_columns(*terms, vocab_indices, dtype, residual)
     taken = portable.take_columns(terms.y, terms.row, vocab_indices)

@@ -1,6 +1,6 @@
 """Row kernels in plain torch for any device and floating dtype.
 
-They take a few rows at a time, so that temporaries stay small.
+They take a few rows at a time, so that temporaries stay small, and compute in fp32 or fp64.
 """
 
 from collections.abc import Iterator
@@ -43,17 +43,22 @@ def _blocks(y: Tensor) -> Iterator[slice]:
     return (slice(start, start + rows) for start in range(0, y.shape[0], rows))
 
 
+def _wide(y: Tensor) -> Tensor:
+    return y if y.dtype == torch.float64 else y.float()
+
+
 def row_statistics(
     y: Tensor, row: RowTransform, with_collision_and_argmax: bool = True
 ) -> RowParts:
     """Compute (1), argmax and the sums of (5) and (6)."""
     parts = [
-        reference.row_parts(reference.transform(y[rows], block), block.targets)
+        reference.row_parts(reference.transform(_wide(y[rows]), block), block.targets)
         for rows in _blocks(y)
         for block in [_take_rows(row, rows)]
     ]
     if not parts:
-        return RowParts._make([*y.new_empty(6, 1, 0), y.new_empty(1, 0, dtype=torch.int64)])
+        argmax = y.new_empty(1, 0, dtype=torch.int64)
+        return RowParts._make([*_wide(y.new_empty(6, 1, 0)), argmax])
     return RowParts(*(torch.cat(field)[None] for field in zip(*parts, strict=True)))
 
 
@@ -81,7 +86,7 @@ def row_gradient(y: Tensor, row: RowTransform, per_row: Tensor, out: Tensor) -> 
 
 def column_mass(y: Tensor, row: RowTransform, per_row: Tensor) -> tuple[Tensor, Tensor]:
     """Sum |dy| over the rows and dy over the columns."""
-    mass, row_sums = y.new_zeros(y.shape[1]), torch.empty_like(per_row[0])
+    mass, row_sums = per_row.new_zeros(y.shape[1]), torch.empty_like(per_row[0])
     for rows in _blocks(y):
         dy = _gradient(y, row, per_row, rows)
         row_sums[rows] = dy.sum(1)
@@ -150,7 +155,8 @@ def take_columns(
 
 def _gradient(y: Tensor, row: RowTransform, per_row: Tensor, rows: slice) -> Tensor:
     m, log_s, *factors = per_row[:, rows]
-    return reference.row_gradient(y[rows], _take_rows(row, rows), m, log_s, Coefficients(*factors))
+    terms = m, log_s, Coefficients(*factors)
+    return reference.row_gradient(_wide(y[rows]), _take_rows(row, rows), *terms)
 
 
 def _take_rows(row: RowTransform, rows: slice) -> RowTransform:

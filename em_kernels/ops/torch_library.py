@@ -206,7 +206,8 @@ def _token_stats_backward(ctx, upstream, *_):
 token_stats_op.register_autograd(_token_stats_backward, setup_context=_token_stats_setup)
 
 
-@torch.library.custom_op("em_kernels::entropy_from_logits", mutates_args=())
+# It reads the counts of temperatures that are out of range; its backward reads nothing.
+@torch.library.custom_op("em_kernels::entropy_from_logits", mutates_args=(), tags=READS_ON_HOST)
 def entropy_from_logits_op(
     logits: Tensor, temperatures: Tensor | None, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:

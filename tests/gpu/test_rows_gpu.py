@@ -30,7 +30,7 @@ from truth import (
 
 from em_kernels import entropy_from_logits, fused_entropy_loss, fused_token_stats, reference
 from em_kernels.cli import main
-from em_kernels.kernels import gradient_buffer, kernels_for, portable, row_stride
+from em_kernels.kernels import gradient_buffer, kernels_for, portable, row_stride, self_test
 from em_kernels.kernels import triton as kernels
 from em_kernels.reference import Coefficients
 
@@ -59,8 +59,15 @@ def in_padded_rows(y):
 def test_choice_of_kernels():
     y = torch.empty(1, 1, device="cuda")
     assert kernels_for(y) is kernels and kernels_for(y.bfloat16()) is kernels
-    assert kernels_for(y.double()) is portable
+    assert kernels_for(y.double()) is portable and kernels_for(y, torch.bfloat16) is kernels
+    assert self_test.failure(y.device) == ""
     assert main(["info"]) == 0
+
+
+@pytest.mark.parametrize("out_dtype", [torch.float32, *NARROW])
+@pytest.mark.parametrize("y_dtype", [torch.float32, *NARROW])
+def test_kernels_pass_their_self_test(y_dtype, out_dtype):
+    assert self_test.wrong_result(kernels, torch.device("cuda"), y_dtype, out_dtype) == ""
 
 
 @pytest.mark.parametrize("layout", [in_padded_rows, torch.clone])
