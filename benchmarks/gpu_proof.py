@@ -36,7 +36,11 @@ TESTS = {
         *("test_functional.py", "test_gradients.py", "test_hard_inputs.py", "test_peers.py"),
         *("test_precision.py", "test_sink.py", "test_sparse.py", "test_token_loss.py"),
     ),
-    "trainer": ("gpu/test_optimizer_gpu.py", "gpu/test_trainer_gpu.py"),
+    "trainer": (
+        "gpu/test_attention_gpu.py",
+        "gpu/test_optimizer_gpu.py",
+        "gpu/test_trainer_gpu.py",
+    ),
     "ranks": ("gpu/test_ranks_gpu.py",),
 }
 WORKERS = 6  # of pytest-xdist, if installed: compiling kernels takes most of the time

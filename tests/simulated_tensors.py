@@ -6,6 +6,7 @@ import weakref
 
 import torch
 from simulated_memory import Copy, Memory, poison
+from simulated_products import PRODUCTS, check_product, product_in_fp32
 from torch._library.custom_ops import OPDEFS
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,7 +17,6 @@ CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 # where a CUDA device would need a thread of its own.
 INNER = torch.device("lazy", 0)
 TOTAL_BYTES = 6 << 30
-PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
 # Ops beside pointwise ones that take a scalar from the host.
 TAKES_HOST_SCALAR = ("fill_", "masked_fill", "masked_fill_", "index_put", "index_put_")
 INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index")
@@ -295,7 +295,7 @@ class SimulatedCuda(TorchDispatchMode):
         if host:
             self._refuse_host(function, name, arguments, host)
         if name in PRODUCTS:
-            _check_product(function, arguments, named)
+            check_product(function, arguments, named, self.is_old_rocm)
         return self._on_device(function, name, arguments, named, ours)
 
     def _on_host(self, function, name, arguments, named):
@@ -362,7 +362,7 @@ class SimulatedCuda(TorchDispatchMode):
             named = named | {"device": CPU}
         named.pop("pin_memory", None)
         widens = name in PRODUCTS and function._overloadname.startswith("dtype")
-        run = _product_in_fp32 if widens else function
+        run = product_in_fp32 if widens else function
         found = run(*arguments, **named)
         if self.graph is not None:
             self.graph.record(run, arguments, named, found)
@@ -380,33 +380,3 @@ class SimulatedCuda(TorchDispatchMode):
 
 def _layout(x):
     return x.untyped_storage()._cdata, x.storage_offset(), x.size(), x.stride()
-
-
-def _check_product(function, arguments, named):
-    """Raise what CUDA raises for the dtypes of a matrix product."""
-    has_self = "add" in function._schema.name
-    a, b = arguments[has_self : has_self + 2]
-    if not (a.dtype.is_floating_point or a.dtype.is_complex):
-        raise NotImplementedError(f'"addmm_cuda" not implemented for {a.dtype}')
-    if not function._overloadname.startswith("dtype"):
-        return
-    out_dtype = arguments[has_self + 2]
-    if a.dtype != b.dtype:
-        raise RuntimeError(f"mat1 and mat2 must have the same dtype, but got {a.dtype}, {b.dtype}")
-    if out_dtype != a.dtype and (out_dtype != torch.float32 or a.dtype.itemsize != 2):
-        raise RuntimeError("out_dtype must be the same as input dtype or fp32 for fp16/bf16 inputs")
-    if SimulatedCuda.active.is_old_rocm:
-        raise RuntimeError(f"gemm input type {a.dtype} ... is not supported for ROCm")
-    if a.dtype == torch.float16 and torch.backends.cuda.matmul.allow_fp16_accumulation:
-        raise RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasGemmEx`")
-    if "out" in named and named["out"].dtype != out_dtype:
-        raise RuntimeError("out_dtype must be the same as the dtype of the provided out tensor")
-    if has_self and arguments[0].dtype not in (out_dtype, a.dtype):
-        raise RuntimeError("self dtype must match either out_dtype or mat1 dtype")
-
-
-def _product_in_fp32(*arguments, out=None, **scales):
-    *matrices, dtype = arguments
-    name = {2: ("mm", "bmm"), 3: ("addmm", "baddbmm")}[len(matrices)][matrices[-1].dim() - 2]
-    found = getattr(torch, name)(*(x.to(dtype) for x in matrices), **scales)
-    return found if out is None else out.copy_(found)

@@ -240,6 +240,7 @@ def test_junit_reports_are_counted():
     assert found["left_out_because"] == {"needs two GPUs": 1, absent: 1}
 
 
+@pytest.mark.slow
 def test_a_failed_part_is_kept_until_it_is_done_again(tmp_path):
     """A failed part keeps its failures if a later run is cut short, and runs after the others."""
     path = tmp_path / "proof.json"

@@ -19,7 +19,7 @@ from em_kernels.ops import sparse
 from em_kernels.ops.inputs import HeadInputs
 from em_kernels.training.engines.optimizer import PRECISIONS, MasterAdamW, adamw_options
 from em_kernels.training.engines.step import entropy_step
-from em_kernels.training.planning.activations import _FakeModel, _without_values
+from em_kernels.training.planning.activations import FakeModel, without_values
 from em_kernels.training.rollouts.next_tokens import next_tokens
 from em_kernels.training.rollouts.sampling import Rollout
 from em_kernels.training.rollouts.token_rows import TokenRows
@@ -111,13 +111,13 @@ def play(plan, model_config, prompt_tokens, allocator, updates=2):
     """Play a run's first updates; raises the allocator's OutOfMemory."""
     config = plan.config
     lora = config if config.mode == "lora" else None
-    net = _FakeModel(model_config, torch.bfloat16, "auto", lora)
+    net = FakeModel(model_config, torch.bfloat16, "auto", lora)
     model, allocations = net.model, Allocations(allocator)
     for x in [*model.parameters(), *model.buffers()]:
         allocations.hold(x)
     prompt, new = [1] * prompt_tokens, config.sampling.max_new_tokens
     rollouts = [Rollout(prompt, [2] * new, False)] * config.rollouts
-    with net.fake, allocations, _without_values():
+    with net.fake, allocations, without_values():
         if config.mode == "offload":
             optimizer = StateOnHost(model.parameters())
         else:

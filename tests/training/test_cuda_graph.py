@@ -41,8 +41,14 @@ def logits_of(kind, model, prompts):
     return found, rows
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "gpt2", "llama"])
-@pytest.mark.parametrize("prompts", [PROMPTS, [PROMPTS[0]] * 4])
+@pytest.mark.parametrize(
+    "kind, prompts",
+    [
+        ("qwen2", PROMPTS),
+        *(pytest.param(kind, PROMPTS, marks=pytest.mark.slow) for kind in ("gpt2", "llama")),
+        pytest.param("qwen2", [PROMPTS[0]] * 4, marks=pytest.mark.slow),
+    ],
+)
 def test_as_without_a_graph(kind, prompts):
     model = on_gpu(kind)
     assert rows_for(model) is GraphedRows

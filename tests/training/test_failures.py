@@ -6,6 +6,7 @@ from training.tiny import make_model, rounded, run, settings
 from transformers import AutoModelForCausalLM
 
 from em_kernels.training.rollouts import sampling
+from em_kernels.training.rollouts.token_rows import TokenRows
 from em_kernels.training.settings import UserError
 
 
@@ -56,7 +57,7 @@ def test_out_of_memory_keeps_what_was_finished_and_names_the_remedies(finished, 
 def test_out_of_memory_keeps_the_completions_that_are_done(folder, tmp_path, monkeypatch):
     batches = []
 
-    class Exhausted(sampling.TokenRows):
+    class Exhausted(TokenRows):
         def __init__(self, model, prompts, new_tokens):
             batches.append(len(prompts))
             if len(batches) in (1, 3):
@@ -65,7 +66,7 @@ def test_out_of_memory_keeps_the_completions_that_are_done(folder, tmp_path, mon
 
     auto = {"steps": 1, "rollout_batch": "auto"}
     run(settings(folder, tmp_path / "plain", **auto))
-    monkeypatch.setattr(sampling, "TokenRows", Exhausted)
+    monkeypatch.setattr(sampling, "rows_for", lambda model: Exhausted)
     run(settings(folder, tmp_path / "run", **auto))
     assert batches == [6, 3, 3, 1, 1, 1]
     files = [tmp_path / name / "rollouts.jsonl" for name in ("plain", "run")]

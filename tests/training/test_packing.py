@@ -4,12 +4,12 @@ import flash_reference
 import pytest
 import torch
 from training.test_step import ROLLOUTS, assert_same
-from training.tiny import loss_and_gradients, make_model, settings
+from training.tiny import PLAIN, loss_and_gradients, make_model, make_tokenizer, settings
 
 from em_kernels.training.engines.packing import can_pack
 from em_kernels.training.engines.step import micro_batches
 from em_kernels.training.models.loading import FLASH, attention_of
-from em_kernels.training.rollouts.sampling import Rollout
+from em_kernels.training.rollouts.sampling import Rollout, generate
 
 
 def with_flash_attention(kind, monkeypatch):
@@ -48,6 +48,16 @@ def test_a_model_that_ignores_lengths_is_padded(monkeypatch):
     monkeypatch.setattr(layer, "forward", forward)
     assert not can_pack(model)
     assert not can_pack(make_model())  # sdpa
+
+
+def test_sampling_leaves_flash_attention_out(monkeypatch):
+    model, tokenizer = with_flash_attention("qwen2", monkeypatch), make_tokenizer()
+    sampling, prompts = PLAIN.model_copy(update={"temperature": 0}), [[5, 6, 7], [5, 6, 7, 8]]
+    found, expected = (
+        generate(x, tokenizer, prompts, [[0], [1]], sampling)
+        for x in (model, make_model("qwen2", dtype=torch.float64))
+    )
+    assert found == expected and model.config._attn_implementation == FLASH
 
 
 def test_packed_micro_batches_do_not_count_padding():

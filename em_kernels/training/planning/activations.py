@@ -101,7 +101,7 @@ class _Launches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class _FakeModel:
+class FakeModel:
     """A model of fake tensors; lora: the settings of its adapters."""
 
     def __init__(
@@ -166,7 +166,7 @@ class _FakeModel:
 
     def launches(self) -> int:
         """Return the operations that a token launches while it is sampled, linear in the depth."""
-        with self.fake, torch.no_grad(), _without_values(), grouped_attention():
+        with self.fake, torch.no_grad(), without_values(), grouped_attention():
             cache, ids = new_cache(self.model, 2), torch.zeros(1, 1, dtype=torch.int64)
             self.model(input_ids=ids, past_key_values=cache, use_cache=True)
             with _Launches() as launched:
@@ -179,7 +179,7 @@ class _FakeModel:
         these two backwards for the shared prompt.
         """
         batch = [Rollout([0] * prompt, [0] * new, False)] * rows
-        with self.fake, self.live, _without_values(), recomputation(self.model, recompute):
+        with self.fake, self.live, without_values(), recomputation(self.model, recompute):
             key = (prompt, recompute) if shared else None
             if key != self.prefix_key:
                 self.prefix_key, self.prefix, self.prefix_peaks = key, None, (0, 0)
@@ -222,7 +222,7 @@ class _FakeModel:
 
 
 @contextmanager
-def _without_values() -> Iterator[None]:
+def without_values() -> Iterator[None]:
     """Keep transformers from what fails on fake tensors: position ids without values, and torch's
     grouped product of experts, which takes bf16 only; transformers' own takes as much memory.
     """
@@ -273,7 +273,7 @@ class ModelMemory:
         self._measured: dict[tuple, ActivationBytes] = {}
         self._caches: dict[int, int] = {}
         with _as_user_error(config):
-            whole = _FakeModel(config, dtype, attention, None)
+            whole = FakeModel(config, dtype, attention, None)
             check_cache(whole.model)
             self.vocab_size, self.hidden_size = head_of(whole.model).weight.shape
             shapes = [
@@ -289,9 +289,9 @@ class ModelMemory:
             numbered = any(part.isdigit() for target in targets for part in target.split("."))
             if alike and self.can_share_prefix and self.layers > sum(DEPTHS) and not numbered:
                 configs = [with_depth(config, depth) for depth in DEPTHS]
-                self.models = [_FakeModel(c, dtype, attention, lora) for c in configs]
+                self.models = [FakeModel(c, dtype, attention, lora) for c in configs]
             else:
-                self.models = [_FakeModel(config, dtype, attention, lora) if lora else whole]
+                self.models = [FakeModel(config, dtype, attention, lora) if lora else whole]
             sizes = [model.sizes() for model in self.models]
             self.sizes = ParameterSizes(*self._full_depth(sizes))
             # Of one of the layers; 0 if these are not alike.
@@ -332,7 +332,7 @@ class ModelMemory:
         found = []
         for fake in self.models:
             cache = DynamicCache(config=fake.model.config)
-            with _as_user_error(self.config), fake.fake, torch.no_grad(), _without_values():
+            with _as_user_error(self.config), fake.fake, torch.no_grad(), without_values():
                 ids = torch.zeros(1, tokens, dtype=torch.int64)
                 decoder_of(fake.model)(input_ids=ids, past_key_values=cache, use_cache=True)
             layers: list[Any] = cache.layers

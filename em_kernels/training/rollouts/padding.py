@@ -24,10 +24,17 @@ def ready_to_generate(model: PreTrainedModel) -> Iterator[None]:
     """Put the model in eval mode, for the cache, and let it attend as sampling wants it."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
+    # Flash attention is made for many new tokens, and a CUDA graph cannot hold its lengths.
+    attention = model.config._attn_implementation
+    is_flash = attention is not None and attention.startswith("flash")
+    if is_flash:
+        model.config._attn_implementation = "sdpa"
     try:
         with grouped_attention():
             yield
     finally:
+        if is_flash:
+            model.config._attn_implementation = attention
         for module, mode in modes:
             module.training = mode
 
