@@ -61,6 +61,8 @@ class Arch(NamedTuple):
     warps: int
     blocks: int
     shared_kib: int  # per SM; a block may use 1 KiB less
+    lanes: int = 32  # of a warp
+    registers: int = 0  # AMD's: a lane's share of all SIMDs' together
 
 
 ARCHS: dict[int | str, Arch] = {
@@ -71,7 +73,8 @@ ARCHS: dict[int | str, Arch] = {
     90: Arch(warps=64, blocks=32, shared_kib=228),
     100: Arch(warps=64, blocks=32, shared_kib=228),
     120: Arch(warps=48, blocks=24, shared_kib=100),
-    "gfx942": Arch(warps=32, blocks=32, shared_kib=64),
+    "gfx942": Arch(warps=32, blocks=32, shared_kib=64, lanes=64, registers=4 * 512),
+    "gfx1100": Arch(warps=32, blocks=32, shared_kib=64, registers=2 * 1536),
 }
 
 
@@ -239,7 +242,9 @@ def gpu_name(arch: int | str) -> str:
 
 def target(arch: int | str) -> GPUTarget:
     """Return the target of Triton's compiler."""
-    return GPUTarget("cuda", arch, 32) if isinstance(arch, int) else GPUTarget("hip", arch, 64)
+    if isinstance(arch, int):
+        return GPUTarget("cuda", arch, 32)
+    return GPUTarget("hip", arch, ARCHS[arch].lanes)
 
 
 def compiled(variant: Variant, arch: int | str) -> CompiledKernel:
@@ -290,7 +295,7 @@ def amd_cost(variant: Variant, arch: str, code: CompiledKernel, warps: int) -> C
         name: int(value) for name, value in re.findall(r"\.(\w+):\s+(\d+)\s*$", text, re.MULTILINE)
     }
     registers, limits = number["vgpr_count"], ARCHS[arch]
-    by_registers = 4 * (512 // (-(-registers // 8) * 8)) // warps  # on each of 4 SIMDs
+    by_registers = limits.registers // (-(-registers // 8) * 8) // warps
     by_shared = limits.shared_kib * 1024 // max(1, code.metadata.shared)
     return Cost(
         variant,
@@ -300,7 +305,7 @@ def amd_cost(variant: Variant, arch: str, code: CompiledKernel, warps: int) -> C
         code.metadata.shared,
         warps * min(limits.warps // warps, limits.blocks, by_registers, by_shared),
         None,
-        re.search(r"load_dwordx4", text) is not None,
+        re.search(r"load_(dwordx4|b128)", text) is not None,
         False,
     )
 

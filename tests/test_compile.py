@@ -36,7 +36,7 @@ HEAVIEST = [  # of each kernel
 IN_16_BITS = [
     v._replace(bias=v.bias and torch.bfloat16, out=v.out and torch.bfloat16) for v in HEAVIEST
 ]
-ENDS = (75, 86, "gfx942")  # the oldest, the one with the least shared memory, AMD's
+ENDS = (75, 86, "gfx942", "gfx1100")  # the oldest, the least shared memory, both of AMD's
 ONES = ("rows", "columns", "count", "parts", "sample_size", "stride_yn", "stride_on", "split_rows")
 FEW = [p for p in ALL if p.values[0] in IN_16_BITS and p.values[1] in ENDS]
 

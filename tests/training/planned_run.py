@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from em_kernels.hf import head_of
-from em_kernels.kernels import triton
+from em_kernels.kernels import self_test, triton
 from em_kernels.ops import sparse
 from em_kernels.ops.inputs import HeadInputs
 from em_kernels.training.engines.optimizer import PRECISIONS, MasterAdamW, adamw_options
@@ -100,6 +100,7 @@ def as_on_a_gpu(patch):
     patch.setattr(torch.cuda, "device_of", lambda y: contextlib.nullcontext())
     patch.setattr(triton, "_capability", lambda y: (8, 9))
     patch.setattr(triton, "_sm_count", lambda y: 128)
+    patch.setattr(self_test, "tested_kernels", lambda x, out_dtype: triton)
     patch.setattr(sparse, "AsyncCounts", FewColumns)
     patch.setattr(HeadInputs, "check_and_find_active", lambda *_, **__: None)
     for name in list(vars(triton)):

@@ -194,11 +194,14 @@ class Planner:
         lost = components.FRAGMENTED_SHARE if cuda else components.CPU_FRAGMENTED_SHARE
         room = int(room / (1 + lost))
         chunk = config.chunk_bytes or components.default_chunk_bytes(model, self.device_limit, cuda)
+        card, rates = self.card, self.rates
+        if card is not None:
+            rates = gpu_rates(card, config.sampling, model.vocab_size)
         given = model, self.prompt_tokens, self.launch.ranks, cuda, chunk, room
         batches = BatchSizes(config, *given)
-        if config.share_prefix == "auto" and batches.may_be_faster_alone(self.rates):
+        if config.share_prefix == "auto" and batches.may_be_faster_alone(rates):
             alone = BatchSizes(config.model_copy(update={"share_prefix": False}), *given)
-            batches = min(batches, alone, key=lambda sizes: sizes.cost(self.rates))
+            batches = min(batches, alone, key=lambda sizes: sizes.cost(rates))
         passing = {**batches.passing, "rounding": 0, "bf16 copy": 0}
         if device.get("master"):
             passing["rounding"] = 2 * min(SLAB, trained) + 4 * min(LENGTH, SLAB, trained)
@@ -220,9 +223,6 @@ class Planner:
         weights, download = sizes.weight_bytes // model.itemsize, self.download
         if download is None:
             download = weights * getattr(self.model_config.dtype, "itemsize", 2)
-        card, rates = self.card, self.rates
-        if card is not None:
-            rates = gpu_rates(card, config.sampling, model.vocab_size)
         return Plan(
             config=config,
             device={**device, **passing},
