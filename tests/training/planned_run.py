@@ -75,6 +75,8 @@ class FewColumns:
 class StateOnHost:
     """An optimizer with its state on the host; a gradient goes there as soon as it is whole."""
 
+    scale = 1.0
+
     def __init__(self, parameters):
         for p in parameters:
             if p.requires_grad:

@@ -73,7 +73,8 @@ def test_blocks_never_overlap_and_all_memory_returns(grows):
 def test_planned_runs_fit_a_24_gb_card(size, mode, monkeypatch):
     """Sampling and training of two updates, with 3% of the memory to spare."""
     asked = TrainConfig(model="m", prompt="p", mode=mode, gpu_memory=22.5, host_memory=110)
-    plan = Planner(asked, QWEN[size], 128, torch.device("cuda")).resolve()
+    plan = Planner(asked, QWEN[size], 128, torch.device("cuda")).choose()
+    assert plan.fits and plan.name == mode
     allocator = CachingAllocator(plan.device_limit - CONTEXT_BYTES, expandable=True)
     as_on_a_gpu(monkeypatch)
     play(plan, QWEN[size], 128, allocator)
