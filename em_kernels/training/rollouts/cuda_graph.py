@@ -4,9 +4,10 @@ Planned: no GPU has run it yet.
 """
 
 import logging
+from weakref import WeakSet
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
@@ -15,6 +16,7 @@ from .token_rows import TokenRows, takes_positions
 
 BUCKET = 256  # tokens; keys up to the next multiple are read, and those to come are masked
 MAX_DIFFERENCE = 0.02  # between graph and operations, in bf16: another attention kernel rounds anew
+FAILED: WeakSet[nn.Module] = WeakSet()  # models that a graph cannot hold
 log = logging.getLogger(__name__)
 
 
@@ -27,11 +29,11 @@ class GraphedRows(TokenRows):
     """
 
     graph: torch.cuda.CUDAGraph | None = None
-    is_checked = has_failed = False
+    is_checked = False
 
     def logits(self) -> Tensor:
         """Return the logits (rows, vocabulary) of each row's next token, until the next call."""
-        if self.has_failed or self.length - self.known != 1:
+        if self.model in FAILED or self.length - self.known != 1:
             return super().logits()
         if self.graph is None or self.length > self.end:
             self._capture()
@@ -71,10 +73,10 @@ class GraphedRows(TokenRows):
                     raise RuntimeError(f"its logits differ by {difference:.2g}")
                 self.is_checked = True
             self.graph = graph
-        except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            self.has_failed = True
+        except torch.OutOfMemoryError:
+            raise  # which a smaller batch may help
+        except Exception as error:  # of the model's code, or of CUDA
+            FAILED.add(self.model)
             log.warning("sampling without a CUDA graph, slower: %s", str(error).split("\n")[0])
         set_length(self.cache, self.known)
 
