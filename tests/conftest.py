@@ -78,7 +78,7 @@ def pytest_collection_modifyitems(items):
         item.fixturenames.insert(0, "simulated_cuda")
         item.add_marker("simulated")
         item.add_marker("slow")
-        if why := NOT_SIMULATED.get(item.originalname):
+        if why := NOT_SIMULATED.get(item.name) or NOT_SIMULATED.get(item.originalname):
             item.add_marker(pytest.mark.skip(reason=why))
 
 
