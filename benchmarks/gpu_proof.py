@@ -30,11 +30,12 @@ from benchmarks.tuning import DRY, GPU, Sizes
 
 ROOT = Path(__file__).parents[1]
 TESTS = {
-    "rows": ("gpu/test_rows_gpu.py", "gpu/test_sparse_gpu.py"),
+    "rows": ("gpu/test_rows_gpu.py", "gpu/test_sparse_gpu.py", "test_finished_rows.py"),
     "functions": (
         "gpu/test_functional_gpu.py",
-        *("test_functional.py", "test_gradients.py", "test_hard_inputs.py", "test_peers.py"),
-        *("test_precision.py", "test_sink.py", "test_sparse.py", "test_token_loss.py"),
+        *("test_functional.py", "test_gradients.py", "test_hard_inputs.py", "test_kept.py"),
+        *("test_peers.py", "test_precision.py", "test_sink.py", "test_sparse.py"),
+        "test_token_loss.py",
     ),
     "trainer": (
         "gpu/test_attention_gpu.py",

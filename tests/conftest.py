@@ -68,9 +68,11 @@ def pytest_collection_finish():
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """Where there is no GPU, run its tests on a simulated one, as slow tests."""
-    if torch.cuda.is_available():
+def pytest_collection_modifyitems(config, items):
+    """Where there is no GPU, run its tests on a simulated one, as slow tests, unless it is these
+    alone that are asked for.
+    """
+    if torch.cuda.is_available() or config.option.markexpr == "gpu":
         return
     for item in [item for item in items if item.get_closest_marker("gpu")]:
         for node in item.listchain():
