@@ -59,6 +59,7 @@ def test_a_mesh_of_many_dimensions_is_refused(monkeypatch):
         find_ranks("cpu")
 
 
+@pytest.mark.slow
 def test_a_folder_in_use_is_one_line(folders, tmp_path):
     command = ("-m", "em_kernels.cli", "train", *flags(folders[True], "run"))
     with Running(tmp_path / "run"):
