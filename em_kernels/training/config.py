@@ -181,8 +181,8 @@ class TrainConfig(Settings):
     or later, else sdpa, else eager, as far as the model has them.
     """
     chunk_bytes: Positive | None = None
-    """Memory for the logits held at a time, in bytes; default: about 256 MiB, less on a small
-    device, more with mode offload if there is room.
+    """Memory for the logits held at a time, in bytes; default: about 256 MiB, on a GPU at least 256
+    rows, more where there is room; less on a small device.
     """
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
     """Also log each update's metrics to this tracker, whose package must be installed; wandb works
