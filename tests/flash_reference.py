@@ -65,16 +65,12 @@ def flash_attn_varlen_func(
     return torch.cat([flash_attn_func(*(x[None] for x in part), *more)[0] for part in parts])
 
 
-def flash_attn_with_kvcache(q, k_cache, v_cache, k=None, v=None, **options):
-    """transformers calls this for a paged cache alone, which the trainer has none of."""
-    raise NotImplementedError
-
-
 def install(patch):
     """Let transformers find these functions as flash-attn; `patch` is a pytest.MonkeyPatch."""
     package, padding = ModuleType("flash_attn"), ModuleType("flash_attn.bert_padding")
-    for function in (flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache):
+    for function in (flash_attn_func, flash_attn_varlen_func):
         setattr(package, function.__name__, function)
+    package.flash_attn_with_kvcache = None  # of a paged cache, which the trainer has none of
     padding.pad_input, padding.unpad_input = theirs._pad_input, theirs._unpad_input
     patch.setitem(sys.modules, "flash_attn", package)
     patch.setitem(sys.modules, "flash_attn.bert_padding", padding)

@@ -172,7 +172,7 @@ def simulated(patch):
         "is_bf16_supported": lambda including_emulation=True: True,
         "device_count": lambda: 1,
         "current_device": lambda: 0,
-        "is_current_stream_capturing": lambda: False,
+        "is_current_stream_capturing": lambda: cuda.graph is not None,
         "get_device_name": lambda device=None: properties.name,
         "get_device_properties": lambda device=None: properties,
         "get_device_capability": lambda device=None: (properties.major, properties.minor),

@@ -3,15 +3,12 @@
 An operation counts once if it launches work on a device or copies; views and empty memory do not.
 """
 
-import contextlib
-
 import pytest
 import torch
+from says_cuda import say_cuda
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from em_kernels.kernels import self_test
-from em_kernels.kernels import triton as kernels
-from em_kernels.ops import chunked, gemm, sparse, vocab_slabs
+from em_kernels.ops import chunked, sparse, vocab_slabs
 from em_kernels.ops.inputs import GradMask, HeadInputs, SavedStats
 
 ROWS, D, V = 48, 1536, 151936
@@ -46,19 +43,7 @@ class Recorded:
 @pytest.fixture
 def launches(monkeypatch):
     launches = Launches()
-    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-    meta, bf16 = torch.device("meta"), torch.bfloat16
-    tested = ((meta, torch.float32, out) for out in (torch.float32, bf16))
-    monkeypatch.setattr(self_test, "_chosen", dict.fromkeys(tested, kernels))
-    monkeypatch.setattr(gemm, "_widens", {(meta, bf16): True})
-    monkeypatch.setattr(torch.cuda, "device_of", lambda y: contextlib.nullcontext())
-    monkeypatch.setattr(kernels, "_capability", lambda y: (9, 0))
-    monkeypatch.setattr(kernels, "_sm_count", lambda y: 132)
-    for name in list(vars(kernels)):
-        if name.endswith("_kernel"):
-            monkeypatch.setattr(kernels, name, Recorded(name, launches))
-    # Checks of values happen once a call, and need values.
-    monkeypatch.setattr(HeadInputs, "check_and_find_active", lambda *_, **__: None)
+    say_cuda(monkeypatch, lambda name: Recorded(name, launches))
     return launches
 
 

@@ -114,7 +114,7 @@ def _remedy(error: Exception) -> str:
 
 
 class Problem(NamedTuple):
-    """What the kernels are tested on."""
+    """A small problem, on which Triton's and the portable kernels are compared."""
 
     y: Tensor  # (ROWS, COLUMNS), the same values in fp32, bf16 and fp16
     inv_temperature: Tensor  # (ROWS,)

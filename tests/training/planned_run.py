@@ -6,17 +6,15 @@ the head keeps 2% of its columns. Attention is the CPU's, which keeps as much as
 memory-efficient kernels do.
 """
 
-import contextlib
 import weakref
 
 import torch
+from says_cuda import say_cuda
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from em_kernels.hf import head_of
-from em_kernels.kernels import self_test, triton
 from em_kernels.ops import sparse
-from em_kernels.ops.inputs import HeadInputs
 from em_kernels.training.engines.optimizer import PRECISIONS, MasterAdamW, adamw_options
 from em_kernels.training.engines.step import entropy_step
 from em_kernels.training.planning.activations import FakeModel, without_values
@@ -97,17 +95,9 @@ class StateOnDevice(MasterAdamW):
 
 
 def as_on_a_gpu(patch):
-    """Make tensors say that they are CUDA's, and leave out what only a GPU can do."""
-    patch.setattr(torch.Tensor, "is_cuda", True)
-    patch.setattr(torch.cuda, "device_of", lambda y: contextlib.nullcontext())
-    patch.setattr(triton, "_capability", lambda y: (8, 9))
-    patch.setattr(triton, "_sm_count", lambda y: 128)
-    patch.setattr(self_test, "tested_kernels", lambda x, out_dtype: triton)
+    """Make tensors say that they are CUDA's, with kernels that compute nothing."""
+    say_cuda(patch, lambda name: NoKernel())
     patch.setattr(sparse, "AsyncCounts", FewColumns)
-    patch.setattr(HeadInputs, "check_and_find_active", lambda *_, **__: None)
-    for name in list(vars(triton)):
-        if name.endswith("_kernel"):
-            patch.setattr(triton, name, NoKernel())
 
 
 def play(plan, model_config, prompt_tokens, allocator, updates=2):

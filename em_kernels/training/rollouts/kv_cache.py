@@ -77,8 +77,10 @@ class PreallocatedLayer(DynamicLayer):
             self.show(length)
 
     def _allocated(self, like: Tensor, rows: int) -> Tensor:
-        # Zeros, as masked keys and values are multiplied with 0 all the same.
-        return like.new_zeros(rows, like.shape[1], self.capacity, like.shape[3])
+        memory = like.new_empty(rows, like.shape[1], self.capacity, like.shape[3])
+        # A fixed_step(), on a GPU, multiplies masked keys and values with 0 all the same. On a CPU
+        # memory that is not written to takes none.
+        return memory.zero_() if memory.is_cuda else memory
 
     def show(self, length: int) -> tuple[Tensor, Tensor]:
         """Make so many tokens the layer's; return views of their keys and values."""
