@@ -45,7 +45,7 @@ training.distributed training.models
 training.rollouts training.data
 training.config
 training.settings training.interrupts training.console training.run_folder training.device_memory
-hf hf_trainer trl
+hf hf_trainer trl decoding
 functional losses
 ops.torch_library
 ops.chunked ops.vocab_slabs ops.from_logits ops.saved_gradients

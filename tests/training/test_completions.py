@@ -11,9 +11,12 @@ from spawned import outlived, wait_for
 from training.lives import begin, end
 from training.test_interrupt import lines
 from training.tiny import PLAIN, make_model, make_tokenizer, read, save_tiny
+from transformers import AutoModelForCausalLM
 
 from em_kernels.cli import main
+from em_kernels.decoding import EntropyMinimizationLogitsProcessor
 from em_kernels.training.data.problems import Problem
+from em_kernels.training.evaluation.completions import EVAL_STREAM
 from em_kernels.training.evaluation.task import TaskSettings, token_ids
 from em_kernels.training.evaluation.teacher_forcing import mean_entropies
 from em_kernels.training.rollouts.sampling import generate
@@ -57,6 +60,34 @@ def test_template_kwargs(tokenizer):
     model = make_model(max_position_embeddings=1024)
     text = asked(hinted, model, template_kwargs='{"hint": "the 3"}')
     assert text == "<|user|>What is 12 + 7?<|end|><|assistant|>the 3"
+
+
+def test_decoding_em_inf(folder, tokenizer, tmp_path, capfd):
+    """It samples as generate does with the logits processor, and only where it changes anything."""
+    questions = [f"What is {i} + 3?" for i in range(6)]
+    rows = [{"problem": question, "answer": "3"} for question in questions]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    base = ["eval", "--model", str(folder), "--data", str(tmp_path / "rows.jsonl"), *FLAGS]
+    base += ["--template", "raw", "--decoding", "em-inf", "--output"]
+    model, prompts = AutoModelForCausalLM.from_pretrained(folder), tokenizer(questions).input_ids
+    seeds, sharpen = (
+        [(0, i, 0, EVAL_STREAM) for i in range(6)],
+        EntropyMinimizationLogitsProcessor(),
+    )
+    sharpened, plain = (
+        tokenizer.batch_decode([r.response_ids for r in found], skip_special_tokens=True)
+        for processors in ([sharpen], [])
+        for found in [generate(model, tokenizer, prompts, seeds, PLAIN, processors=processors)]
+    )
+    assert main([*base, str(tmp_path / "eval"), "--temperature", "1"]) == 0
+    kept = sorted(read(tmp_path / "eval" / "completions.jsonl"), key=lambda row: row["problem"])
+    assert [row["text"] for row in kept] == sharpened != plain
+    capfd.readouterr()
+    other = [*base, str(tmp_path / "other")]
+    for more, why in (([], "leaves greedy"), (["--server", "http://localhost:1/v1"], "samples on")):
+        assert main([*other, *more]) == 2
+        assert f"error: decoding: em-inf {why}" in capfd.readouterr().err
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_few_shot_answer_ends_with_its_line():

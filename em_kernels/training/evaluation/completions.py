@@ -7,6 +7,7 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 from rich.console import Console
+from transformers import LogitsProcessor
 
 from ..console import progress_on
 from ..data.problems import Conversation
@@ -45,6 +46,7 @@ def local_completer(
     prompts: Sequence[str | Conversation],
     stream: int,
     with_entropy: bool = False,
+    processors: Sequence[LogitsProcessor] = (),
 ) -> Completer:
     """Return a function that samples in batches of similar length, longest prompts first."""
     model, tokenizer = opened
@@ -54,7 +56,8 @@ def local_completer(
         keys = keys[:count]
         rows = [prompt_ids[problem] for problem, _ in keys]
         seeds = [(task.seed, *key, stream) for key in keys]
-        rollouts = generate(model, tokenizer, rows, seeds, sampling, batch_size=count)
+        given = model, tokenizer, rows, seeds, sampling
+        rollouts = generate(*given, processors=processors, batch_size=count)
         entropies: Sequence[float | None] = [None] * count
         if with_entropy:
             entropies = mean_entropies(model, rollouts, sampling.temperature or 1.0)

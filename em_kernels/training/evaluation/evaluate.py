@@ -3,13 +3,15 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import yaml
 from pydantic import Field
 from rich.console import Console
+from transformers import LogitsProcessor
 
+from ...decoding import EntropyMinimizationLogitsProcessor
 from ..config import Sampling
 from ..console import progress_on
 from ..data.grading import Grader
@@ -46,6 +48,10 @@ class EvalConfig(TaskSettings):
         temperature=0, top_k=0, top_p=1, repetition_penalty=1, max_new_tokens=3072
     )
     """How completions are sampled. Of the model's generation_config only the EOS tokens apply."""
+    decoding: Literal["plain", "em-inf"] = "plain"
+    """em-inf: lower the entropy of each next-token distribution before the choice, as EM-INF does,
+    with its published settings. Greedy choices stay the same: sample at --temperature 0.1.
+    """
     samples: Positive = 1
     """Completions per problem; more than one needs a temperature above 0."""
     output: Path = Path("evals/eval")
@@ -65,6 +71,10 @@ class EvalConfig(TaskSettings):
     parallel: Positive = 32
     """Concurrent requests to the server."""
 
+    def processors(self) -> tuple[LogitsProcessor, ...]:
+        """Return what changes the logits between the repetition penalty and the temperature."""
+        return (EntropyMinimizationLogitsProcessor(),) if self.decoding == "em-inf" else ()
+
 
 def evaluate(config: EvalConfig, console: Console, against: Path | None = None) -> dict[str, Any]:
     """Evaluate a model; write results.json and return its content.
@@ -76,6 +86,11 @@ def evaluate(config: EvalConfig, console: Console, against: Path | None = None) 
         raise UserError(f"samples: {k} are all the same at sampling.temperature 0; raise it")
     if config.teacher_forced and (config.template != "few-shot" or config.server):
         raise UserError("teacher_forced: needs template few-shot, and no server")
+    if config.decoding == "em-inf" and (config.teacher_forced or config.server):
+        where = "samples on this machine"
+        raise UserError(f"decoding: em-inf {where}: leave out server and teacher_forced")
+    if config.decoding == "em-inf" and config.sampling.temperature == 0:
+        raise UserError("decoding: em-inf leaves greedy choices as they are; take temperature 0.1")
     problems, shots = config.problems()
     if any(problem.answer is None for problem in problems):
         raise UserError(f"data: not every problem of {config.data} has an answer to compare with")
@@ -90,7 +105,8 @@ def evaluate(config: EvalConfig, console: Console, against: Path | None = None) 
     elif config.server is not None:
         name, complete = _on_server(config, config.server, prompts)
     else:
-        complete = local_completer(config, open_model(config, console), prompts, EVAL_STREAM)
+        opened, processors = open_model(config, console), config.processors()
+        complete = local_completer(config, opened, prompts, EVAL_STREAM, processors=processors)
     served = name if config.server else fingerprint(config.model)
     with resumable(config.output, config, model=served, data=digest(problems, prompts)):
         write_whole(config.output / PROBLEMS, rows)

@@ -1,5 +1,6 @@
 """Choice of the next token by logits and a given random number."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,13 @@ from ..config import Sampling
 EXTRA = 14  # candidates beyond top-k: logits that equal the k-th stay in, as transformers has it
 
 
-def next_tokens(scores: Tensor, ids: Any, sampling: Sampling, uniforms: Tensor) -> Tensor:
+def next_tokens(
+    scores: Tensor,
+    ids: Any,
+    sampling: Sampling,
+    uniforms: Tensor,
+    processors: Sequence[generation.LogitsProcessor] = (),
+) -> Tensor:
     """Choose a token for each row, from the distribution of transformers' processors.
 
     With top-k only the candidates are sorted and summed up, not the vocabulary, unless more than
@@ -21,12 +28,15 @@ def next_tokens(scores: Tensor, ids: Any, sampling: Sampling, uniforms: Tensor) 
         scores: (rows, vocabulary) fp32 logits; changed.
         ids: (rows, tokens) tokens so far, which the repetition penalty counts.
         uniforms: (rows,) fp64 random numbers in [0, 1); not used at temperature 0.
+        processors: change the logits after the repetition penalty, before the temperature.
 
     Returns: (rows,) tokens.
     """
     if (penalty := sampling.repetition_penalty) != 1:
         seen = scores.gather(1, ids)
         scores.scatter_(1, ids, torch.where(seen < 0, seen * penalty, seen / penalty))
+    for processor in processors:
+        scores = processor(ids, scores)
     if sampling.temperature == 0:
         return scores.argmax(-1)
     warpers, top_k = _warpers(sampling), sampling.top_k

@@ -42,6 +42,7 @@ def generate(
     seeds: Sequence[Sequence[int]],
     sampling: Sampling,
     *,
+    processors: Sequence[generation.LogitsProcessor] = (),
     batch_size: int = 64,
     on_done: Callable[[int, Rollout], object] = lambda index, rollout: None,
     check: Callable[[], object] = lambda: None,
@@ -51,6 +52,7 @@ def generate(
     Args:
         prompts: token ids; those of similar length are sampled together.
         seeds: the integers that each completion's randomness depends on.
+        processors: change the logits after the repetition penalty, before the temperature.
         on_done: called with each completion and its index, some time after it has ended.
         check: called after every token; may raise to abandon the work.
 
@@ -61,7 +63,8 @@ def generate(
     ends = sorted({*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None})
     lengths, new = [len(ids) for ids in prompts], sampling.max_new_tokens
     pad = len(set(lengths)) > 1 and can_pad(model, max(lengths) + new)
-    sample = partial(_generate_batch, model, tokenizer, sampling, ends, check)
+    choose = partial(next_tokens, sampling=sampling, processors=processors)
+    sample = partial(_generate_batch, model, tokenizer, sampling, ends, check, choose)
     with ready_to_generate(model):
         for batch in _batches(lengths, new, batch_size, pad):
             uniforms = np.stack([np.random.default_rng(seeds[i]).random(new) for i in batch])
@@ -95,6 +98,7 @@ def _generate_batch(
     sampling: Sampling,
     ends: list[int],
     check: Callable[[], object],
+    choose: Callable[..., Tensor],
     prompts: Sequence[list[int]],
     uniforms: Tensor,
 ) -> Iterator[tuple[int, Rollout]]:
@@ -117,7 +121,7 @@ def _generate_batch(
         del logits
         if count == 1:
             check_overflow(scores[:, 0], model.dtype)
-        batch.append(next_tokens(scores, batch.tokens, sampling, uniforms[rows, count - 1]))
+        batch.append(choose(scores, batch.tokens, uniforms=uniforms[rows, count - 1]))
         check()
         ended = torch.zeros_like(rows, dtype=torch.bool)
         for ending in endings:  # Stop strings that begin in the prompt do not count.
