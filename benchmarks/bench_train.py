@@ -21,7 +21,8 @@ import em_kernels
 from benchmarks import inputs, store, tables
 from benchmarks.loops import by_hand, ours
 from benchmarks.store import BenchError
-from em_kernels.training.config import FULL_LR, preset
+from em_kernels.training.config import FULL_LR
+from em_kernels.training.presets import preset
 
 OURS, BF16, OFFICIAL = "ours-fp32", "ours-bf16", "official"
 PROGRAMS = {

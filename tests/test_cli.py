@@ -188,7 +188,7 @@ def help_of(command, config, capfd):
 
 def test_help_of_train_tells_every_setting_and_default(capfd):
     text = help_of("train", TrainConfig, capfd)
-    for default in ("0.95", "1.15", "512", "0.9 0.999", "1e-08", "runs/one-shot-em"):
+    for default in ("0.95", "1.15", "2048", "0.9 0.999", "1e-08", "runs/one-shot-em"):
         assert f"(default: {default})" in text
     assert "--config FILE" in text and "flags override" in text
 

@@ -7,10 +7,11 @@ from test_cli import help_of
 from test_cli_refusals import contents, refused
 
 from em_kernels.commands.flags import train_settings as settings
-from em_kernels.training.config import PRESETS, TrainConfig
+from em_kernels.training.config import TrainConfig
 from em_kernels.training.evaluation.evaluate import EvalConfig
 from em_kernels.training.evaluation.select import SelectConfig
 from em_kernels.training.evaluation.study import StudyConfig
+from em_kernels.training.presets import PRESETS
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,9 @@ REFUSED = [  # arguments beside --model model, what the line names
     (file("no-rows.jsonl"), "prompt_rows: 0 is not in no-rows.jsonl, which has 0 rows"),
     (file("good.jsonl", "--prompt-rows", "1", "2"), "prompt_rows: 2 .* has 2 rows"),
     (file("good.jsonl", "--prompt-rows", "-1"), "prompt_rows.0: -1: .* greater"),
+    (file("good.jsonl", "--prompt-rows", "0:2", "1-3"), "prompt_rows: .* neither a row .3. nor a"),
+    (file("good.jsonl", "--prompt-rows", "3:3"), "prompt_rows: .* at least 1 item"),
+    (file("good.jsonl", "--fresh-prompts", "2"), "fresh_prompts: 2 needs at least 2 prompt_rows"),
     (
         file("good.jsonl", "--prompt-rows", "0", "1", "--rollouts", "1"),
         "rollouts: 1 are fewer",

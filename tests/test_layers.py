@@ -43,6 +43,7 @@ training.engines training.task
 training.runs
 training.distributed training.models
 training.rollouts training.data
+training.presets
 training.config
 training.settings training.interrupts training.console training.run_folder training.device_memory
 hf hf_trainer trl decoding

@@ -6,15 +6,17 @@ from typing import TypeVar
 
 import tyro
 
-from ..training.config import TrainConfig, preset, read_yaml
+from ..training.config import TrainConfig, read_yaml
+from ..training.presets import preset
 from ..training.run_folder import CONFIG
 from ..training.settings import Settings, UserError
 
 T = TypeVar("T", bound=Settings)
 SOURCES = f"""--preset NAME starts from a preset; flags override it:
-  one-shot-em  the paper's recipe, the same as the defaults
-  official     loss, rollouts and updates as the paper's train.py has them
-  demo         a 135M model on two-digit addition
+  paper          the paper's recipe, the same as the defaults; also called one-shot-em
+  official       loss, rollouts, updates and 512 new tokens, as the paper's train.py has them now
+  official-2505  the same with 2048 new tokens, as in May 2025, when the paper appeared
+  demo           a 135M model on two-digit addition
 --config FILE starts from a YAML file, such as a run's {CONFIG}; flags override it.
 
 """
@@ -25,7 +27,7 @@ def train_settings(command: str, arguments: list[str], examples: str) -> tuple[T
     prog = f"em-kernels {command}"
     parser = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
     sources = parser.add_mutually_exclusive_group()
-    sources.add_argument("--preset", default="one-shot-em")
+    sources.add_argument("--preset", default="paper")
     sources.add_argument("--config", type=Path)
     if command == "train":
         sources.add_argument("--resume", type=Path)

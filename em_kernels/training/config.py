@@ -1,14 +1,16 @@
-"""Settings of sampling and of a training run: defaults (the paper's), ranges, presets."""
+"""Settings of sampling and of a training run: defaults (the paper's) and ranges."""
 
 import os
+import re
 from collections.abc import Set
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 from tyro.conf import arg
+from tyro.constructors import PrimitiveConstructorSpec
 
 from .settings import Auto, Positive, Settings, UserError, in_one_line
 
@@ -21,6 +23,34 @@ def _not_too_cold(temperature: float) -> float:
     if 0 < temperature < 0.01:  # Logits divided by it might overflow.
         raise PydanticCustomError("low", "is below 0.01; 0 is greedy")
     return temperature
+
+
+def _row_numbers(rows: Any) -> Any:
+    """Replace ranges (0:16, without 16) by their numbers; what is no text stays."""
+    found: list[Any] = []
+    for row in rows if isinstance(rows, (list, tuple)) else [rows]:
+        text = str(row)
+        if match := re.fullmatch(r"(\d+):(\d+)", text):
+            found += range(int(match[1]), int(match[2]))
+        elif re.fullmatch(r"-?\d+", text):
+            found.append(int(text))
+        else:
+            raise PydanticCustomError("rows", "is neither a row (3) nor a range of rows (0:16)")
+    return found
+
+
+Rows = Annotated[
+    tuple[Annotated[int, Field(ge=0)], ...],
+    Field(min_length=1),
+    BeforeValidator(_row_numbers),
+    PrimitiveConstructorSpec[Any](
+        nargs="*",
+        metavar="ROW|FIRST:END",
+        instance_from_str=tuple,
+        is_instance=lambda rows: isinstance(rows, tuple),
+        str_from_instance=lambda rows: list(map(str, rows)),
+    ),
+]
 
 
 class Sampling(Settings):
@@ -38,7 +68,7 @@ class Sampling(Settings):
     """Make tokens that already occurred, in the prompt too, less likely: positive logits are
     divided by this, negative ones multiplied. 1 turns this off.
     """
-    max_new_tokens: Positive = 512
+    max_new_tokens: Positive = 2048
     """Maximum length of a completion, in tokens."""
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Strings that end a completion, besides the end-of-sequence token. The token that completes
@@ -61,8 +91,14 @@ class TrainConfig(Settings):
     """Text of the prompt to train on."""
     prompt_from: Path | None = None
     """Read the prompt from this .jsonl or .parquet file instead."""
-    prompt_rows: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)
-    """Rows of prompt_from to train on, counted from 0; each gets an equal share of the rollouts."""
+    prompt_rows: Rows = (0,)
+    """Rows of prompt_from to train on, counted from 0, and ranges of them (0:16, without 16); each
+    gets an equal share of the rollouts.
+    """
+    fresh_prompts: Positive | None = None
+    """Train each update on this many of the rows, on others each time until too few are left;
+    default: on all of them, in every update.
+    """
     answer: str | None = None
     """Correct answer to the prompt, used only to report accuracy; training never sees it. Rows of
     prompt_from bring their own.
@@ -114,8 +150,8 @@ class TrainConfig(Settings):
     """
     official_loss: bool = False
     """Compute the loss exactly as the paper's train.py does: each entropy is weighted by the mask
-    of its own position instead of the next token's, EOS is left out, micro-batch means are
-    averaged.
+    of its own position instead of the next token's, the tokenizer's padding token is left out (EOS
+    for Qwen2.5's base models), micro-batch means are averaged.
     """
 
     mode: Literal["auto", "full", "offload", "lora"] = "auto"
@@ -199,6 +235,11 @@ class TrainConfig(Settings):
         """Temperature that the loss divides logits by."""
         return self.loss_temperature or self.sampling.temperature or 1.0
 
+    @property
+    def prompts_at_once(self) -> int:
+        """Number of prompts that an update trains on."""
+        return 1 if self.prompt_from is None else self.fresh_prompts or len(self.prompt_rows)
+
     def flat(self, exclude: Set[str] = frozenset()) -> dict[str, Any]:
         """Return settings by name as JSON values; those of sampling as "sampling.NAME"."""
         values = self.model_dump(mode="json", exclude={*exclude})
@@ -223,8 +264,13 @@ class TrainConfig(Settings):
             raise UserError("prompt: is empty; give a text to complete")
         if self.answer is not None and self.prompt_from is not None:
             raise UserError("answer: goes with a prompt given as text; a file's rows have answers")
-        if self.prompt_from is not None and len(self.prompt_rows) > self.rollouts:
-            few = f"{self.rollouts} are fewer than {len(self.prompt_rows)} prompt_rows"
+        rows, fresh = len(self.prompt_rows), self.fresh_prompts
+        if fresh is not None and (self.prompt_from is None or fresh > rows):
+            need = "a prompt_from" if self.prompt_from is None else f"at least {fresh} prompt_rows"
+            raise UserError(f"fresh_prompts: {fresh} needs {need}, such as 0:{16 * fresh}")
+        if self.prompt_from is not None and self.prompts_at_once > self.rollouts:
+            which = "prompt_rows" if fresh is None else "fresh_prompts"
+            few = f"{self.rollouts} are fewer than {self.prompts_at_once} {which}"
             raise UserError(f"rollouts: {few}; give at least one for each")
         if self.four_bit and self.mode not in ("auto", "lora"):
             raise UserError(f"4bit: goes with mode lora; mode {self.mode} trains the whole weights")
@@ -250,37 +296,3 @@ def read_yaml(path: Path) -> TrainConfig:
         raise UserError(f"config: {path}: {error}") from None
     except TypeError as error:
         raise UserError(f"config: {path}: names of settings must be text") from error
-
-
-ADDITION_SHOTS = ((12, 7), (23, 45))
-DEMO_SHOTS = "".join(
-    f"Q: What is {a} + {b}?\nA: {a} + {b} = {a + b}\n\n" for a, b in ADDITION_SHOTS
-)
-PRESETS: dict[str, dict[str, Any]] = {
-    "one-shot-em": {},
-    # The official train.py runs 8 GPUs that sample the same 8 completions each; its "step" is a
-    # micro-batch of 2 completions.
-    "official": {"rollouts": 8, "steps": 2, "micro_batch_rows": 2, "official_loss": True},
-    "demo": {
-        "model": "demo",
-        "prompt": f"{DEMO_SHOTS}Q: What is 38 + 45?\nA:",
-        "answer": "83",
-        "chat_template": False,
-        "output": "runs/demo-train",
-        "rollouts": 32,
-        "steps": 5,
-        "lr": 5e-6,
-        "stop_below": 0.1,
-        "save_at": (),
-        "sampling": Sampling(
-            temperature=1, top_k=0, top_p=1, repetition_penalty=1, max_new_tokens=24, stop=("\n",)
-        ),
-    },
-}
-
-
-def preset(name: str) -> TrainConfig:
-    """Return the settings of a preset; those it leaves out have their defaults (the paper's)."""
-    if name not in PRESETS:
-        raise UserError(f"preset: {name!r} is unknown; choose one of {', '.join(PRESETS)}")
-    return TrainConfig(**PRESETS[name])

@@ -30,7 +30,7 @@ from .run_folder import METRICS, ROLLOUTS, checkpoint_folder, update_of
 from .runs import records
 from .runs.checkpoint import defining_settings, newest_state, read_state, save_checkpoint
 from .settings import UserError
-from .task import Task
+from .task import Task, prompt_indices
 
 T = TypeVar("T")
 
@@ -62,9 +62,6 @@ class Run:
     ) -> None:
         self.asked, self.config, self.plan = asked, plan.config, plan
         self.task, self.console, self.ranks = task, console, ranks
-        index = [i % len(task.prompts) for i in range(plan.config.rollouts)]
-        self.prompts = [task.prompts[i] for i in index]  # of each completion
-        self.answers = [task.problems[i].answer for i in index]
         self.result, self.grader = TrainResult(asked.output), Grader()
         self.recorded: dict[int, list[Rollout]] = {}  # completions to replay, by update
         self.stopped = StoppedRun()  # where this run resumes
@@ -100,12 +97,15 @@ class Run:
             self.console.print(why, soft_wrap=True)
             self.config = self.engine.config
 
+    def _prompts(self, update: int) -> list[list[int]]:
+        """Return the prompt of each of an update's completions."""
+        return [self.task.prompts[i] for i in prompt_indices(self.config, update)]
+
     def _completions_in(self, run: Path) -> dict[int, list[Rollout]]:
         """Read a run's completions of this task's prompts, by update."""
         vocab_size = self.task.model_config.get_text_config().vocab_size
-        return records.replayable(
-            run, self.prompts, vocab_size, self.config.sampling.max_new_tokens
-        )
+        new = self.config.sampling.max_new_tokens
+        return records.replayable(run, self.config.rollouts, self._prompts, vocab_size, new)
 
     def start(self, resume: bool) -> None:
         """Begin the run's folder; or restore its newest state, and completions sampled after it."""
@@ -209,6 +209,7 @@ class Run:
         config, ranks = self.config, self.ranks
         indices = range(ranks.index, config.rollouts, ranks.count)
         done: dict[int, Rollout] = {}  # also of a batch that then ran out of memory
+        prompts = self._prompts(update)
 
         def sample(batch_size: int) -> None:
             left = [i for i in indices if i not in done]
@@ -220,7 +221,7 @@ class Run:
             generate(
                 self.engine.model,
                 self.task.tokenizer,
-                [self.prompts[i] for i in left],
+                [prompts[i] for i in left],
                 [(config.seed, update, i) for i in left],
                 config.sampling,
                 batch_size=batch_size,
@@ -275,7 +276,8 @@ class Run:
         """Grade the completions and write them down; return their accuracy."""
         responses = [rollout.response_ids for rollout in rollouts]
         texts = self.task.tokenizer.batch_decode(responses, skip_special_tokens=True)
-        pairs = list(zip(texts, self.answers, strict=True))
+        answers = [self.task.problems[i].answer for i in prompt_indices(self.config, update)]
+        pairs = list(zip(texts, answers, strict=True))
         right = self.grader.grade(pairs, lambda _: stop.check())
         rows = [
             {
@@ -284,14 +286,14 @@ class Run:
                 "prompt_ids": rollout.prompt_ids,
                 "response_ids": rollout.response_ids,
                 "ended": rollout.ended,
-                "correct": None if self.answers[index] is None else right[index],
+                "correct": None if answers[index] is None else right[index],
                 "text": text,
             }
             for index, (rollout, text) in enumerate(zip(rollouts, texts, strict=True))
         ]
         if update > len(self.stopped.completions):
             records.append(self.config.output / ROLLOUTS, rows)
-        graded = [r for r, a in zip(right, self.answers, strict=True) if a is not None]
+        graded = [r for r, a in zip(right, answers, strict=True) if a is not None]
         return sum(graded) / len(graded) if graded else None
 
     def save(self) -> None:

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -42,6 +43,20 @@ def check_context(
     if context is not None and longest + new > context:
         why = f"{longest} prompt tokens and {new} exceed the model's context of {context}"
         raise UserError(f"sampling.max_new_tokens: {why}; give at most {context - longest}")
+
+
+def prompt_indices(config: TrainConfig, update: int) -> list[int]:
+    """Return which of the run's prompts each completion of an update is for.
+
+    Fresh prompts are dealt from the shuffled rows, which are shuffled anew when too few are left.
+    """
+    count, size = len(config.prompt_rows), config.prompts_at_once
+    dealt = list(range(size))
+    if config.fresh_prompts is not None:
+        turn, place = divmod(update - 1, count // size)
+        order = np.random.default_rng((config.seed, turn)).permutation(count).tolist()
+        dealt = order[place * size : (place + 1) * size]
+    return [dealt[i % size] for i in range(config.rollouts)]
 
 
 def load_task(config: TrainConfig) -> Task:

@@ -145,7 +145,8 @@ def recorded_prompts(task: Task, config: TrainConfig, run: Path) -> Task:
     Some chat templates, such as Llama's, write today's date into the prompt.
     """
     has_date = task.chat_template and "strftime_now" in str(task.tokenizer.chat_template)
-    recorded = read_rollouts(run, config.rollouts) if has_date else {}
+    same_prompts = config.fresh_prompts is None  # in every update
+    recorded = read_rollouts(run, config.rollouts) if has_date and same_prompts else {}
     if not recorded:
         return task
     prompts = [rollout.prompt_ids for rollout in recorded[1][: len(task.prompts)]]

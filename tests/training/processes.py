@@ -145,7 +145,7 @@ def engine_facts(config):
     """Return what each process observes of its engine."""
     ranks, stop = find_ranks(config.device, config.rollouts), StopRequest()
     engine = engine_of(ranks.launch.engine)(make_model(), make_tokenizer(), config, ranks)
-    ended = [Rollout([5, 6], [0], True)] * 3  # the official loss leaves out their only token
+    ended = [Rollout([5, 6], [2], True)] * 3  # the official loss leaves out padding
     loss, norm = engine.forward_backward(ended, 40, stop.check), engine.norm()
     parts = [name for name, m in engine.model.named_modules() if isinstance(m, FSDPModule)]
     stop.requested = ranks.index == 1  # on one rank alone

@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from em_kernels.training.config import ADDITION_SHOTS, DEMO_SHOTS, TrainConfig
+from em_kernels.training.config import TrainConfig
 from em_kernels.training.data.problems import (
     Problem,
     as_problem,
@@ -22,6 +22,7 @@ from em_kernels.training.data.problems import (
     read_rows,
 )
 from em_kernels.training.evaluation.teacher_forcing import known_answers
+from em_kernels.training.presets import ADDITION_SHOTS, DEMO_SHOTS
 from em_kernels.training.settings import UserError
 
 CHAT = [
@@ -88,8 +89,9 @@ def test_a_byte_order_mark_is_no_text(name, tmp_path):
 def test_rows_of_a_file(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(f'{{"prompt": "p{i}", "answer": {i}}}\n' for i in range(5)))
-    config = TrainConfig(prompt_from=path, prompt_rows=(3, 0, 3))
-    assert problems_of(config) == [Problem("p3", "3"), Problem("p0", "0"), Problem("p3", "3")]
+    config = TrainConfig(prompt_from=path, prompt_rows=("3", "0:2", 3))
+    assert config.prompt_rows == (3, 0, 1, 3)
+    assert problems_of(config) == [Problem(f"p{i}", str(i)) for i in (3, 0, 1, 3)]
     with pytest.raises(UserError, match="prompt_rows: 5 is not in .* has 5 rows"):
         problems_of(TrainConfig(prompt_from=path, prompt_rows=(0, 5)))
 

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from em_kernels.training.config import DEMO_SHOTS
 from em_kernels.training.models.demo_model import fetch_demo
+from em_kernels.training.presets import DEMO_SHOTS
 from em_kernels.training.settings import UserError
 
 

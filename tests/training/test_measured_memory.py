@@ -70,7 +70,7 @@ def test_activations_to_the_byte(kind, dtype, options, shared, recompute):
 
     def step():
         begun = SharedPrefix(model, batch[0].prompt_ids) if shared else None
-        states = scored_states(model, batch, begun, False)
+        states = scored_states(model, batch, begun)
         states = states if begun is None else torch.cat([begun.last, states])
         assert len(states) == found.head_rows
         states.backward(torch.zeros_like(states))

@@ -116,7 +116,7 @@ def test_7b_is_offloaded_from_a_24_gb_card(model):
     assert plan.name == "offload" and plan.fits
     assert (plan.config.moments, plan.config.gradients) == ("bf16", "fp32")
     assert 18 * GIB < plan.device_total <= plan.device_limit
-    assert plan.config.micro_batch >= 4096 and plan.config.rollout_batch == 64
+    assert plan.config.micro_batch >= 4096 and plan.config.rollout_batch >= 32
     assert plan.config.gradient_checkpointing is True and plan.config.dtype == "bfloat16"
     assert plan.device_total == sum(
         plan.device[name] for name in ("weights", "buffers", "context", "fragments", "spare")

@@ -20,7 +20,7 @@ from training.processes import (
 )
 from training.tiny import settings
 
-from em_kernels.training.engines.step import rank_share, scored_positions
+from em_kernels.training.engines.step import Scoring, rank_share
 from em_kernels.training.rollouts.sampling import Rollout
 from em_kernels.training.trainer import train
 
@@ -132,16 +132,17 @@ def test_every_token_counts_once(count, official):
     rollouts = [Rollout([1, 2, 3], list(range(1, 2 + i % 7)), bool(i % 2)) for i in range(13)]
     asked = {**APART, "official_loss": official, "micro_batch_rows": 2 if official else None}
     config = settings("none", "none", **asked)
-    parts = [rank_share(rollouts, config, 20, index, count) for index in range(count)]
+    scoring = Scoring(official, padding=3)
+    parts = [rank_share(rollouts, config, 20, index, count, scoring) for index in range(count)]
     batches = [[b for _, group in part.work for b in group] for part in parts]
     given = [id(rollout) for own in batches for batch in own for rollout in batch]
     assert sorted(given) == sorted(map(id, rollouts))
     assert {part.rounds for part in parts} == {max(map(len, batches))}
     weights = [
-        tokens / parts[0].divisor(tokens, official)
+        tokens / parts[0].divisor(tokens, scoring)
         for own in batches
         for batch in own
-        if (tokens := sum(len(scored_positions(r, official)) for r in batch))
+        if (tokens := sum(len(scoring.positions(r)) for r in batch))
     ]
     assert sum(weights) == pytest.approx(1)
     sizes = [sum(map(len, (r for b in own for r in b))) for own in batches]

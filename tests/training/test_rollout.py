@@ -17,7 +17,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from em_kernels.training.config import DEMO_SHOTS, Sampling
+from em_kernels.training.config import Sampling
+from em_kernels.training.presets import DEMO_SHOTS
 from em_kernels.training.rollouts.sampling import generate
 
 PLAIN = Sampling(temperature=1, top_k=0, top_p=1, repetition_penalty=1, max_new_tokens=24)

@@ -217,7 +217,7 @@ def refusal(status, message):
 def test_every_field_is_sent(serve, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     url, seen = serve(completion)
-    sampling = Sampling(temperature=0.5, top_k=0, top_p=0.95, repetition_penalty=1.15)
+    sampling = Sampling(temperature=0.5, top_k=0, max_new_tokens=512)
     collect(url, "m", ["2 + 2"], sampling, seeds=[2**40 + 5], template_kwargs={"think": False})
     sampling = sampling.model_copy(update={"top_k": 50, "stop": ("\n",)})
     collect(url, "m", [asked("2")], sampling, seeds=[6], template_kwargs={"think": False})

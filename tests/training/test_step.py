@@ -103,9 +103,10 @@ def test_the_split_into_micro_batches_changes_nothing(batches, tmp_path):
     assert_same(ours, plain_gradients(model, expected), TOLERANCE)
 
 
-def test_official_loss(tmp_path):
-    """Logits at t weighted by token t's mask, without EOS; the mean of micro-batches' means, these
-    in the order of sampling.
+@pytest.mark.parametrize("padding", [0, 2])
+def test_official_loss(padding, tmp_path):
+    """Logits at t weighted by token t's mask, which leaves out padding, EOS (0) too if it is that;
+    the mean of micro-batches' means, these in the order of sampling.
     """
     model = make_model(dtype=torch.float64)
     config = settings("-", tmp_path, official_loss=True, micro_batch_rows=2)
@@ -114,7 +115,7 @@ def test_official_loss(tmp_path):
     for first in range(0, len(rollouts), 2):
         found = []
         for r in rollouts[first : first + 2]:
-            mask = [0.0] * len(r.prompt_ids) + [float(token != 0) for token in r.response_ids]
+            mask = [0.0] * len(r.prompt_ids) + [float(token != padding) for token in r.response_ids]
             found.append(plain_entropies(model, r, 1.0)[[bool(m) for m in mask]])
         if len(torch.cat(found)):
             means.append(torch.cat(found).mean())
@@ -122,7 +123,7 @@ def test_official_loss(tmp_path):
     truth = plain_gradients(model, expected)
     for share in (True, False):
         changed = config.model_copy(update={"share_prefix": share})
-        loss, ours = loss_and_gradients(model, rollouts, changed)
+        loss, ours = loss_and_gradients(model, rollouts, changed, padding=padding)
         assert loss.entropy == pytest.approx(expected.item(), rel=TOLERANCE)
         assert_same(ours, truth, TOLERANCE)
 

@@ -2,10 +2,12 @@
 
 import json
 import shutil
+from io import StringIO
 
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from torch.testing import assert_close
 from training.test_step import plain_loss
 from training.tiny import (
@@ -24,12 +26,35 @@ from em_kernels.training.config import read_yaml
 from em_kernels.training.models.loading import load_model
 from em_kernels.training.rollouts.sampling import Rollout
 from em_kernels.training.settings import UserError
+from em_kernels.training.trainer import train
 
 TIMES = {"tokens_per_s", "sampling_s", "training_s", "peak_memory_gib", "rollout_batch"}
 
 
 def weights_of(folder):
     return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+def test_fresh_prompts(folder, tmp_path):
+    """Updates have other rows until too few are left, also in a run that is resumed."""
+    pool = tmp_path / "pool.jsonl"
+    texts = ["What is 2 + 3?", "Hello", "the abc\n\nthe", "abc", "1 2 3"]
+    rows = [{"prompt": text, "answer": str(i)} for i, text in enumerate(texts)]
+    pool.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = {"prompt": None, "prompt_from": pool, "prompt_rows": ["0:5"], "fresh_prompts": 2}
+    asked |= {"chat_template": False, "rollouts": 4}
+    config = settings(folder, tmp_path / "run", **asked, steps=3)
+    assert config.prompt_rows == (0, 1, 2, 3, 4)
+    run(config)
+    longer = config.model_copy(update={"steps": 5})
+    assert len(train(longer, console=Console(file=StringIO()), resume=True).metrics) == 5
+    prompts, records = make_tokenizer()(texts).input_ids, read(tmp_path / "run" / "rollouts.jsonl")
+    dealt = []
+    for update in range(1, 6):
+        ids = [row["prompt_ids"] for row in records if row["update"] == update]
+        assert ids[:2] == ids[2:] and ids[0] != ids[1]
+        dealt += [prompts.index(row) for row in ids[:2]]
+    assert len(set(dealt[:4])) == len(set(dealt[4:8])) == 4 and dealt[:4] != dealt[4:8]
 
 
 @pytest.mark.parametrize("clip", [0.05, 1e6], ids=["clipped", "not clipped"])

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from em_kernels.hf import head_of
 from em_kernels.training.config import Sampling, TrainConfig
 from em_kernels.training.engines.optimizer import MasterAdamW
-from em_kernels.training.engines.step import entropy_step
+from em_kernels.training.engines.step import Scoring, entropy_step
 from em_kernels.training.models.rounding import to_bf16
 
 CONTEXT = 128
@@ -109,12 +109,11 @@ def make_optimizer(model, config):
     )
 
 
-def loss_and_gradients(model, rollouts, config, micro_batch=10**6):
+def loss_and_gradients(model, rollouts, config, micro_batch=10**6, padding=0):
     """Return the loss and, by parameter, the gradients of one update."""
-    optimizer = make_optimizer(model, config)
-    loss = entropy_step(
-        model, head_of(model), rollouts, config, optimizer, micro_batch, lambda: None
-    )
+    optimizer, scoring = make_optimizer(model, config), Scoring(config.official_loss, padding)
+    given = model, head_of(model), rollouts, config, optimizer, micro_batch, lambda: None
+    loss = entropy_step(*given, scoring=scoring)
     gradients = {s.name: s.gradient.view(s.parameter.shape) for s in optimizer._with_gradient()}
     optimizer.close()
     return loss, gradients

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple, TypeAlias
 import yaml
 from transformers import PreTrainedTokenizerBase
 
-from ..config import ADDITION_SHOTS, TrainConfig
+from ..config import TrainConfig
+from ..presets import ADDITION_SHOTS
 from ..settings import UserError, has_surrogates, in_one_line
 from .grading import boxed
 

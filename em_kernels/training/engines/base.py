@@ -20,7 +20,7 @@ from ..rollouts.sampling import Rollout
 from ..runs.checkpoint import Writer, write_model
 from ..settings import UserError
 from .optimizer import PRECISIONS, MasterAdamW, adamw_options
-from .step import StepLoss, can_share_prefix, entropy_step
+from .step import StepLoss, can_share_prefix, entropy_step, scoring_of
 
 
 class Engine:
@@ -38,6 +38,7 @@ class Engine:
         ranks: Ranks,
     ) -> None:
         self.model, self.tokenizer, self.config, self.ranks = model.eval(), tokenizer, config, ranks
+        self.scoring = scoring_of(config, tokenizer)
         self.prepare()
 
     def check_model(self) -> bool:
@@ -87,9 +88,17 @@ class Engine:
     ) -> StepLoss:
         """Compute this rank's share of the gradient anew, and return its share of the loss."""
         self.optimizer.clear()
-        model, config, rank = self.model, self.config, (self.ranks.index, self.ranks.count)
         return entropy_step(
-            model, head_of(model), rollouts, config, self.optimizer, micro_batch, check, *rank
+            self.model,
+            head_of(self.model),
+            rollouts,
+            self.config,
+            self.optimizer,
+            micro_batch,
+            check,
+            self.ranks.index,
+            self.ranks.count,
+            self.scoring,
         )
 
     def norm(self) -> float:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -156,12 +156,29 @@ def recomputation(model: PreTrainedModel, on: bool) -> Iterator[None]:
             del layer.forward
 
 
-def scored_positions(rollout: Rollout, official: bool) -> range:
-    """Return the positions whose logits count: the state at t scores token t + 1. The official
-    train.py takes the positions of the response's own tokens, without EOS.
-    """
-    start, end = len(rollout.prompt_ids), len(rollout)
-    return range(start, end - rollout.ended) if official else range(start - 1, end - 1)
+class Scoring(NamedTuple):
+    """Which logits count, and how they are averaged: ours, or those of the official train.py."""
+
+    official: bool = False
+    padding: int | None = None  # the tokenizer's padding: EOS for Qwen2.5's base models
+
+    def positions(self, rollout: Rollout) -> range:
+        """Return the positions whose logits count: the state at t scores token t + 1. The official
+        ones are those of the response's own tokens that are not padding.
+        """
+        start, end = len(rollout.prompt_ids), len(rollout)
+        if not self.official:
+            return range(start - 1, end - 1)
+        return range(start, end - (rollout.response_ids[-1:] == [self.padding]))
+
+
+OURS = Scoring()
+
+
+def scoring_of(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Scoring:
+    """Return the run's scoring; without padding of its own a tokenizer pads with EOS."""
+    padding, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    return Scoring(config.official_loss, eos if padding is None else padding)
 
 
 Groups: TypeAlias = list[tuple[Sequence[int] | None, list[Rollout]]]
@@ -211,10 +228,14 @@ class TokenBatch(NamedTuple):
 
 
 def token_batch(
-    batch: Sequence[Rollout], first: int, official: bool, device: torch.device, packed: bool = False
+    batch: Sequence[Rollout],
+    first: int,
+    scoring: Scoring,
+    device: torch.device,
+    packed: bool = False,
 ) -> TokenBatch:
     """Return the rollouts' tokens from column `first` on."""
-    spans = [scored_positions(rollout, official) for rollout in batch]
+    spans = [scoring.positions(rollout) for rollout in batch]
     columns = 0 if packed else max(span.stop for span in spans) - first
     ids, scored, lengths = list[int](), list[int](), list[int]()
     for rollout, span in zip(batch, spans, strict=True):
@@ -229,11 +250,14 @@ def token_batch(
 
 
 def scored_states(
-    model: PreTrainedModel, batch: Sequence[Rollout], prompt: SharedPrefix | None, official: bool
+    model: PreTrainedModel,
+    batch: Sequence[Rollout],
+    prompt: SharedPrefix | None,
+    scoring: Scoring = OURS,
 ) -> Tensor:
     """Return hidden states (n, D) at the scored positions, without those of a shared prompt."""
     first, device = 0 if prompt is None else prompt.length, model.device
-    ids, scored, lengths = token_batch(batch, first, official, device, can_pack(model))
+    ids, scored, lengths = token_batch(batch, first, scoring, device, can_pack(model))
     if ids.shape[1] == 0:
         assert prompt is not None
         return prompt.last[:0]
@@ -256,9 +280,9 @@ class RankShare(NamedTuple):
     batches: int  # that score any token, on all ranks
     rounds: int  # micro-batches of the rank that has most
 
-    def divisor(self, tokens: int, official: bool) -> int:
+    def divisor(self, tokens: int, scoring: Scoring) -> int:
         """Return what each token's entropy is divided by in a micro-batch with so many of them."""
-        return tokens * self.batches if official else self.tokens
+        return tokens * self.batches if scoring.official else self.tokens
 
 
 def rank_share(
@@ -267,10 +291,11 @@ def rank_share(
     micro_batch: int,
     index: int,
     count: int,
+    scoring: Scoring = OURS,
     packed: bool = False,
 ) -> RankShare:
     """Return the share of rank `index` of `count`; the token mean spans all ranks."""
-    official, rows = config.official_loss, config.micro_batch_rows
+    rows = config.micro_batch_rows
 
     def work_of(rollouts: Sequence[Rollout], tokens: int) -> Work:
         return [
@@ -278,14 +303,14 @@ def rank_share(
             for ids, group in by_prompt(rollouts, config.share_prefix is True)
         ]
 
-    if official:  # The loss is a mean over micro-batches, so their order and content are fixed.
+    if scoring.official:  # a mean over micro-batches, so their order and content are fixed
         work = work_of(rollouts, sys.maxsize)
         works: list[Work] = [[(ids, b[i::count]) for ids, b in work] for i in range(count)]
     else:  # Sorting by length keeps padding small and the ranks' work alike.
         rollouts = sorted(rollouts, key=len)
         works = [work_of(rollouts[i::count], micro_batch) for i in range(count)]
     batches = [[batch for _, group in work for batch in group] for work in works]
-    tokens = [sum(len(scored_positions(r, official)) for r in batch) for batch in chain(*batches)]
+    tokens = [sum(len(scoring.positions(r)) for r in batch) for batch in chain(*batches)]
     mine = [(ids, group) for ids, group in works[index] if group]
     return RankShare(mine, sum(tokens), sum(n > 0 for n in tokens), max(map(len, batches)))
 
@@ -311,6 +336,7 @@ def entropy_step(
     check: Callable[[], None],
     index: int = 0,
     count: int = 1,
+    scoring: Scoring = OURS,
 ) -> StepLoss:
     """Add the gradient of the mean entropy over all scored tokens, or of its negative if that is
     the objective, to the optimizer's, times its scale.
@@ -321,8 +347,8 @@ def entropy_step(
         check: called before each micro-batch; may raise to abandon the work.
         index, count: this rank, of so many; only its share is computed and returned.
     """
-    official, weight, options = config.official_loss, head.weight, loss_options(config, head)
-    share = rank_share(rollouts, config, micro_batch, index, count, can_pack(model))
+    weight, options = head.weight, loss_options(config, head)
+    share = rank_share(rollouts, config, micro_batch, index, count, scoring, can_pack(model))
     mean, reports = 0.0, torch.zeros(2)
     # Where memory use turns: before a micro-batch's forward, head and backward, and at the end.
     trim = return_freed_memory if model.device.type == "cpu" else lambda: None
@@ -334,11 +360,11 @@ def entropy_step(
         for ids, batches in share.work:
             prompt = None if ids is None else SharedPrefix(model, ids)
             # All first tokens are scored by the prompt's last state, in the first micro-batch.
-            firsts = 0 if prompt is None or official else sum(map(len, batches))
+            firsts = 0 if prompt is None or scoring.official else sum(map(len, batches))
             for batch in batches:
                 check()
                 trim()
-                states = scored_states(model, batch, prompt, official)
+                states = scored_states(model, batch, prompt, scoring)
                 weights = torch.ones(len(states), dtype=torch.float64)
                 if prompt is not None and firsts:
                     states = torch.cat([prompt.last, states])
@@ -346,7 +372,7 @@ def entropy_step(
                     firsts = 0
                 elif len(states) == 0:
                     continue
-                divisor = config.sign * share.divisor(len(states), official)
+                divisor = config.sign * share.divisor(len(states), scoring)
                 mask = (weights * optimizer.scale / divisor).to(states.device)
                 trim()
                 loss, dstates, dbias, report = entropy_loss_into(

@@ -57,7 +57,8 @@ class Wrapped(Engine, ABC):
         self, rollouts: Sequence[Rollout], micro_batch: int, check: Callable[[], None]
     ) -> StepLoss:
         config, ranks = self.config, self.ranks
-        share = rank_share(rollouts, config, micro_batch, ranks.index, ranks.count)
+        rank, scoring = (ranks.index, ranks.count), self.scoring
+        share = rank_share(rollouts, config, micro_batch, *rank, scoring)
         batches = [batch for _, group in share.work for batch in group]
         losses, reports = list[Tensor](), list[Tensor]()
 
@@ -66,7 +67,7 @@ class Wrapped(Engine, ABC):
             tokens = len(states) if len(losses) < len(batches) else 0
             # The mask is made here, as FSDP would round a module's argument to bf16.
             mask = states.new_zeros(len(states), dtype=torch.float64)
-            mask[:tokens] = config.sign / max(1, share.divisor(tokens, config.official_loss))
+            mask[:tokens] = config.sign / max(1, share.divisor(tokens, scoring))
             options = loss_options(config, head)
             loss = fused_entropy_loss(states, head.weight, mask=mask, **options)
             losses.append(config.sign * loss.detach())
@@ -81,7 +82,7 @@ class Wrapped(Engine, ABC):
             for i in range(share.rounds):
                 ranks.together(check)
                 batch = batches[i] if i < len(batches) else rollouts[:1]
-                ids, index, _ = token_batch(batch, 0, config.official_loss, ranks.device)
+                ids, index, _ = token_batch(batch, 0, scoring, ranks.device)
                 loss = self.root(input_ids=ids, use_cache=False)
                 self.backward(loss * ranks.count, i + 1 == share.rounds)
         report = sum((report.cpu() for report in reports), torch.zeros(2))

@@ -33,7 +33,7 @@ def response_states(
     prompt = SharedPrefix(model, rollouts[0].prompt_ids[:same]) if shares else None
     for batch in micro_batches([rollouts[i] for i in order], TOKENS_AT_ONCE, same if prompt else 0):
         members, order = order[: len(batch)], order[len(batch) :]
-        states = scored_states(model, batch, prompt, official=False)
+        states = scored_states(model, batch, prompt)
         check_overflow(states, model.dtype)
         yield members, states
 

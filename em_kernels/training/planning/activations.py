@@ -187,7 +187,7 @@ class FakeModel:
                     self.prefix_peaks = self._peaks_of_prefix(prompt)
                     self.prefix = SharedPrefix(self.model, [0] * prompt)
             self.live.take_peak()
-            states = scored_states(self.model, batch, self.prefix, False)
+            states = scored_states(self.model, batch, self.prefix)
             if self.prefix is not None:
                 states = torch.cat([self.prefix.last, states])
             count, kept, forward = len(states), self.live.live, self.live.take_peak()

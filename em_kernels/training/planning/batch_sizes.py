@@ -48,7 +48,7 @@ class BatchSizes:
         self.target_tokens = auto if config.micro_batch == "auto" else config.micro_batch
         self.new_tokens = config.sampling.max_new_tokens
         self.completions = -(-config.rollouts // self.ranks)
-        prompts = 1 if config.prompt_from is None else len(config.prompt_rows)
+        prompts = config.prompts_at_once
         per_prompt = -(-self.completions // prompts)
         can_share = self.model.can_share_prefix and per_prompt > 1
         self.shared = config.share_prefix is not False and can_share

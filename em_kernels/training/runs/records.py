@@ -3,7 +3,7 @@
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -115,13 +115,20 @@ def read_rollouts(run: Path, rollouts: int) -> dict[int, list[Rollout]]:
 
 
 def replayable(
-    run: Path, prompts: Sequence[list[int]], vocab_size: int, longest: int
+    run: Path,
+    count: int,
+    prompts_of: Callable[[int], list[list[int]]],
+    vocab_size: int,
+    longest: int,
 ) -> dict[int, list[Rollout]]:
-    """Return the recorded completions by update; refuse those of other prompts or settings."""
-    recorded = read_rollouts(run, len(prompts))
-    for rollouts in recorded.values():
+    """Return the recorded completions by update, `count` of each; refuse those of other prompts or
+    settings.
+    """
+    recorded = read_rollouts(run, count)
+    for update, rollouts in recorded.items():
         responses = [rollout.response_ids for rollout in rollouts]
-        if [r.prompt_ids for r in rollouts] != prompts or max(map(max, responses)) >= vocab_size:
+        same_prompts = [rollout.prompt_ids for rollout in rollouts] == prompts_of(update)
+        if not same_prompts or max(map(max, responses)) >= vocab_size:
             why = f"the completions in {run} are of another prompt, or another tokenizer"
             raise UserError(f"prompt: {why}; give the run's own")
         if (length := max(map(len, responses))) > longest:
