@@ -32,11 +32,16 @@ def find_device(device: str) -> torch.device:
     return ranks.device
 
 
+def context_of(config: PreTrainedConfig) -> int | None:
+    """Return the tokens that a model's context holds; None if it has no limit."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
 def check_context(
     config: PreTrainedConfig, longest: int, new: int, subject: str, remedy: str
 ) -> None:
     """Raise UserError where the longest prompt and `new` tokens exceed the model's context."""
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    context = context_of(config)
     if context is not None and longest >= context:
         why = f"too many for the model's context of {context}"
         raise UserError(f"{subject} {longest} tokens, {why}; {remedy}")

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from em_kernels.cli import main
 from em_kernels.decoding import EntropyMinimizationLogitsProcessor
 from em_kernels.training.data.problems import Problem
-from em_kernels.training.evaluation.completions import EVAL_STREAM
+from em_kernels.training.evaluation.completions import EVAL_STREAM, local_completer
 from em_kernels.training.evaluation.task import TaskSettings, token_ids
 from em_kernels.training.evaluation.teacher_forcing import mean_entropies
 from em_kernels.training.rollouts.sampling import generate
@@ -90,6 +90,29 @@ def test_decoding_em_inf(folder, tokenizer, tmp_path, capfd):
     assert not (tmp_path / "other").exists()
 
 
+def test_the_context_limits_new_tokens(folder, tokenizer, tmp_path):
+    """Of each prompt alone; the completions that it cut off are marked."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    texts = ["the " * 125, "Hello", "the " * 126]
+    prompts = tokenizer(texts).input_ids
+    context = model.config.max_position_embeddings
+    room = [context - len(ids) for ids in prompts]
+    assert 0 < room[2] < room[0] < 20 < room[1]
+    config = TaskSettings(template="raw", sampling=PLAIN.model_copy(update={"max_new_tokens": 20}))
+    done = []
+    complete = local_completer(config, (model, tokenizer), texts, EVAL_STREAM)
+    complete([(0, 0), (1, 0), (2, 0)], done.extend)
+    limits = [room[0], 20, room[2]]
+    for found, limit in zip(sorted(done), limits, strict=True):
+        sampling = PLAIN.model_copy(update={"max_new_tokens": limit})
+        seeds = [(config.seed, found.problem, 0, EVAL_STREAM)]
+        (alone,) = generate(model, tokenizer, [prompts[found.problem]], seeds, sampling)
+        assert (found.tokens, found.ended) == (len(alone.response_ids), alone.ended)
+        assert found.text == tokenizer.decode(alone.response_ids, skip_special_tokens=True)
+        assert found.capped == (limit < 20 and not alone.ended)
+    assert any(found.capped for found in done)
+
+
 def test_a_few_shot_answer_ends_with_its_line():
     few_shot = TaskSettings(template="few-shot")
     assert few_shot.sampled() == few_shot.sampling.model_copy(update={"stop": ("\n",)})
@@ -151,7 +174,6 @@ REFUSED = [
     (["--model", ""], "model: missing"),
     (["--model", "/no/folder"], "model: there is no folder /no/folder"),
     (["--model", "./plain"], "template: the tokenizer has no chat template; use few-shot or raw"),
-    (["--max-new-tokens", "511"], r"sampling.max_new_tokens: (\d+) prompt .* 511 exceed .* 512; "),
     (
         ["--data", "long.jsonl"],
         r"data: the prompt of problem 0 has 5\d\d tokens, too many for the model's context of 512",

@@ -1,7 +1,9 @@
 """Sampled completions of problems, kept in a file as they arrive, to resume a stopped command."""
 
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
@@ -16,6 +18,7 @@ from ..interrupts import doing
 from ..rollouts.sampling import generate
 from ..runs.records import append, read_lines
 from ..settings import UserError
+from ..task import context_of
 from .task import Opened, TaskSettings, token_ids
 from .teacher_forcing import mean_entropies
 
@@ -33,6 +36,7 @@ class Completion(NamedTuple):
     tokens: int | None  # None: a server did not say
     ended: bool
     entropy: float | None = None  # mean over its tokens, in nats
+    capped: bool = False  # cut off where the model's context ends, before max_new_tokens
 
 
 Key: TypeAlias = tuple[int, int]  # problem, sample
@@ -48,23 +52,37 @@ def local_completer(
     with_entropy: bool = False,
     processors: Sequence[LogitsProcessor] = (),
 ) -> Completer:
-    """Return a function that samples in batches of similar length, longest prompts first."""
+    """Return a function that samples in batches of similar length, longest prompts first.
+
+    A prompt that leaves less room in the model's context than max_new_tokens has fewer new tokens.
+    """
     model, tokenizer = opened
     prompt_ids, sampling = token_ids(task, opened, prompts), task.sampled()
+    context = context_of(model.config) or sys.maxsize
+
+    def limit(key: Key) -> int:
+        return min(sampling.max_new_tokens, context - len(prompt_ids[key[0]]))
 
     def sample(keys: Sequence[Key], count: int) -> list[Completion]:
-        keys = keys[:count]
+        alike = groupby(keys[:count], limit)  # whose keys come longest prompt first
+        return [done for new, group in alike for done in sample_alike(list(group), new)]
+
+    def sample_alike(keys: Sequence[Key], new: int) -> list[Completion]:
         rows = [prompt_ids[problem] for problem, _ in keys]
         seeds = [(task.seed, *key, stream) for key in keys]
-        given = model, tokenizer, rows, seeds, sampling
-        rollouts = generate(*given, processors=processors, batch_size=count)
-        entropies: Sequence[float | None] = [None] * count
+        limited = sampling.model_copy(update={"max_new_tokens": new})
+        given = model, tokenizer, rows, seeds, limited
+        rollouts = generate(*given, processors=processors, batch_size=len(keys))
+        entropies: Sequence[float | None] = [None] * len(keys)
         if with_entropy:
             entropies = mean_entropies(model, rollouts, sampling.temperature or 1.0)
         responses = [rollout.response_ids for rollout in rollouts]
         texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-        found = zip(keys, texts, rollouts, entropies, strict=True)
-        return [Completion(*key, t, len(r.response_ids), r.ended, h) for key, t, r, h in found]
+        is_less = new < sampling.max_new_tokens
+        return [
+            Completion(*key, text, len(r.response_ids), r.ended, entropy, is_less and not r.ended)
+            for key, text, r, entropy in zip(keys, texts, rollouts, entropies, strict=True)
+        ]
 
     def complete(keys: Sequence[Key], on_done: OnDone) -> None:
         keys = sorted(keys, key=lambda key: -len(prompt_ids[key[0]]))
