@@ -38,6 +38,7 @@ training.report
 training.evaluation
 training.trainer
 training.run
+training.stopping
 training.planning
 training.engines training.task
 training.runs

@@ -134,6 +134,11 @@ class TrainConfig(Settings):
     """Stop early once the entropy falls below this fraction of its first value; 0: never."""
     stop_repetition: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Stop early once more than this fraction of a completion's 4-grams are repeats; 1: never."""
+    stop_on: Path | None = None
+    """Stop early once the model solves fewer problems of this file than chance explains: they are
+    asked greedily before training and after each update. Some fifty with answers will do; report
+    accuracy on others.
+    """
     save_at: tuple[Positive, ...] = (1, 2, 3, 5, 10)
     """Optimizer updates after which to save a checkpoint; the last update is always saved."""
     save_optimizer: Auto | bool = "auto"
@@ -247,7 +252,7 @@ class TrainConfig(Settings):
 
     def located(self) -> "TrainConfig":
         """Return a copy with absolute paths, which are right from any working directory."""
-        paths = self.model_dump(include={"prompt_from", "rollouts_from", "offload_dir"})
+        paths = self.model_dump(include={"prompt_from", "rollouts_from", "stop_on", "offload_dir"})
         update: dict[str, Any] = {n: Path(os.path.abspath(p)) for n, p in paths.items() if p}
         is_file = self.model.endswith(".gguf") and os.path.isfile(self.model)
         if is_file or os.path.isdir(self.model):  # Hub ids stay as they are.

@@ -27,8 +27,9 @@ def progress_on(console: Console) -> Progress:
 def update_line(row: dict[str, Any], steps: int) -> str:
     """Format an update's metrics as one line."""
     accuracy = "" if row["accuracy"] is None else f"  accuracy {row['accuracy']:.2f}"
+    held_out = f"  held-out {row['held_out']:.2f}" if "held_out" in row else ""
     return (
-        f"update {row['update']:>2}/{steps}  entropy {row['entropy']:.4f} nats{accuracy}"
+        f"update {row['update']:>2}/{steps}  entropy {row['entropy']:.4f} nats{accuracy}{held_out}"
         f"  length {row['mean_length']:.1f}  ended {row['ended']:.0%}"
         f"  {row['tokens_per_s']:.0f} tokens/s  peak {row['peak_memory_gib']:.2f} GiB"
         f"  {row['sampling_s'] + row['training_s']:.1f} s"

@@ -8,14 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress, TaskID
 from transformers import PreTrainedModel
 
 from ..ops.free_memory import peak_memory_gib
-from .config import TrainConfig
+from .config import Sampling, TrainConfig
 from .console import progress_on, update_line
 from .data.grading import Grader
 from .device_memory import halve_until_it_fits, is_out_of_memory
@@ -26,10 +26,11 @@ from .interrupts import Interrupted, StopRequest, doing
 from .models.loading import architecture, load_model, tell_attention
 from .planning.plan import Plan, cheaper
 from .rollouts.sampling import Rollout, check_overflow, generate
-from .run_folder import METRICS, ROLLOUTS, checkpoint_folder, update_of
+from .run_folder import HELD_OUT, METRICS, ROLLOUTS, checkpoint_folder, update_of
 from .runs import records
 from .runs.checkpoint import defining_settings, newest_state, read_state, save_checkpoint
 from .settings import UserError
+from .stopping import doubts, held_out_metrics, why_stop_early
 from .task import Task, prompt_indices
 
 T = TypeVar("T")
@@ -169,11 +170,19 @@ class Run:
         with progress_on(self.console) as progress:
             title = f"update {update}/{config.steps}"
             bar = progress.add_task(f"{title} sampling", total=config.rollouts // ranks.count)
-            rollouts = self.recorded.get(update) or self._sample(update, stop, progress, bar)
+            prompts = self._prompts(update)
+            seeds = [(config.seed, update, i) for i in range(config.rollouts)]
+            rollouts = self.recorded.get(update)
+            if rollouts is None:
+                on_one = partial(progress.advance, bar)
+                rollouts = self._sample(prompts, seeds, config.sampling, stop, on_one)
             sampled = time.perf_counter()
             accuracy = ranks.from_main(lambda: self._record(update, rollouts, stop))
             progress.update(bar, description=f"{title} training", completed=0)
             loss, norm = self._gradient(update, rollouts, stop)
+            if update == 1 and not self.stopped.metrics:
+                for doubt in doubts(config, accuracy, loss.entropy):
+                    self.console.print(doubt, markup=False, soft_wrap=True)
             self.is_whole = False
             self.engine.step(norm)
         end = time.perf_counter()
@@ -193,6 +202,7 @@ class Run:
             "peak_memory_gib": max(ranks.gather(peak_memory_gib(ranks.device))),
             "planned_memory_gib": self.plan.allocated / 2**30,
             **self.sizes,
+            **self.score_held_out(update, stop),
         }
         if update > len(self.stopped.metrics):
             ranks.from_main(lambda: records.append(config.output / METRICS, [row]))
@@ -202,28 +212,67 @@ class Run:
         if warning := records.cut_off(rollouts):
             self.console.print(warning, soft_wrap=True)
 
+    def score_held_out(self, update: int, stop: StopRequest) -> dict[str, float]:
+        """Ask the problems of stop_on greedily, once after each update; return held_out_metrics."""
+        problems, ranks, path = self.task.held_out, self.ranks, self.config.output / HELD_OUT
+        if not problems:
+            return {}
+        rows = ranks.from_main(lambda: records.read_lines(path, "update"))
+        known = {row["update"]: np.array(row["right"]) for row in rows}
+        if update not in known:
+            changes = {"temperature": 0.0, "repetition_penalty": 1.0}
+            greedy = self.config.sampling.model_copy(update=changes)
+            seeds = [(0, 0, 0)] * len(problems)
+            with progress_on(self.console) as progress:
+                bar = progress.add_task("held-out problems", total=len(problems) // ranks.count)
+                on_one = partial(progress.advance, bar)
+                rollouts = self._sample(self.task.held_out_prompts, seeds, greedy, stop, on_one)
+
+            def grade() -> list[bool]:
+                answers = [problem.answer for problem in problems]
+                right = self._grade(self._texts(rollouts), answers, stop)
+                records.append(path, [{"update": update, "right": right}])
+                return right
+
+            known[update] = np.array(ranks.from_main(grade))
+        return held_out_metrics(known[0], known[update])
+
+    def _texts(self, rollouts: Sequence[Rollout]) -> list[str]:
+        responses = [rollout.response_ids for rollout in rollouts]
+        return self.task.tokenizer.batch_decode(responses, skip_special_tokens=True)
+
+    def _grade(
+        self, texts: Sequence[str], answers: Sequence[str | None], stop: StopRequest
+    ) -> list[bool]:
+        pairs = list(zip(texts, answers, strict=True))
+        return self.grader.grade(pairs, lambda _: stop.check())
+
     def _sample(
-        self, update: int, stop: StopRequest, progress: Progress, bar: TaskID
+        self,
+        prompts: Sequence[list[int]],
+        seeds: Sequence[tuple[int, ...]],
+        sampling: Sampling,
+        stop: StopRequest,
+        on_one: Callable[[], object],
     ) -> list[Rollout]:
-        """Sample an update's completions, each rank its share."""
-        config, ranks = self.config, self.ranks
-        indices = range(ranks.index, config.rollouts, ranks.count)
+        """Sample a completion of each prompt, each rank its share; on_one is called for each."""
+        ranks = self.ranks
+        indices = range(ranks.index, len(prompts), ranks.count)
         done: dict[int, Rollout] = {}  # also of a batch that then ran out of memory
-        prompts = self._prompts(update)
 
         def sample(batch_size: int) -> None:
             left = [i for i in indices if i not in done]
 
             def on_done(position: int, rollout: Rollout) -> None:
                 done[left[position]] = rollout
-                progress.advance(bar)
+                on_one()
 
             generate(
                 self.engine.model,
                 self.task.tokenizer,
                 [prompts[i] for i in left],
-                [(config.seed, update, i) for i in left],
-                config.sampling,
+                [seeds[i] for i in left],
+                sampling,
                 batch_size=batch_size,
                 on_done=on_done,
                 check=stop.check,
@@ -232,7 +281,7 @@ class Run:
         with self.engine.gathered_weights():
             ranks.together(lambda: self._fitting("rollout_batch", sample, 1))
         shares = ranks.gather([done[i] for i in indices])
-        return [shares[i % ranks.count][i // ranks.count] for i in range(config.rollouts)]
+        return [shares[i % ranks.count][i // ranks.count] for i in range(len(prompts))]
 
     def _gradient(
         self, update: int, rollouts: Sequence[Rollout], stop: StopRequest
@@ -274,11 +323,9 @@ class Run:
 
     def _record(self, update: int, rollouts: Sequence[Rollout], stop: StopRequest) -> float | None:
         """Grade the completions and write them down; return their accuracy."""
-        responses = [rollout.response_ids for rollout in rollouts]
-        texts = self.task.tokenizer.batch_decode(responses, skip_special_tokens=True)
+        texts = self._texts(rollouts)
         answers = [self.task.problems[i].answer for i in prompt_indices(self.config, update)]
-        pairs = list(zip(texts, answers, strict=True))
-        right = self.grader.grade(pairs, lambda _: stop.check())
+        right = self._grade(texts, answers, stop)
         rows = [
             {
                 "update": update,
@@ -331,12 +378,3 @@ class Run:
             remedies = cheaper(self.config.model_copy(update=asked), on_cuda, engine)
             return UserError(f"out of memory with {sizes}; {kept}; use {', '.join(remedies)}")
         return error
-
-
-def why_stop_early(config: TrainConfig, metrics: Sequence[Mapping[str, Any]]) -> str:
-    """Return the reason to stop after the last of these updates, or an empty string."""
-    if metrics and metrics[-1]["entropy"] < config.stop_below * metrics[0]["entropy"]:
-        return f"entropy below {config.stop_below:g} of its start"
-    if metrics and metrics[-1]["repetition"] > config.stop_repetition:
-        return f"more than {config.stop_repetition:g} of the 4-grams repeat"
-    return ""

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 CONFIG, METRICS, ROLLOUTS = "config.yaml", "metrics.jsonl", "rollouts.jsonl"
+HELD_OUT = "held-out.jsonl"  # which problems of stop_on are right after each update
 CHECKPOINTS, STEP = "checkpoints", "step-"
 # In a checkpoint. STATE: the optimizer's state. FACTS: its update, settings and checksum.
 STATE, FACTS = "training_state.safetensors", "training_state.json"

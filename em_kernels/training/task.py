@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from .config import TrainConfig
-from .data.problems import Problem, encode, problems_of
+from .data.problems import Problem, encode, problems_of, read_problems
 from .distributed import find_ranks
 from .models.loading import open_source, refuse_adapters
 from .settings import UserError, json_object
@@ -22,6 +22,8 @@ class Task(NamedTuple):
     prompts: list[list[int]]
     chat_template: bool  # also False if the tokenizer has none
     model_config: PreTrainedConfig
+    held_out: list[Problem]  # of stop_on
+    held_out_prompts: list[list[int]]
 
 
 def find_device(device: str) -> torch.device:
@@ -71,14 +73,19 @@ def load_task(config: TrainConfig) -> Task:
     refuse_adapters(source)
     chat_template = config.chat_template and tokenizer.chat_template is not None
     kwargs = json_object("template_kwargs", config.template_kwargs)
-    prompts = [encode(tokenizer, problem.prompt, chat_template, kwargs) for problem in problems]
-    if not all(prompts):
+    held_out = [] if config.stop_on is None else read_problems(str(config.stop_on), count=None)
+    if any(problem.answer is None for problem in held_out):
+        raise UserError(f"stop_on: not every problem of {config.stop_on} has an answer")
+    ids = [encode(tokenizer, p.prompt, chat_template, kwargs) for p in (*problems, *held_out)]
+    if not all(ids):
         raise UserError("prompt: the tokenizer returns no tokens for it")
-    vocab_size, highest = model_config.get_text_config().vocab_size, max(map(max, prompts))
+    vocab_size, highest = model_config.get_text_config().vocab_size, max(map(max, ids))
     if highest >= vocab_size:
         token = f"token {highest} ({tokenizer.decode(highest)!r})"
         why = f"has {token}, but the model's vocabulary has {vocab_size} entries"
         raise UserError(f"prompt: {why}; leave it out, or name this tokenizer's model")
-    longest, new = max(map(len, prompts)), config.sampling.max_new_tokens
-    check_context(model_config, longest, new, "prompt: has", "shorten it")
-    return Task(source, tokenizer, problems, prompts, chat_template, model_config)
+    prompts, asked = ids[: len(problems)], ids[len(problems) :]
+    for rows, has in ((prompts, "prompt: has"), (asked, "stop_on: a problem has")):
+        longest, new = max(map(len, rows), default=0), config.sampling.max_new_tokens
+        check_context(model_config, longest, new, has, "shorten it")
+    return Task(source, tokenizer, problems, prompts, chat_template, model_config, held_out, asked)

@@ -17,12 +17,13 @@ from .models.loading import architecture
 from .planning.components import CONTEXT_BYTES
 from .planning.plan import Plan
 from .planning.planner import Planner
-from .run import Run, TrainResult, why_stop_early
+from .run import Run, TrainResult
 from .run_folder import CONFIG
 from .runs.checkpoint import defining_settings
 from .runs.records import Running, check_output, differing, read_rollouts
 from .runs.trackers import Tracking
 from .settings import UserError
+from .stopping import why_stop_early
 from .task import Task, load_task
 
 
@@ -81,6 +82,8 @@ def _carry_out(run: Run, resume: bool) -> None:
         run.start(resume)
         tracking.start(len(run.stopped.metrics))
         try:
+            if run.stopped.update == 0:
+                run.score_held_out(0, stop)
             for update in range(run.stopped.update + 1, config.steps + 1):
                 if reason := why_stop_early(run.config, run.result.metrics):
                     console.print(f"Stopped early: {reason}.", soft_wrap=True)
@@ -114,7 +117,7 @@ def _prepare(
     if config.chat_template and not task.chat_template:
         no_template = "The tokenizer has no chat template: the prompt is used as it is."
         console.print(no_template, soft_wrap=True)
-    longest = max(map(len, task.prompts))
+    longest = max(map(len, task.prompts + task.held_out_prompts))
     loaded_bytes = 0 if model is None else sum(p.nbytes for p in model.parameters())
     what = f"planning memory of {architecture(task.model_config)}"
     with console.status("planning memory"), doing(what):

@@ -24,6 +24,7 @@ from em_kernels.training.evaluation.select import Candidate
 from em_kernels.training.evaluation.study import StudyConfig, arms_of, only_form
 from em_kernels.training.evaluation.study_analysis import (
     ARMS,
+    PROMPTS,
     analyse,
     reading,
     table_of,
@@ -107,9 +108,10 @@ def test_untrained(place, whole):
         assert row["samples"] == 4
 
 
-def test_a_trained_prompt(place, whole, tmp_path):
+@pytest.mark.parametrize("kind", ["prompt-????.json", "prompt-*-maximised.json"])
+def test_a_trained_prompt(kind, place, whole, tmp_path):
     """Repeat the run of one prompt, and score its checkpoints."""
-    path = sorted(whole.glob("prompt-*.json"))[0]
+    path = sorted(whole.glob(kind))[0]
     found = json.loads(path.read_text())
     config = whole / "runs" / path.stem / "config.yaml"
     assert main(["train", "--config", str(config), "--output", str(tmp_path / "run")]) == 0
@@ -142,7 +144,7 @@ def test_killed_and_resumed(place, whole, tmp_path):
 @pytest.mark.parametrize(
     "options, said",
     [
-        (["--pool", "11"], "pool: 11 do not make three arms; take 12 or more"),
+        (["--pool", "11"], "pool: 11 do not make the arms; take 12 or more"),
         (["--held-out", "21"], "count: .* has 54 problems, 55 are asked for"),
         (["--template", "chat"], "template: 'chat'"),
         (["--model", "./nowhere"], "model: there is no folder ./nowhere"),
@@ -179,11 +181,11 @@ def test_arms(seed):
     ranked = candidates(rates)
     arms = arms_of(ranked, 5, seed)
     assert list(arms) == list(ARMS)
-    selected, chance, wrong = ({c.index for c in arms[name]} for name in ARMS)
+    selected, chance, wrong = ({c.index for c in arms[name]} for name in PROMPTS)
     assert len(selected) == len(chance) == len(wrong) == 5
     assert not selected & chance and not selected & wrong and not chance & wrong
     left = [c for c in ranked if c.index not in chance]
-    assert arms["selected"] == left[:5]
+    assert arms["selected"] == arms["maximised"] == left[:5]
     assert all(rates[i] == 0 for i in wrong)
     assert arms == arms_of(ranked[::-1][::-1], 5, seed)
     assert chance != {c.index for c in arms_of(ranked, 5, seed + 100)["random"]}
@@ -285,7 +287,8 @@ def exact_p(a, b):
 
 def test_numbers_of_a_report():
     greedy = {"selected": [20, 25, 22, 24], "random": [10, 21, 9, 12], "always wrong": [7] * 4}
-    sampled = {"selected": 0.4, "random": 0.3, "always wrong": 0.1}
+    greedy["maximised"] = [3, 11, 4, 6]
+    sampled = {"selected": 0.4, "random": 0.3, "always wrong": 0.1, "maximised": 0.2}
     report = study_of(greedy, sampled)
     assert report["base_greedy"] == 0.25 and report["best_temperature"] == 0.5
     assert report["base_sampled"] == {"1.0": pytest.approx(0.2), "0.5": pytest.approx(0.3)}
@@ -302,13 +305,16 @@ def test_numbers_of_a_report():
     for contrast in report["contrasts"]:
         a, b = (greedy[arm] for arm in contrast["arms"])
         assert contrast["difference"] == pytest.approx((np.mean(a) - np.mean(b)) / HELD)
-        assert contrast["p"] == pytest.approx(min(1.0, 6 * exact_p(a, b)))
-    assert len(report["contrasts"]) == 6
-    last = [3 + count - 10 for arm in ARMS for count in greedy[arm]]
+        assert contrast["p"] == pytest.approx(min(1.0, 12 * exact_p(a, b)))
+    assert len(report["contrasts"]) == 12
+    last = [3 + count - 10 for arm in PROMPTS for count in greedy[arm]]
     assert report["all_change"][0] == pytest.approx(np.mean(last) / HELD)
     assert report["all_over_temperature"][0] == pytest.approx(np.mean([0.1, 0, -0.2]))
-    form = [(3 + count - 4) / HELD for arm in ARMS for count in greedy[arm]]
+    form = [(3 + count - 4) / HELD for arm in PROMPTS for count in greedy[arm]]
     assert report["all_over_form"][0] == pytest.approx(np.mean(form))
+    raised = f"{100 * (np.mean(greedy['maximised']) + 3 - 10) / HELD:+.1f} ["
+    assert f", and by {raised}" in report["reading"]
+    assert "where training raised the entropy instead; over all prompts" in report["reading"]
     assert "and is above the 10.0 % of the untrained model when 8 examples" in report["reading"]
     console = Console(file=StringIO(), width=80)
     console.print(table_of(report))
@@ -320,6 +326,7 @@ def test_reading_where_nothing_is():
     told = study_of(dict.fromkeys(ARMS, same), dict.fromkeys(ARMS, 0.3))["reading"]
     for other in ("random", "always wrong"):
         assert f"selected prompts is not shown to differ from training on {other} ones" in told
+    assert "is not shown to differ from raising the entropy on the same (+0.0 points" in told
     assert "(+0.0 points greedy, p = 1 adjusted)" in told
     assert "over all prompts it is not shown to have changed (+0.0 [" in told
     assert "the trained models are not shown to differ from what the untrained one has at T" in told
@@ -330,10 +337,10 @@ def test_reading_where_nothing_is():
 def test_reading_where_something_is(up):
     high, low = [20 + k for k in range(8)], [1, 0, 1, 0, 1, 1, 0, 1]
     greedy = {"selected": high if up else low, "random": low if up else high}
-    greedy["always wrong"] = greedy["random"]
+    greedy["always wrong"] = greedy["maximised"] = greedy["random"]
     sampled = dict.fromkeys(ARMS, 0.5 if up else 0.1)
     told = study_of(greedy, sampled)["reading"]
-    assert told.count(f"did {'better' if up else 'worse'} than") == 2
+    assert told.count(f"did {'better' if up else 'worse'} than") == 3
     assert f"the trained models are {'above' if up else 'below'} what" in told
     more = dict.fromkeys(ARMS, high if up else low)
     told = study_of(more, sampled)["reading"]

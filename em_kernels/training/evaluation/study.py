@@ -20,14 +20,14 @@ from ..settings import UserError
 from ..trainer import train
 from .select import Candidate, SelectConfig, select
 from .statistics import percent
-from .study_analysis import ARMS, EXAMPLES, StudyConfig, analyse
+from .study_analysis import ARMS, EXAMPLES, MAXIMISED, StudyConfig, analyse
 from .task import Opened, TaskSettings, digest, open_model
 from .teacher_forcing import known_answers, score_answers
 
 
 def arms_of(ranked: Sequence[Candidate], size: int, seed: int) -> dict[str, list[Candidate]]:
-    """Draw the three arms: random prompts first, so that they stay random; then the best of the
-    others; then random ones of the rest that are always wrong.
+    """Draw the arms: random prompts first, so that they stay random; then the best of the others,
+    for minimising and for maximising; then random ones of the rest that are always wrong.
     """
     rng = random.Random(seed)
     by_chance = rng.sample(sorted(ranked, key=lambda c: c.index), size)
@@ -37,7 +37,7 @@ def arms_of(ranked: Sequence[Candidate], size: int, seed: int) -> dict[str, list
         few = f"of {len(ranked)} prompts {len(wrong)} outside the other arms are always wrong"
         raise UserError(f"pool: {few}, and 4 are needed; take a larger pool, or harder data")
     by_failure = rng.sample(wrong, min(size, len(wrong)))
-    return dict(zip(ARMS, (left[:size], by_chance, by_failure), strict=True))
+    return dict(zip(ARMS, (left[:size], by_chance, by_failure, left[:size]), strict=True))
 
 
 def only_form(examples: Sequence[Problem]) -> list[Problem]:
@@ -56,7 +56,7 @@ def only_form(examples: Sequence[Problem]) -> list[Problem]:
 def run_study(config: StudyConfig, console: Console) -> dict[str, Any]:
     """Rank the pool, train on prompts, score; write study.json and return its content."""
     if config.pool < (least := 2 * config.prompts + 4):
-        raise UserError(f"pool: {config.pool} do not make three arms; take {least} or more")
+        raise UserError(f"pool: {config.pool} do not make the arms; take {least} or more")
     refuse_adapters(resolve_source(config.model))  # Training would refuse them, but only later.
     if config.count is not None:
         raise UserError("count: goes with select and eval; a study takes pool and held_out")
@@ -81,12 +81,13 @@ def run_study(config: StudyConfig, console: Console) -> dict[str, Any]:
         trials = [(arm, candidate) for arm in ARMS for candidate in arms[arm]]
         scores, began, fresh = dict[str, list[Any]](), time.perf_counter(), 0
         for n, (arm, candidate) in enumerate(trials, 1):
-            path = config.output / f"prompt-{candidate.index:04d}.json"
+            end = "-maximised" if arm == MAXIMISED else ""
+            path = config.output / f"prompt-{candidate.index:04d}{end}.json"
             if path.exists():  # A kill may have come before the checkpoints were removed.
                 shutil.rmtree(config.output / "runs" / path.stem / CHECKPOINTS, True)
             else:
                 fresh += 1
-                study.train(pool[candidate.index], candidate, path)
+                study.train(pool[candidate.index], candidate, path, arm)
             found = json.loads(path.read_text())
             scores.setdefault(arm, []).append(found)
             greedy = " ".join(percent(np.mean(s["greedy"])) for s in found["scores"])
@@ -130,7 +131,7 @@ class _Study(NamedTuple):
             write_whole(path, json.dumps(base) + "\n")
         return json.loads(path.read_text())
 
-    def train(self, problem: Problem, candidate: Candidate, path: Path) -> None:
+    def train(self, problem: Problem, candidate: Candidate, path: Path, arm: str) -> None:
         """Train on one prompt and score its checkpoints, which are then deleted."""
         config, run = self.config, self.config.output / "runs" / path.stem
         same = {"model", "rollouts", "lr", "dtype", "device", "attention"}
@@ -145,6 +146,7 @@ class _Study(NamedTuple):
             save_optimizer=False,
             sampling=config.sampled(),
             seed=config.seed + candidate.index,
+            objective="maximise" if arm == MAXIMISED else "minimise",
         )
         with self.console.status(f"{path.stem}: training"):
             result = train(settings, console=Console(quiet=True), resume=(run / CONFIG).exists())

@@ -17,7 +17,9 @@ from .evaluate import Temperatures
 from .statistics import mean_over_prompts, percent
 from .task import TaskSettings
 
-ARMS = ("selected", "random", "always wrong")
+PROMPTS = ("selected", "random", "always wrong")  # arms in which entropy is minimised
+MAXIMISED = "maximised"  # a control: the selected prompts, with the entropy raised
+ARMS = (*PROMPTS, MAXIMISED)
 EXAMPLES = 8  # worked examples of the untrained model's two controls
 
 
@@ -45,7 +47,7 @@ class StudyConfig(TaskSettings):
     samples: Annotated[int, Field(ge=2)] = 16
     """Completions of each prompt of the pool, to estimate how often the model is right."""
     prompts: Annotated[int, Field(ge=4)] = 8
-    """Prompts trained on in each of the three arms."""
+    """Prompts trained on in each arm."""
     held_out: Positive = 1000
     """Held-out problems on which every trained model is scored."""
     updates: Annotated[tuple[Positive, ...], Field(min_length=1)] = (2, 5)
@@ -98,7 +100,7 @@ def analyse(
             {"update": update, "arms": [a, b], "difference": float(test.statistic), "p": adjusted}
         )
     last = config.updates[-1]
-    right, rates = (np.concatenate([found[last, arm] for arm in ARMS]) for found in (now, drawn))
+    right, rates = (np.concatenate([found[last, arm] for arm in PROMPTS]) for found in (now, drawn))
     base_sampled = zip(map(str, config.temperatures), sampled.mean(1).tolist(), strict=True)
     report: dict[str, Any] = {
         "settings": config.model_dump(mode="json", exclude={"output"}),
@@ -139,8 +141,9 @@ def reading(report: dict[str, Any], update: int) -> str:
             continue
         better = "better" if contrast["difference"] > 0 else "worse"
         shown = f"did {better} than" if contrast["p"] < 0.05 else "is not shown to differ from"
+        others = "raising the entropy on the same" if b == MAXIMISED else f"training on {b} ones"
         told.append(
-            f"training on selected prompts {shown} training on {b} ones "
+            f"training on selected prompts {shown} {others} "
             f"({100 * contrast['difference']:+.1f} points greedy, p = {contrast['p']:.2g} adjusted)"
         )
     moved = verdict(report["all_change"], "rose", "fell", "is not shown to have changed")
@@ -148,13 +151,17 @@ def reading(report: dict[str, Any], update: int) -> str:
         verdict(report[f"all_over_{what}"], "above", "below", "not shown to differ from")
         for what in ("temperature", "form")
     )
-    chosen = {(row["arm"], row["update"]): row["change"] for row in report["rows"]}[ARMS[0], update]
+    changes = {row["arm"]: row["change"] for row in report["rows"] if row["update"] == update}
+    raised = ""
+    if MAXIMISED in changes:
+        raised = f", and by {points(changes[MAXIMISED])} where training raised the entropy instead"
     temperature = report["best_temperature"]
     before, tempered = report["base_greedy"], report["base_sampled"][str(temperature)]
     return (
         f"On {report['data']}, after {update} updates, {'; '.join(told)}. Greedy accuracy, which "
-        f"no temperature changes, went from {percent(before)} % by {points(chosen)} points with "
-        f"selected prompts; over all prompts it {moved} ({points(report['all_change'])}), and is "
+        f"no temperature changes, went from {percent(before)} % by {points(changes[ARMS[0]])} "
+        f"points with selected prompts{raised}; over all prompts it {moved} "
+        f"({points(report['all_change'])}), and is "
         f"{beats_form} the {percent(report['form_only'])} % of the untrained model when {EXAMPLES} "
         f"examples show it only the form ({points(report['all_over_form'])}). Sampled at T = 1 the "
         f"trained models are {beats} what the untrained one has at T = {temperature:g} "
