@@ -10,13 +10,12 @@ from html.parser import HTMLParser
 from io import StringIO
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
 from peft import PeftModel
 from rich.console import Console
-from scipy.stats import fisher_exact, skew
+from scipy.stats import skew
 from torch.testing import assert_close
 from training.tiny import PLAIN, make_model, make_tokenizer, read, run, save_tiny, settings
 from transformers import AutoModelForCausalLM
@@ -26,10 +25,8 @@ from em_kernels.training.report import page as report_module
 from em_kernels.training.report.logit_shift import BINS, HIGH, LOW, measure
 from em_kernels.training.report.page import (
     LEVELS,
-    happened,
     pieces,
     read_run,
-    warnings,
     write_report,
 )
 from em_kernels.training.rollouts.sampling import Rollout
@@ -326,38 +323,6 @@ def test_what_is_missing_is_said(what, trained, folder, tmp_path):
     assert said in page.told and not page.tokens
     assert page.tags["svg"] == (0 if what == "no metrics" else 9)
     assert ("Without colours" in page.told) == (what != "no metrics")
-
-
-def told_of(metrics, rollouts=32):
-    rows = [{"update": i + 1, "repetition": 0, "ended": 1, **m} for i, m in enumerate(metrics)]
-    for row in rows:
-        row["right"] = np.arange(rollouts) < (row["accuracy"] or 0) * rollouts
-    return happened(rows), list(warnings(rows))
-
-
-def test_words_follow_the_numbers():
-    rise = [{"entropy": 0.5, "accuracy": 0.25}, {"entropy": 0.1, "accuracy": 0.75}]
-    p = fisher_exact([[8, 24], [24, 8]]).pvalue
-    assert told_of(rise)[0].endswith(
-        "from 25% to 75% of the completions; more than chance explains "
-        f"(Fisher's exact p = {p:.2g})."
-    )
-    assert "a change is not shown" in told_of(rise, rollouts=4)[0] and told_of(rise)[1] == []
-    fall = [*rise, {"entropy": 0.01, "accuracy": 0.25}]
-    (warning,) = told_of(fall)[1]
-    assert warning.startswith("Overtrained: accuracy on the training prompt fell from 75% in ")
-    assert told_of(fall, rollouts=4)[1] == []  # With four completions it may be chance.
-    unknown = [{"entropy": 0.5, "accuracy": None}, {"entropy": 0.6, "accuracy": None}]
-    assert "Accuracy is not known" in told_of(unknown)[0] and told_of(unknown)[1] == []
-    late = [{"entropy": 0.6, "accuracy": None}, *fall]  # The answer was given on resume.
-    said, (warning,) = told_of(late)
-    assert "Accuracy on the training prompt went from 25% in update 2 to 25% of the" in said
-    assert "fell from 75% in update 3 to 25% in update 4" in warning
-    assert told_of(late[:2])[0].endswith("Accuracy on the training prompt was 25% in update 2.")
-    bad = [{**unknown[0], "ended": 0.4}, {**unknown[1], "repetition": 0.2}]
-    cut, repeated = told_of(bad)[1]
-    assert "cut off at sampling.max_new_tokens in 1 of 2 updates" in cut
-    assert repeated.startswith("Repetition rose from 0.0% to 20.0% of the 4-grams")
 
 
 @without_pngs

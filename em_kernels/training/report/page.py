@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from bisect import bisect
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from ... import __version__
 from ..config import TrainConfig, read_yaml
 from ..console import Terminal
+from ..data.grading import final_answer
 from ..device_memory import is_out_of_memory
 from ..rollouts.sampling import Rollout
 from ..run_folder import CONFIG, ROLLOUTS, newest_checkpoint
@@ -138,6 +140,34 @@ def warnings(metrics: list[dict[str, Any]]) -> Iterator[str]:
         )
 
 
+def majority_lost(run: Run) -> Iterator[str]:
+    """Name the update from which on half as many completions give the answer that most gave first.
+
+    Answers are compared as they are written; of several prompts each has its own.
+    """
+    answers: dict[tuple[int, ...], dict[int, list[str]]] = {}  # by prompt and update
+    for update in sorted(run.records):
+        for record in run.records[update]:
+            by_update = answers.setdefault(tuple(record["prompt_ids"]), {})
+            answer = final_answer(record["text"]) or record["text"]
+            by_update.setdefault(update, []).append(answer)
+    kept: dict[int, list[bool]] = {}
+    for by_update in answers.values():
+        ((most, _),) = Counter(next(iter(by_update.values()))).most_common(1)
+        for update, given in by_update.items():
+            kept.setdefault(update, []).extend(answer == most for answer in given)
+    for update in sorted(kept)[1:]:
+        before, now = kept[min(kept)], kept[update]
+        p = fisher_exact([np.bincount(row, minlength=2) for row in (before, now)])[1]
+        if np.mean(now) <= np.mean(before) / 2 and p < SIGNIFICANT:
+            yield (
+                f"The commonest answer of update {min(kept)}, in {np.mean(before):.0%} of its "
+                f"completions, was in {np.mean(now):.0%} of those of update {update} (p = {p:.2g}):"
+                " training lost what it was to make surer. Look at the checkpoints before."
+            )
+            return
+
+
 def visible(text: str) -> str:
     """Replace control characters by pictures of them."""
     pictures = {c: 0x2400 + c for c in range(32) if c not in b"\n\t"}
@@ -201,7 +231,7 @@ def part_of(run: Run, number: int, shown: int, moved: Shift | None, plots: Path)
         "run": run,
         "colour": COLOURS[number % len(COLOURS)],
         "happened": happened(run.metrics),
-        "warnings": warnings(run.metrics),
+        "warnings": [*warnings(run.metrics), *majority_lost(run)],
         "settings": settings_of(run),
         "prompt": run.config.prompt or f"rows {rows} of {run.config.prompt_from}",
         "moved": moved,
