@@ -14,7 +14,7 @@ from rich.markup import escape
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ...hf import head_of
+from ...hf import Head, head_of
 from ...ops.gemm import accumulation_dtype, gemm
 from ...reference import RowTransform, transform
 from ..config import TrainConfig
@@ -53,6 +53,13 @@ class Shift(NamedTuple):
     own: Measures | None  # last completions, trained model; None if they are the first
 
 
+def logits_of(states: Tensor, head: Head) -> Tensor:
+    """Return the model's logits (n, V) at hidden states (n, D), in the accumulation dtype."""
+    shape = RowTransform(head.bias, head.weight.new_ones(1), head.logit_scale, head.softcap)
+    y = states.new_empty(len(states), len(head.weight), dtype=accumulation_dtype(states.dtype))
+    return transform(gemm(y, states, head.weight.T), shape)
+
+
 @torch.no_grad()
 def measure(
     model: PreTrainedModel,
@@ -63,7 +70,6 @@ def measure(
 ) -> Measures:
     """Measure every response token, in order, a chunk of logits at a time."""
     head = head_of(model)
-    shape = RowTransform(head.bias, head.weight.new_ones(1), head.logit_scale, head.softcap)
     rows = max(1, LOGITS_AT_ONCE // len(head.weight))
     targets = torch.tensor([token for rollout in rollouts for token in rollout.response_ids])
     places = torch.arange(len(targets)).split([len(r.response_ids) for r in rollouts])
@@ -75,9 +81,7 @@ def measure(
         for members, states in response_states(model, rollouts):
             at = torch.cat([places[i] for i in members])
             for part, where in zip(states.split(rows), at.split(rows), strict=True):
-                dtype = accumulation_dtype(part.dtype)
-                y = part.new_empty(len(part), len(head.weight), dtype=dtype)
-                z = transform(gemm(y, part, head.weight.T), shape).double()
+                z = logits_of(part, head).double()
                 p = (z / temperature).softmax(-1)
                 entropy[where] = torch.special.entr(p).sum(-1).cpu()
                 probability[where] = p.gather(1, targets[where, None].to(p.device))[:, 0].cpu()
