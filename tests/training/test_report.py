@@ -335,7 +335,7 @@ def test_the_command(trained, tmp_path, capfd):
     assert capfd.readouterr().out.strip() == str(trained / "report.html")
     with pytest.raises(SystemExit):
         main(["report", "--help"])
-    assert "Example: em-kernels report runs/seed15" in " ".join(capfd.readouterr().out.split())
+    assert "Examples: em-kernels report runs/seed15" in " ".join(capfd.readouterr().out.split())
 
 
 @without_pngs

@@ -6,7 +6,7 @@ import numpy as np
 from scipy.stats import fisher_exact
 
 from em_kernels.training.config import TrainConfig
-from em_kernels.training.report.page import Run, happened, majority_lost, warnings
+from em_kernels.training.report.page import Run, happened, majority_lost, over_runs, warnings
 
 
 def told_of(metrics, rollouts=32):
@@ -65,3 +65,17 @@ def test_the_majority_answer_is_followed():
     )
     assert f"update 3 (p = {p:.2g})" in said
     assert told(3, 1, prompts=((5,),)) == []  # With eight completions it may be chance.
+
+
+def test_mean_and_deviation_over_runs():
+    runs = [
+        [{"update": 1, "entropy": 0.2, "accuracy": 0.5}, {"update": 2, "entropy": 0.1}],
+        [{"update": 1, "entropy": 0.4, "accuracy": 0.75}, {"update": 2, "entropy": 0.3}],
+        [{"update": 1, "entropy": 0.3, "accuracy": None}],
+    ]
+    heads, first = over_runs(runs)
+    assert heads == ["update", "Entropy = loss, nats per token"] and first == ["1", "0.3 ± 0.1"]
+    heads, first, second = over_runs(runs[:2])
+    assert heads[2] == "Accuracy on the training prompt, % of completions"
+    assert first == ["1", "0.3 ± 0.14", "62.5 ± 18"] and second == ["2", "0.2 ± 0.14", ""]
+    assert over_runs(runs[:1]) == over_runs([runs[0], []]) == []

@@ -25,13 +25,14 @@ from ..rollouts.sampling import Rollout
 from ..run_folder import CONFIG, ROLLOUTS, newest_checkpoint
 from ..runs.records import read_metrics, read_rollouts, write_whole
 from ..settings import UserError
-from .figures import COLOURS, curves, density
+from .figures import COLOURS, CURVES, curves, density
 from .logit_shift import Measures, Shift, shift
 
 LEVELS = (0.01, 0.1, 0.3, 0.7, 1.5, 3.0)  # nats, at which a token's background changes
 SHOWN, LONGEST = 12, 256  # completions on a page, 1 to 3 per run and update; tokens of each
 RANKS = {"1": 1, "2": 2, "3 to 5": 5, "6 to 10": 10, "11 to 100": 100, "over 100": sys.maxsize}
 SIGNIFICANT = 0.05  # p values below this
+SPREAD = ("entropy", "accuracy", "mean_length", "repetition", "grad_norm")  # shown over runs
 
 
 class Run(NamedTuple):
@@ -138,6 +139,27 @@ def warnings(metrics: list[dict[str, Any]]) -> Iterator[str]:
             f"update {best['update']} to {now['accuracy']:.0%} in update {now['update']} while "
             f"entropy kept falling (p = {p:.2g}); an earlier checkpoint may be better."
         )
+
+
+def over_runs(metrics: Sequence[list[dict[str, Any]]]) -> list[list[str]]:
+    """Return a table, its heads first: mean and standard deviation over runs, of each update that
+    all have made; empty for a single run.
+    """
+    common = set.intersection(*({row["update"] for row in rows} for rows in metrics))
+    if len(metrics) < 2 or not common:
+        return []
+    table = {"update": [str(update) for update in sorted(common)]}
+    for key in SPREAD:
+        title, unit, factor, _ = CURVES[key]
+        cells = []
+        for update in sorted(common):
+            values = [row.get(key) for rows in metrics for row in rows if row["update"] == update]
+            known = factor * np.array([value for value in values if value is not None])
+            whole = len(known) == len(metrics)
+            cells.append(f"{known.mean():.3g} ± {known.std(ddof=1):.2g}" if whole else "")
+        if any(cells):
+            table[f"{title}, {unit}"] = cells
+    return [list(table), *map(list, zip(*table.values(), strict=True))]
 
 
 def majority_lost(run: Run) -> Iterator[str]:
@@ -279,7 +301,14 @@ def write_report(
         source = Path(__file__).with_suffix(".html.jinja").read_text(encoding="utf-8")
         environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
         drawn = curves(names, [run.metrics for run in found], plots)
-        given = {"parts": parts, "curves": drawn, "levels": LEVELS, "version": __version__}
+        spread = over_runs([run.metrics for run in found])
+        given = {
+            "parts": parts,
+            "spread": spread,
+            "curves": drawn,
+            "levels": LEVELS,
+            "version": __version__,
+        }
         page = environment.from_string(source).render(given)
         write_whole(output, page.encode("utf-8", "replace").decode())  # Text may hold surrogates.
     except BaseException as error:  # Ctrl-C too
