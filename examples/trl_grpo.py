@@ -26,7 +26,7 @@ parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
 )
 parser.add_argument("--model", default="demo", help='hub id, folder, or "demo"')
-parser.add_argument("--output", help="where checkpoints go; default a temporary folder")
+parser.add_argument("--output", help="folder for the trained model; default: it is not kept")
 options = parser.parse_args()
 
 
@@ -65,3 +65,5 @@ with tempfile.TemporaryDirectory() as temporary:
         processing_class=AutoTokenizer.from_pretrained(source, padding_side="left"),
     )
     trainer.train()
+    if options.output:
+        trainer.save_model()

@@ -11,6 +11,7 @@ STATE, FACTS = "training_state.safetensors", "training_state.json"
 # of an evaluation, a selection or a study.
 MARKER, INPUTS = "running.json", "asked.json"
 REPORT = "report.html"
+SUITES, SUITE = "suite", "suite.json"  # folder of a run's evaluation on a suite, and its results
 
 
 def checkpoint_folder(run: Path, update: int) -> Path:

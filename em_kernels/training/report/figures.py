@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ..evaluation.statistics import wilson
+from ..run_folder import STEP
 from .logit_shift import BINS, HIGH, LOW, Measures
 
 INK = "#1f2324"  # for a PNG, which is on white; in an SVG currentColor takes its place
@@ -102,6 +103,26 @@ def curves(
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
             drawn.append(plot(axes, "; ".join(told), folder / f"{key}.png"))
     return drawn
+
+
+@matplotlib.rc_context(STYLE)
+def suite_curves(name: str, suite: dict[str, Any], png: Path) -> Markup:
+    """Plot the accuracy on each set of a suite over the checkpoints; update 0 is the base."""
+    axes = Figure().add_subplot(
+        title=f"Accuracy on {suite['suite']}", xlabel="update", ylabel="% of problems"
+    )
+    models, told = suite["models"], list[str]()
+    x = [int(label.removeprefix(STEP)) if label.startswith(STEP) else 0 for label in models]
+    for number, each in enumerate(next(iter(models.values()))):
+        y = [100 * scores[each]["accuracy"] for scores in models.values()]
+        low, high = 100 * np.transpose([scores[each]["interval"] for scores in models.values()])
+        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+        axes.plot(x, y, color=colour, marker=marker, label=each, clip_on=False)
+        axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
+        told.append(f"{each} {', '.join(f'{value:.3g}' for value in y)}")
+    axes.set_ylim(0, 100)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    return plot(axes, f"{name}: {'; '.join(told)}", png)
 
 
 @matplotlib.rc_context(STYLE)

@@ -22,10 +22,10 @@ from ..console import Terminal
 from ..data.grading import final_answer
 from ..device_memory import is_out_of_memory
 from ..rollouts.sampling import Rollout
-from ..run_folder import CONFIG, ROLLOUTS, newest_checkpoint
+from ..run_folder import CONFIG, ROLLOUTS, SUITE, SUITES, newest_checkpoint
 from ..runs.records import read_metrics, read_rollouts, write_whole
 from ..settings import UserError
-from .figures import COLOURS, CURVES, curves, density
+from .figures import COLOURS, CURVES, curves, density, suite_curves
 from .logit_shift import Measures, Shift, shift
 
 LEVELS = (0.01, 0.1, 0.3, 0.7, 1.5, 3.0)  # nats, at which a token's background changes
@@ -44,6 +44,7 @@ class Run(NamedTuple):
     rollouts: dict[int, list[Rollout]]  # by update
     records: dict[int, list[dict[str, Any]]]  # lines of rollouts.jsonl, by update
     checkpoint: Path | None  # the newest
+    suite: dict[str, Any] | None = None  # results of em-kernels eval --suite
 
     @property
     def last(self) -> int:
@@ -63,7 +64,9 @@ def read_run(folder: Path) -> Run:
     answered = sum(record["correct"] is not None for record in records.get(1, ())) or n
     for row in metrics:
         row["right"] = np.arange(answered) < round((row["accuracy"] or 0) * answered)
-    return Run(folder, config, metrics, rollouts, records, newest_checkpoint(folder))
+    newest, suite = newest_checkpoint(folder), folder / SUITES / SUITE
+    found = json.loads(suite.read_text("utf-8")) if suite.is_file() else None
+    return Run(folder, config, metrics, rollouts, records, newest, found)
 
 
 def settings_of(run: Run) -> dict[str, str]:
@@ -262,6 +265,9 @@ def part_of(run: Run, number: int, shown: int, moved: Shift | None, plots: Path)
         tokenizer, before, after, own = moved or (None, None, None, None)
         part["before"] = completions(run, 1, tokenizer, before, shown)
         part["after"] = completions(run, run.last, tokenizer, own or after, shown)
+    if run.suite:
+        png = plots / f"suite-{number}.png"
+        part["suite"] = suite_curves(run.folder.resolve().name, run.suite, png)
     if moved:
         part["densities"] = [
             density(moved.before, found, f"{key} texts", plots / f"logits-{key}-{number}.png")
