@@ -93,9 +93,9 @@ def test_decoding_em_inf(folder, tokenizer, tmp_path, capfd):
 def test_the_context_limits_new_tokens(folder, tokenizer, tmp_path):
     """Of each prompt alone; the completions that it cut off are marked."""
     model = AutoModelForCausalLM.from_pretrained(folder)
-    texts = ["the " * 125, "Hello", "the " * 126]
-    prompts = tokenizer(texts).input_ids
     context = model.config.max_position_embeddings
+    texts = ["7" * (context - 10), "Hello", "7" * (context - 12)]
+    prompts = tokenizer(texts).input_ids
     room = [context - len(ids) for ids in prompts]
     assert 0 < room[2] < room[0] < 20 < room[1]
     config = TaskSettings(template="raw", sampling=PLAIN.model_copy(update={"max_new_tokens": 20}))
