@@ -63,9 +63,17 @@ class TrainConfig(Settings):
     """Read the prompt from this .jsonl or .parquet file instead."""
     prompt_rows: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)
     """Rows of prompt_from to train on, counted from 0; each gets an equal share of the rollouts."""
+    prompt_column: str | None = None
+    """Column of prompt_from that holds the prompt; default: one of those that em-kernels data
+    --help lists.
+    """
+    answer_column: str | None = None
+    """Column of prompt_from that holds the answer; default: one of those listed there."""
+    system: str | None = None
+    """System message before the prompt, in place of the file's own; empty: none."""
     answer: str | None = None
-    """Correct answer to the prompt, used only to report accuracy; training never sees it. Rows of
-    prompt_from bring their own.
+    """Correct answer to the prompt, used only to report accuracy; training never sees it. It
+    replaces that of prompt_from's row.
     """
     chat_template: bool = True
     """Send the prompt as a user message through the model's chat template; off: as raw text."""
@@ -221,8 +229,14 @@ class TrainConfig(Settings):
             raise UserError("prompt: give a text with prompt or a file with prompt_from, not both")
         if self.prompt is not None and not self.prompt.strip():
             raise UserError("prompt: is empty; give a text to complete")
-        if self.answer is not None and self.prompt_from is not None:
-            raise UserError("answer: goes with a prompt given as text; a file's rows have answers")
+        if self.answer is not None and self.prompt_from is not None and len(self.prompt_rows) > 1:
+            why = f"is one, but prompt_rows are {len(self.prompt_rows)}"
+            raise UserError(f"answer: {why}; give one row, or write the answers into the file")
+        for name in ("prompt_column", "answer_column"):
+            if getattr(self, name) is not None and self.prompt_from is None:
+                raise UserError(f"{name}: goes with prompt_from; leave it out")
+        if self.system is not None and not self.chat_template:
+            raise UserError("system: only a chat template has one; turn chat_template on")
         if self.prompt_from is not None and len(self.prompt_rows) > self.rollouts:
             few = f"{self.rollouts} are fewer than {len(self.prompt_rows)} prompt_rows"
             raise UserError(f"rollouts: {few}; give at least one for each")

@@ -6,7 +6,8 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from .config import TrainConfig
-from .data.problems import Problem, encode, problems_of
+from .data.columns import Problem
+from .data.problems import encode, problems_of
 from .distributed import find_ranks
 from .models.loading import open_source, refuse_adapters
 from .settings import UserError, json_object
