@@ -22,23 +22,25 @@ from ..training.data.columns import (
 from ..training.data.problems import read_problems
 from ..training.settings import UserError
 
-HELP = f"""Show how train, select and eval read the first rows of a file or a hub dataset: the
-messages that the model gets and the answer, then how many rows were read, and why others were
-not. Rows beyond --count are not read.
+HELP = f"""Show how train, select and eval read the first rows of a file or a hub
+dataset: the messages that the model gets and the answer, then how many rows
+were read, and why others were not. Rows beyond --count are not read.
 
-The prompt is the first of these columns that a row has; capitals do not matter:
-  {", ".join(PROMPT_COLUMNS)}
-Its text is one user message; a list is a conversation ("role" and "content", or "from" and
-"value"). "body" is put before "question", "input" behind "instruction", and
-{" or ".join(CHOICE_COLUMNS)} are lettered below the prompt: the answer is then a letter.
-The answer is the first of
+The prompt is the first of these columns that a row has, capitals or not:
+  {", ".join(PROMPT_COLUMNS[:5])},
+  {", ".join(PROMPT_COLUMNS[5:])}
+A text is one user message; a list is a conversation ("role" and "content", or
+"from" and "value"). "body" is put before "question", "input" behind
+"instruction". {" or ".join(CHOICE_COLUMNS).capitalize()} are lettered below the prompt, and the
+answer is then a letter. The answer is the first of
   {", ".join(ANSWER_COLUMNS)}
-of the row or of its "reward_model", else what "solution" has in its last box. A worked solution
-is cut to its last box, or to what follows "####" or "The answer is"."""
+of the row or of its "reward_model", else what "solution" has in its last box.
+A worked answer is cut to its last box, or to what follows "####" or
+"The answer is"."""
 EXAMPLES = """examples:
   em-kernels data math500.jsonl
   em-kernels data openai/gsm8k --subset main --split train --count 2
-  em-kernels data rows.parquet --prompt-column text --answer-column label --json"""
+  em-kernels data rows.parquet --prompt-column text --answer-column label"""
 
 
 def run(arguments: list[str]) -> int:
