@@ -16,6 +16,7 @@ USAGE = """usage: em-kernels COMMAND [options]
 
   plan         memory, disk and time that a run needs, before anything is downloaded
   select       rank the prompts of a pool, to choose the one to train on
+  data         how the rows of a data file are read: prompts, answers, what is skipped
   train        One-shot Entropy Minimization of a model on one prompt; --resume continues a run
   eval         accuracy on problems with known answers: greedy, sampled or teacher-forced
   study        test whether the choice of prompt matters, and whether training beats temperature

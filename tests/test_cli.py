@@ -22,7 +22,7 @@ from em_kernels.cli import main
 from em_kernels.training.config import Sampling, TrainConfig, read_yaml
 
 COMMANDS = ["plan", "select", "train", "eval", "study", "report", "merge", "demo", "fetch-demo"]
-COMMANDS += ["info"]
+COMMANDS += ["data", "info"]
 SHORT = ["--steps", "1", "--rollouts", "2", "--max-new-tokens", "4"]
 
 

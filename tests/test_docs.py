@@ -142,7 +142,7 @@ def only_parsed(monkeypatch):
     from em_kernels import commands
     from em_kernels.training.evaluation import task
 
-    for name in ("demo", "eval", "fetch_demo", "merge", "plan", "report", "study", "train"):
+    for name in ("data", "demo", "eval", "fetch_demo", "merge", "plan", "report", "study", "train"):
         importlib.import_module(f"em_kernels.commands.{name}")
 
     def stop(*_, **__):
@@ -157,6 +157,7 @@ def only_parsed(monkeypatch):
     monkeypatch.setattr(commands.eval, "read_results", lambda _: None)
     for module, name in (
         (commands.plan, "open_config"),
+        (commands.data, "read_problems"),
         (task.TaskSettings, "problems"),
         (commands.eval, "evaluate"),
         (commands.eval, "regrade"),

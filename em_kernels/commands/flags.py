@@ -44,7 +44,8 @@ def train_settings(command: str, arguments: list[str], examples: str) -> tuple[T
     if "--prompt-from" in given and "--prompt" not in given:
         default = default.model_copy(update={"prompt": None, "answer": None})
     if "--prompt" in given and "--prompt-from" not in given:
-        default = default.model_copy(update={"prompt_from": None, "answer": None})
+        of_file = dict.fromkeys(("prompt_from", "prompt_column", "answer_column", "answer"))
+        default = default.model_copy(update=of_file)
     return parse_settings(default, command, rest, SOURCES + examples), run is not None
 
 

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from ..training.config import TrainConfig
 from ..training.console import Terminal
-from ..training.data.problems import texts_of
+from ..training.data.columns import texts_of
 from ..training.evaluation.select import SELECTION, Candidate, SelectConfig, select
 from ..training.evaluation.task import open_model
 from .flags import as_flags, parse_settings
@@ -27,8 +27,10 @@ Examples:
 
 def run(arguments: list[str]) -> int:
     config = parse_settings(SelectConfig(), "select", arguments, HELP)
-    pool, shots = config.problems()
+    pool, shots, left_out = config.problems()
     console = Terminal(stderr=True)
+    if left_out:
+        console.print(left_out, markup=False, soft_wrap=True)
     ranked = select(config, pool, shots, open_model(config, console), console)
     show_ranking(config, ranked, Terminal())
     print(config.output / SELECTION)

@@ -99,9 +99,17 @@ class TrainConfig(Settings):
     """Train each update on this many of the rows, on others each time until too few are left;
     default: on all of them, in every update.
     """
+    prompt_column: str | None = None
+    """Column of prompt_from that holds the prompt; default: one of those that em-kernels data
+    --help lists.
+    """
+    answer_column: str | None = None
+    """Column of prompt_from that holds the answer; default: one of those listed there."""
+    system: str | None = None
+    """System message before the prompt, in place of the file's own; empty: none."""
     answer: str | None = None
-    """Correct answer to the prompt, used only to report accuracy; training never sees it. Rows of
-    prompt_from bring their own.
+    """Correct answer to the prompt, used only to report accuracy; training never sees it. It
+    replaces that of prompt_from's row.
     """
     chat_template: bool = True
     """Send the prompt as a user message through the model's chat template; off: as raw text."""
@@ -267,8 +275,14 @@ class TrainConfig(Settings):
             raise UserError("prompt: give a text with prompt or a file with prompt_from, not both")
         if self.prompt is not None and not self.prompt.strip():
             raise UserError("prompt: is empty; give a text to complete")
-        if self.answer is not None and self.prompt_from is not None:
-            raise UserError("answer: goes with a prompt given as text; a file's rows have answers")
+        if self.answer is not None and self.prompt_from is not None and len(self.prompt_rows) > 1:
+            why = f"is one, but prompt_rows are {len(self.prompt_rows)}"
+            raise UserError(f"answer: {why}; give one row, or write the answers into the file")
+        for name in ("prompt_column", "answer_column"):
+            if getattr(self, name) is not None and self.prompt_from is None:
+                raise UserError(f"{name}: goes with prompt_from; leave it out")
+        if self.system is not None and not self.chat_template:
+            raise UserError("system: only a chat template has one; turn chat_template on")
         rows, fresh = len(self.prompt_rows), self.fresh_prompts
         if fresh is not None and (self.prompt_from is None or fresh > rows):
             need = "a prompt_from" if self.prompt_from is None else f"at least {fresh} prompt_rows"

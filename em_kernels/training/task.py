@@ -7,7 +7,8 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from .config import TrainConfig
-from .data.problems import Problem, encode, problems_of, read_problems
+from .data.columns import Problem
+from .data.problems import encode, problems_of, read_problems
 from .distributed import find_ranks
 from .models.loading import open_source, refuse_adapters
 from .settings import UserError, json_object
@@ -66,6 +67,17 @@ def prompt_indices(config: TrainConfig, update: int) -> list[int]:
     return [dealt[i % size] for i in range(config.rollouts)]
 
 
+def _held_out(config: TrainConfig) -> list[Problem]:
+    """Read the problems of stop_on."""
+    if config.stop_on is None:
+        return []
+    rows = read_problems(str(config.stop_on), count=None, system=config.system)
+    found = [row for row in rows if isinstance(row, Problem) and row.answer is not None]
+    if len(found) < len(rows):
+        raise UserError(f"stop_on: not every problem of {config.stop_on} has an answer")
+    return found
+
+
 def load_task(config: TrainConfig) -> Task:
     """Load tokenizer and prompts, and check them against the model's context; reads no weights."""
     problems = problems_of(config)
@@ -73,9 +85,7 @@ def load_task(config: TrainConfig) -> Task:
     refuse_adapters(source)
     chat_template = config.chat_template and tokenizer.chat_template is not None
     kwargs = json_object("template_kwargs", config.template_kwargs)
-    held_out = [] if config.stop_on is None else read_problems(str(config.stop_on), count=None)
-    if any(problem.answer is None for problem in held_out):
-        raise UserError(f"stop_on: not every problem of {config.stop_on} has an answer")
+    held_out = _held_out(config)
     ids = [encode(tokenizer, p.prompt, chat_template, kwargs) for p in (*problems, *held_out)]
     if not all(ids):
         raise UserError("prompt: the tokenizer returns no tokens for it")

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from .config import TrainConfig, read_yaml
 from .console import Terminal
-from .data.problems import texts_of
+from .data.columns import texts_of
 from .device_memory import let_segments_grow, limited_memory
 from .distributed import Ranks, find_ranks
 from .interrupts import Interrupted, StopRequest, doing

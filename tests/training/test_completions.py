@@ -34,7 +34,7 @@ def folder(tmp_path_factory):
 def asked(tokenizer, model, **settings):
     """Return the prompt that the model reads of the first problem."""
     config = TaskSettings(data="addition", count=1, **settings)
-    (problem,), shots = config.problems()
+    (problem,), shots, _ = config.problems()
     (ids,) = token_ids(config, (model, tokenizer), [config.prompt(problem, shots)])
     return tokenizer.decode(ids)
 
@@ -127,9 +127,9 @@ def test_worked_examples_and_skipped_ones_are_left_out(tmp_path):
     path.write_text("".join(f'{{"prompt": "p{i}", "answer": {i}}}\n' for i in range(10)))
     every = [Problem(f"p{i}", str(i)) for i in range(10)]
     task = TaskSettings(data=str(path), template="few-shot", shots=3, skip=2)
-    assert task.problems() == (every[5:], every[:3])
-    assert task.model_copy(update={"count": 4}).problems() == (every[5:9], every[:3])
-    assert task.model_copy(update={"template": "raw"}).problems() == (every[2:], [])
+    assert task.problems() == (every[5:], every[:3], "")
+    assert task.model_copy(update={"count": 4}).problems() == (every[5:9], every[:3], "")
+    assert task.model_copy(update={"template": "raw"}).problems() == (every[2:], [], "")
     with pytest.raises(
         UserError, match="^data: .* has 10 problems; 3 worked .* and 7 skipped leav"
     ):
@@ -141,9 +141,9 @@ def test_worked_examples_and_skipped_ones_are_left_out(tmp_path):
 @pytest.mark.parametrize("data", ["addition", "gym:products"])
 def test_a_generator_makes_what_is_left_out_too(data):
     task = TaskSettings(data=data, template="few-shot", skip=1000)
-    problems, shots = task.problems()
+    problems, shots, _ = task.problems()
     assert len(problems) == 1000 and len(shots) == 2
-    again, _ = task.model_copy(update={"skip": 0}).problems()
+    again, *_ = task.model_copy(update={"skip": 0}).problems()
     assert len(again) == 1000 and not {*problems} & {*again}
 
 
@@ -152,7 +152,7 @@ def place(tmp_path_factory, folder):
     place = tmp_path_factory.mktemp("place")
     rows = [{"problem": f"{i} + {j} =", "answer": str(i + j)} for i in range(4) for j in range(5)]
     (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (place / "unanswered.jsonl").write_text('{"problem": "a", "answer": 3}\n{"problem": "b"}\n')
+    (place / "unanswered.jsonl").write_text('{"problem": "a"}\n{"problem": "b"}\n')
     (place / "long.jsonl").write_text(json.dumps({"prompt": "W" * 510, "answer": 3}) + "\n")
     save_tiny(place / "plain")
     tokenizer = make_tokenizer()
@@ -166,7 +166,11 @@ def place(tmp_path_factory, folder):
 REFUSED = [
     (["--data", ""], "data: missing"),
     (["--data", "missing.jsonl"], "data: cannot read missing.jsonl"),
-    (["--data", "unanswered.jsonl"], "data: not every problem of unanswered.jsonl has an answer"),
+    (["--data", "unanswered.jsonl"], "data: no problem of unanswered.jsonl has an answer"),
+    (["--data", "unanswered.jsonl", "--template", "few-shot"], "shots: .* has no answers for"),
+    (["--system", "Be brief.", "--template", "raw"], "system: goes with template chat, not"),
+    (["--answer-column", "x"], "answer_column: rows.jsonl has no column 'x'; it has problem, ans"),
+    (["--data", "addition", "--prompt-column", "x"], "prompt_column: goes with a file or a hub"),
     (["--skip", "20"], "data: rows.jsonl has 20 problems; .* leave none; lower skip or shots"),
     (["--count", "21"], "count: rows.jsonl has 20 problems"),
     (["--samples", "2"], "samples: 2 are all the same at sampling.temperature 0; raise it"),

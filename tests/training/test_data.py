@@ -12,8 +12,8 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from em_kernels.training.config import TrainConfig
+from em_kernels.training.data.columns import Problem
 from em_kernels.training.data.problems import (
-    Problem,
     as_problem,
     encode,
     few_shot,
@@ -299,7 +299,8 @@ def test_a_dataset(suffix, tmp_path, cache):
         Problem("train 1?", "1"),
     ]
     for options, said in (
-        ({"split": "dev"}, "^data: cannot open .*dev"),
+        ({"split": "dev"}, "^split: .* has no split 'dev', but train, test; add --split train"),
+        ({"split": "dev", "count": 1}, "^split: .* has no split 'dev', but train, test; add"),
         ({"subset": "algebra"}, "^data: cannot open .*algebra"),
         ({"count": 4}, "^count: .* has 3 problems, 4 are asked for"),
     ):
@@ -326,7 +327,10 @@ def test_a_file(tmp_path):
         (r'{"prompt": "\ud800"}', "the prompt is not text in UTF-8"),
     ):
         path.write_text('{"prompt": "p"}\n' + row + "\n")
-        with pytest.raises(UserError, match=f"^data: {path}, row 1: {said}"):
+        problem, unusable = read_problems(str(path), count=None)
+        assert problem == Problem("p") and str(unusable).startswith(said)
+        path.write_text(row + "\n")
+        with pytest.raises(UserError, match=f"^data: none of {path}'s 1 rows can be used: {said}"):
             read_problems(str(path), count=None)
 
 

@@ -356,7 +356,7 @@ def test_teacher_forced_greedy_is_greedy_sampling(demo):
     """On 12 sums all verdicts for the 135M model agree; some are right, some wrong."""
     model, tokenizer = demo
     config = EvalConfig(data="addition", template="few-shot", count=12, seed=1)
-    problems, shots = config.problems()
+    problems, shots, _ = config.problems()
     prompts = [config.prompt(problem, shots) for problem in problems]
     known = known_answers(tokenizer, prompts, [problem.completion for problem in problems])
     forced, _ = score_answers(model, known, (1.0,), QUIET)

@@ -164,12 +164,21 @@ def test_by_entropy_in_one_stage(folder, drawn, tmp_path):
 
 
 def test_variance_needs_answers(folder, tmp_path, capfd):
-    data = write_rows(tmp_path / "rows.jsonl", ["1"] * 6)
+    data = write_rows(tmp_path / "rows.jsonl")
     assert main(selection(folder, data, tmp_path / "no", "--score", "variance")) == 2
     stdout, stderr = capfd.readouterr()
-    said = "score: variance needs answers, which 2 problems lack; use auto"
+    said = f"score: variance needs answers, which {data[1]} lacks; use auto"
     assert (stdout, stderr) == ("", f"em-kernels select: error: {said}\n")
     assert not (tmp_path / "no").exists()
+
+
+def test_rows_without_an_answer_are_never_selected(folder, tmp_path, capfd):
+    data = write_rows(tmp_path / "rows.jsonl", ["proof", 1, 2, "notfound"])
+    output, options = tmp_path / "selection", ["--samples", "2", "--more", "0"]
+    assert main(selection(folder, data, output, *options, tokens=2)) == 0
+    assert {row["prompt"] for row in read(output / "selection.jsonl")} == {*QUESTIONS[1:3]}
+    told = f"Left out {len(QUESTIONS) - 2} of {len(QUESTIONS)} rows of {data[1]}: no answer "
+    assert told in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("template", ["chat", "few-shot", "qwen25-math-cot"])

@@ -1,4 +1,4 @@
-"""A run's base and checkpoints on several sets, by the command; a server that the command starts."""
+"""A run's base and checkpoints on several sets, and the server that the command starts."""
 
 import json
 import os

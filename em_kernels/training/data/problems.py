@@ -2,134 +2,110 @@
 
 import difflib
 import json
-import math
 import random
 import re
 import urllib.parse
-from collections.abc import Mapping, Sequence
-from decimal import Decimal
-from itertools import takewhile
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from itertools import islice, takewhile
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any
 
 import yaml
 from transformers import PreTrainedTokenizerBase
 
 from ..config import TrainConfig
 from ..presets import ADDITION_SHOTS
-from ..settings import UserError, has_surrogates, in_one_line
-from .grading import boxed
+from ..settings import UserError, in_one_line
+from .columns import (
+    USUAL,
+    Columns,
+    Conversation,
+    Problem,
+    UnusableRow,
+    check_columns,
+    messages_of,
+    problem_of,
+    with_system,
+)
 
-PROMPT_COLUMNS = ("problem", "question", "prompt")
-ANSWER_COLUMNS = ("answer", "final_answer", "ground_truth")
+READ_ROWS = 1024  # that are read at a time
 # The prompt of Qwen2.5-Math's evaluation, and of the paper's.
 QWEN25_MATH_COT = (
     "<|im_start|>system\nPlease reason step by step, and put your final answer within "
     "\\boxed{{}}.<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 )
-Conversation: TypeAlias = list[dict[str, Any]]  # messages whose contents are text
 
 
-class Problem(NamedTuple):
-    """A prompt, its answer if known, and how a worked example writes the answer."""
-
-    prompt: str | Conversation  # A single user message is stored as its text.
-    answer: str | None = None
-    worked: str | None = None
-
-    @property
-    def completion(self) -> str:
-        """Return the text that follows "A:" in a worked example."""
-        return f" {self.worked or self.answer}\n"
-
-
-def read_rows(path: Path, setting: str = "prompt_from") -> list[dict[str, Any]]:
-    """Read the rows of a .jsonl, .json or .parquet file that a setting names."""
+def read_rows(
+    path: Path, setting: str = "prompt_from", count: int | None = None
+) -> list[dict[str, Any]]:
+    """Read the first `count` rows, or all, of a .jsonl, .json or .parquet file that a setting
+    names.
+    """
+    rows: list[dict[str, Any]] = []
     try:
         if path.suffix == ".parquet":
             import pyarrow.parquet
 
-            return pyarrow.parquet.read_table(path).to_pylist()
+            with pyarrow.parquet.ParquetFile(path) as file:
+                for batch in file.iter_batches(batch_size=min(count or READ_ROWS, READ_ROWS)):
+                    rows += batch.to_pylist()
+                    if count is not None and len(rows) >= count:
+                        break
+            return rows[:count]
         if path.suffix in (".jsonl", ".json"):
-            text = path.read_text(encoding="utf-8-sig")
-            if text.lstrip().startswith("["):
-                return json.loads(text)
-            return [json.loads(line) for line in text.split("\n") if line.strip()]
+            with open(path, "rb") as file:
+                for number, line in enumerate(file, 1):
+                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                    if text.strip() and not rows and text.lstrip().startswith("["):
+                        return json.loads(text + file.read().decode())[:count]
+                    if text.strip():
+                        rows.append(_json_line(text, number))
+                    if count is not None and len(rows) >= count:
+                        break
+            return rows
     except (OSError, ValueError, RecursionError) as error:  # RecursionError: deep nesting
         raise UserError(f"{setting}: cannot read {path}: {in_one_line(error)}") from error
     raise UserError(f"{setting}: {path} is neither .jsonl nor .parquet")
 
 
-def as_problem(row: Any, where: object, setting: str = "prompt_from") -> Problem:
-    """Return a row's prompt and answer, whichever of the usual columns hold them."""
-    if not isinstance(row, dict):
-        raise UserError(f"{setting}: {where}: a row is {type(row).__name__}, not an object")
-    prompt: Any = next((row[name] for name in PROMPT_COLUMNS if row.get(name)), None)
-    if isinstance(prompt, list):
-        prompt = _conversation(prompt, f"{setting}: {where}")
-    texts = texts_of(prompt) if isinstance(prompt, (str, list)) else []
-    if not any(text.strip() for text in texts):
-        known = ", ".join(PROMPT_COLUMNS)
-        raise UserError(f"{setting}: {where}: a row has no text in any of the columns {known}")
-    if any(not text.isprintable() and has_surrogates(text) for text in texts):
-        raise UserError(f"{setting}: {where}: the prompt is not text in UTF-8")
-    reward = row.get("reward_model")
-    answers = {**row, **(reward if isinstance(reward, dict) else {})}
-    given = [as_answer(answers.get(name)) for name in ANSWER_COLUMNS]
-    if isinstance(solution := row.get("solution"), str):  # Minerva
-        given.append(boxed(solution))
-    return Problem(prompt, next(filter(None, given), None))
+def _json_line(text: str, number: int) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"line {number}: {error}") from error
 
 
-def as_answer(value: Any) -> str | None:
-    """Return a data file's answer as text: a list is joined, a GSM8K solution is cut to what
-    follows "####". None for a missing value (tables use NaN), a truth value or an object.
-    """
-    if isinstance(value, list):
-        parts = [as_answer(part) or "" for part in value]
-        return ", ".join(parts) if all(parts) else None
-    missing = isinstance(value, float | Decimal) and not math.isfinite(value)
-    if missing or isinstance(value, bool | dict | None):
-        return None
-    return str(value).split("####")[-1].strip()
-
-
-def _conversation(messages: list[Any], where: str) -> str | Conversation:
-    """Return messages as a chat template takes them, each content as one text."""
-    kept: Conversation = []
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise UserError(f"{where}: a message of the conversation has no role")
-        content = message.get("content")
-        if isinstance(content, list):
-            texts = [part.get("text") if isinstance(part, dict) else part for part in content]
-            if not all(isinstance(text, str) for text in texts):
-                raise UserError(f"{where}: a message has a part that is not text")
-            content = "".join(map(str, texts))
-        if not isinstance(content, str | None):
-            raise UserError(f"{where}: a message's content is not text")
-        given = {key: value for key, value in message.items() if value is not None}
-        kept.append({**given, "content": content or ""})
-    if len(kept) == 1 and kept == [{"role": "user", "content": kept[0]["content"]}]:
-        return kept[0]["content"]
-    return kept
-
-
-def texts_of(prompt: str | Conversation) -> list[str]:
-    return [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
+def as_problem(
+    row: Any, where: object, setting: str = "prompt_from", columns: Columns = USUAL
+) -> Problem:
+    """Return a row's prompt and answer; UserError, naming its place, if it has no prompt."""
+    try:
+        return problem_of(row, columns)
+    except UnusableRow as error:
+        raise UserError(f"{setting}: {where}: {error}") from error
 
 
 def problems_of(config: TrainConfig) -> list[Problem]:
     """Return the problems that a run trains on."""
     if config.prompt is not None:
-        return [Problem(config.prompt, config.answer)]
+        return [Problem(with_system(config.prompt, config.system), config.answer)]
     path = config.prompt_from
     assert path is not None
-    rows = read_rows(path)
+    rows = read_rows(path, count=max(config.prompt_rows) + 1)
     for row in config.prompt_rows:
         if row >= len(rows):
             raise UserError(f"prompt_rows: {row} is not in {path}, which has {len(rows)} rows")
-    return [as_problem(rows[row], f"{path}, row {row}") for row in config.prompt_rows]
+    columns = Columns(config.prompt_column, config.answer_column)
+    check_columns([rows[row] for row in config.prompt_rows], columns, path)
+    found = []
+    for row in config.prompt_rows:
+        problem = as_problem(rows[row], f"{path}, row {row}", columns=columns)
+        prompt, answer = with_system(problem.prompt, config.system), config.answer
+        found.append(Problem(prompt, problem.answer if answer is None else answer))
+    return found
 
 
 def read_problems(
@@ -140,11 +116,20 @@ def read_problems(
     count: int | None,  # None: all, or 1000 of a generator
     more: int = 0,  # problems beyond those, for worked examples and to skip
     seed: int = 0,
-) -> list[Problem]:
-    """Return problems of a file, "addition", "gym:NAME" (reasoning-gym) or a dataset of the hub."""
+    columns: Columns = USUAL,
+    system: str | None = None,
+    fewer: bool = False,  # take a source that has fewer than `count`
+) -> list[Problem | UnusableRow]:
+    """Return problems of a file, "addition", "gym:NAME" (reasoning-gym) or a dataset of the hub;
+    in place of a row without a prompt, why it has none.
+    """
     generated = source == "addition" or source.startswith("gym:")
+    found: list[Problem | UnusableRow]
     if generated or count is not None:
         count = (count or 1000) + more
+    if generated and columns != USUAL:
+        setting = "prompt_column" if columns.prompt else "answer_column"
+        raise UserError(f"{setting}: goes with a file or a hub dataset, not with {source}")
     if source == "addition":
         rng = random.Random(seed)
         pairs = [(a, b) for a in range(10, 100) for b in range(10, 100)]
@@ -154,17 +139,44 @@ def read_problems(
         found = [Problem(f"What is {task}?", total, f"{task} = {total}") for task, total in sums]
     elif generated:
         assert count is not None
-        found = _gym(source.removeprefix("gym:"), count, seed)
+        found = [*_gym(source.removeprefix("gym:"), count, seed)]
     else:
         path = Path(source).expanduser()
         is_file = path.suffix in (".parquet", ".jsonl", ".json") or path.is_file()
-        rows = read_rows(path, "data") if is_file else _hub(source, subset, split)
-        found = [as_problem(row, f"{source}, row {i}", "data") for i, row in enumerate(rows)]
-    if count is not None and len(found) < count:
+        rows = read_rows(path, "data", count) if is_file else _hub(source, subset, split, count)
+        found = _of_rows(rows, columns, source)
+    if count is not None and len(found) < count and not fewer:
         raise UserError(f"count: {source} has {len(found)} problems, {count} are asked for")
     if not found:
         raise UserError(f"data: {source} has no rows")
-    return found[:count]
+    return [
+        row
+        if isinstance(row, UnusableRow)
+        else row._replace(prompt=with_system(row.prompt, system))
+        for row in found[:count]
+    ]
+
+
+def _of_rows(rows: list[Any], columns: Columns, source: str) -> list[Problem | UnusableRow]:
+    """Return the rows' problems; UserError if not one row has a prompt."""
+    check_columns(rows, columns, source)
+    found: list[Problem | UnusableRow] = []
+    for row in rows:
+        try:
+            found.append(problem_of(row, columns))
+        except UnusableRow as error:
+            found.append(error)
+    if rows and all(isinstance(row, UnusableRow) for row in found):
+        names = dict.fromkeys(str(name) for row in rows if isinstance(row, dict) for name in row)
+        has = f"; its columns are {', '.join(names)}: name one with prompt_column" if names else ""
+        reasons = counted(str(row) for row in found)
+        raise UserError(f"data: none of {source}'s {len(rows)} rows can be used: {reasons}{has}")
+    return found
+
+
+def counted(reasons: Iterable[str]) -> str:
+    """Return each reason with its number in brackets, the most frequent first."""
+    return ", ".join(f"{reason} ({n})" for reason, n in Counter(reasons).most_common())
 
 
 def _gym(name: str, count: int, seed: int) -> list[Problem]:
@@ -201,13 +213,27 @@ def _gym(name: str, count: int, seed: int) -> list[Problem]:
     return list(found.values())
 
 
-def _hub(name: str, subset: str | None, split: str) -> list[dict[str, Any]]:
+def _hub(name: str, subset: str | None, split: str, count: int | None) -> list[dict[str, Any]]:
+    """Return the first `count` rows of a dataset, streamed; or all."""
     import datasets
 
     datasets.disable_progress_bars()
+    # Only a whole download is in the cache, and only that knows slices such as test[:50].
+    offline = datasets.config.HF_HUB_OFFLINE
+    streams = count is not None and not offline and re.fullmatch(r"\w+", split) is not None
     try:
-        return datasets.load_dataset(name, subset, split=split).to_list()
+        rows = datasets.load_dataset(name, subset, split=split, streaming=streams)
+        if not streams:
+            return rows.select(range(min(len(rows), count or len(rows)))).to_list()
+        # Pictures are not decoded, as no prompt has them. take() would open the next file, too.
+        return list(islice(rows.decode(False) if rows.features else rows, count))
     except Exception as error:  # datasets and the hub client raise many kinds.
+        splits: list[str] = []
+        with suppress(Exception):
+            splits = datasets.get_dataset_split_names(name, subset)
+        if splits and re.split(r"\W", split)[0] not in splits:
+            has = f"has no split {split!r}, but {', '.join(splits)}"
+            raise UserError(f"split: {name} {has}; add --split {splits[0]}") from error
         raise UserError(f"data: cannot open {name}: {in_one_line(error)[:300]}") from error
 
 
@@ -233,7 +259,7 @@ def encode(
             why = f"is a conversation of {len(prompt)} messages, which only a chat template joins"
             raise UserError(f"prompt: {why}; use the model's, or give one text")
         return tokenised(tokenizer, prompt)
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    messages = messages_of(prompt)
     begun = messages[-1]["role"] == "assistant"
     settings: dict[str, Any] = {"add_generation_prompt": not begun, "continue_final_message": begun}
     settings |= {**template_kwargs, "tokenize": False}

@@ -12,7 +12,7 @@ from rich.console import Console
 from transformers import LogitsProcessor
 
 from ..console import progress_on
-from ..data.problems import Conversation
+from ..data.columns import Conversation
 from ..device_memory import halve_until_it_fits
 from ..interrupts import doing
 from ..rollouts.sampling import generate

@@ -14,8 +14,9 @@ from transformers import LogitsProcessor
 from ...decoding import EntropyMinimizationLogitsProcessor
 from ..config import Sampling
 from ..console import progress_on
+from ..data.columns import Conversation, Problem
 from ..data.grading import Grader
-from ..data.problems import Conversation, Problem, as_problem, few_shot, read_rows
+from ..data.problems import as_problem, few_shot, read_rows
 from ..models.loading import fingerprint
 from ..run_folder import CONFIG
 from ..runs.records import MAY_CHANGE, differing, resumable, write_whole
@@ -91,9 +92,12 @@ def evaluate(config: EvalConfig, console: Console, against: Path | None = None) 
         raise UserError(f"decoding: em-inf {where}: leave out server and teacher_forced")
     if config.decoding == "em-inf" and config.sampling.temperature == 0:
         raise UserError("decoding: em-inf leaves greedy choices as they are; take temperature 0.1")
-    problems, shots = config.problems()
+    problems, shots, left_out = config.problems()
     if any(problem.answer is None for problem in problems):
-        raise UserError(f"data: not every problem of {config.data} has an answer to compare with")
+        why = f"no problem of {config.data} has an answer to compare with"
+        raise UserError(f"data: {why}; name its column with answer_column")
+    if left_out:
+        console.print(left_out, markup=False, soft_wrap=True)
     prompts, name = [config.prompt(problem, shots) for problem in problems], config.model
     rows = "".join(json.dumps({"prompt": p.prompt, "answer": p.answer}) + "\n" for p in problems)
     if against is not None:

@@ -10,8 +10,8 @@ import numpy as np
 from pydantic import Field
 from rich.console import Console
 
+from ..data.columns import Conversation, Problem
 from ..data.grading import Grader, boxed
-from ..data.problems import Conversation, Problem
 from ..models.loading import fingerprint
 from ..runs.records import resumable, write_whole
 from ..settings import UserError
@@ -36,7 +36,7 @@ class SelectConfig(TaskSettings):
     score: Literal["auto", "variance", "disagreement", "entropy"] = "auto"
     """variance: p (1 - p), where p is the share of right completions; needs answers. disagreement:
     1 minus the share of the most frequent final answer. entropy: mean entropy per token, in nats.
-    auto: variance if every problem has an answer, else disagreement.
+    auto: variance if the data has answers, else disagreement.
     """
     output: Path = Path("runs/selection")
     """Folder for completions.jsonl and selection.jsonl; the latter goes to train --prompt-from."""
@@ -71,11 +71,11 @@ def select(
     console: Console,
 ) -> list[Candidate]:
     """Rank the pool by score, prompts of the second stage first; write selection.jsonl too."""
-    score, lacking = config.score, sum(problem.answer is None for problem in pool)
+    score, lacking = config.score, any(problem.answer is None for problem in pool)
     if score == "auto":
         score = "disagreement" if lacking else "variance"
     if score == "variance" and lacking:
-        raise UserError(f"score: variance needs answers, which {lacking} problems lack; use auto")
+        raise UserError(f"score: variance needs answers, which {config.data} lacks; use auto")
     prompts = [config.prompt(problem, shots) for problem in pool]
     complete = local_completer(config, opened, prompts, SELECT_STREAM, with_entropy=True)
     facts = {"model": fingerprint(config.model), "data": digest(pool, prompts)}

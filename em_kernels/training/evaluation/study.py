@@ -12,7 +12,8 @@ import numpy as np
 from rich.console import Console
 
 from ..config import TrainConfig
-from ..data.problems import Problem, few_shot, texts_of
+from ..data.columns import Problem, texts_of
+from ..data.problems import few_shot
 from ..models.loading import fingerprint, refuse_adapters, resolve_source
 from ..run_folder import CHECKPOINTS, CONFIG, checkpoint_folder
 from ..runs.records import resumable, write_whole
@@ -61,9 +62,10 @@ def run_study(config: StudyConfig, console: Console) -> dict[str, Any]:
     if config.count is not None:
         raise UserError("count: goes with select and eval; a study takes pool and held_out")
     count = config.pool + config.held_out + EXAMPLES
-    problems, shots = config.model_copy(update={"count": count}).problems()
-    if any(problem.answer is None for problem in problems + shots):
-        raise UserError(f"data: not every problem of {config.data} has an answer to compare with")
+    problems, shots, left_out = config.model_copy(update={"count": count}).problems()
+    if left_out or any(problem.answer is None for problem in problems):
+        why = f"not every problem of {config.data} has an answer to compare with"
+        raise UserError(f"data: {why}; em-kernels data shows its rows")
     examples, problems = problems[:EXAMPLES], problems[EXAMPLES:]
     pool, held_out = problems[: config.pool], problems[config.pool :]
     study = _Study(config, shots, held_out, console)

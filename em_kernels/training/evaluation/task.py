@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Literal, NamedTuple, TypeAlias
 
 from pydantic import Field
 from rich.console import Console
@@ -12,7 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...hf import check_head, head_of
 from ..config import Sampling
-from ..data.problems import QWEN25_MATH_COT, Conversation, Problem, encode, few_shot, read_problems
+from ..data.columns import Columns, Conversation, Problem, UnusableRow
+from ..data.problems import QWEN25_MATH_COT, counted, encode, few_shot, read_problems
 from ..device_memory import let_segments_grow
 from ..interrupts import doing
 from ..models.loading import (
@@ -31,6 +32,14 @@ from ..task import check_context, find_device
 Opened: TypeAlias = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
+class Asked(NamedTuple):
+    """Problems to ask, worked examples that precede each, and a line about rows left out."""
+
+    problems: list[Problem]
+    shots: list[Problem]
+    left_out: str  # empty if none are
+
+
 class TaskSettings(Settings):
     """A model, problems, and how the model is asked them."""
 
@@ -46,10 +55,22 @@ class TaskSettings(Settings):
     """Configuration of the hub dataset, if it has several."""
     split: str = "test"
     """Split of the hub dataset."""
+    prompt_column: str | None = None
+    """Column of the data that holds the prompt; default: one of those that em-kernels data --help
+    lists.
+    """
+    answer_column: str | None = None
+    """Column of the data that holds the answer; default: one of those listed there."""
+    system: str | None = None
+    """System message before each problem, with template chat, in place of the data's own; empty:
+    none.
+    """
     skip: Annotated[int, Field(ge=0)] = 0
     """Leave out this many problems at the start, such as those a prompt was selected from."""
     count: Positive | None = None
-    """Number of problems; default: all of a file or dataset, 1000 of a generator."""
+    """Number of rows to take, of which those without an answer are left out; default: all of a file
+    or dataset, 1000 of a generator.
+    """
     template: Literal["chat", "qwen25-math-cot", "few-shot", "raw"] = "chat"
     """chat: the model's chat template. qwen25-math-cot: the prompt of Qwen2.5-Math's evaluation and
     of the paper. few-shot: "Q: ... A:" after worked examples, without a chat template; an answer
@@ -76,18 +97,31 @@ class TaskSettings(Settings):
     attention: str = "auto"
     """transformers' attn_implementation. auto: sdpa, or eager if the architecture has no sdpa."""
 
-    def problems(self) -> tuple[list[Problem], list[Problem]]:
-        """Return the problems to ask, and the worked examples that precede each."""
+    def problems(self) -> Asked:
+        """Return the problems to ask. Rows without a prompt are left out, and rows without an
+        answer where others have one.
+        """
         if not self.data:
             raise UserError("data: missing; name a file, a dataset, addition or gym:TASK")
+        if self.system is not None and self.template != "chat":
+            raise UserError(f"system: goes with template chat, not with {self.template}")
         shots = self.shots if self.template == "few-shot" else 0
         start = shots + self.skip
-        same = self.model_dump(include={"subset", "split", "count", "seed"})
-        found = read_problems(self.data, more=start, **same)
+        same = self.model_dump(include={"subset", "split", "count", "seed", "system"})
+        columns = Columns(self.prompt_column, self.answer_column)
+        rows = read_problems(self.data, more=start, columns=columns, **same)
+        found = [row for row in rows if isinstance(row, Problem)]
+        reasons = [str(row) for row in rows if isinstance(row, UnusableRow)]
+        if answered := [problem for problem in found if problem.answer is not None]:
+            reasons += ["no answer"] * (len(found) - len(answered))
+            found = answered
+        elif shots:
+            raise UserError(f"shots: {self.data} has no answers for worked examples; take 0")
         if (n := len(found)) <= start:
             left = f"{shots} worked examples and {self.skip} skipped leave none"
             raise UserError(f"data: {self.data} has {n} problems; {left}; lower skip or shots")
-        return found[start:], found[:shots]
+        told = f"Left out {len(reasons)} of {len(rows)} rows of {self.data}: {counted(reasons)}"
+        return Asked(found[start:], found[:shots], told if reasons else "")
 
     def prompt(self, problem: Problem, shots: Sequence[Problem]) -> str | Conversation:
         """Return the prompt's text; for template chat the user's message, or all messages."""
