@@ -212,6 +212,19 @@ def test_rows_without_an_answer_are_left_out_where_others_have_one(rows):
     assert problems == [Problem("p1")] and "Left out 1 of 2 rows" in told
 
 
+def test_equal_rows_are_one_problem(tmp_path):
+    """As in AMC23 with eight copies of each problem; another answer makes another problem."""
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": "p", "answer": "1"}, {"prompt": " q\n", "answer": "2"}] * 3
+    rows.append({"prompt": "p", "answer": "2"})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = TaskSettings(data=str(path), template="qwen25-math-cot")
+    problems, _, told = task.problems()
+    assert [(p.prompt.strip(), p.answer) for p in problems] == [("p", "1"), ("q", "2"), ("p", "2")]
+    assert told == f"Left out 4 of 7 rows of {path}: repeats another (4)"
+    assert "user\nq<|im_end|>" in task.prompt(problems[1], [])
+
+
 def test_an_evaluation_is_of_what_is_left(rows, folder, tmp_path, capfd):
     output = tmp_path / "eval"
     asked = ["eval", "--model", str(folder), "--data", str(rows), "--output", str(output)]

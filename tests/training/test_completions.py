@@ -97,7 +97,7 @@ def test_the_context_limits_new_tokens(folder, tokenizer, tmp_path):
     texts = ["7" * (context - 10), "Hello", "7" * (context - 12)]
     prompts = tokenizer(texts).input_ids
     room = [context - len(ids) for ids in prompts]
-    assert 0 < room[2] < room[0] < 20 < room[1]
+    assert 0 < room[0] < room[2] < 20 < room[1]
     config = TaskSettings(template="raw", sampling=PLAIN.model_copy(update={"max_new_tokens": 20}))
     done = []
     complete = local_completer(config, (model, tokenizer), texts, EVAL_STREAM)

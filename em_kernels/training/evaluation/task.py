@@ -98,8 +98,8 @@ class TaskSettings(Settings):
     """transformers' attn_implementation. auto: sdpa, or eager if the architecture has no sdpa."""
 
     def problems(self) -> Asked:
-        """Return the problems to ask. Rows without a prompt are left out, and rows without an
-        answer where others have one.
+        """Return the problems to ask. Rows without a prompt are left out, rows without an answer
+        where others have one, and rows that repeat another.
         """
         if not self.data:
             raise UserError("data: missing; name a file, a dataset, addition or gym:TASK")
@@ -117,6 +117,9 @@ class TaskSettings(Settings):
             found = answered
         elif shots:
             raise UserError(f"shots: {self.data} has no answers for worked examples; take 0")
+        different = {json.dumps((problem.prompt, problem.answer)): problem for problem in found}
+        reasons += ["repeats another"] * (len(found) - len(different))
+        found = list(different.values())
         if (n := len(found)) <= start:
             left = f"{shots} worked examples and {self.skip} skipped leave none"
             raise UserError(f"data: {self.data} has {n} problems; {left}; lower skip or shots")
@@ -130,8 +133,9 @@ class TaskSettings(Settings):
         if self.template != "chat" and not isinstance(problem.prompt, str):
             why = f"{self.template} takes prompts of one text, not conversations; use chat"
             raise UserError(f"template: {why}")
-        cot = self.template == "qwen25-math-cot"
-        return QWEN25_MATH_COT.format(problem.prompt) if cot else problem.prompt
+        if self.template == "qwen25-math-cot" and isinstance(problem.prompt, str):
+            return QWEN25_MATH_COT.format(problem.prompt.strip())
+        return problem.prompt
 
     def sampled(self) -> Sampling:
         """Return the sampling settings with the stop string that the template's answers need."""
