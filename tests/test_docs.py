@@ -32,6 +32,7 @@ PAGES = {path.name: path.read_text(encoding="utf-8") for path in FILES}
 NOT_RUN = {  # reasons, by page, of the blocks that no test here can run
     "benchmarks.md": ["installs what is measured beside ours"],
     "evidence.md": ["takes half an hour a run"],
+    "measuring.md": ["the 7B needs a GPU or days"],
     "reproducing.md": [*["the 7B needs a GPU or days"] * 2, "takes hours"],
     "using.md": ["vllm needs a GPU", "vllm needs a GPU", "llama.cpp is not a Python package"],
 }

@@ -1,6 +1,7 @@
 """Sampled completions of problems, kept in a file as they arrive, to resume a stopped command."""
 
 import sys
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import groupby
@@ -41,6 +42,7 @@ class Completion(NamedTuple):
 
 Key: TypeAlias = tuple[int, int]  # problem, sample
 OnDone: TypeAlias = Callable[[list[Completion]], None]
+OnBatch: TypeAlias = Callable[[Sequence[Completion], float], None]
 Completer: TypeAlias = Callable[[Sequence[Key], OnDone], None]
 
 
@@ -105,16 +107,30 @@ def local_completer(
 
 
 def collect(
-    complete: Completer, keys: Sequence[Key], path: Path, console: Console, title: str
+    complete: Completer,
+    keys: Sequence[Key],
+    path: Path,
+    console: Console,
+    title: str,
+    on_batch: OnBatch = lambda done, seconds: None,
 ) -> dict[Key, Completion]:
-    """Return a completion for every key: those in the file, and new ones, which are added to it."""
+    """Return a completion for every key: those in the file, and new ones, which are added to it.
+
+    on_batch: called with the completions that arrive together, and the seconds since others did.
+    """
     rows = [Completion(**row) for row in read_lines(path, "problem")]
     found = {row[:2]: row for row in rows}
     missing = [key for key in keys if key not in found]
     with progress_on(console) as progress, doing(title):
         bar = progress.add_task(title, total=len(keys), completed=len(keys) - len(missing))
 
+        last = time.perf_counter()
+
         def on_done(done: list[Completion]) -> None:
+            nonlocal last
+            now = time.perf_counter()
+            on_batch(done, now - last)
+            last = now
             append(path, [completion._asdict() for completion in done])
             found.update({completion[:2]: completion for completion in done})
             progress.advance(bar, len(done))

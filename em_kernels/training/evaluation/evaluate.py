@@ -27,12 +27,13 @@ from .completions import (
     Completer,
     Completion,
     Key,
+    OnBatch,
     OnDone,
     collect,
     local_completer,
 )
 from .statistics import mean_interval, paired_change, pass_at, wilson
-from .task import TaskSettings, digest, open_model
+from .task import Opened, TaskSettings, digest, open_model
 from .teacher_forcing import known_answers, score_answers
 
 PROBLEMS, RESULTS = "problems.jsonl", "results.json"
@@ -77,11 +78,19 @@ class EvalConfig(TaskSettings):
         return (EntropyMinimizationLogitsProcessor(),) if self.decoding == "em-inf" else ()
 
 
-def evaluate(config: EvalConfig, console: Console, against: Path | None = None) -> dict[str, Any]:
+def evaluate(
+    config: EvalConfig,
+    console: Console,
+    against: Path | None = None,
+    opened: Opened | None = None,
+    on_batch: OnBatch = lambda done, seconds: None,
+) -> dict[str, Any]:
     """Evaluate a model; write results.json and return its content.
 
     Args:
         against: folder of an evaluation to compare with later; refused now if it cannot be.
+        opened: the model, already loaded.
+        on_batch: called with the completions that arrive together, and the seconds since others.
     """
     if (k := config.samples) > 1 and config.sampling.temperature == 0:
         raise UserError(f"samples: {k} are all the same at sampling.temperature 0; raise it")
@@ -109,7 +118,7 @@ def evaluate(config: EvalConfig, console: Console, against: Path | None = None) 
     elif config.server is not None:
         name, complete = _on_server(config, config.server, prompts)
     else:
-        opened, processors = open_model(config, console), config.processors()
+        opened, processors = opened or open_model(config, console), config.processors()
         complete = local_completer(config, opened, prompts, EVAL_STREAM, processors=processors)
     served = name if config.server else fingerprint(config.model)
     with resumable(config.output, config, model=served, data=digest(problems, prompts)):
@@ -118,7 +127,7 @@ def evaluate(config: EvalConfig, console: Console, against: Path | None = None) 
             greedy, logprob = score_answers(model, known, config.temperatures, console)
             rates = zip(config.temperatures, np.exp(logprob).tolist(), strict=True)
             return _finish(config, name, greedy[:, None], probability=dict(rates))
-        return _sampled(config, name, problems, complete, console)
+        return _sampled(config, name, problems, complete, console, on_batch)
 
 
 def regrade(folder: Path, console: Console) -> dict[str, Any]:
@@ -200,11 +209,17 @@ def _on_server(
 
 
 def _sampled(
-    config: EvalConfig, name: str, problems: list[Problem], complete: Completer, console: Console
+    config: EvalConfig,
+    name: str,
+    problems: list[Problem],
+    complete: Completer,
+    console: Console,
+    on_batch: OnBatch = lambda done, seconds: None,
 ) -> dict[str, Any]:
     """Collect and grade completions; write results.json and return its content."""
     keys = [(i, k) for i in range(len(problems)) for k in range(config.samples)]
-    kept = collect(complete, keys, config.output / COMPLETIONS, console, "completing").values()
+    path = config.output / COMPLETIONS
+    kept = collect(complete, keys, path, console, "completing", on_batch).values()
     pairs = [(c.text, problems[c.problem].answer) for c in kept]
     with progress_on(console) as progress, Grader() as grader:
         bar = progress.add_task("grading", total=len(pairs))
@@ -212,6 +227,7 @@ def _sampled(
     tokens = [c.tokens for c in kept if c.tokens is not None]
     facts = {"mean_tokens": float(np.mean(tokens)) if tokens else None}
     facts["ended"] = float(np.mean([c.ended for c in kept]))
+    facts |= {"cut": sum(not c.ended for c in kept), "capped": sum(c.capped for c in kept)}
     return _finish(config, name, np.array(verdicts).reshape(-1, config.samples), **facts)
 
 

@@ -59,7 +59,7 @@ class SuiteAsked(NamedTuple):
 def models_of(model: str) -> dict[str, str]:
     """Return what is evaluated, by name: a run's base and checkpoints, or the model itself."""
     run = Path(model).expanduser()
-    checkpoints = steps_in(run / CHECKPOINTS)
+    checkpoints = steps_in(run / CHECKPOINTS) if model else []
     if not checkpoints:
         return {BASE: model}
     return {BASE: read_yaml(run / CONFIG).model, **{path.name: str(path) for path in checkpoints}}
@@ -102,21 +102,23 @@ def _problems(config: EvalConfig) -> Any:
 
 
 class _Progress:
-    """Tells before sampling how long it can take, and after the first batch how long it will."""
+    """Tells before sampling how long it can take, and soon after its begin how long it will."""
 
-    def __init__(self, completions: int, limit: int, console: Console) -> None:
-        self.completions, self.console = completions, console
-        self.told = False
-        most = completions * limit
-        console.print(f"{completions} completions, at most {most / 1e6:.3g} million tokens.")
+    def __init__(self, completions: int, limit: int, enough: int, console: Console) -> None:
+        self.completions, self.enough, self.console = completions, enough, console
+        self.done, self.tokens, self.seconds = 0, 0, 0.0
+        most = completions * limit / 1e6
+        console.print(f"{completions} completions, at most {most:.3g} million tokens.")
 
     def __call__(self, done: Sequence[Completion], seconds: float) -> None:
-        tokens = sum(completion.tokens or 0 for completion in done)
-        if self.told or not tokens:
+        if self.done >= self.enough:
             return
-        self.told = True
-        hours = self.completions / len(done) * seconds / 3600
-        rate, mean = tokens / seconds, tokens / len(done)
+        self.done, self.seconds = self.done + len(done), self.seconds + seconds
+        self.tokens += sum(completion.tokens or 0 for completion in done)
+        if self.done < self.enough or not self.tokens:
+            return
+        hours = self.completions / self.done * self.seconds / 3600
+        rate, mean = self.tokens / self.seconds, self.tokens / self.done
         told = f"At the first batch's {rate:.0f} tokens/s and {mean:.0f} tokens each about"
         self.console.print(f"{told} {hours:.2g} hours.", soft_wrap=True)
 
@@ -129,7 +131,9 @@ def run_suite(config: EvalConfig, asked: SuiteAsked, console: Console) -> dict[s
     """
     configs, models = configs_of(config, asked, console), models_of(config.model)
     each = sum(one.count or 0 for one in configs.values())
-    progress = _Progress(len(models) * each, config.sampling.max_new_tokens, console)
+    limit = config.sampling.max_new_tokens
+    enough = config.parallel if config.server or asked.engine == "vllm" else 1
+    progress = _Progress(len(models) * each, limit, enough, console)
     results: dict[str, Any] = {}
     for label, model in models.items():
         results[label] = dict(_scores(configs, label, model, asked, progress, console))

@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from ..models.loading import resolve_source
+from ..models.loading import refuse_adapters, resolve_source
 from ..settings import UserError, in_one_line
 
 START_S = 1800  # to load a model, and to compile
@@ -26,6 +26,8 @@ def served(model: str, log: Path, console: Console) -> Iterator[str]:
 
     Raises: UserError if vllm is not installed, or ends before it answers.
     """
+    source = resolve_source(model)
+    refuse_adapters(source)
     if shutil.which("vllm") is None:
         remedy = "pip install vllm, or leave out --engine"
         raise UserError(f"engine: the command vllm is not installed; {remedy}")
@@ -33,7 +35,7 @@ def served(model: str, log: Path, console: Console) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log.parent.mkdir(parents=True, exist_ok=True)
-    command = ["vllm", "serve", resolve_source(model), "--served-model-name", model]
+    command = ["vllm", "serve", source, "--served-model-name", model]
     command += ["--host", "127.0.0.1", "--port", str(port), "--generation-config", "vllm"]
     with open(log, "wb") as output:
         server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
