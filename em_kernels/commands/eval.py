@@ -18,8 +18,9 @@ from ..training.run_folder import CHECKPOINTS, SUITES, steps_in, update_of
 from ..training.settings import UserError
 from .flags import parse_settings
 
-HELP = """--regrade DIR grades an evaluation's saved completions again; --against DIR compares with
-an earlier evaluation of the same problems, by McNemar's exact test.
+HELP = """--regrade DIR grades an evaluation's saved completions again; --grader then changes whose
+verdicts are its result. --against DIR compares with an earlier evaluation of the same problems by
+McNemar's exact test, both by the later one's grader.
 
 --checkpoint N takes that checkpoint of a run, not its newest. --suite qwen25-math evaluates a run's
 base and all its checkpoints on the paper's four sets, from the files of --suite-data DIR or from
@@ -31,7 +32,8 @@ Examples:
   em-kernels eval --model Qwen/Qwen2.5-Math-7B --data HuggingFaceH4/MATH-500 \\
     --template qwen25-math-cot --output evals/base
   em-kernels eval --model demo --data addition --template few-shot --teacher-forced
-  em-kernels eval --regrade evals/after --against evals/base"""
+  em-kernels eval --regrade evals/after --against evals/base
+  em-kernels eval --regrade evals/after --grader qwen25"""
 
 
 def run(arguments: list[str]) -> int:
@@ -49,9 +51,11 @@ def run(arguments: list[str]) -> int:
     if known.against is not None:
         read_results(known.against)  # Refuse a wrong folder before the evaluation, not after it.
     if known.regrade is not None:
+        parser.add_argument("--grader")
+        known, rest = parser.parse_known_args(arguments)
         if rest:
-            raise UserError(f"regrade: goes with --against alone, not with {rest[0]}")
-        folder, results = known.regrade, regrade(known.regrade, progress)
+            raise UserError(f"regrade: goes with --against and --grader, not with {rest[0]}")
+        folder, results = known.regrade, regrade(known.regrade, progress, known.grader)
     else:
         if known.suite is not None:
             return _suite(known, rest, console, progress)
@@ -118,7 +122,12 @@ def show_results(results: Mapping[str, Any], console: Console) -> None:
     table = Table("", "%", box=SIMPLE_HEAD)
     table.columns[1].justify = "right"
     name = "greedy, teacher-forced" if rates else "accuracy" if k == 1 else f"avg@{k}"
-    table.add_row(name, percent(results["accuracy"], results["interval"]))
+    graders = results.get("graders", {})
+    by = f", by {results['grader']}" if graders else ""
+    table.add_row(name + by, percent(results["accuracy"], results["interval"]))
+    for other, scores in graders.items():
+        if other != results["grader"]:
+            table.add_row(f"{name}, by {other}", percent(scores["accuracy"], scores["interval"]))
     for pass_k, share in results["pass_at"].items() if k > 1 else ():
         table.add_row(f"pass@{pass_k}", percent(share))
     for temperature, values in rates.items():

@@ -283,7 +283,9 @@ def test_refused_comparisons(folder, tmp_path, capfd):
     line = refused([*base, *data, "--output", nothing, "--against", nothing], capfd)
     assert f"against: {nothing} is not the folder of a finished evaluation" in line
     assert not (tmp_path / "nothing").exists()
-    assert "regrade: goes with --against alone" in refused(["--regrade", one, *data], capfd)
+    assert "regrade: goes with --against and --grader, not with --data" in refused(
+        ["--regrade", one, *data], capfd
+    )
     assert f"regrade: {nothing} is no evaluation's folder" in refused(["--regrade", nothing], capfd)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("prompt: p\n")  # a training run's

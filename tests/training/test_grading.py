@@ -72,6 +72,7 @@ x = 3 \text{ or } x = 5 :: 5, 3 | 3 and 5 :: 5, 3 | 1 \pm \sqrt{19} :: 1+\sqrt{1
 5\text{ cm} :: 5 | 5 cm :: 5 | \text{12 cm} :: 12 | 15 :: 15\mbox{ cm}^2 | 3x\text{ cm}^{2} :: 3x
 10\,\text{cm} :: 10 | 10\ \mathrm{cm} :: 10~\text{cm} | 60 :: 60\;\text{km/h}
 36\pi\,\text{cm}^3 :: 36\pi | \frac12\,\text{cm} :: 0.5 | 3\sqrt2\,\text{units} :: 3\sqrt{2}
+10\% :: 10.0 | 4.2\% :: 4.2 | -50\% :: -50 | -50\% :: -0.5 | 10.0 :: 10\% | 0.1 :: 10\%
 18.9 :: \$18.90 | 36\text{ dollars} :: \$36 | 50\% :: 50 | 50\% :: 0.5 | 50 :: 50\%
 90 :: 90^\circ | 90\text{ degrees} :: 90^\circ | 3\times10^{8} \text{ m/s} :: 3e8
 3.89 \times 10^{-10} \mathrm{~m} :: 3.89e-10 | 45\cdot 10^{32} :: 4.5e+33
@@ -102,6 +103,7 @@ DIFFERENT = cases(r"""
 (4,3) :: (3,4) | (3,-4) :: (3,4) | (\frac{\pi}{2}, 3) :: (3, \frac{\pi}{2}) | 1,2 :: 1,2,3
 3 :: 3, 5 | 3,5 :: 3 | 1+\sqrt{19} :: 1 \pm \sqrt{19} | 6\text{ cm} :: 5 | 11\,\text{cm} :: 10
 \text{blue}\ \text{car} :: blue | −5 :: 5 | 5\% :: 50 | 3.90 \times 10^{-10} \text{ m} :: 3.89e-10
+10\% :: 1 | 10\% :: 1000 | 1000 :: 10\% | -50\% :: 50 | 4.2\% :: 42 | 0.1\% :: 10 | 10\% :: 10.1
 0.0000005\text{ m} :: 3.89e-10 | 4.5e32 :: 4.5e33 | 1e-8 :: 0 | 1e3 :: 1001 | 60^\circ :: 90^\circ
 \text{neve} :: even | \text{not even} :: even | west :: \text{east} | blue :: 5 | 5 :: blue
 19 :: nineteen | sNaN :: 1 | C :: \text{(E)} | -7 :: 7 | 7 :: -7 | 1,234 :: 1,243
@@ -123,6 +125,14 @@ The answer is $(3,4)$. :: (3, 4) | so $2$ or $3$ :: 3, 2 | \boxed{2}, no: \boxed
 \boxed {7} :: 7 | \fbox{42} :: 42 | so \boxed 5. :: 5 | It is \boxed{\frac{1}{10^9}}. :: 10^{-9}
 It is \boxed{\frac{\pi}{10^9}}. :: \pi 10^{-9} | It is \boxed{B. 42}. :: B
 It is \boxed{\textbf{(B) } 42}. :: B
+it is 4.2%. :: 4.2 | so $x = 4.2\%$. :: 4.2 | The answer is -50%. :: -50
+So the final answer is \text{Evelyn}. :: \text{Evelyn} | The answer is Evelyn. :: \text{Evelyn}
+So the final answer is \left( 3, \frac{\pi}{2} \right). :: (3, \pi/2) | The answer is p - q. :: p-q
+The answer is 3, 5. :: 5, 3 | The answer is 12 m/s. :: 12 | The answer is 36 dollars. :: 36
+The final answer is $4.5e33$. I hope it is correct. :: 4.5e33 | The answer is: 4.5e33. :: 4.5e33
+Therefore the answer is $4.5e33$. :: 4.5e33 | so $L = 4.5e33$. :: 4.5e33
+so we have $C \leqslant 506$ as desired. :: 506 | so we have $C \ge 506$. :: 506
+so we have \(f(x) \le -1/2\). :: -0.5 | so $x \le 506$. :: (-\infty, 506]
 """)
 WRONG = cases(r"""
 19 :: -19 | 190 :: 19 | the answer is 1/2 :: 2 | 3 + 4 :: 7 | so (3,4) :: 34 | 1/0 :: 1
@@ -133,6 +143,16 @@ no number :: 0 | The answer is 50%. :: 5 | so $x = \frac{1}{2}$. :: 2 | \boxed{2
 It is \boxed{\frac{1}{10^9}}. :: \frac{1}{10^8}
 It is \boxed{\frac{\pi}{10^9}}. :: \frac{2\pi}{10^9} | It is \boxed{C: 42}. :: B
 It is \boxed{b}. :: B
+it is 4.2%. :: 42 | The answer is -50%. :: 50 | The answer is 50%. :: 5000
+So the final answer is \text{Angela}. :: Evelyn | So the final answer is not Evelyn. :: Evelyn
+So the final answer is \text{not Evelyn}. :: Evelyn | The answer is Evelyn or Angela. :: Evelyn
+The answer is 3, 5. :: 3 | The answer is q - p. :: p-q
+Therefore the answer is $4.5e33$. :: 4.5e32 | Therefore the answer is $4.5e33$. :: 4.5
+so we have $C \leqslant 506$ as desired. :: 505 | so we have $C < 506$. :: 506
+so we have $1 \le x \le 506$. :: 506 | so we have $x \le 506 - y$. :: 506
+so we have $506 \ge C$. :: 5 | so we have $x \leftarrow 506$. :: 505
+so we have $x \ne 506$. :: 506 | so $y = 12$ for all integers $n \ge 5$. :: 5
+so $y = 12$ if $n \ge 5$. :: 5 | \boxed{12}, as $n \ge 5$. :: 5
 """)
 TEXTS = [  # with line breaks, very long, or without an answer
     ("", "", False),
@@ -234,14 +254,23 @@ def peaks():
         yield 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
-@pytest.mark.parametrize("bombs", [BOMBS[2:4], slow(BOMBS)], ids=["for memory", "for all"])
-def test_hostile_text(bombs, tmp_path, capfd):
+@pytest.mark.parametrize(
+    "by, bombs",
+    [("math-verify", BOMBS[2:4]), slow("math-verify", BOMBS), slow("qwen25", BOMBS)],
+    ids=["for memory", "for all", "for all, qwen25"],
+)
+def test_hostile_text(by, bombs, tmp_path, capfd):
     """No code runs, nothing is printed, memory stays bounded; the worker goes on comparing."""
     mark = tmp_path / "mark"
     code = f"__import__('os').system('touch {mark}')"
     places = ["%s", r"\text{%s}", "f(%s)", "x_{%s}", r"\frac{1}{%s}", r"\operatorname{%s}(1)"]
     places += [r"\begin{matrix}%s\end{matrix}", r"\mathtt{%s}", r"\max(%s, 1)", "1+(%s)+1"]
-    long = ["{" * 100_000 + "1" + "}" * 100_000, "x+" * 500_000 + "x", "1," * 500_000]
+    long = [
+        "{" * 100_000 + "1" + "}" * 100_000,
+        "x+" * 500_000 + "x",
+        "1," * 500_000,
+        r"\(a " * 250_000,
+    ]
     odd = ["\0 5", "\ud800\udfff", "\\" * 1999, "1e999999999", *long]
     texts = [form % place % code for place in places for form in (r"\boxed{%s}", "$%s$", "%s")]
     texts += [form % text for text in odd for form in (r"\boxed{%s}", "$%s$", "%s")]
@@ -253,9 +282,9 @@ def test_hostile_text(bombs, tmp_path, capfd):
         for pair in ((text, "17"), good)
     ]
     with Grader() as grader:
-        assert grader.grade(easy(1)) == [True]
+        assert grader.grade(easy(1), by=by) == [True]
         before = max(peaks())  # of workers that have just started
-        assert grader.grade(pairs) == [False, True] * len(texts)
+        assert grader.grade(pairs, by=by) == [False, True] * len(texts)
         groups = [[boxed("2/x"), text] for text in (texts[0], *texts[-len(bombs) :: 5])]
         assert grader.agreement(groups) == [(0, 0.5)] * len(groups)
         assert max(peaks()) < grading.WORKER_BYTES + before

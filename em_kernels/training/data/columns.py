@@ -9,7 +9,7 @@ from decimal import Decimal
 from typing import Any, NamedTuple, TypeAlias
 
 from ..settings import UserError, has_surrogates
-from .grading import boxed
+from .math_verify_grading import boxed
 
 # In each list the first column with a value counts; capitals do not matter.
 PROMPT_COLUMNS = (

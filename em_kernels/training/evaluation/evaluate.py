@@ -15,11 +15,11 @@ from ...decoding import EntropyMinimizationLogitsProcessor
 from ..config import Sampling
 from ..console import progress_on
 from ..data.columns import Conversation, Problem
-from ..data.grading import Grader
+from ..data.grading import GRADERS, Grader, GraderName
 from ..data.problems import as_problem, few_shot, read_rows
 from ..models.loading import fingerprint
 from ..run_folder import CONFIG
-from ..runs.records import MAY_CHANGE, differing, resumable, write_whole
+from ..runs.records import MAY_CHANGE, differing, resumable, write_config, write_whole
 from ..settings import Positive, UserError, in_one_line, json_object
 from .completions import (
     COMPLETIONS,
@@ -56,6 +56,11 @@ class EvalConfig(TaskSettings):
     """
     samples: Positive = 1
     """Completions per problem; more than one needs a temperature above 0."""
+    grader: GraderName = "math-verify"
+    """Whose verdicts are the result; both are recorded. qwen25 has the rules of the Qwen2.5-Math
+    evaluation, to compare with figures that it gave, such as the paper's: numbers may be off by a
+    relative 1e-4 or by a factor of 100. math-verify is strict about values, lenient about notation.
+    """
     output: Path = Path("evals/eval")
     """Folder for settings, problems, completions and results."""
     teacher_forced: bool = False
@@ -87,6 +92,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluate a model; write results.json and return its content.
 
+    A folder whose result is of the other grader is continued too.
+
     Args:
         against: folder of an evaluation to compare with later; refused now if it cannot be.
         opened: the model, already loaded.
@@ -110,7 +117,8 @@ def evaluate(
     prompts, name = [config.prompt(problem, shots) for problem in problems], config.model
     rows = "".join(json.dumps({"prompt": p.prompt, "answer": p.answer}) + "\n" for p in problems)
     if against is not None:
-        _check_comparable(against, config.samples, rows)
+        grader = None if config.teacher_forced else config.grader
+        _check_comparable(against, config.samples, rows, grader)
     if config.teacher_forced:
         model, tokenizer = open_model(config, console)
         texts = [few_shot(shots, problem) for problem in problems]
@@ -130,13 +138,18 @@ def evaluate(
         return _sampled(config, name, problems, complete, console, on_batch)
 
 
-def regrade(folder: Path, console: Console) -> dict[str, Any]:
-    """Grade recorded completions again; write results.json anew and return its content."""
+def regrade(folder: Path, console: Console, grader: GraderName | None = None) -> dict[str, Any]:
+    """Grade recorded completions again; write results.json anew and return its content.
+
+    Args:
+        grader: whose verdicts are the result from now on; None leaves that as it is.
+    """
     if not (folder / PROBLEMS).is_file():
         raise UserError(f"regrade: {folder} is no evaluation's folder: it has no {PROBLEMS}")
     try:
         settings = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
-        config = EvalConfig(**{**settings, "output": folder})  # The folder may have been moved.
+        changed = {"output": folder, **({"grader": grader} if grader else {})}
+        config = EvalConfig(**{**settings, **changed})  # The folder may have been moved.
     except (OSError, TypeError, yaml.YAMLError) as error:
         why = f"is no evaluation's folder: {in_one_line(error)}"
         raise UserError(f"regrade: {folder} {why}") from error
@@ -161,11 +174,19 @@ def read_results(folder: Path, setting: str = "against") -> dict[str, Any]:
 
 
 def compare(before: Path, after: Path) -> str:
-    """Say how two evaluations of the same problems differ, by McNemar's exact test."""
+    """Say how two evaluations of the same problems differ, by McNemar's exact test and the later
+    one's grader.
+    """
     results = read_results(after)
-    _check_comparable(before, results["samples"], (after / PROBLEMS).read_text("utf-8"))
-    base, now = (np.array(found["right"])[:, 0] for found in (read_results(before), results))
-    settings = [yaml.safe_load((folder / CONFIG).read_text("utf-8")) for folder in (before, after)]
+    grader = results.get("grader")
+    _check_comparable(before, results["samples"], (after / PROBLEMS).read_text("utf-8"), grader)
+    both = read_results(before), results
+    base, now = (np.array(_verdicts(found, grader))[:, 0] for found in both)
+    defaults = EvalConfig().model_dump(mode="json")  # of settings younger than a folder
+    settings = [
+        defaults | yaml.safe_load((folder / CONFIG).read_text("utf-8"))
+        for folder in (before, after)
+    ]
     other = differing(*settings, ignored=MAY_DIFFER)
     change, low, high, p = paired_change(base, now)
     verdict = "more than chance explains" if p < 0.05 else "no more than chance explains"
@@ -176,12 +197,24 @@ def compare(before: Path, after: Path) -> str:
     ) + (f" But their settings differ: {other}." if other else "")
 
 
-def _check_comparable(folder: Path, samples: int, problems: str) -> None:
+def _verdicts(results: dict[str, Any], grader: GraderName | None) -> list[list[bool]] | None:
+    """Return a grader's verdicts; those by greedy choice where nothing was sampled, None if the
+    evaluation is from before there were two graders.
+    """
+    if grader is None or "probability" in results:
+        return results["right"]
+    return results.get("graders", {}).get(grader, {}).get("right")
+
+
+def _check_comparable(folder: Path, samples: int, problems: str, grader: GraderName | None) -> None:
     before = read_results(folder)
     if (folder / PROBLEMS).read_text(encoding="utf-8") != problems:
         raise UserError(f"against: {folder} is of other problems; give both the same data")
     if max(samples, before["samples"]) > 1:
         raise UserError("against: McNemar's test needs evaluations with one sample per problem")
+    if _verdicts(before, grader) is None:
+        remedy = f"run em-kernels eval --regrade {folder}"
+        raise UserError(f"against: {folder} has no verdicts of the grader {grader}; {remedy}")
 
 
 def _on_server(
@@ -221,14 +254,27 @@ def _sampled(
     path = config.output / COMPLETIONS
     kept = collect(complete, keys, path, console, "completing", on_batch).values()
     pairs = [(c.text, problems[c.problem].answer) for c in kept]
+    right = dict[str, np.ndarray]()
     with progress_on(console) as progress, Grader() as grader:
-        bar = progress.add_task("grading", total=len(pairs))
-        verdicts = grader.grade(pairs, lambda count: progress.advance(bar, count))
+        bar = progress.add_task("grading", total=len(GRADERS) * len(pairs))
+        for by in GRADERS:
+            verdicts = grader.grade(pairs, lambda count: progress.advance(bar, count), by)
+            right[by] = np.array(verdicts).reshape(-1, config.samples)
     tokens = [c.tokens for c in kept if c.tokens is not None]
-    facts = {"mean_tokens": float(np.mean(tokens)) if tokens else None}
+    facts: dict[str, Any] = {"mean_tokens": float(np.mean(tokens)) if tokens else None}
     facts["ended"] = float(np.mean([c.ended for c in kept]))
     facts |= {"cut": sum(not c.ended for c in kept), "capped": sum(c.capped for c in kept)}
-    return _finish(config, name, np.array(verdicts).reshape(-1, config.samples), **facts)
+    graders = {by: {**_accuracy(right[by]), "right": right[by].tolist()} for by in GRADERS}
+    facts |= {"grader": config.grader, "graders": graders}
+    write_config(config.output, config)  # An earlier grading may have had the other grader.
+    return _finish(config, name, right[config.grader], **facts)
+
+
+def _accuracy(right: np.ndarray) -> dict[str, Any]:
+    k = right.shape[1]
+    # Over problems, as the samples of one problem are not independent.
+    interval = wilson(right) if k == 1 else mean_interval(right.mean(1))
+    return {"accuracy": float(right.mean()), "interval": interval}
 
 
 def _finish(config: EvalConfig, name: str, right: np.ndarray, **facts: Any) -> dict[str, Any]:
@@ -239,9 +285,7 @@ def _finish(config: EvalConfig, name: str, right: np.ndarray, **facts: Any) -> d
         "data": config.data,
         "problems": n,
         "samples": k,
-        "accuracy": float(right.mean()),
-        # Over problems, as the samples of one problem are not independent.
-        "interval": wilson(right) if k == 1 else mean_interval(right.mean(1)),
+        **_accuracy(right),
         "pass_at": {str(2**i): float(pass_at(right, 2**i).mean()) for i in range(k.bit_length())},
         **facts,
         "right": right.tolist(),

@@ -11,7 +11,8 @@ from pydantic import Field
 from rich.console import Console
 
 from ..data.columns import Conversation, Problem
-from ..data.grading import Grader, boxed
+from ..data.grading import Grader
+from ..data.math_verify_grading import boxed
 from ..models.loading import fingerprint
 from ..runs.records import resumable, write_whole
 from ..settings import UserError

@@ -65,8 +65,13 @@ def models_of(model: str) -> dict[str, str]:
     return {BASE: read_yaml(run / CONFIG).model, **{path.name: str(path) for path in checkpoints}}
 
 
-def configs_of(config: EvalConfig, asked: SuiteAsked, console: Console) -> dict[str, EvalConfig]:
-    """Return the settings for each set whose problems can be read; say which are missing."""
+class _Set(NamedTuple):
+    config: EvalConfig
+    problems: int
+
+
+def sets_of(config: EvalConfig, asked: SuiteAsked, console: Console) -> dict[str, _Set]:
+    """Return the settings of each set whose problems can be read; say which are missing."""
     if asked.suite not in SUITES:
         raise UserError(f"suite: {asked.suite!r} is unknown; choose one of {', '.join(SUITES)}")
     found = {}
@@ -76,14 +81,11 @@ def configs_of(config: EvalConfig, asked: SuiteAsked, console: Console) -> dict[
             names = (asked.data / f"{each.file}{end}" for end in (".jsonl", ".parquet"))
             path = next((name for name in names if name.is_file()), None)
         changes: dict[str, Any] = {"data": str(path or each.hub)}
-        if asked.quick:
-            changes["count"] = QUICK
-        one = config.model_copy(update=changes)
+        changes["count"] = QUICK if asked.quick else None
         try:
             if path is None and asked.data is not None:
                 raise UserError(f"{asked.data} has no {each.file}.jsonl or .parquet")
-            problems, _ = _problems(one)
-            found[each.name] = one.model_copy(update={"count": len(problems)})
+            found[each.name] = _set(config.model_copy(update=changes))
         except UserError as error:
             console.print(f"{each.name} is left out: {error}", markup=False, soft_wrap=True)
     if not found:
@@ -91,14 +93,14 @@ def configs_of(config: EvalConfig, asked: SuiteAsked, console: Console) -> dict[
     return found
 
 
-def _problems(config: EvalConfig) -> Any:
-    """Read a set's problems; all of them where it has fewer than a quick look takes."""
+def _set(config: EvalConfig) -> _Set:
+    """Read a set's problems: all of them where it has fewer than a quick look takes."""
     try:
-        return config.problems()
+        return _Set(config, len(config.problems().problems))
     except UserError as error:
-        if not str(error).startswith("count:"):
+        if config.count is None or not str(error).startswith("count:"):
             raise
-        return config.model_copy(update={"count": None}).problems()
+        return _set(config.model_copy(update={"count": None}))
 
 
 class _Progress:
@@ -129,15 +131,15 @@ def run_suite(config: EvalConfig, asked: SuiteAsked, console: Console) -> dict[s
     Each evaluation has a folder of its own in config.output, and is resumed there. Returns what
     suite.json holds: `models`, by name and set the results; `missing`, the sets left out.
     """
-    configs, models = configs_of(config, asked, console), models_of(config.model)
-    each = sum(one.count or 0 for one in configs.values())
+    sets, models = sets_of(config, asked, console), models_of(config.model)
+    each = sum(one.problems for one in sets.values())
     limit = config.sampling.max_new_tokens
     enough = config.parallel if config.server or asked.engine == "vllm" else 1
     progress = _Progress(len(models) * each, limit, enough, console)
     results: dict[str, Any] = {}
     for label, model in models.items():
-        results[label] = dict(_scores(configs, label, model, asked, progress, console))
-    missing = [each.name for each in SUITES[asked.suite] if each.name not in configs]
+        results[label] = dict(_scores(sets, label, model, asked, progress, console))
+    missing = [each.name for each in SUITES[asked.suite] if each.name not in sets]
     facts = {"suite": asked.suite, "quick": asked.quick, "grader": config.grader}
     report = {**facts, "model": config.model, "missing": missing, "models": results}
     write_whole(config.output / SUITE, json.dumps(report) + "\n")
@@ -145,7 +147,7 @@ def run_suite(config: EvalConfig, asked: SuiteAsked, console: Console) -> dict[s
 
 
 def _scores(
-    configs: dict[str, EvalConfig],
+    sets: dict[str, _Set],
     label: str,
     model: str,
     asked: SuiteAsked,
@@ -154,14 +156,14 @@ def _scores(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the results of one model, set by set; it is loaded once, or served once."""
     opened = None
-    some = next(iter(configs.values())).model_copy(update={"model": model})
+    folder = next(iter(sets.values())).config.output
     gc.collect()  # the model before it
     server: AbstractContextManager[str | None] = nullcontext(None)
     if asked.engine == "vllm":
-        server = served(model, some.output / f"vllm-{label}.log", console)
+        server = served(model, folder / f"vllm-{label}.log", console)
     with server as url:
-        for name, config in configs.items():
-            output = config.output / label / name.lower()
+        for name, (config, _) in sets.items():
+            output = folder / label / name.lower()
             changes = {"model": model, "output": output, "server": url or config.server}
             one = config.model_copy(update=changes)
             if opened is None and one.server is None:

@@ -16,7 +16,7 @@ from ..run_folder import CONFIG, INPUTS, MARKER, METRICS, ROLLOUTS
 from ..settings import Settings, UserError
 
 # Settings that may differ when an evaluation, a selection or a study is continued.
-MAY_CHANGE = ("output", "batch_size", "device", "server", "parallel")
+MAY_CHANGE = ("output", "batch_size", "device", "server", "parallel", "grader")
 # Files of a process that was killed before it wrote any result.
 OF_A_START = {MARKER, INPUTS, f".{INPUTS}.partial", f".{CONFIG}.partial"}
 
@@ -61,7 +61,9 @@ def resumable(output: Path, config: Settings, **facts: str) -> Iterator[None]:
         check_output(output, "choose another")
     with Running(output):
         if (output / CONFIG).exists():
-            before = yaml.safe_load((output / CONFIG).read_text(encoding="utf-8"))
+            # A setting that is younger than the folder had its default's effect.
+            before = type(config)().model_dump(mode="json")
+            before |= yaml.safe_load((output / CONFIG).read_text(encoding="utf-8"))
             if what := differing(before, config.model_dump(mode="json"), ignored=MAY_CHANGE):
                 why = f"was made with {what}; go on with that, or name another"
                 raise UserError(f"output: {output} {why}")
