@@ -33,7 +33,8 @@ Examples:
     --template qwen25-math-cot --output evals/base
   em-kernels eval --model demo --data addition --template few-shot --teacher-forced
   em-kernels eval --regrade evals/after --against evals/base
-  em-kernels eval --regrade evals/after --grader qwen25"""
+  em-kernels eval --regrade evals/after --grader qwen25
+  em-kernels eval --suite qwen25-math --model runs/one --grader qwen25"""
 
 
 def run(arguments: list[str]) -> int:

@@ -153,7 +153,7 @@ def question(text: str, answer: str | None) -> bool | tuple[Answer, ...]:
     known = read(answer)
     if known.key == read(text).key != "":  # A completion that is the answer alone needs no box.
         return True
-    found = {answer: same(known, answer) for answer in answers_of(text)}
+    found = {a: same(known, a) for a in answers_of(text)}
     if True in found.values():
         return True
     return (known, *(a for a in found if found[a] is None)) if None in found.values() else False

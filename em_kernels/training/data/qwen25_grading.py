@@ -34,21 +34,21 @@ def question(text: str, answer: str | None) -> bool | tuple[str, str]:
     """Compare a completion with an answer: return True or False where that is certain, else the
     arguments of `equal`.
     """
-    known, found = normalised(answer or ""), normalised(final_answer(text))
+    known, found = normalised(answer or ""), normalised(answer_of(text))
     verdict = _same(known, found)
     return (known, found) if verdict is None else verdict
 
 
-def final_answer(text: str) -> str:
+def answer_of(text: str) -> str:
     r"""Return what the rules take for a completion's answer; a last \boxed{} may be cut off."""
     hoped, found, _ = text.partition("final answer is $")[2].partition("$. I hope")
     if found:  # how Minerva's worked examples end
         return hoped
-    before, found, rest = text.rpartition("boxed")
+    _, found, rest = text.rpartition("boxed")
     if found:
         return _braced(rest)
     for words in ("he answer is", "final answer is"):
-        before, found, rest = text.rpartition(words)
+        _, found, rest = text.rpartition(words)
         if found:
             return rest
     numbers = re.findall(r"-?\d*\.?\d+", text.replace(",", ""))
