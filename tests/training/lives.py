@@ -31,8 +31,8 @@ MODES = {
 }
 
 
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
+def slow(*values, **named):
+    return pytest.param(*values, marks=pytest.mark.slow, **named)
 
 
 class Ended:

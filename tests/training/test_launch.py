@@ -69,7 +69,7 @@ def test_a_folder_in_use_is_one_line(folders, tmp_path):
     assert "rank      : " in err  # the launcher's own table
 
 
-ENGINES = [pytest.param({}, id="replicas"), pytest.param(FSDP2, id="fsdp2", marks=pytest.mark.slow)]
+ENGINES = [slow({}, id="replicas"), slow(FSDP2, id="fsdp2")]
 
 
 @pytest.fixture(params=ENGINES)

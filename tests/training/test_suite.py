@@ -41,6 +41,7 @@ def trained(tmp_path_factory):
     return place / "run"
 
 
+@pytest.mark.slow  # loads each model, and grades in worker processes
 def test_the_command(trained, sets, capfd, monkeypatch):
     monkeypatch.setenv("COLUMNS", "140")
     asked = ["eval", "--suite", "qwen25-math", "--suite-data", str(sets), "--model", str(trained)]

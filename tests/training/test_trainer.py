@@ -39,8 +39,7 @@ def test_fresh_prompts(folder, tmp_path):
     """Updates have other rows until too few are left, also in a run that is resumed."""
     pool = tmp_path / "pool.jsonl"
     texts = ["What is 2 + 3?", "Hello", "the abc\n\nthe", "abc", "1 2 3"]
-    rows = [{"prompt": text, "answer": str(i)} for i, text in enumerate(texts)]
-    pool.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pool.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
     asked = {"prompt": None, "prompt_from": pool, "prompt_rows": ["0:5"], "fresh_prompts": 2}
     asked |= {"chat_template": False, "rollouts": 4}
     config = settings(folder, tmp_path / "run", **asked, steps=3)
