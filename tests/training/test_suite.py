@@ -9,11 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 from training.tiny import TRAINING_TEXT, read, run, save_tiny, settings
 
 from em_kernels.cli import main
 from em_kernels.training.evaluation import suite as suites
 from em_kernels.training.evaluation.suite import readings, table_of
+from em_kernels.training.evaluation.vllm import served
+from em_kernels.training.settings import UserError
 
 FLAGS = ["--device", "cpu", "--dtype", "float32", "--max-new-tokens", "6"]
 SIZES = {"math500": 8, "minerva_math": 5, "amc23": 3}
@@ -64,7 +67,7 @@ def test_the_command(trained, sets, capfd, monkeypatch):
             assert json.loads((folder / "results.json").read_text()) == found
             assert len(read(folder / "completions.jsonl")) == found["problems"]
             assert set(found["graders"]) == {"math-verify", "qwen25"}
-    assert "No average, as OlympiadBench is missing." in out and "published, after" in out
+    assert "No average, as OlympiadBench is missing." in out and "the paper's 7B, after" in out
     assert "Best on every other problem: " in out and "More updates are not better" in out
     before = {path: path.stat().st_mtime_ns for path in trained.rglob("completions.jsonl")}
     assert main([*asked, *FLAGS]) == 0  # nothing is sampled again
@@ -110,6 +113,24 @@ def test_a_checkpoint_is_chosen_on_one_half_and_told_of_the_other():
     cells = [list(column.cells) for column in table_of(report).columns]
     assert cells[0] == ["base", "", "one", "", "two", "", *suites.PUBLISHED]
     assert cells[-1] == ["25.0  0.0", "", "25.0  0.0", "", "75.0  0.0", "", "31.3", "56.0"]
+
+
+def test_mean_and_deviation_over_runs():
+    runs = [report_of(base=[1, 0], one=[1, 1]), report_of(base=[1, 0], one=[1, 0, 0, 0])]
+    columns = suites.over_runs(runs).columns
+    assert [list(column.cells) for column in columns][:2] == [
+        ["base", "one"],
+        ["50.0 ± 0.0", "62.5 ± 53.0"],
+    ]
+
+
+def test_a_server_takes_whole_models(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with (
+        pytest.raises(UserError, match="holds adapters; em-kernels merge RUN"),
+        served(str(tmp_path), tmp_path / "log", Console(quiet=True)),
+    ):
+        pass
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ SUITES = {
         ProblemSet("AMC23", "amc23", "math-ai/amc23", (44.1, 70.3)),
     )
 }
-PUBLISHED = ("published, before", "published, after")
+PUBLISHED = ("the paper's 7B, before", "the paper's 7B, after")
 
 
 class SuiteAsked(NamedTuple):
