@@ -30,6 +30,14 @@ settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")
 
 
+# GPU tests that make test runs on the simulated device: a tenth, each in less than a second.
+QUICK_SIMULATED = {
+    *("test_any_upstream_per_token", "test_bias_counts", "test_choice_of_columns"),
+    *("test_entropy_alone_has_its_gradient", "test_entropy_from_logits", "test_equal_logits"),
+    *("test_frozen_inputs", "test_gradient_of_columns", "test_leading_dimensions"),
+    *("test_offload_equals_the_cpu", "test_one_hot_rows", "test_shift_invariance"),
+    *("test_entropy_of_a_sure_model", "test_words_masked_by_the_bias"),
+}
 WORKER_BYTES = 3 << 30  # the largest test with its child processes, rounded up
 
 
@@ -69,8 +77,8 @@ def pytest_collection_finish():
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Where there is no GPU, run its tests on a simulated one, as slow tests, unless it is these
-    alone that are asked for.
+    """Where there is no GPU, run its tests on a simulated one, most of them as slow tests, unless
+    it is these alone that are asked for.
     """
     if torch.cuda.is_available() or config.option.markexpr == "gpu":
         return
@@ -79,7 +87,8 @@ def pytest_collection_modifyitems(config, items):
             node.own_markers[:] = [mark for mark in node.own_markers if not _needs_gpu(mark)]
         item.fixturenames.insert(0, "simulated_cuda")
         item.add_marker("simulated")
-        item.add_marker("slow")
+        if item.originalname not in QUICK_SIMULATED:
+            item.add_marker("slow")
         if why := NOT_SIMULATED.get(item.name) or NOT_SIMULATED.get(item.originalname):
             item.add_marker(pytest.mark.skip(reason=why))
 

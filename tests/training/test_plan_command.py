@@ -66,7 +66,7 @@ def test_command_for_another_machine(file, folder, capsys):
     assert different <= {"model"}
 
 
-@pytest.mark.parametrize("layers", [8, 2])
+@pytest.mark.parametrize("layers", [pytest.param(8, marks=pytest.mark.slow), 2])
 def test_speed_of_this_processor(layers, tmp_path, capsys):
     """Measure it at layers that are alike; with fewer layers, or for another machine, estimate."""
     config = AutoConfig.for_model("qwen2", **SMALL | {"num_hidden_layers": layers})

@@ -6,6 +6,7 @@ from io import StringIO
 import pytest
 import torch
 from rich.console import Console
+from training.lives import slow
 from training.processes import (
     APART,
     BASE,
@@ -27,7 +28,7 @@ from em_kernels.training.trainer import train
 # FSDP2 needs a launch of its own, which takes as long as all runs of the replicas.
 ENGINES = pytest.mark.parametrize(
     ("engine", "env"),
-    [("replicas", {}), pytest.param("fsdp2", FSDP2, marks=pytest.mark.slow)],
+    [slow("replicas", {}), slow("fsdp2", FSDP2)],
 )
 
 
@@ -64,6 +65,7 @@ def test_engines(by_engine, engine, env):
         assert halved == [2.0**i for i in range(16, 3, -1)] and norm > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS["replicas"])
 def test_replicas_equal_one_process(by_engine, folders, tmp_path, name):
     home = by_engine("replicas")
@@ -93,6 +95,7 @@ def test_stopped_runs_go_on_to_the_same_bits(by_engine, engine, env):
     assert "Resuming after update 2; 0 more" in (home / "again.0.txt").read_text()
 
 
+@pytest.mark.slow
 def test_every_rank_knows_the_run_and_one_speaks(by_engine):
     home = by_engine("replicas")
     first, second = (json.loads((home / f"plain.{rank}.json").read_text()) for rank in (0, 1))
@@ -108,6 +111,7 @@ def test_every_rank_knows_the_run_and_one_speaks(by_engine):
     assert (facts["settings"]["ranks"], facts["settings"]["engine"]) == (2, "replicas")
 
 
+@pytest.mark.slow
 def test_another_number_of_processes_replays(by_engine, folders, tmp_path):
     """One process cannot use the state of two; it trains again on the recorded completions."""
     import shutil
