@@ -11,11 +11,16 @@ from other_sums import other_sums
 from simulated_cuda import NOT_SIMULATED, simulated
 from spawned import use_tolerances
 from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
 
 from em_kernels import kernels as row_kernels
 from em_kernels.kernels import cpu, portable
 from em_kernels.ops.free_memory import free_host_bytes
 from em_kernels.ops.inputs import HeadInputs
+
+# torch keeps at the first use which functions make tensors on torch.device()'s device. Within
+# transformers' loading, which replaces torch.linspace, it would keep the replacement.
+_device_constructors()
 
 pytest.register_assert_rewrite(
     *(f"training.{name}" for name in ("adapters", "lives", "processes", "updates"))
