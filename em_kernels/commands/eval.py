@@ -13,7 +13,7 @@ from rich.table import Table
 from ..training.console import Terminal
 from ..training.evaluation.evaluate import EvalConfig, compare, evaluate, read_results, regrade
 from ..training.evaluation.statistics import mean_interval, percent
-from ..training.evaluation.suite import SuiteAsked, over_runs, readings, run_suite, table_of
+from ..training.evaluation.suite import SuiteAsked, readings, run_suite, table_of, table_over_runs
 from ..training.run_folder import CHECKPOINTS, SUITES, steps_in, update_of
 from ..training.settings import UserError
 from .flags import parse_settings
@@ -41,12 +41,6 @@ def run(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="em-kernels eval", add_help=False, allow_abbrev=False)
     parser.add_argument("--regrade", type=Path)
     parser.add_argument("--against", type=Path)
-    parser.add_argument("--checkpoint", type=int)
-    parser.add_argument("--suite")
-    parser.add_argument("--suite-data", type=Path)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--runs", nargs="+", default=[])
-    parser.add_argument("--engine", choices=("transformers", "vllm"), default="transformers")
     known, rest = parser.parse_known_args(arguments)
     console, progress = Terminal(), Terminal(stderr=True)
     if known.against is not None:
@@ -58,6 +52,13 @@ def run(arguments: list[str]) -> int:
             raise UserError(f"regrade: goes with --against and --grader, not with {rest[0]}")
         folder, results = known.regrade, regrade(known.regrade, progress, known.grader)
     else:
+        parser.add_argument("--checkpoint", type=int)
+        parser.add_argument("--suite")
+        parser.add_argument("--suite-data", type=Path)
+        parser.add_argument("--quick", action="store_true")
+        parser.add_argument("--runs", nargs="+", default=[])
+        parser.add_argument("--engine", choices=("transformers", "vllm"), default="transformers")
+        known, rest = parser.parse_known_args(arguments)
         if known.suite is not None:
             return _suite(known, rest, console, progress)
         for name in ("suite_data", "quick", "runs"):
@@ -113,7 +114,7 @@ def _suite(known: argparse.Namespace, rest: list[str], console: Console, progres
             console.print(told, markup=False, soft_wrap=True)
         console.print(f"Kept in {config.output}", markup=False, soft_wrap=True)
     if len(reports) > 1:
-        console.print(over_runs(reports))
+        console.print(table_over_runs(reports))
     return 0
 
 

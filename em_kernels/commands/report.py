@@ -41,6 +41,8 @@ def run(arguments: list[str]) -> int:
         console.print(EXPLAINED)
         print(output)
         return 0
+    if known.prompts is not None:
+        raise UserError("prompts: goes with --models")
     if not known.runs:
         raise UserError("RUN: missing; name the --output of an em-kernels train, or --models")
     usual = known.runs[0] / REPORT if len(known.runs) == 1 else Path(REPORT)

@@ -7,12 +7,13 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from training.test_data import SCHEMAS
 
 from em_kernels.cli import main
 from em_kernels.training.config import TrainConfig
 from em_kernels.training.data.columns import Columns, Problem, UnusableRow, as_answer, problem_of
 from em_kernels.training.data.grading import Grader
-from em_kernels.training.data.problems import problems_of, read_problems, read_rows
+from em_kernels.training.data.problems import as_problem, problems_of, read_problems, read_rows
 from em_kernels.training.evaluation.task import TaskSettings
 from em_kernels.training.settings import UserError
 
@@ -123,16 +124,16 @@ FORMS = {  # a row; its prompt and answer
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", [*SCHEMAS, *FORMS])
 def test_forms(name, suffix, tmp_path):
-    row, *expected = FORMS[name]
+    row, *expected = {**SCHEMAS, **FORMS}[name]
     path = tmp_path / f"rows.{suffix}"
     if suffix == "jsonl":
         path.write_text(json.dumps(row) + "\n", encoding="utf-8")
     else:
         pyarrow.parquet.write_table(pa.Table.from_pylist([row]), path)
     (found,) = read_rows(path)
-    assert problem_of(found) == Problem(*expected)
+    assert problem_of(found) == as_problem(found, path) == Problem(*expected)
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ CHAT = [
     {"role": "user", "content": "And 4?"},
 ]
 PARTS = [{"type": "text", "text": text} for text in "pq"]
-SCHEMAS = {  # a row; its prompt and answer
+SCHEMAS = {  # a row; its prompt and answer; test_columns.py reads them, and others
     "MATH-500": ({"problem": "p", "solution": "s", "answer": r"\frac12"}, "p", r"\frac12"),
     "AMC": ({"id": "0", "problem": "p", "answer": "27.0", "question": "q"}, "p", "27.0"),
     "GSM8K": ({"question": "q", "answer": "2 + 3 = <<2+3=5>>5\n#### 1,005"}, "q", "1,005"),
@@ -55,19 +55,6 @@ SCHEMAS = {  # a row; its prompt and answer
     "solution, answer": ({"problem": "p", "solution": r"\boxed{1}", "answer": "2"}, "p", "2"),
     "a solution without a box": ({"problem": "p", "solution": "so it is 3"}, "p", None),
 }
-
-
-@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
-@pytest.mark.parametrize("name", SCHEMAS)
-def test_schemas(name, suffix, tmp_path):
-    row, *expected = SCHEMAS[name]
-    path = tmp_path / f"rows.{suffix}"
-    if suffix == "jsonl":
-        path.write_text(json.dumps(row) + "\n", encoding="utf-8")
-    else:
-        pyarrow.parquet.write_table(pa.Table.from_pylist([row]), path)
-    (found,) = read_rows(path)
-    assert as_problem(found, path) == Problem(*expected)
 
 
 def test_lines_end_at_newlines_only(tmp_path):

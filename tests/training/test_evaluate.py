@@ -283,6 +283,7 @@ def test_refused_comparisons(folder, tmp_path, capfd):
     line = refused([*base, *data, "--output", nothing, "--against", nothing], capfd)
     assert f"against: {nothing} is not the folder of a finished evaluation" in line
     assert not (tmp_path / "nothing").exists()
+    assert "not with --suite" in refused(["--regrade", one, "--suite", "qwen25-math"], capfd)
     assert "regrade: goes with --against and --grader, not with --data" in refused(
         ["--regrade", one, *data], capfd
     )

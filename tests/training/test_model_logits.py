@@ -62,6 +62,7 @@ def test_the_command(tmp_path, monkeypatch, capfd):
     "arguments, said",
     [
         ([], "RUN: missing"),
+        (["run", "--prompts", "rows.jsonl"], "prompts: goes with --models"),
         (["--models", "base"], "models: goes with --prompts, and without runs"),
         (["run", "--models", "base", "--prompts", "rows.jsonl"], "models: goes with --prompts"),
         (["--models", "nowhere/at/all", "--prompts", "none.jsonl"], "prompts: cannot read"),

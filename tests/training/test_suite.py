@@ -117,7 +117,7 @@ def test_a_checkpoint_is_chosen_on_one_half_and_told_of_the_other():
 
 def test_mean_and_deviation_over_runs():
     runs = [report_of(base=[1, 0], one=[1, 1]), report_of(base=[1, 0], one=[1, 0, 0, 0])]
-    columns = suites.over_runs(runs).columns
+    columns = suites.table_over_runs(runs).columns
     assert [list(column.cells) for column in columns][:2] == [
         ["base", "one"],
         ["50.0 ± 0.0", "62.5 ± 53.0"],

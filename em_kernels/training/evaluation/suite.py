@@ -48,7 +48,7 @@ PUBLISHED = ("the paper's 7B, before", "the paper's 7B, after")
 
 
 class SuiteAsked(NamedTuple):
-    """What a suite is run on, beside the settings of each evaluation."""
+    """A suite's name, where its sets are, how much of them is asked, and what samples."""
 
     suite: str
     data: Path | None = None  # folder with a file per set; None: the hub
@@ -238,7 +238,7 @@ def _right(scores: dict[str, Any]) -> np.ndarray:
     return np.concatenate([np.array(found["right"], bool)[:, 0] for found in scores.values()])
 
 
-def over_runs(reports: Sequence[dict[str, Any]]) -> Table:
+def table_over_runs(reports: Sequence[dict[str, Any]]) -> Table:
     """Return the mean and the standard deviation over runs, by checkpoint and set."""
     first = reports[0]
     sets = [n for n in _sets(first) if all(n in _sets(report) for report in reports)]

@@ -25,13 +25,13 @@ from ..rollouts.sampling import Rollout
 from ..run_folder import CONFIG, ROLLOUTS, SUITE, SUITES, newest_checkpoint
 from ..runs.records import read_metrics, read_rollouts, write_whole
 from ..settings import UserError
+from ..stopping import SIGNIFICANT
 from .figures import COLOURS, CURVES, curves, density, suite_curves
 from .logit_shift import Measures, Shift, shift
 
 LEVELS = (0.01, 0.1, 0.3, 0.7, 1.5, 3.0)  # nats, at which a token's background changes
 SHOWN, LONGEST = 12, 256  # completions on a page, 1 to 3 per run and update; tokens of each
 RANKS = {"1": 1, "2": 2, "3 to 5": 5, "6 to 10": 10, "11 to 100": 100, "over 100": sys.maxsize}
-SIGNIFICANT = 0.05  # p values below this
 SPREAD = ("entropy", "accuracy", "mean_length", "repetition", "grad_norm")  # shown over runs
 
 
