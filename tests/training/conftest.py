@@ -30,8 +30,9 @@ def measurements():
         yield
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def tokenizer():
+    """Make a tokenizer that a test may change."""
     return make_tokenizer()
 
 

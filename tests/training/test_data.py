@@ -116,14 +116,14 @@ def test_begin_token_of_the_tokenizer_once(demo):
 
 def test_template_kwargs(tokenizer):
     template = "{{ messages[0].content }}{% if deep %} abc{% endif %}"
-    kept, tokenizer.chat_template = tokenizer.chat_template, template
+    plain = encode(tokenizer, "the", True)
+    assert encode(tokenizer, "the", True, {"tokenize": True}) == plain
+    tokenizer.chat_template = template
     texts = [tokenizer.decode(encode(tokenizer, "the", True, {"deep": d})) for d in (True, False)]
     tokenizer.chat_template = "{{ raise_exception('no role ' ~ messages[0].role) }}"
     with pytest.raises(UserError, match="^chat_template: it refuses the prompt: no role user;"):
         encode(tokenizer, "the", True)
-    tokenizer.chat_template = kept
     assert texts == ["the abc", "the"]
-    assert encode(tokenizer, "the", True, {"tokenize": True}) == encode(tokenizer, "the", True)
 
 
 SYSTEM, USER = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "the"}

@@ -37,7 +37,7 @@ ARCHITECTURES = {
 OLD_NAME = pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def prompts(tokenizer):
     return [tokenizer(text).input_ids for text in TEXTS]
 

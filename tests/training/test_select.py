@@ -11,7 +11,7 @@ import pytest
 import torch
 from training.lives import CHILDREN, command
 from training.test_interrupt import lines
-from training.tiny import read, save_tiny
+from training.tiny import make_tokenizer, read, save_tiny
 from transformers import AutoModelForCausalLM
 
 from em_kernels.cli import main
@@ -44,12 +44,13 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def drawn(folder, tokenizer):
+def drawn(folder):
     """Sample every question alone: return texts, answers and mean entropies.
 
     A text is an answer if it ends with a digit, not if it is cut off.
     """
     model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = make_tokenizer()
     sampling = SAMPLING.model_copy(update={"stop": tuple("0123456789")})
     texts, said, entropies = [], [], []
     for i, question in enumerate(QUESTIONS):
