@@ -6,6 +6,8 @@ import sys
 from setuptools import setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
+SOURCES = ("divergence_rows", "entropy_rows", "gemm_bf16", "vocabulary")
+HEADERS = ("divergence_rows", "entropy_rows", "gemm_bf16", "row_operations")
 COMPILE_ARGS = [
     "-std=c++17",
     "-O3",
@@ -47,8 +49,8 @@ setup(
     ext_modules=[
         CppExtension(
             "em_kernels._C",
-            ["csrc/entropy_rows.cpp", "csrc/gemm_bf16.cpp", "csrc/vocabulary.cpp"],
-            depends=["csrc/entropy_rows.h", "csrc/gemm_bf16.h"],
+            [f"csrc/{name}.cpp" for name in SOURCES],
+            depends=[f"csrc/{name}.h" for name in HEADERS],
             extra_compile_args=COMPILE_ARGS,
             py_limited_api=True,
         )

@@ -1,5 +1,6 @@
 """Entropy, log-probability and their gradients over huge vocabularies, without the logits."""
 
+from .divergence import fused_divergence
 from .functional import (
     GradientReport,
     entropy_from_logits,
@@ -15,6 +16,7 @@ __all__ = [
     "GradientReport",
     "TokenStats",
     "entropy_from_logits",
+    "fused_divergence",
     "fused_entropy_loss",
     "fused_token_loss",
     "fused_token_stats",

@@ -18,6 +18,13 @@ Symbols: N tokens, D hidden size, V vocabulary size. For one token with raw logi
         rho = 2 gR / sum_j p_j^2
         dy_j = dz_j / temperature * (1 - (c_j / softcap)^2) * logit_scale
     (9) dhidden = dy W;  dW = dy^T hidden;  dbias = sum over tokens of dy
+    (10) divergence from a reference q: beta = 0: KL(q || p); beta = 1: KL(p || q); between them
+        beta KL(q || r) + (1 - beta) KL(p || r), r = beta q + (1 - beta) p. Each KL(a || b) is
+        summed as a log(a / b) - a + b: no term is negative, and where a is near b errors of the
+        two log s cancel
+    (11) its gradient: beta = 0: dz_j = p_j - q_j; beta = 1: dz_j = p_j (log(p_j / q_j) - c), with
+        c = sum_j p_j log(p_j / q_j), whose errors are those of the logarithms; between them
+        dz_j = (1 - beta) p_j (log(p_j / r_j) - c), with c = sum_j p_j log(p_j / r_j)
 
 The 1 of the argmax is kept out of s' (and q'), because 1 + s' in fp32 loses the digits of s' when a
 model is confident. A raw logit of -inf masks its vocabulary entry: p = 0, p log p = 0, no gradient.
@@ -204,12 +211,17 @@ def row_gradient(
         is_target = torch.arange(y.shape[1], device=y.device) == row.targets[:, None]
         target_terms = torch.where(is_target, at_target, target_terms)
     dz = p * (alpha + beta * log_p + rho * p) + target_terms + delta
+    nan_unless_finite = m - m
+    return through_transform(dz, y, row).masked_fill(masked, 0) + nan_unless_finite[:, None]
+
+
+def through_transform(dz: Tensor, y: Tensor, row: RowTransform) -> Tensor:
+    """Return dy for the gradient dz of z, by the chain rule of the transform."""
     dy = dz * row.inv_temperature[:, None] * row.logit_scale
     if row.softcap is not None:
         u = y if row.bias is None else y + row.bias.to(y.dtype)
         dy = dy * (1 - torch.tanh(u * (row.logit_scale / row.softcap)) ** 2)
-    nan_unless_finite = m - m
-    return dy.masked_fill(masked, 0) + nan_unless_finite[:, None]
+    return dy
 
 
 def token_stats(
@@ -257,3 +269,93 @@ def entropy_loss(
         return weights * entropy
     total, count = (weights * entropy).sum(), weights.sum()
     return total if reduction == "sum" else total / torch.where(count == 0, 1, count)
+
+
+def divergence(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    *,
+    beta: float = 1.0,
+    bias: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ref_logit_scale: float = 1.0,
+    ref_softcap: float | None = None,
+) -> Tensor:
+    """Compute ``fused_divergence`` with reduction "none" in plain torch, with all logits."""
+    columns = min(len(weight), len(ref_weight))
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    log_probabilities = []
+    for h, w, b, scale, cap in (
+        (hidden, weight, bias, logit_scale, softcap),
+        (ref_hidden.detach(), ref_weight.detach(), ref_bias, ref_logit_scale, ref_softcap),
+    ):
+        rows, b = h.reshape(-1, h.shape[-1]).to(dtype), None if b is None else b[:columns].to(dtype)
+        y = torch.nn.functional.linear(rows, w[:columns].to(dtype), b)
+        tau = torch.as_tensor(temperature, dtype=dtype, device=y.device).reshape(-1).expand(len(y))
+        z = transform(y, RowTransform(None, 1 / tau, scale, cap))
+        parts = row_parts(z)
+        log_probabilities.append((z - parts.m[:, None]) - torch.log1p(parts.s1)[:, None])
+    log_p, log_q = log_probabilities
+    return divergence_sums(log_p, log_q, beta)[0].reshape(hidden.shape[:-1])
+
+
+def divergence_sums(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    """Return the sums (2, rows) of (10), and c of (11), over log-probabilities (rows, V)."""
+    p, q, log_ratio = torch.exp(log_p), torch.exp(log_q), _log_ratio(log_p, log_q)
+    if beta == 1:
+        value, centre = _excess(p, q, log_ratio), _times(p, log_ratio)
+    elif beta == 0:
+        value, centre = _excess(q, p, -log_ratio), torch.zeros_like(p)
+    else:
+        mixture = beta * q + (1 - beta) * p
+        of_p = -_log_mixture(-log_ratio, beta, 1 - beta)
+        of_q = -_log_mixture(log_ratio, 1 - beta, beta)
+        value = (1 - beta) * _excess(p, mixture, of_p) + beta * _excess(q, mixture, of_q)
+        centre = _times(p, of_p)
+    return torch.stack([value.sum(1), centre.sum(1)])
+
+
+def divergence_row_gradient(log_p: Tensor, log_q: Tensor, centre: Tensor, beta: float) -> Tensor:
+    """Compute dz (11), (rows, V); 0 where p is."""
+    p, log_ratio = torch.exp(log_p), _log_ratio(log_p, log_q)
+    if beta == 1:
+        dz = p * (log_ratio - centre[:, None])
+    elif beta == 0:
+        below = torch.exp(log_q) * torch.expm1(log_ratio.clamp(max=0))
+        dz = torch.where(log_ratio < 0, below, -p * torch.expm1(-log_ratio)) + centre[:, None]
+    else:
+        of_p = -_log_mixture(-log_ratio, beta, 1 - beta)
+        dz = (1 - beta) * p * (of_p - centre[:, None])
+    return dz.masked_fill(log_p == -torch.inf, 0) + (centre - centre)[:, None]
+
+
+def _log_ratio(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Return log(p / q); 0 where both are 0."""
+    return torch.where(log_p == log_q, 0, log_p - log_q)
+
+
+def _times(p: Tensor, log_ratio: Tensor) -> Tensor:
+    """Return p log(p / q), 0 where p is 0, inf where only q is."""
+    finite = log_ratio.masked_fill(log_ratio.isinf(), 0)
+    return torch.where(log_ratio == torch.inf, torch.inf, p * finite)
+
+
+def _excess(p: Tensor, q: Tensor, log_ratio: Tensor) -> Tensor:
+    """Return p log(p / q) - p + q >= 0 without cancellation where p is near q."""
+    is_near = log_ratio.abs() < 0.25
+    x = torch.where(is_near, log_ratio, 0)
+    return torch.where(is_near, p * (x + torch.expm1(-x)), _times(p, log_ratio) - p + q)
+
+
+def _log_mixture(x: Tensor, share: float, rest: float) -> Tensor:
+    """Return log(rest + share e^x), for share + rest = 1, exact near x = 0."""
+    x = x.clamp(max=80)  # beyond it what this is multiplied by is below e^-80
+    change = share * torch.expm1(x)
+    is_near = change > -0.5
+    near = torch.log1p(torch.where(is_near, change, 0))
+    return torch.where(is_near, near, torch.log(rest + share * torch.exp(x)))

@@ -12,7 +12,7 @@ from triton.runtime.interpreter import InterpretedFunction, ReduceOps
 from triton.runtime.jit import JITFunction
 
 import em_kernels.kernels.triton as compiled
-from em_kernels.kernels import triton_columns, triton_finish, triton_kernels
+from em_kernels.kernels import triton_columns, triton_divergence, triton_finish, triton_kernels
 from em_kernels.kernels.configs import DEFAULT
 
 FUNCTIONS = (
@@ -23,6 +23,8 @@ FUNCTIONS = (
     "column_mass",
     "choose_columns",
     "gradient_of_columns",
+    "divergence_sums",
+    "divergence_gradient",
 )
 # Few lanes and columns, so that rows have blocks.
 SMALL = DEFAULT._replace(statistics_warps=1, BLOCK_N=2, BLOCK_V=256)
@@ -86,7 +88,8 @@ def _copy(module):
 def load():
     """Return the copy, with the launch settings SMALL; it counts one multiprocessor."""
     functions = {}
-    for module in (triton_kernels, triton_finish, triton_columns, compiled):
+    modules = triton_kernels, triton_finish, triton_columns, triton_divergence, compiled
+    for module in modules:
         copy = _copy(module)
         copy.core = tl.core  # the interpreter patches what the kernels' module names
         vars(copy).update((name, functions[name]) for name in functions if hasattr(copy, name))

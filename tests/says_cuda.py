@@ -20,7 +20,7 @@ def say_cuda(patch, kernel_of):
     patch.setattr(triton, "_sm_count", lambda y: 132)
     for name in [name for name in vars(triton) if name.endswith("_kernel")]:
         patch.setattr(triton, name, kernel_of(name))
-    patch.setattr(self_test, "tested_kernels", lambda x, out_dtype: triton)
+    patch.setattr(self_test, "tested_kernels", lambda x, out_dtype, results: triton)
     patch.setattr(gemm, "widens", lambda x: True)
     # Checks of values happen once a call, and need values.
     patch.setattr(HeadInputs, "check_and_find_active", lambda *_, **__: None)

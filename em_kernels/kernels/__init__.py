@@ -26,13 +26,30 @@ class RowTerms(NamedTuple):
     per_row: Tensor  # (8, rows): m, log s, and the Coefficients
 
 
-def kernels_for(x: Tensor, out_dtype: torch.dtype | None = None) -> ModuleType:
+class DivergenceTerms(NamedTuple):
+    """The terms of equations (10) and (11)."""
+
+    y: Tensor  # (rows, V) raw logits
+    row: RowTransform
+    ref_y: Tensor  # (rows, V) of the reference
+    ref_row: RowTransform
+    per_row: Tensor  # (6, rows): m, log s, the reference's m, log s; c, and the row's weight
+    beta: float
+
+
+def kernels_for(
+    x: Tensor,
+    out_dtype: torch.dtype | None = None,
+    results: self_test.Results = self_test.row_results,
+) -> ModuleType:
     """Return the fastest row kernels that this machine has for x, logits or their statistics.
 
-    out_dtype: in which the results are written, where it is not x's.
+    Args:
+        out_dtype: in which the results are written, where it is not x's.
+        results: by which a GPU's kernels are tested.
     """
     if x.is_cuda and x.dtype != torch.float64:
-        return self_test.tested_kernels(x, out_dtype or x.dtype)
+        return self_test.tested_kernels(x, out_dtype or x.dtype, results)
     return cpu if cpu.supports(x) else portable
 
 
@@ -103,6 +120,22 @@ def gradient_of_columns(
     residual -= kernels.column_mass(*taken, terms.per_row)[1]
     out = gradient_buffer(taken[0], dtype)
     kernels.row_gradient(*taken, terms.per_row, out)
+    return out
+
+
+def divergence_sums(terms: DivergenceTerms) -> Tensor:
+    """Return the sums (2, rows) of (10), and c of (11), over these columns.
+
+    Of per_row only the first four are read.
+    """
+    kernels = kernels_for(terms.y, None, self_test.divergence_results)
+    return kernels.divergence_sums(*terms)
+
+
+def divergence_gradient(terms: DivergenceTerms, out: Tensor) -> Tensor:
+    """Write dy of (11), times the rows' weights, into out, in its dtype; return out."""
+    kernels = kernels_for(terms.y, out.dtype, self_test.divergence_results)
+    kernels.divergence_gradient(*terms, out)
     return out
 
 

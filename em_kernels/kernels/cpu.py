@@ -72,6 +72,44 @@ def column_mass(y: Tensor, row: RowTransform, per_row: Tensor) -> tuple[Tensor, 
     return mass, row_sums
 
 
+def divergence_sums(
+    y: Tensor,
+    row: RowTransform,
+    ref_y: Tensor,
+    ref_row: RowTransform,
+    per_row: Tensor,
+    beta: float,
+) -> Tensor:
+    """Sum (10), and c of (11)."""
+    sums = y.new_empty(2, y.shape[0])
+    pair = (y, *_arguments(row)[:4], ref_y, *_head(ref_row), per_row, beta)
+    torch.ops.em_kernels.divergence_sums(*pair, sums, isa())
+    return sums
+
+
+def divergence_gradient(
+    y: Tensor,
+    row: RowTransform,
+    ref_y: Tensor,
+    ref_row: RowTransform,
+    per_row: Tensor,
+    beta: float,
+    out: Tensor,
+) -> None:
+    """Write dy of (11) into out."""
+    if out.dtype == torch.float16:
+        wide = torch.empty_like(y)
+        divergence_gradient(y, row, ref_y, ref_row, per_row, beta, wide)
+        out.copy_(wide)
+        return
+    pair = (y, *_arguments(row)[:4], ref_y, *_head(ref_row), per_row, beta)
+    torch.ops.em_kernels.divergence_gradient(*pair, out, isa())
+
+
+def _head(row: RowTransform) -> tuple[Tensor | None, float, float | None]:
+    return _contiguous(row.bias, torch.float32), row.logit_scale, row.softcap
+
+
 def _arguments(row: RowTransform) -> RowTransform:
     return row._replace(
         bias=_contiguous(row.bias, torch.float32), targets=_contiguous(row.targets, torch.int64)

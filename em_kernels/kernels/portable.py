@@ -140,6 +140,48 @@ def _sample(left_out: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return indices.clamp(max=len(left_out) - 1), shares[None]  # padding has no share
 
 
+def divergence_sums(
+    y: Tensor,
+    row: RowTransform,
+    ref_y: Tensor,
+    ref_row: RowTransform,
+    per_row: Tensor,
+    beta: float,
+) -> Tensor:
+    """Sum (10), and c of (11)."""
+    sums = per_row.new_zeros(2, y.shape[0])
+    for rows in _blocks(y):
+        log_p = _log_probabilities(y, row, per_row[:2], rows)
+        log_q = _log_probabilities(ref_y, ref_row, per_row[2:4], rows)
+        sums[:, rows] = reference.divergence_sums(log_p, log_q, beta)
+    return sums
+
+
+def divergence_gradient(
+    y: Tensor,
+    row: RowTransform,
+    ref_y: Tensor,
+    ref_row: RowTransform,
+    per_row: Tensor,
+    beta: float,
+    out: Tensor,
+) -> None:
+    """Write dy of (11) into out."""
+    for rows in _blocks(y):
+        log_p = _log_probabilities(y, row, per_row[:2], rows)
+        log_q = _log_probabilities(ref_y, ref_row, per_row[2:4], rows)
+        centre, weight = per_row[4:, rows]
+        dz = reference.divergence_row_gradient(log_p, log_q, centre, beta) * weight[:, None]
+        out[rows] = reference.through_transform(dz, _wide(y[rows]), _take_rows(row, rows))
+
+
+def _log_probabilities(y: Tensor, row: RowTransform, sums: Tensor, rows: slice) -> Tensor:
+    """Return log p (4) of these rows; sums are all rows' m and log s."""
+    m, log_s = sums[:, rows]
+    z = reference.transform(_wide(y[rows]), _take_rows(row, rows))
+    return (z - m[:, None]) - log_s[:, None]
+
+
 def take_columns(
     y: Tensor, row: RowTransform, vocab_indices: Tensor
 ) -> tuple[Tensor, RowTransform]:

@@ -8,6 +8,7 @@ launch or is wrong uses the portable kernels from then on, after one warning.
 import subprocess
 import threading
 import warnings
+from collections.abc import Callable
 from types import ModuleType
 from typing import NamedTuple
 
@@ -26,15 +27,15 @@ COLUMN_TOLERANCE = 0.1
 # Of a value, and of the largest in its row: fp32 sums of so many terms are off by 1e-6 to 1e-5.
 TOLERANCE = 1e-4
 
-DtypeKey = tuple[torch.device, torch.dtype, torch.dtype]
-_chosen: dict[DtypeKey, ModuleType] = {}
+_chosen: dict[tuple, ModuleType] = {}  # by device, dtype of x, dtype of the results, and test
 _failures: dict[torch.device, str] = {}
 _lock = threading.Lock()
 
 
-def tested_kernels(x: Tensor, out_dtype: torch.dtype) -> ModuleType:
+def tested_kernels(x: Tensor, out_dtype: torch.dtype, results: "Results") -> ModuleType:
     """Return the kernels for x, on a GPU, whose results are written in out_dtype."""
-    return _chosen.get((x.device, x.dtype, out_dtype)) or _choose(x, out_dtype)
+    key = x.device, x.dtype, out_dtype, results
+    return _chosen.get(key) or _choose(x, key)
 
 
 def failure(device: torch.device) -> str:
@@ -42,8 +43,8 @@ def failure(device: torch.device) -> str:
     return _failures.get(device, "")
 
 
-def _choose(x: Tensor, out_dtype: torch.dtype) -> ModuleType:
-    key = device, *dtypes = x.device, x.dtype, out_dtype
+def _choose(x: Tensor, key: tuple) -> ModuleType:
+    device, *test = key
     if isinstance(x, FakeTensor):
         return portable  # whose operations are torch's, which know such tensors
     if torch.cuda.is_current_stream_capturing():
@@ -57,7 +58,7 @@ def _choose(x: Tensor, out_dtype: torch.dtype) -> ModuleType:
     reason = ""
     with _lock:
         if key not in _chosen and device not in _failures:
-            reason = _why_not(device, *dtypes)
+            reason = _why_not(device, *test)
         if reason:
             _failures[device] = reason
             _chosen.update((other, portable) for other in _chosen if other[0] == device)
@@ -75,7 +76,9 @@ def _choose(x: Tensor, out_dtype: torch.dtype) -> ModuleType:
     return _chosen[key]
 
 
-def _why_not(device: torch.device, y_dtype: torch.dtype, out_dtype: torch.dtype) -> str:
+def _why_not(
+    device: torch.device, y_dtype: torch.dtype, out_dtype: torch.dtype, results: "Results"
+) -> str:
     """Return why the Triton kernels cannot be used; empty where they can."""
     try:
         from . import triton
@@ -86,7 +89,7 @@ def _why_not(device: torch.device, y_dtype: torch.dtype, out_dtype: torch.dtype)
             problem = f"does not load ({_told(error)})"
         return f"Triton {problem}; install the one that your torch names (pip show torch)"
     try:
-        wrong = wrong_result(triton, device, y_dtype, out_dtype)
+        wrong = wrong_result(triton, device, y_dtype, out_dtype, results)
     except torch.OutOfMemoryError:
         raise  # which says nothing about the kernels
     except Exception as error:
@@ -153,8 +156,12 @@ def _converted(given: Problem, device: torch.device, y_dtype: torch.dtype) -> Pr
     )
 
 
-def _results(kernels: ModuleType, given: Problem, out_dtype: torch.dtype) -> dict[str, Tensor]:
-    """Run every kernel; return the results by name, integers for what must be the same."""
+# Runs kernels on the problem, given the dtype of gradients; returns their results by name.
+Results = Callable[[ModuleType, Problem, torch.dtype], dict[str, Tensor]]
+
+
+def row_results(kernels: ModuleType, given: Problem, out_dtype: torch.dtype) -> dict[str, Tensor]:
+    """Run every kernel of one head; return integers for what must be the same."""
     y, inv_temperature, targets, upstream, mass, row_of = given
     row = RowTransform(None, inv_temperature, targets=targets)
     parts = []
@@ -193,8 +200,32 @@ def _results(kernels: ModuleType, given: Problem, out_dtype: torch.dtype) -> dic
     }
 
 
+def divergence_results(
+    kernels: ModuleType, given: Problem, out_dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Run the kernels of a divergence, for each of its formulas."""
+    ref_y, row = given.y.roll(1, 0), RowTransform(None, given.inv_temperature)
+    per_row = torch.cat([given.upstream, given.upstream[:1]])
+    for at, logits in ((0, given.y), (2, ref_y)):
+        parts = kernels.row_statistics(logits, row, False)
+        rows = kernels.finish_rows(parts, COLUMNS, None)
+        per_row[at : at + 2] = torch.stack([rows.m, rows.log_s])
+    found: dict[str, Tensor] = {}
+    for beta in (0.0, 0.5, 1.0):
+        sums = kernels.divergence_sums(given.y, row, ref_y, row, per_row, beta)
+        per_row[4] = sums[1]
+        dy = torch.empty_like(given.y, dtype=out_dtype)
+        kernels.divergence_gradient(given.y, row, ref_y, row, per_row, beta, dy)
+        found |= {f"divergences at beta {beta:g}": sums, f"their gradient at beta {beta:g}": dy}
+    return found
+
+
 def wrong_result(
-    kernels: ModuleType, device: torch.device, y_dtype: torch.dtype, out_dtype: torch.dtype
+    kernels: ModuleType,
+    device: torch.device,
+    y_dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    results: Results = row_results,
 ) -> str:
     """Return which result of the kernels is wrong, and by how much; empty where all are right.
 
@@ -203,8 +234,8 @@ def wrong_result(
     given = problem()
     with torch.no_grad():
         wide = _converted(given, torch.device("cpu"), torch.float64)
-        expected = _results(portable, wide, torch.float64)
-        found = _results(kernels, _converted(given, device, y_dtype), out_dtype)
+        expected = results(portable, wide, torch.float64)
+        found = results(kernels, _converted(given, device, y_dtype), out_dtype)
     for name, true in expected.items():
         ours = found[name].cpu()
         if ours.shape != true.shape:

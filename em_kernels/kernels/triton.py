@@ -14,6 +14,7 @@ from . import portable
 from .configs import RowConfig, config_for
 from .portable import ROUNDS, STEPS, ColumnChoice, FinishedRows
 from .triton_columns import choose_columns_kernel, column_mass_kernel
+from .triton_divergence import divergence_gradient_kernel, divergence_sums_kernel
 from .triton_finish import finish_rows_kernel, gradient_factors_kernel
 from .triton_kernels import column_gradient_kernel, row_gradient_kernel, row_statistics_kernel
 
@@ -238,6 +239,69 @@ def gradient_of_columns(
     return out
 
 
+def divergence_sums(
+    y: Tensor,
+    row: RowTransform,
+    ref_y: Tensor,
+    ref_row: RowTransform,
+    per_row: Tensor,
+    beta: float,
+) -> Tensor:
+    """Sum (10), and c of (11)."""
+    rows, columns = y.shape
+    if columns == 0 or rows == 0:
+        return per_row.new_zeros(2, rows)
+    config = config_for(_capability(y))
+    settings = gradient_settings(config, rows_too=False)
+    block_v = settings["BLOCK_V"]
+    programs = config.warps_per_sm // config.gradient_warps * _sm_count(y)
+    splits = _splits(rows, triton.cdiv(columns, block_v) // MIN_SPLIT_BLOCKS, programs)
+    split_length = triton.cdiv(columns, splits * block_v) * block_v
+    splits = triton.cdiv(columns, split_length)
+    sums = torch.empty(splits, 2, rows, dtype=torch.float32, device=y.device)
+    with torch.cuda.device_of(y):
+        divergence_sums_kernel[(rows, splits)](
+            *_pair(y, row, ref_y, ref_row),
+            per_row,
+            sums,
+            rows,
+            columns,
+            split_length,
+            *_pair_scalars(row, ref_row, beta),
+            **_pair_flags(row, ref_row, beta),
+            **settings,
+        )
+    return sums.sum(0)
+
+
+def divergence_gradient(
+    y: Tensor,
+    row: RowTransform,
+    ref_y: Tensor,
+    ref_row: RowTransform,
+    per_row: Tensor,
+    beta: float,
+    out: Tensor,
+) -> None:
+    """Write dy of (11) into out."""
+    rows, columns = y.shape
+    if columns == 0 or rows == 0:
+        return
+    settings = gradient_settings(config_for(_capability(y)), rows_too=False)
+    with torch.cuda.device_of(y):
+        divergence_gradient_kernel[(rows * triton.cdiv(columns, settings["BLOCK_V"]),)](
+            *_pair(y, row, ref_y, ref_row),
+            per_row,
+            out,
+            out.stride(0),
+            rows,
+            columns,
+            *_pair_scalars(row, ref_row, beta),
+            **_pair_flags(row, ref_row, beta),
+            **settings,
+        )
+
+
 def statistics_settings(config: RowConfig, dtype: torch.dtype, aligned: bool) -> dict:
     """Return the constants and compiler options of a statistics launch."""
     return _lane_settings(config.statistics_warps, config.THREAD_V, dtype, aligned)
@@ -292,6 +356,25 @@ def _flags(row: RowTransform) -> dict[str, bool]:
         "HAS_BIAS": row.bias is not None,
         "HAS_SOFTCAP": row.softcap is not None,
         "HAS_TARGETS": row.targets is not None,
+    }
+
+
+def _pair(y: Tensor, row: RowTransform, ref_y: Tensor, ref_row: RowTransform) -> tuple:
+    bias, inv_temperature, _ = _vectors(row, y)
+    return y, y.stride(0), bias, ref_y, ref_y.stride(0), _vectors(ref_row, y)[0], inv_temperature
+
+
+def _pair_scalars(row: RowTransform, ref_row: RowTransform, beta: float) -> tuple[float, ...]:
+    return *_scalars(row), *_scalars(ref_row), float(beta), 1.0 - beta
+
+
+def _pair_flags(row: RowTransform, ref_row: RowTransform, beta: float) -> dict[str, int | bool]:
+    return {
+        "KIND": {0.0: 0, 1.0: 1}.get(float(beta), 2),
+        "HAS_BIAS": row.bias is not None,
+        "HAS_SOFTCAP": row.softcap is not None,
+        "REF_HAS_BIAS": ref_row.bias is not None,
+        "REF_HAS_SOFTCAP": ref_row.softcap is not None,
     }
 
 

@@ -82,30 +82,33 @@ def check_tangent(name: str, x: Tensor) -> None:
 
 
 def check_head(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = ""
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Check hidden, weight and bias; return them in one dtype, autocast's where it is on."""
-    check_float("hidden", hidden)
-    check_float("weight", weight)
+    """Check hidden, weight and bias; return them in one dtype, autocast's where it is on.
+
+    prefix: of their names in errors.
+    """
+    check_float(f"{prefix}hidden", hidden)
+    check_float(f"{prefix}weight", weight)
     if hidden.dim() < 1:
-        raise ValueError("hidden: expected (..., D), got a scalar")
+        raise ValueError(f"{prefix}hidden: expected (..., D), got a scalar")
     if weight.dim() != 2:
-        raise ValueError(f"weight: expected (V, D), got {tuple(weight.shape)}")
+        raise ValueError(f"{prefix}weight: expected (V, D), got {tuple(weight.shape)}")
     if weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
-            f"weight: expected (V, {hidden.shape[-1]}) to match hidden {tuple(hidden.shape)}, "
-            f"got {tuple(weight.shape)}"
+            f"{prefix}weight: expected (V, {hidden.shape[-1]}) to match {prefix}hidden "
+            f"{tuple(hidden.shape)}, got {tuple(weight.shape)}"
         )
     if weight.numel() == 0:
-        raise ValueError(f"weight: is empty: {tuple(weight.shape)}")
+        raise ValueError(f"{prefix}weight: is empty: {tuple(weight.shape)}")
     if bias is not None:
-        check_float("bias", bias)
+        check_float(f"{prefix}bias", bias)
         if bias.shape != weight.shape[:1]:
-            raise ValueError(f"bias: expected ({len(weight)},), got {tuple(bias.shape)}")
+            raise ValueError(f"{prefix}bias: expected ({len(weight)},), got {tuple(bias.shape)}")
     for name, x in (("weight", weight), ("bias", bias)):
         if x is not None and x.device != hidden.device:
             raise ValueError(
-                f"{name}: is on {x.device}, hidden on {hidden.device}; move one of them"
+                f"{prefix}{name}: is on {x.device}, {prefix}hidden on {hidden.device}; move one"
             )
     device_type = hidden.device.type
     casts = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
@@ -115,7 +118,8 @@ def check_head(
     for name, x in (("weight", weight), ("bias", bias)):
         if x is not None and x.dtype != hidden.dtype:
             raise TypeError(
-                f"{name}: is {x.dtype}, hidden {hidden.dtype}; cast one, or use autocast"
+                f"{prefix}{name}: is {x.dtype}, {prefix}hidden {hidden.dtype}; cast one, or use "
+                "autocast"
             )
     return hidden, weight, bias
 
@@ -146,35 +150,43 @@ def check_tolerance(grad_tolerance: float) -> float:
     return tolerance
 
 
+def check_scale_and_cap(
+    logit_scale: float, softcap: float | None, prefix: str = ""
+) -> tuple[float, float]:
+    """Return scale and cap, 0 for none; prefix is of their names in errors."""
+    scale, cap = check_number(f"{prefix}logit_scale", logit_scale), 0.0
+    if not LEAST <= abs(scale) <= MOST:
+        raise ValueError(
+            f"{prefix}logit_scale: {logit_scale} is 0 in fp32, or not finite; 1 leaves the logits "
+            "unscaled"
+        )
+    if softcap is not None:
+        cap = check_number(f"{prefix}softcap", softcap)
+        if not LEAST <= cap <= MOST:
+            raise ValueError(
+                f"{prefix}softcap: {softcap} is not > 0 and finite in fp32; use None for no cap"
+            )
+    return scale, cap
+
+
 def check_transform(
     temperature: float | Tensor, logit_scale: float, softcap: float | None, rows: Tensor
 ) -> tuple[Tensor | None, list[float]]:
     """Check temperature, scale and cap; return HeadArguments' temperatures and transform."""
-    scale = check_number("logit_scale", logit_scale)
-    if not LEAST <= abs(scale) <= MOST:
-        raise ValueError(
-            f"logit_scale: {logit_scale} is 0 in fp32, or not finite; 1 leaves the logits unscaled"
-        )
-    cap = 0.0
-    if softcap is not None:
-        cap = check_number("softcap", softcap)
-        if not LEAST <= cap <= MOST:
-            raise ValueError(
-                f"softcap: {softcap} is not > 0 and finite in fp32; use None for no cap"
-            )
+    scale_and_cap = check_scale_and_cap(logit_scale, softcap)
     if isinstance(temperature, Tensor):
         if temperature.dim() == 0:
             temperature = temperature.expand(rows.shape[:-1])
         check_per_token("temperature", temperature, rows)
         if not temperature.is_floating_point():
             raise TypeError(f"temperature: expected a floating dtype, got {temperature.dtype}")
-        return temperature.reshape(-1), [scale, cap, 1.0]
+        return temperature.reshape(-1), [*scale_and_cap, 1.0]
     tau = check_number("temperature", temperature)
     if not LEAST <= tau <= MOST:
         raise ValueError(
             f"temperature: {temperature} is not > 0 and finite, between {LEAST:g} and {MOST:g}"
         )
-    return None, [scale, cap, tau]
+    return None, [*scale_and_cap, tau]
 
 
 def check_mask(mask: Tensor | None, hidden: Tensor) -> None:

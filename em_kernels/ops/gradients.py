@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..kernels import RowTerms
+from ..kernels import DivergenceTerms, RowTerms
 from .gemm import gemm
 from .inputs import GradMask, HeadInputs
 from .memory import large_empty
@@ -44,7 +44,7 @@ class PendingChunk(NamedTuple):
 
     tokens: slice | Tensor  # positions among the N
     hidden: Tensor  # (n, D)
-    terms: RowTerms
+    terms: RowTerms | DivergenceTerms
     scale: float  # what its dy has to be multiplied by
     selection: Selection | None  # None: all columns
 
@@ -118,9 +118,15 @@ class GradAccumulator:
         self.masses = hidden.new_zeros(2, dtype=wide)  # left out, and of all columns
 
     def begin(
-        self, tokens: slice | Tensor, hidden: Tensor, terms: RowTerms, scale: float
+        self,
+        tokens: slice | Tensor,
+        hidden: Tensor,
+        terms: RowTerms | DivergenceTerms,
+        scale: float,
     ) -> PendingChunk:
-        return PendingChunk(tokens, hidden, terms, scale, self.selector.begin(terms))
+        """Take a chunk; a divergence's columns are all multiplied."""
+        selection = self.selector.begin(terms) if isinstance(terms, RowTerms) else None
+        return PendingChunk(tokens, hidden, terms, scale, selection)
 
     def finish(self, chunk: PendingChunk) -> None:
         rows, columns = chunk.terms.y.shape
@@ -160,12 +166,12 @@ class GradAccumulator:
     def _add_all_columns(self, chunk: PendingChunk) -> None:
         y, operand = chunk.terms.y, self.inputs.operand
         if self.batch.capacity == 0:
-            dy = kernels.row_gradient(chunk.terms, kernels.gradient_buffer(y, operand))
+            dy = _write_gradient(chunk.terms, kernels.gradient_buffer(y, operand))
             self._multiply(chunk.tokens, dy, chunk.scale, chunk.hidden)
             return
         if self.batch.rows + len(y) > self.batch.capacity:
             self._multiply_batch()
-        kernels.row_gradient(chunk.terms, self.batch.extend(chunk.tokens, y, operand))
+        _write_gradient(chunk.terms, self.batch.extend(chunk.tokens, y, operand))
         if self.keeps_dy:
             self.scales.append((len(y), chunk.scale))
 
@@ -204,10 +210,11 @@ class GradAccumulator:
         `new_count` of them were in no chunk before.
         """
         weight, wide, operand = self.inputs.weight, self.inputs.dtype, self.inputs.operand
-        choice, residual = selection.choice, selection.row_sums
+        terms, choice, residual = chunk.terms, selection.choice, selection.row_sums
+        assert isinstance(terms, RowTerms)
         entry_bytes = len(chunk.hidden) * (wide.itemsize + operand.itemsize)
         entry_bytes += weight.shape[1] * (wide.itemsize + weight.dtype.itemsize)
-        length = slab_length(entry_bytes, budget=chunk.terms.y.nbytes)
+        length = slab_length(entry_bytes, budget=terms.y.nbytes)
         dh = self.dh
         if self.needs.hidden:
             dh = self._dhidden_buffer(chunk.tokens, len(chunk.hidden))
@@ -217,7 +224,7 @@ class GradAccumulator:
         for start in range(0, count, length):
             slab = slice(start, min(start + length, count))
             entries = choice.vocab_indices[slab]
-            dy = kernels.gradient_of_columns(chunk.terms, entries, operand, residual)
+            dy = kernels.gradient_of_columns(terms, entries, operand, residual)
             if self.needs.hidden:
                 gemm(dh, dy, weight[entries], accumulate=start > 0, alpha=chunk.scale)
             if self.needs.weight:
@@ -243,3 +250,9 @@ class GradAccumulator:
     def _store_dhidden(self, tokens: slice | Tensor, dh: Tensor) -> None:
         if not isinstance(tokens, slice):
             self.dh[tokens] = dh
+
+
+def _write_gradient(terms: RowTerms | DivergenceTerms, out: Tensor) -> Tensor:
+    if isinstance(terms, RowTerms):
+        return kernels.row_gradient(terms, out)
+    return kernels.divergence_gradient(terms, out)

@@ -1,0 +1,114 @@
+"""The divergence of two models' next-token distributions, for distillation and KL penalties."""
+
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from .functional import REDUCTIONS, _require_grad
+from .ops import torch_library
+from .ops.checks import check_arguments, check_head, check_number, check_scale_and_cap
+from .ops.divergence import ReferenceArguments
+
+
+def fused_divergence(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    *,
+    beta: float = 1.0,
+    bias: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    reduction: str = "mean",
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ref_logit_scale: float = 1.0,
+    ref_softcap: float | None = None,
+    chunk_bytes: int | None = None,
+    process_group: ProcessGroup | None = None,
+) -> Tensor:
+    """Compute KL or Jensen-Shannon divergence from a reference model, without either's logits.
+
+    Equivalent to this, with p the model's distributions and q the reference's::
+
+        logp = (F.linear(hidden, weight, bias).float() / temperature).log_softmax(-1)
+        logq = (F.linear(ref_hidden, ref_weight, ref_bias).float() / temperature).log_softmax(-1)
+        logr = torch.logaddexp(logq + math.log(beta), logp + math.log(1 - beta))
+        divergence = {
+            0: (logq.exp() * (logq - logp)).sum(-1),
+            1: (logp.exp() * (logp - logq)).sum(-1),
+        }.get(beta, beta * (logq.exp() * (logq - logr)).sum(-1)
+              + (1 - beta) * (logp.exp() * (logp - logr)).sum(-1))
+        loss = (mask * divergence).sum() / mask.sum()
+
+    Args:
+        hidden, weight, bias: of the model, as in :func:`fused_entropy_loss`.
+        ref_hidden: (..., D') hidden states of the reference for the same tokens; its D' and dtype
+            are its own. The reference never gets a gradient.
+        ref_weight, ref_bias: (V', D') and (V',) of the reference's head. Where V and V' differ, as
+            padded vocabularies do, both distributions are those over the first min(V, V') entries.
+        beta: 0 is the forward KL(q || p), 1 the reverse KL(p || q); between them the generalised
+            Jensen-Shannon divergence, as in TRL and Liger: beta KL(q || r) + (1 - beta) KL(p || r),
+            r = beta q + (1 - beta) p. (It goes to 0 with beta, and with 1 - beta.)
+        mask, reduction, chunk_bytes: as in :func:`fused_entropy_loss`; chunk_bytes is for the
+            logits of both.
+        temperature: > 0, of both; a number, or (...) one per token.
+        logit_scale, softcap, ref_logit_scale, ref_softcap: for models that have them.
+        process_group: ranks that each hold consecutive rows of both weights, as many of each.
+
+    Returns:
+        The divergence in nats, fp32 (fp64 for fp64): (), or (...) for "none"; >= 0, and exactly 0
+        for equal logits. It is inf where one distribution has an entry that the other excludes by a
+        logit of -inf (beta 0: q has it and p has not; beta 1: the reverse).
+
+    Gradient: for hidden, weight and bias, equation (11) of ``em_kernels.reference``; NaN in the
+        rows whose divergence is inf. For "mean" and "sum" it is computed during the forward: GEMM
+        work is 8 units where a forward of the model's head alone is 2 and D' is D, 6 with a frozen
+        weight. For "none" the backward computes the logits again: 12, or 10.
+    Precision: logits, statistics and accumulated gradients are fp32 whatever the inputs' dtypes.
+        The terms summed are a log(a / b) - a + b, none of them negative, so that small divergences
+        keep their digits.
+    Memory: as in :func:`fused_entropy_loss`, with a chunk of the reference's logits beside the
+        model's. Where V > V', dweight is copied once.
+    Raises: ValueError, TypeError naming the argument; RuntimeError on double backward.
+    Source: generalised knowledge distillation, arXiv 2306.13649; MiniLLM, arXiv 2306.08543.
+    """
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: {reduction!r} is unknown; use one of {', '.join(REDUCTIONS)}")
+    beta = check_number("beta", beta)
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta: {beta} is not in [0, 1]; 0 is the forward KL, 1 the reverse")
+    hidden, weight, bias = check_head(hidden, weight, bias)
+    ref_hidden, ref_weight, ref_bias = check_head(ref_hidden, ref_weight, ref_bias, prefix="ref_")
+    if ref_hidden.shape[:-1] != hidden.shape[:-1]:
+        raise ValueError(
+            f"ref_hidden: expected ({', '.join(map(str, hidden.shape[:-1]))}, D'), as hidden is "
+            f"{tuple(hidden.shape)}, got {tuple(ref_hidden.shape)}"
+        )
+    if ref_hidden.device != hidden.device:
+        raise ValueError(
+            f"ref_hidden: is on {ref_hidden.device}, hidden on {hidden.device}; move one"
+        )
+    if process_group is not None and len(weight) != len(ref_weight):
+        raise ValueError(
+            f"ref_weight: has {len(ref_weight)} rows on this rank, weight {len(weight)}; split "
+            "both vocabularies alike"
+        )
+    columns = min(len(weight), len(ref_weight))
+    weight, bias = weight[:columns], None if bias is None else bias[:columns]
+    transform = (temperature, logit_scale, softcap)
+    head = check_arguments(hidden, weight, bias, None, mask, transform, chunk_bytes, process_group)
+    reference = ReferenceArguments(
+        ref_hidden.detach().reshape(-1, ref_hidden.shape[-1]),
+        ref_weight.detach()[:columns],
+        None if ref_bias is None else ref_bias.detach()[:columns],
+        [*check_scale_and_cap(ref_logit_scale, ref_softcap, "ref_"), beta],
+    )
+    needs = _require_grad(*head[:3])
+    if reduction == "none":
+        each = torch_library.token_divergences_op(*head, *reference, needs)
+        each = each.reshape(hidden.shape[:-1])
+        return each if mask is None else each * mask.to(each.dtype)
+    loss, *_ = torch_library.divergence_op(*head, *reference, reduction == "mean", needs)
+    return loss

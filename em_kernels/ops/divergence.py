@@ -1,0 +1,155 @@
+"""Divergence of a head's distributions from a reference's, with gradients in the same pass.
+
+Work is counted in units of N*D*V, as in chunked.py; of the reference D is its own.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import kernels
+from ..kernels import DivergenceTerms, row_stride
+from ..reference import RowTransform, TokenStats
+from .checks import HeadArguments
+from .gemm import gemm
+from .gradients import GradAccumulator, Gradients
+from .inputs import GradMask, HeadInputs, build_inputs, part_of, scale_upstream
+from .memory import chunk_length, large_empty
+from .saved_gradients import weight_gradient
+
+
+class ReferenceArguments(NamedTuple):
+    """Checked arguments of the reference, in the form that the ops take."""
+
+    hidden: Tensor  # (N, D of the reference)
+    weight: Tensor  # (V, D of the reference)
+    bias: Tensor | None  # (V,)
+    transform: list[float]  # logit_scale, softcap (0: none), beta
+
+
+class Pair(NamedTuple):
+    """A head, and the reference that its distributions are compared with."""
+
+    head: HeadInputs
+    ref: HeadInputs
+    beta: float
+
+
+def build_pair(head: HeadArguments, ref: ReferenceArguments, collectives: int) -> Pair:
+    """Build the loop's inputs; collectives as in build_inputs, which is a collective call."""
+    inputs = build_inputs(head, collectives)
+    logit_scale, softcap, beta = ref.transform
+    other = inputs._replace(
+        hidden=ref.hidden,
+        weight=ref.weight,
+        bias=ref.bias,
+        logit_scale=logit_scale,
+        softcap=softcap or None,
+    )
+    return Pair(inputs, other, beta)
+
+
+def _logits_and_sums(
+    inputs: HeadInputs, tokens: slice | Tensor, row: RowTransform, y: Tensor
+) -> Tensor:
+    """Write raw logits of these tokens into y; return their m and log s (2, n)."""
+    gemm(y, inputs.hidden[tokens], inputs.weight.t())
+    parts = kernels.row_statistics(y, row, with_collision_and_argmax=False)
+    if inputs.shard is not None:
+        parts = inputs.shard.gather(parts)
+    _, m, log_s = kernels.finish_rows(parts, inputs.vocab_size, None)
+    return torch.stack([m, log_s])
+
+
+def divergences(
+    pair: Pair,
+    weights: Tensor,
+    needs: GradMask,
+    active: Tensor | None,
+    keep_dy: bool = False,
+) -> tuple[Tensor, Gradients]:
+    """Compute each token's divergence (N,), and the gradients of their sum times the weights (N,).
+
+    Work: 2 for each head, +2 for hidden, +2 for weight. Memory: a chunk of each head's logits and
+    what is returned. With keep_dy as in chunked.sum_losses.
+    """
+    inputs, ref, beta = pair
+    hidden, device, wide = inputs.hidden, inputs.hidden.device, inputs.dtype
+    found = hidden.new_zeros(len(hidden), dtype=wide)
+    accumulator = GradAccumulator(inputs, needs, keeps_dy=keep_dy and inputs.keeps_dy(needs))
+    count = len(hidden) if active is None else len(active)
+    if accumulator.keeps_dy:
+        accumulator.batch.capacity = count
+    stride = row_stride(len(inputs.weight), device)
+    widest = row_stride(max(inputs.shard_sizes), device)
+    row_bytes = widest * (inputs.logit_bytes + wide.itemsize)
+    length = chunk_length(count, row_bytes, inputs.chunk_bytes, device)
+    if inputs.shard is not None:
+        length = inputs.shard.smallest(length)
+    # Two tensors, as a kept dy may be the first's memory, and keeps no more than that.
+    buffers = [large_empty((min(length, count), stride), wide, hidden) for _ in range(2)]
+    all_rows = inputs.row_transform()
+    all_ref_rows = all_rows._replace(
+        bias=ref.bias, logit_scale=ref.logit_scale, softcap=ref.softcap
+    )
+    for start in range(0, count, length):
+        end = min(count, start + length)
+        tokens = slice(start, end) if active is None else active[start:end]
+        row, ref_row = part_of(all_rows, tokens), part_of(all_ref_rows, tokens)
+        y, ref_y = (buffer[: end - start, : len(inputs.weight)] for buffer in buffers)
+        sums = _logits_and_sums(inputs, tokens, row, y)
+        ref_sums = _logits_and_sums(ref, tokens, ref_row, ref_y)
+        upstream, scale = scale_upstream(TokenStats(weights[tokens]), inputs.operand)
+        weight = upstream.entropy
+        assert weight is not None
+        per_row = torch.cat([sums, ref_sums, torch.stack([weight, weight])])
+        terms = DivergenceTerms(y, row, ref_y, ref_row, per_row, beta)
+        value_and_centre = kernels.divergence_sums(terms)
+        if inputs.shard is not None:
+            inputs.shard.sum(value_and_centre)
+        found[tokens] = value = value_and_centre[0]
+        if not any(needs):
+            continue
+        # An infinite divergence has no gradient, which all of its row says.
+        per_row[4] = value_and_centre[1] + (value - value)
+        accumulator.finish(accumulator.begin(tokens, hidden[tokens], terms, scale))
+    return found, accumulator.result()
+
+
+def sum_divergences(pair: Pair, mean: bool, needs: GradMask) -> tuple[Tensor, Gradients]:
+    """Sum or average the divergences, weighted by the mask, with their gradients."""
+    active = pair.head.check_and_find_active(negative_mask_allowed=not mean)
+    weights = pair.head.token_weights(mean)
+    found, gradients = divergences(pair, weights, needs, active, keep_dy=True)
+    if active is not None:  # 0 * inf would be NaN
+        found, weights = found[active], weights[active]
+    return (weights * found).sum(), gradients
+
+
+def each_divergence(pair: Pair) -> Tensor:
+    """Compute the divergences (N,), 0 where the mask is. Work: 4."""
+    active = pair.head.check_and_find_active(negative_mask_allowed=True)
+    weights = pair.head.token_weights(mean=False)
+    return divergences(pair, weights, GradMask(), active)[0]
+
+
+def gradients_of_each(
+    pair: Pair, upstream: Tensor, needs: GradMask
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dhidden, dweight and dbias in the inputs' dtypes, for any upstream (N,).
+
+    All logits are computed again. Work: 8.
+    """
+    inputs = pair.head
+    active = inputs.check_and_find_active(negative_mask_allowed=True)
+    weights = upstream.to(inputs.dtype)
+    _, found = divergences(pair, weights, needs, active, keep_dy=True)
+    dw = inputs.weight.new_empty(0)
+    if needs.weight:
+        one = weights.new_ones(())
+        kept = (found.weight, found.vocab_indices, found.dy, found.dy_scales)
+        given = (inputs.hidden, inputs.mask, one, *inputs.weight.shape[:1], inputs.weight.dtype)
+        dw = weight_gradient(*kept, *given)
+    bias_dtype = inputs.weight.dtype if inputs.bias is None else inputs.bias.dtype
+    return found.hidden.to(inputs.hidden.dtype), dw, found.bias.to(bias_dtype)

@@ -1,0 +1,467 @@
+"""Divergence of two heads against textbook formulas on full logits in fp64."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from kernel_params import OLDER, ROWS, TRITON
+from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
+from truth import compare, leaves, logits_of, relative_error
+
+import em_kernels.ops.flops  # noqa: F401  # FlopCounterMode counts the extension's GEMM
+from em_kernels import fused_divergence, reference
+from em_kernels.kernels import portable
+from em_kernels.ops import torch_library
+from em_kernels.reference import RowTransform
+
+BETAS = [0.0, 1.0, 0.5, 0.1, 1e-4, 1 - 1e-4]
+N, D, REF_D, V = 7, 8, 12, 61
+MASK = torch.tensor([1.0, 0.0, 2.0, 1.0, 0.5, 0.0, 3.0])
+TAU = torch.linspace(0.5, 1.5, N)
+
+
+def truth_of(logits, ref_logits, beta):
+    """Return each row's divergence by xlogy and logaddexp, differentiable by the first."""
+    logp, logq = logits.log_softmax(-1), ref_logits.log_softmax(-1)
+    if beta == 0:
+        return (logq.exp() * (logq.masked_fill(logq == -torch.inf, 0) - logp)).sum(-1)
+    if beta == 1:
+        return (logp.exp() * (logp.masked_fill(logp == -torch.inf, 0) - logq)).sum(-1)
+    logr = torch.logaddexp(logq + math.log(beta), logp + math.log1p(-beta))
+    kept = logr > -torch.inf
+    of_q = torch.where(logq > -torch.inf, logq.exp() * (logq - logr), 0)
+    of_p = torch.where(logp > -torch.inf, logp.exp() * (logp - logr), 0)
+    return torch.where(kept, beta * of_q + (1 - beta) * of_p, 0).sum(-1)
+
+
+def draw_pair(dtype=torch.float32, distance=1.0, v=V, ref_v=V, seed=0):
+    """Return hidden, weight, bias and the same of a reference, whose logits differ by `distance`.
+
+    The reference's states hold the model's, so that its logits can be as near as one likes.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(N, D, generator=generator)
+    weight = torch.randn(max(v, ref_v), D, generator=generator) * (3 / D**0.5)
+    bias = torch.randn(max(v, ref_v), generator=generator)
+    more = torch.randn(N, REF_D - D, generator=generator)
+    ref_hidden = torch.cat([hidden, more], 1)
+    away = torch.randn(len(weight), REF_D - D, generator=generator) * distance
+    ref_weight = torch.cat([weight, away], 1)
+    tensors = hidden, weight[:v], bias[:v], ref_hidden, ref_weight[:ref_v], bias[:ref_v]
+    return [x.to(dtype) for x in tensors]
+
+
+def in_fp64(tensors):
+    return [x.detach().double() for x in tensors]
+
+
+# Kernels: the same logits in fp32 and in fp64
+
+TRANSFORMS = [(None, None), ("both", 5.0), ("ref", 30.0)]
+ALL_KERNELS = pytest.mark.parametrize("kernels", [*ROWS, *OLDER, TRITON])
+
+
+def run(kernels, y, ref_y, bias, softcap, beta, out_dtype):
+    """Return the sums of the rows, and the gradient."""
+    rows, columns = y.shape
+    tau = torch.linspace(0.5, 2, rows).to(y.dtype)
+    biases = torch.randn(2, columns, generator=torch.Generator().manual_seed(1)).to(y.dtype)
+    row = RowTransform(biases[0] if bias == "both" else None, tau, -0.7, softcap)
+    ref_row = RowTransform(biases[1] if bias else None, tau, -0.6, softcap and 20.0)
+    per_row = []
+    for logits, transform in ((y, row), (ref_y, ref_row)):
+        parts = kernels.row_statistics(logits, transform, False)
+        found = kernels.finish_rows(parts, columns, None)
+        per_row += [found.m, found.log_s]
+    per_row = torch.stack([*per_row, tau, 1 / tau])
+    sums = kernels.divergence_sums(y, row, ref_y, ref_row, per_row, beta)
+    per_row[4] = sums[1] + (sums[0] - sums[0])
+    out = torch.empty_like(y, dtype=out_dtype)
+    kernels.divergence_gradient(y, row, ref_y, ref_row, per_row, beta, out)
+    return sums, out
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("bias, softcap", TRANSFORMS)
+@pytest.mark.parametrize("v", [1, 13, 1025])
+@ALL_KERNELS
+def test_kernels(kernels, v, bias, softcap, beta):
+    """Rows that are far, near, equal, sure of other entries, and without a distribution."""
+    generator = torch.Generator().manual_seed(v)
+    y = torch.randn(7, v, generator=generator) * 4
+    ref_y = y + torch.tensor([3.0, 0.1, 1e-3, 0, 5, 1, 1])[:, None] * torch.randn(
+        7, v, generator=generator
+    )
+    y[4, 0], ref_y[4, -1] = -100, -100
+    y[5], ref_y[6, 0] = -torch.inf, torch.nan
+    sums, dy = run(kernels, y, ref_y, bias, softcap, beta, torch.float32)
+    true_sums, true_dy = run(portable, y.double(), ref_y.double(), bias, softcap, beta, torch.float64)
+    plain_sums, plain_dy = run(portable, y, ref_y, bias, softcap, beta, torch.float32)
+    assert sums[:, 5:].isnan().all() and dy[5:].isnan().all()
+    assert true_sums[:, 5:].isnan().all() and true_dy[5:].isnan().all()
+    # Rounding the logits of z, up to 40, to fp32 moves log p by 4e-6, and a divergence with it.
+    assert_close(sums[:, :5].double(), true_sums[:, :5], rtol=2e-5, atol=4e-6)
+    for row in range(5):
+        error = (dy[row].double() - true_dy[row]).norm()
+        plain = (plain_dy[row].double() - true_dy[row]).norm()
+        assert error <= 3 * plain + 4e-6 * (true_dy[row].norm() + 1e-3)
+
+
+@ALL_KERNELS
+@pytest.mark.parametrize("beta", BETAS)
+def test_a_narrower_gradient_is_the_wide_one_rounded(beta, kernels):
+    y, ref_y = torch.randn(2, 5, 700) * 3
+    _, wide = run(kernels, y, ref_y, "both", 5.0, beta, torch.float32)
+    for dtype in (torch.bfloat16, torch.float16):
+        _, narrow = run(kernels, y, ref_y, "both", 5.0, beta, dtype)
+        assert torch.equal(narrow, wide.to(dtype))
+
+
+# The function
+
+HEADS = {
+    "plain": {},
+    "temperature": {"temperature": 0.7},
+    "everything": {
+        "temperature": TAU,
+        "bias": True,
+        "ref_bias": True,
+        "logit_scale": 0.8,
+        "softcap": 9.0,
+        "ref_logit_scale": 1.2,
+        "ref_softcap": 11.0,
+    },
+}
+
+
+def split_head(head, bias, ref_bias):
+    """Return the arguments of ours, and the transforms of the two logits."""
+    head = dict(head)
+    if head.pop("bias", False):
+        head["bias"] = bias
+    if head.pop("ref_bias", False):
+        head["ref_bias"] = ref_bias
+    tau = head.get("temperature", 1.0)
+    ours = {k: x for k, x in head.items() if not k.startswith("ref_") and k != "bias"}
+    ref = {k[4:]: x for k, x in head.items() if k.startswith("ref_") and k != "ref_bias"}
+    return head, ours, ref | {"temperature": tau}
+
+
+def eager(tensors, head, beta, v=V):
+    hidden, weight, bias, ref_hidden, ref_weight, ref_bias = tensors
+    given, ours, ref = split_head(head, bias, ref_bias)
+    logits = logits_of(hidden, weight[:v], bias[:v] if "bias" in given else None, **ours)
+    ref_bias = ref_bias[:v] if "ref_bias" in given else None
+    ref_logits = logits_of(ref_hidden, ref_weight[:v], ref_bias, **ref)
+    return truth_of(logits, ref_logits.detach(), beta)
+
+
+@pytest.mark.parametrize("rows", ROWS, indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+def test_values_and_gradients(head, beta, dtype, rows, dweight):
+    tensors = draw_pair(dtype)
+    results = []
+    for kind in ("ours", "eager", "true"):
+        given = in_fp64(tensors) if kind == "true" else [x.clone() for x in tensors]
+        mine = leaves(*given[:3])
+        arguments, *_ = split_head(head, mine[2], given[5])
+        if kind == "ours":
+            mask = {"mask": MASK, "beta": beta, "chunk_bytes": 3 * V * 16}
+            loss = fused_divergence(mine[0], mine[1], *given[3:5], **arguments, **mask)
+        else:
+            each = eager([*mine, *given[3:]], head, beta)
+            loss = (MASK * each).sum() / MASK.sum()
+        grads = torch.autograd.grad(loss, mine, allow_unused=True)
+        results.append([loss.detach(), *(g for g in grads if g is not None)])
+    ours, plain, true = results
+    assert [g.dtype for g in ours[1:]] == [dtype] * len(ours[1:])
+    accuracy = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    floors = [40 * accuracy * t.norm() + 30 * accuracy * min(1, t.norm()) for t in true]
+    if dtype in (torch.bfloat16, torch.float16):  # dy is rounded to it as an operand
+        floors = [f + torch.finfo(dtype).eps * t.norm() for f, t in zip(floors, true, strict=True)]
+    compare(["loss", "dhidden", "dweight", "dbias"], ours, plain, true, floors)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_each_token_with_any_upstream(beta):
+    tensors = draw_pair(torch.float64)
+    upstream = torch.linspace(-1, 1, N, dtype=torch.float64)
+    mine = leaves(*tensors[:3])
+    settings = {"bias": mine[2], "ref_bias": tensors[5], "beta": beta, "mask": MASK}
+    each = fused_divergence(
+        *mine[:2], *tensors[3:5], reduction="none", chunk_bytes=2 * V * 16, **settings
+    )
+    theirs = leaves(*tensors[:3])
+    plain = MASK * eager([*theirs, *tensors[3:]], {"bias": True, "ref_bias": True}, beta)
+    assert_close(each, plain)
+    found = torch.autograd.grad((upstream * each).sum(), mine, retain_graph=True)
+    assert_close(found, torch.autograd.grad((upstream * plain).sum(), theirs))
+    assert_close(torch.autograd.grad((upstream * each).sum(), mine), found, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("beta", [0.0, 1.0, 0.3])
+def test_gradcheck(beta, reduction):
+    tensors = draw_pair(torch.float64)
+    h, w, b = leaves(*tensors[:3])
+
+    def loss(h, w, b):
+        settings = {"bias": b, "reduction": reduction, "softcap": 20.0, "temperature": TAU}
+        return fused_divergence(h, w, *tensors[3:5], beta=beta, mask=MASK, **settings)
+
+    assert torch.autograd.gradcheck(loss, (h, w, b), atol=1e-6)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("v, ref_v", [(V, V + 6), (V + 6, V), (V, 1)])
+def test_the_common_prefix_of_padded_vocabularies_counts(v, ref_v, beta):
+    tensors = draw_pair(torch.float64, v=v, ref_v=ref_v)
+    mine, theirs = leaves(*tensors[:3]), leaves(*tensors[:3])
+    settings = {"bias": mine[2], "ref_bias": tensors[5], "beta": beta}
+    loss = fused_divergence(*mine[:2], *tensors[3:5], **settings)
+    head = {"bias": True, "ref_bias": True}
+    plain = eager([*theirs, *tensors[3:]], head, beta, v=min(v, ref_v)).mean()
+    assert_close(loss, plain)
+    assert_close(torch.autograd.grad(loss, mine), torch.autograd.grad(plain, theirs))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("beta", BETAS)
+def test_equal_models_have_no_divergence_and_no_gradient(beta, dtype, dweight):
+    hidden, weight, bias, *_ = draw_pair(dtype)
+    mine = leaves(hidden, weight, bias)
+    head = {"bias": mine[2], "ref_bias": bias, "softcap": 9.0, "ref_softcap": 9.0}
+    loss = fused_divergence(*mine[:2], hidden, weight, beta=beta, chunk_bytes=3 * V * 16, **head)
+    assert loss == 0
+    assert all((g == 0).all() for g in torch.autograd.grad(loss, mine))
+
+
+@pytest.mark.parametrize("rows", ROWS, indirect=True)
+@pytest.mark.parametrize("distance", [1.0, 1e-2, 1e-4])
+@pytest.mark.parametrize("beta", BETAS)
+def test_small_divergences_keep_their_digits(beta, distance, rows):
+    """The eager sum of p log(p / q) is noise, even negative, where it is below 1e-7."""
+    hidden, weight, _, ref_hidden, ref_weight, _ = draw_pair(distance=distance)
+    # States and weights of few bits: their products are exact, so that only ours can round.
+    hidden, ref_hidden = hidden.mul(16).round() / 16, ref_hidden.mul(16).round() / 16
+    bits = 2.0 ** math.floor(math.log2(distance / 16))
+    weight, ref_weight = (x.div(bits).round() * bits for x in (weight, ref_weight))
+    exact = in_fp64([hidden, weight, ref_hidden, ref_weight])
+    true = truth_of(exact[0] @ exact[1].t(), exact[2] @ exact[3].t(), beta)
+    each = fused_divergence(hidden, weight, ref_hidden, ref_weight, beta=beta, reduction="none")
+    assert (each >= 0).all()
+    plain = truth_of(hidden @ weight.t(), ref_hidden @ ref_weight.t(), beta)
+    error, eager_error = (each - true).norm(), (plain - true).norm()
+    assert error <= 2 * eager_error + 1e-5 * true.norm()
+    assert distance == 1 or error < 0.02 * true.norm() + 1e-12
+
+
+def from_logits(logits, ref_logits, beta, **settings):
+    """Return the divergences of these logits, and their gradients for the first."""
+    eye = torch.eye(logits.shape[1], dtype=logits.dtype)
+    rows = logits.clone().requires_grad_()
+    finite, ref_finite = (x.masked_fill(x == -torch.inf, 0) for x in (rows, ref_logits))
+    both = []
+    for x in (logits, ref_logits):
+        masked = (x == -torch.inf).all(0)
+        both.append(torch.zeros(x.shape[1], dtype=x.dtype).masked_fill(masked, -torch.inf))
+    each = fused_divergence(
+        finite, eye, ref_finite, eye, beta=beta, bias=both[0], ref_bias=both[1], reduction="none"
+    )
+    (gradient,) = torch.autograd.grad(each.sum(), rows)
+    return each.detach(), gradient
+
+
+@pytest.mark.parametrize("rows", ROWS, indirect=True)
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("size", [20.0, 200.0, 1e4])
+def test_one_hot_rows_against_flat_and_other_ones(size, beta, rows):
+    """Sure of one entry, of another, of none."""
+    v = 37
+    sure, other, flat = torch.zeros(3, v)
+    sure[3], other[5] = size, size
+    logits = torch.stack([sure, sure, flat, sure])
+    ref_logits = torch.stack([flat, other, sure, sure])
+    each, gradient = from_logits(logits, ref_logits, beta)
+    true_logits = logits.double().requires_grad_()
+    true = truth_of(true_logits, ref_logits.double(), beta)
+    (true_gradient,) = torch.autograd.grad(true.sum(), true_logits)
+    assert (each >= 0).all() and each[3] == 0 and (gradient[3] == 0).all()
+    assert_close(each.double(), true.detach(), rtol=1e-5, atol=1e-7)
+    assert_close(gradient.double(), true_gradient, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", ROWS, indirect=True)
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("excludes", ["model", "reference", "both", "each another"])
+def test_entries_that_a_head_excludes(excludes, beta, rows):
+    """A bias of -inf: infinite only where the other one's probability has no counterpart."""
+    logits, ref_logits = torch.randn(2, 4, 9) * 2
+    if excludes in ("model", "both", "each another"):
+        logits[:, 2] = -torch.inf
+    if excludes != "model":
+        ref_logits[:, 2 if excludes in ("both", "reference") else 6] = -torch.inf
+    each, gradient = from_logits(logits, ref_logits, beta)
+    infinite = {
+        "model": beta == 0,
+        "reference": beta == 1,
+        "both": False,
+        "each another": beta in (0, 1),
+    }[excludes]
+    if infinite:
+        assert (each == torch.inf).all() and gradient[:, 0].isnan().all()
+        return
+    true_logits = logits.double().requires_grad_()
+    true = reference_of(true_logits, ref_logits.double(), beta)
+    (true_gradient,) = torch.autograd.grad(true.sum(), true_logits)
+    assert_close(each.double(), true.detach(), rtol=1e-5, atol=1e-7)
+    assert_close(gradient.double(), true_gradient, rtol=1e-5, atol=1e-6)
+    if beta not in (0, 1):
+        assert_close(each.double(), truth_of(logits.double(), ref_logits.double(), beta))
+
+
+def reference_of(logits, ref_logits, beta):
+    """Return the divergences by the formulas of reference.py."""
+    log_p, log_q = (
+        (x - x.amax(1, keepdim=True)) - (x - x.amax(1, keepdim=True)).exp().sum(1, True).log()
+        for x in (logits, ref_logits)
+    )
+    return reference.divergence_sums(log_p, log_q, beta)[0]
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("wrong", ["nan", "infinite", "masked nan"])
+def test_what_a_token_breaks_is_its_own(wrong, beta):
+    hidden, weight, _, ref_hidden, ref_weight, _ = draw_pair()
+    good = fused_divergence(hidden, weight, ref_hidden, ref_weight, beta=beta, reduction="none")
+    hidden = hidden.clone()
+    hidden[2] = torch.inf if wrong == "infinite" else torch.nan
+    mask = torch.ones(N)
+    mask[2] = 0 if wrong == "masked nan" else 1
+    mine = leaves(hidden, weight)
+    each = fused_divergence(
+        *mine, ref_hidden, ref_weight, beta=beta, mask=mask, reduction="none", chunk_bytes=4 * V * 8
+    )
+    others = torch.arange(N) != 2
+    assert_close(each[others], good[others])
+    dh, dw = torch.autograd.grad(each.sum(), mine)
+    if wrong == "masked nan":
+        assert each[2] == 0 and (dh[2] == 0).all() and dw.isfinite().all()
+    else:
+        assert each[2].isnan() and dh[2].isnan().all() and dh[others].isfinite().all()
+
+
+@pytest.mark.parametrize("count", [0, 1])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_no_tokens_and_one(reduction, count):
+    hidden, weight, _, ref_hidden, ref_weight, _ = draw_pair()
+    mine = leaves(hidden[:count], weight)
+    loss = fused_divergence(*mine, ref_hidden[:count], ref_weight, reduction=reduction).sum()
+    dh, dw = torch.autograd.grad(loss, mine)
+    assert dh.shape == (count, D) and (loss > 0) == (count > 0) == (dw != 0).any()
+
+
+@pytest.mark.parametrize(
+    "needs, reduction, units",
+    [
+        ((True, True), "mean", 8),
+        ((True, False), "mean", 6),
+        ((False, False), "mean", 4),
+        ((True, True), "none", 12),
+    ],
+)
+def test_work_is_what_the_docstring_says(needs, reduction, units, dweight):
+    hidden, weight, _, _, _, _ = draw_pair()
+    mine = [x.clone().requires_grad_(need) for x, need in zip((hidden, weight), needs, strict=True)]
+    with FlopCounterMode(display=False) as counter:
+        loss = fused_divergence(*mine, hidden, weight, reduction=reduction, chunk_bytes=3 * V * 8)
+        if any(needs):
+            loss.sum().backward()
+    assert counter.get_total_flops() == units * N * D * V
+
+
+@pytest.mark.parametrize("needs", [[True, True, True], [True, False, False]])
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+def test_opcheck(beta, needs):
+    h, w, b, *ref = draw_pair()
+    tensors = [x.requires_grad_(need) for x, need in zip((h, w, b), needs, strict=True)]
+    settings = (None, MASK, TAU, [0.7, 5.0, 1.0], None, None, *ref, [1.2, 4.0, beta])
+    torch.library.opcheck(torch_library.divergence_op, (*tensors, *settings, True, needs))
+    torch.library.opcheck(torch_library.token_divergences_op, (*tensors, *settings, needs))
+    detached = [x.detach() for x in tensors]
+    torch.library.opcheck(
+        torch_library.token_divergences_backward_op,
+        (torch.randn(N), *detached, *settings, needs),
+    )
+
+
+def test_compiled_equals_eager():
+    hidden, weight, _, ref_hidden, ref_weight, _ = draw_pair(v=V + 3)
+    compiled = torch.compile(fused_divergence, fullgraph=True, backend="aot_eager")
+    for reduction in ("mean", "none"):
+        results = []
+        for function in (compiled, fused_divergence):
+            mine = leaves(hidden, weight)
+            loss = function(*mine, ref_hidden, ref_weight, beta=0.3, reduction=reduction)
+            results.append((loss.detach(), *torch.autograd.grad((loss * TAU).sum(), mine)))
+        assert_close(*results, rtol=1e-5, atol=1e-7)
+
+
+def test_autocast_is_that_of_linear():
+    tensors = draw_pair()
+    results = []
+    for enabled in (True, False):
+        given = tensors if enabled else [x.bfloat16() for x in tensors]
+        mine = leaves(*given[:2])
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = fused_divergence(*mine, *given[3:5], beta=0.3)
+        results.append((loss, *(g.bfloat16() for g in torch.autograd.grad(loss, mine))))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"beta": 1.5}, r"^beta: 1.5 is not in \[0, 1\]"),
+        ({"beta": torch.tensor(0.5)}, "^beta: expected a number"),
+        ({"ref_hidden": torch.zeros(N - 1, REF_D)}, r"^ref_hidden: expected \(7, D'\)"),
+        ({"ref_hidden": torch.zeros(N, REF_D + 1)}, r"^ref_weight: expected \(V, 13\)"),
+        ({"ref_weight": torch.zeros(V, REF_D, dtype=torch.float64)}, "^ref_weight: is torch.fl"),
+        ({"ref_bias": torch.zeros(V + 1)}, r"^ref_bias: expected \(61,\)"),
+        ({"ref_softcap": 0.0}, "^ref_softcap: 0.0"),
+        ({"ref_logit_scale": 0.0}, "^ref_logit_scale: 0.0"),
+        ({"weight": None}, "^weight: expected a tensor"),
+        ({"reduction": "batchmean"}, "^reduction: 'batchmean'"),
+        ({"mask": torch.ones(N, 1)}, "^mask: expected exactly"),
+        ({"chunk_bytes": 7}, "^chunk_bytes: 7 is less"),
+    ],
+)
+def test_errors(change, message):
+    hidden, weight, _, ref_hidden, ref_weight, _ = draw_pair()
+    given = {"hidden": hidden, "weight": weight, "ref_hidden": ref_hidden, "ref_weight": ref_weight}
+    with pytest.raises((ValueError, TypeError), match=message):
+        fused_divergence(**given | change)
+
+
+def test_second_derivatives_are_refused():
+    hidden, weight, _, ref_hidden, ref_weight, _ = draw_pair()
+    mine = leaves(hidden, weight)
+    for reduction in ("mean", "none"):
+        loss = fused_divergence(*mine, ref_hidden, ref_weight, reduction=reduction).sum()
+        with pytest.raises(RuntimeError, match="second derivatives"):
+            torch.autograd.grad(loss, mine, create_graph=True)
+
+
+def test_bf16_is_as_exact_as_its_inputs():
+    """Logits rounded to bf16, as other libraries compute them, move KL in its second digit."""
+    tensors = draw_pair(torch.bfloat16, distance=0.05)
+    exact = in_fp64(tensors)
+    true = eager(exact, {}, 1.0).mean()
+    ours = fused_divergence(*tensors[:2], *tensors[3:5])
+    assert relative_error(ours, true) < 1e-3
+    rounded = [F.linear(*pair).double() for pair in (tensors[:2], tensors[3:5])]
+    assert relative_error(truth_of(*rounded, 1.0).mean(), true) > 10 * relative_error(ours, true)
