@@ -27,7 +27,10 @@ REGISTERS_PER_SM = 65536  # 32-bit, on every generation here; a warp gets a mult
 BLOCK_OVERHEAD = 1024  # bytes of shared memory per block that CUDA itself uses
 FLOAT_STATS = TokenStats._fields[:5]
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-FLOATS = ("logit_scale", "softcap", "vocab_size", "tolerance", "log2_columns")
+FLOATS = (
+    *("logit_scale", "softcap", "vocab_size", "tolerance", "log2_columns"),
+    *("ref_logit_scale", "ref_softcap", "beta", "rest"),
+)
 INT64 = (
     "targets",
     "argmax",
@@ -49,6 +52,8 @@ FUNCTIONS = {
     "finish": "finish_rows_kernel",
     "factors": "gradient_factors_kernel",
     "choice": "choose_columns_kernel",
+    "divergence": "divergence_sums_kernel",
+    "divergence gradient": "divergence_gradient_kernel",
 }
 HAVE_LOOPS = ("statistics", "mass")  # over logits, which bounds their time
 
@@ -98,12 +103,14 @@ class Variant(NamedTuple):
     targets: bool = False
     upstream: tuple[str, ...] = ()  # factors: statistics that have a gradient
     aligned: bool = True  # logits and their row stride, to 16
+    kind: int | None = None  # of a divergence, whose two heads are alike
 
     def __str__(self) -> str:
         out = f" -> {TYPES[self.out]}" if self.out else ""
         bias = f" bias:{TYPES[self.bias]}" if self.bias else ""
         flags = [name for name in ("softcap", "everything", "targets") if getattr(self, name)]
         flags += [*self.upstream] + ([] if self.aligned else ["unaligned"])
+        flags += [] if self.kind is None else [("forward", "reverse", "mixed")[self.kind]]
         return " ".join([f"{self.kernel} {TYPES[self.y]}{out}{bias}", *flags])
 
     def source(self, arch: int | str) -> Source:
@@ -114,13 +121,17 @@ class Variant(NamedTuple):
             "HAS_SOFTCAP": self.softcap,
             "HAS_TARGETS": self.targets,
             "WITH_COLLISION_AND_ARGMAX": self.everything,
+            "KIND": self.kind,
+            "REF_HAS_BIAS": self.bias is not None,
+            "REF_HAS_SOFTCAP": self.softcap,
         }
         absent = set(FLOAT_STATS) - set(self.upstream)
         constants |= {f"g_{name}_ptr": None for name in absent}
         constants = {name: value for name, value in (constants | settings).items() if name in names}
         options = {name: value for name, value in settings.items() if name not in names}
         pointers = dict.fromkeys((f"{name}_ptr" for name in INT64), "i64")
-        pointers |= {"y_ptr": TYPES[self.y], "bias_ptr": TYPES[self.bias or self.y]}
+        bias = TYPES[self.bias or self.y]
+        pointers |= {"y_ptr": TYPES[self.y], "bias_ptr": bias, "ref_bias_ptr": bias}
         pointers |= {} if self.targets else {"targets_ptr": TYPES[self.y]}
         pointers |= {"out_ptr": TYPES[self.out], "shares_ptr": TYPES[self.out]} if self.out else {}
         signature = {}
@@ -140,7 +151,7 @@ class Variant(NamedTuple):
             return kernels.statistics_settings(config, self.y, self.aligned)
         if self.kernel == "mass":
             return kernels.mass_settings(config, self.y, self.aligned)
-        if self.kernel in ("gradient", "columns"):
+        if self.kernel in ("gradient", "columns", "divergence", "divergence gradient"):
             return kernels.gradient_settings(config, rows_too=self.kernel == "gradient")
         if self.kernel == "choice":
             return {**kernels.CHOOSE, "SAMPLE_LANES": SAMPLE}
@@ -159,7 +170,9 @@ class Variant(NamedTuple):
         """Return whether Triton may assume that an argument is a multiple of 16: split_length, and
         pointers and strides of aligned logits.
         """
-        return name == "split_length" or self.aligned and name.endswith(("_ptr", "_yn", "_on"))
+        return (
+            name == "split_length" or self.aligned and name.endswith(("_ptr", "_yn", "_on", "_rn"))
+        )
 
 
 def variants() -> Iterator[Variant]:
@@ -184,6 +197,11 @@ def variants() -> Iterator[Variant]:
         yield Variant("factors", upstream=upstream)
     for out in (fp32, *narrow):
         yield Variant("choice", out=out)
+    for kind, has_bias, softcap, out in product(range(3), flags, flags, (fp32, *narrow)):
+        bias = out if has_bias else None
+        yield Variant("divergence gradient", fp32, bias, out, softcap, kind=kind)
+        if has_bias or out == fp32:
+            yield Variant("divergence", fp32, bias, None, softcap, kind=kind)
     for dtype in narrow:  # logits that the caller has
         yield Variant("statistics", dtype)
         yield Variant("gradient", dtype, out=dtype)

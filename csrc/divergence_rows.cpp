@@ -16,7 +16,7 @@ Pair checked_pair(const Tensor& y, const std::optional<Tensor>& bias, const Tens
                             std::nullopt);
   STD_TORCH_CHECK(pair.ref.columns == pair.columns, "ref_y must have y's shape ",
                   shape_text(y.sizes()), ", not ", shape_text(ref_y.sizes()));
-  pair.per_row = data_of<const float>(per_row, "per_row", {6, pair.rows});
+  pair.per_row = data_of<const float>(per_row, "per_row", {7, pair.rows});
   STD_TORCH_CHECK(beta >= 0.0 && beta <= 1.0, "beta must be in [0, 1], not ", beta);
   pair.beta = static_cast<float>(beta);
   pair.rest = static_cast<float>(1.0 - beta);

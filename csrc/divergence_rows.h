@@ -68,7 +68,8 @@ EM_INLINE float excess(float p, float q, float log_ratio) {
 // A model's logits and those of a reference, with the same rows, columns and temperatures.
 struct Pair : Logits {
   Logits ref;
-  const float* per_row;  // (6, rows): m, log s, the reference's m and log s; c, and the row's weight
+  // (7, rows): m, log s, the reference's m, log s; log(p / q) at p's argmax; c; the row's weight
+  const float* per_row;
   float beta, rest;      // rest = 1 - beta
 
   EM_INLINE bool is_finite(int64_t row) const {
@@ -107,6 +108,7 @@ struct DivergenceSums : Pair {
   EM_INLINE void run(int64_t row) const {
     alignas(64) float log_p[BLOCK_V], log_q[BLOCK_V], unused[BLOCK_V];
     const bool finite = is_finite(row);
+    const float pivot = per_row[4 * rows + row], of_pivot = -log_mixture(-pivot, beta, rest);
     double value = 0.0, centre = 0.0;
     for (int64_t start = 0; finite && start < columns; start += BLOCK_V) {
       const int count = static_cast<int>(std::min<int64_t>(BLOCK_V, columns - start));
@@ -118,7 +120,7 @@ struct DivergenceSums : Pair {
         for (int j = 0; j < count; ++j) {
           const float p = probability(log_p[j]), x = log_ratio_of(log_p[j], log_q[j]);
           block_value += excess(p, probability(log_q[j]), x);
-          block_centre += times(p, x);
+          block_centre += times(p, x - pivot);
         }
       } else if (beta == 0.0f) {
 #pragma omp simd reduction(+ : block_value)
@@ -133,7 +135,7 @@ struct DivergenceSums : Pair {
           const float x = log_ratio_of(log_p[j], log_q[j]), mixture = beta * q + rest * p;
           const float of_p = -log_mixture(-x, beta, rest), of_q = -log_mixture(x, rest, beta);
           block_value += rest * excess(p, mixture, of_p) + beta * excess(q, mixture, of_q);
-          block_centre += p * of_p;
+          block_centre += p * (of_p - of_pivot);
         }
       }
       value += block_value;
@@ -153,8 +155,9 @@ struct DivergenceGradient : Pair {
   template <bool has_bias, bool has_softcap>
   EM_INLINE void run(int64_t row) const {
     alignas(64) float log_p[BLOCK_V], log_q[BLOCK_V], slope[BLOCK_V], dz[BLOCK_V];
-    const float centre = per_row[4 * rows + row];
-    const float scale = per_row[5 * rows + row] * inv_temperature[row] * logit_scale;
+    const float pivot = per_row[4 * rows + row], of_pivot = -log_mixture(-pivot, beta, rest);
+    const float centre = per_row[5 * rows + row];
+    const float scale = per_row[6 * rows + row] * inv_temperature[row] * logit_scale;
     const bool finite = is_finite(row) && std::isfinite(centre);
     for (int64_t start = 0; start < columns; start += BLOCK_V) {
       const int count = static_cast<int>(std::min<int64_t>(BLOCK_V, columns - start));
@@ -168,7 +171,7 @@ struct DivergenceGradient : Pair {
 if (beta == 1.0f) {
 #pragma omp simd
         for (int j = 0; j < count; ++j)
-          dz[j] = probability(log_p[j]) * (log_ratio_of(log_p[j], log_q[j]) - centre);
+          dz[j] = probability(log_p[j]) * ((log_ratio_of(log_p[j], log_q[j]) - pivot) - centre);
       } else if (beta == 0.0f) {
 #pragma omp simd
         for (int j = 0; j < count; ++j) {
@@ -180,8 +183,8 @@ if (beta == 1.0f) {
       } else {
 #pragma omp simd
         for (int j = 0; j < count; ++j) {
-          const float of_p = -log_mixture(log_ratio_of(log_q[j], log_p[j]), beta, rest);
-          dz[j] = rest * probability(log_p[j]) * (of_p - centre);
+          const float of_p = -log_mixture(-log_ratio_of(log_p[j], log_q[j]), beta, rest);
+          dz[j] = rest * probability(log_p[j]) * ((of_p - of_pivot) - centre);
         }
       }
 #pragma omp simd

@@ -22,9 +22,9 @@ Symbols: N tokens, D hidden size, V vocabulary size. For one token with raw logi
         beta KL(q || r) + (1 - beta) KL(p || r), r = beta q + (1 - beta) p. Each KL(a || b) is
         summed as a log(a / b) - a + b: no term is negative, and where a is near b errors of the
         two log s cancel
-    (11) its gradient: beta = 0: dz_j = p_j - q_j; beta = 1: dz_j = p_j (log(p_j / q_j) - c), with
-        c = sum_j p_j log(p_j / q_j), whose errors are those of the logarithms; between them
-        dz_j = (1 - beta) p_j (log(p_j / r_j) - c), with c = sum_j p_j log(p_j / r_j)
+    (11) its gradient: beta = 0: dz_j = p_j - q_j; else dz_j = f p_j (l_j - c), c = sum_j p_j l_j,
+        with l_j = log(p_j / r_j) - log(p_a / r_a) for the argmax a of p, so that a confident
+        model's gradient keeps its digits; beta = 1: f = 1 and r = q; between them f = 1 - beta
 
 The 1 of the argmax is kept out of s' (and q'), because 1 + s' in fp32 loses the digits of s' when a
 model is confident. A raw logit of -inf masks its vocabulary entry: p = 0, p log p = 0, no gradient.
@@ -301,37 +301,42 @@ def divergence(
         parts = row_parts(z)
         log_probabilities.append((z - parts.m[:, None]) - torch.log1p(parts.s1)[:, None])
     log_p, log_q = log_probabilities
-    return divergence_sums(log_p, log_q, beta)[0].reshape(hidden.shape[:-1])
+    return divergence_sums(log_p, log_q, log_p[:, 0], beta)[0].reshape(hidden.shape[:-1])
 
 
-def divergence_sums(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+def divergence_sums(log_p: Tensor, log_q: Tensor, pivot: Tensor, beta: float) -> Tensor:
     """Return the sums (2, rows) of (10), and c of (11), over log-probabilities (rows, V)."""
     p, q, log_ratio = torch.exp(log_p), torch.exp(log_q), _log_ratio(log_p, log_q)
+    if beta == 0:
+        value = _excess(q, p, -log_ratio).sum(1)
+        return torch.stack([value, torch.zeros_like(value)])
+    of_p = _log_p_over_r(log_ratio, beta)
+    centre = _times(p, of_p - _log_p_over_r(pivot, beta)[:, None])
     if beta == 1:
-        value, centre = _excess(p, q, log_ratio), _times(p, log_ratio)
-    elif beta == 0:
-        value, centre = _excess(q, p, -log_ratio), torch.zeros_like(p)
+        value = _excess(p, q, log_ratio)
     else:
-        mixture = beta * q + (1 - beta) * p
-        of_p = -_log_mixture(-log_ratio, beta, 1 - beta)
-        of_q = -_log_mixture(log_ratio, 1 - beta, beta)
+        mixture, of_q = beta * q + (1 - beta) * p, -_log_mixture(log_ratio, 1 - beta, beta)
         value = (1 - beta) * _excess(p, mixture, of_p) + beta * _excess(q, mixture, of_q)
-        centre = _times(p, of_p)
     return torch.stack([value.sum(1), centre.sum(1)])
 
 
-def divergence_row_gradient(log_p: Tensor, log_q: Tensor, centre: Tensor, beta: float) -> Tensor:
+def divergence_row_gradient(
+    log_p: Tensor, log_q: Tensor, pivot: Tensor, centre: Tensor, beta: float
+) -> Tensor:
     """Compute dz (11), (rows, V); 0 where p is."""
     p, log_ratio = torch.exp(log_p), _log_ratio(log_p, log_q)
-    if beta == 1:
-        dz = p * (log_ratio - centre[:, None])
-    elif beta == 0:
+    if beta == 0:
         below = torch.exp(log_q) * torch.expm1(log_ratio.clamp(max=0))
-        dz = torch.where(log_ratio < 0, below, -p * torch.expm1(-log_ratio)) + centre[:, None]
+        dz = torch.where(log_ratio < 0, below, -p * torch.expm1(-log_ratio))
     else:
-        of_p = -_log_mixture(-log_ratio, beta, 1 - beta)
-        dz = (1 - beta) * p * (of_p - centre[:, None])
+        of_p = _log_p_over_r(log_ratio, beta) - _log_p_over_r(pivot, beta)[:, None]
+        dz = (1 if beta == 1 else 1 - beta) * p * (of_p - centre[:, None])
     return dz.masked_fill(log_p == -torch.inf, 0) + (centre - centre)[:, None]
+
+
+def _log_p_over_r(log_ratio: Tensor, beta: float) -> Tensor:
+    """Return log(p / r) from log(p / q); at beta = 1 r is q."""
+    return log_ratio if beta == 1 else -_log_mixture(-log_ratio, beta, 1 - beta)
 
 
 def _log_ratio(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -108,7 +108,7 @@ def hashable(signature, constants, options):
 
 def test_variants_are_what_is_launched(monkeypatch):
     enumerated = [hashable(*variant.source(90)) for variant in variants()]
-    assert len(enumerated) == 116
+    assert len(enumerated) == 176
     launched = set()
 
     class Recorder:
@@ -143,7 +143,19 @@ def test_variants_are_what_is_launched(monkeypatch):
             indices = torch.arange(3)
             kernels.gradient_of_columns(y, row, per_row, indices, out, torch.zeros(3))
 
+    def launch_divergence(bias, out, softcap, beta):
+        y, ref_y = torch.zeros(2, 3, 32)
+        bias = None if bias is None else torch.zeros(32, dtype=bias)
+        row = RowTransform(bias, torch.ones(3), 2, softcap)
+        given = (y, row, ref_y, row, torch.zeros(7, 3), beta)
+        kernels.divergence_sums(*given)
+        kernels.divergence_gradient(*given, torch.zeros_like(y).to(out))
+
     narrow, flags = (torch.bfloat16, torch.float16), (False, True)
+    for weight, has_bias, softcap, beta in product(
+        (torch.float32, *narrow), flags, (None, 30), (0, 1, 0.5)
+    ):
+        launch_divergence(weight if has_bias else None, weight, softcap, beta)
     for weight, has_bias, softcap, everything, targets in product(
         (torch.float32, *narrow), flags, (None, 30), flags, flags
     ):

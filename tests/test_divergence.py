@@ -13,7 +13,9 @@ from truth import compare, leaves, logits_of, relative_error
 import em_kernels.ops.flops  # noqa: F401  # FlopCounterMode counts the extension's GEMM
 from em_kernels import fused_divergence, reference
 from em_kernels.kernels import portable
-from em_kernels.ops import torch_library
+from em_kernels.ops import divergence, torch_library
+from em_kernels.ops.inputs import GradMask, HeadInputs
+from em_kernels.ops.saved_gradients import weight_gradient
 from em_kernels.reference import RowTransform
 
 BETAS = [0.0, 1.0, 0.5, 0.1, 1e-4, 1 - 1e-4]
@@ -70,14 +72,15 @@ def run(kernels, y, ref_y, bias, softcap, beta, out_dtype):
     biases = torch.randn(2, columns, generator=torch.Generator().manual_seed(1)).to(y.dtype)
     row = RowTransform(biases[0] if bias == "both" else None, tau, -0.7, softcap)
     ref_row = RowTransform(biases[1] if bias else None, tau, -0.6, softcap and 20.0)
-    per_row = []
+    per_row, targets = [], None
     for logits, transform in ((y, row), (ref_y, ref_row)):
-        parts = kernels.row_statistics(logits, transform, False)
-        found = kernels.finish_rows(parts, columns, None)
-        per_row += [found.m, found.log_s]
-    per_row = torch.stack([*per_row, tau, 1 / tau])
+        parts = kernels.row_statistics(logits, transform._replace(targets=targets), True)
+        stats, m, log_s = kernels.finish_rows(parts, columns, targets)
+        targets = stats.argmax
+        per_row += [m, log_s]
+    per_row = torch.stack([*per_row, -per_row[1] - stats.logprob, tau, 1 / tau])
     sums = kernels.divergence_sums(y, row, ref_y, ref_row, per_row, beta)
-    per_row[4] = sums[1] + (sums[0] - sums[0])
+    per_row[5] = sums[1] + (sums[0] - sums[0])
     out = torch.empty_like(y, dtype=out_dtype)
     kernels.divergence_gradient(y, row, ref_y, ref_row, per_row, beta, out)
     return sums, out
@@ -97,10 +100,11 @@ def test_kernels(kernels, v, bias, softcap, beta):
     y[4, 0], ref_y[4, -1] = -100, -100
     y[5], ref_y[6, 0] = -torch.inf, torch.nan
     sums, dy = run(kernels, y, ref_y, bias, softcap, beta, torch.float32)
-    true_sums, true_dy = run(portable, y.double(), ref_y.double(), bias, softcap, beta, torch.float64)
-    plain_sums, plain_dy = run(portable, y, ref_y, bias, softcap, beta, torch.float32)
-    assert sums[:, 5:].isnan().all() and dy[5:].isnan().all()
-    assert true_sums[:, 5:].isnan().all() and true_dy[5:].isnan().all()
+    settings = (bias, softcap, beta)
+    true_sums, true_dy = run(portable, y.double(), ref_y.double(), *settings, torch.float64)
+    _, plain_dy = run(portable, y, ref_y, *settings, torch.float32)
+    assert sums[0, 5:].isnan().all() and dy[5:].isnan().all()
+    assert true_sums[0, 5:].isnan().all() and true_dy[5:].isnan().all()
     # Rounding the logits of z, up to 40, to fp32 moves log p by 4e-6, and a divergence with it.
     assert_close(sums[:, :5].double(), true_sums[:, :5], rtol=2e-5, atol=4e-6)
     for row in range(5):
@@ -183,7 +187,8 @@ def test_values_and_gradients(head, beta, dtype, rows, dweight):
     floors = [40 * accuracy * t.norm() + 30 * accuracy * min(1, t.norm()) for t in true]
     if dtype in (torch.bfloat16, torch.float16):  # dy is rounded to it as an operand
         floors = [f + torch.finfo(dtype).eps * t.norm() for f, t in zip(floors, true, strict=True)]
-    compare(["loss", "dhidden", "dweight", "dbias"], ours, plain, true, floors)
+    floors = [f + 1e-15 for f in floors]  # the truth's own rounding
+    compare(["loss", "dhidden", "dweight", "dbias"][: len(ours)], ours, plain, true, floors)
 
 
 @pytest.mark.parametrize("beta", BETAS)
@@ -206,7 +211,7 @@ def test_each_token_with_any_upstream(beta):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("beta", [0.0, 1.0, 0.3])
 def test_gradcheck(beta, reduction):
-    tensors = draw_pair(torch.float64)
+    tensors = draw_pair(torch.float64, v=9, ref_v=9)
     h, w, b = leaves(*tensors[:3])
 
     def loss(h, w, b):
@@ -297,6 +302,21 @@ def test_one_hot_rows_against_flat_and_other_ones(size, beta, rows):
 
 @pytest.mark.parametrize("rows", ROWS, indirect=True)
 @pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("margin", [5.0, 10.0, 15.0])
+def test_a_sure_models_gradient_keeps_its_digits(margin, beta, rows):
+    """p (log(p / q) - KL) is the difference of equal numbers where p is 1 but for e^-margin."""
+    logits, ref_logits = torch.randn(2, 3, 37)
+    logits[:, 4] = margin + 4
+    _, gradient = from_logits(logits, ref_logits, beta)
+    true_logits = logits.double().requires_grad_()
+    true = truth_of(true_logits, ref_logits.double(), beta).sum()
+    (true_gradient,) = torch.autograd.grad(true, true_logits)
+    error = (gradient.double() - true_gradient).norm(dim=1)
+    assert (error <= 1e-5 * true_gradient.norm(dim=1)).all()
+
+
+@pytest.mark.parametrize("rows", ROWS, indirect=True)
+@pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("excludes", ["model", "reference", "both", "each another"])
 def test_entries_that_a_head_excludes(excludes, beta, rows):
     """A bias of -inf: infinite only where the other one's probability has no counterpart."""
@@ -330,7 +350,7 @@ def reference_of(logits, ref_logits, beta):
         (x - x.amax(1, keepdim=True)) - (x - x.amax(1, keepdim=True)).exp().sum(1, True).log()
         for x in (logits, ref_logits)
     )
-    return reference.divergence_sums(log_p, log_q, beta)[0]
+    return reference.divergence_sums(log_p, log_q, log_p[:, 0], beta)[0]
 
 
 @pytest.mark.parametrize("beta", BETAS)
@@ -365,22 +385,21 @@ def test_no_tokens_and_one(reduction, count):
     assert dh.shape == (count, D) and (loss > 0) == (count > 0) == (dw != 0).any()
 
 
-@pytest.mark.parametrize(
-    "needs, reduction, units",
-    [
-        ((True, True), "mean", 8),
-        ((True, False), "mean", 6),
-        ((False, False), "mean", 4),
-        ((True, True), "none", 12),
-    ],
-)
-def test_work_is_what_the_docstring_says(needs, reduction, units, dweight):
+@pytest.mark.parametrize("needs, units", [((1, 1), 8), ((1, 0), 6), ((0, 1), 6), ((0, 0), 4)])
+@pytest.mark.parametrize("chunk_bytes", [None, 3 * V * 8])
+def test_work_is_what_the_docstring_says(chunk_bytes, needs, units):
+    """A product with one vocabulary costs 2 N D V."""
     hidden, weight, _, _, _, _ = draw_pair()
-    mine = [x.clone().requires_grad_(need) for x, need in zip((hidden, weight), needs, strict=True)]
+    head = HeadInputs(hidden, weight, chunk_bytes=chunk_bytes)
+    pair, needs = divergence.Pair(head, head, 0.3), GradMask(*map(bool, needs))
     with FlopCounterMode(display=False) as counter:
-        loss = fused_divergence(*mine, hidden, weight, reduction=reduction, chunk_bytes=3 * V * 8)
-        if any(needs):
-            loss.sum().backward()
+        _, found = divergence.sum_divergences(pair, True, needs)
+        if needs.weight:
+            kept = (found.weight, found.vocab_indices, found.dy, found.dy_scales)
+            weight_gradient(*kept, hidden, None, torch.ones(()), V, weight.dtype)
+    assert counter.get_total_flops() == units * N * D * V
+    with FlopCounterMode(display=False) as counter:  # beside 4 of the forward
+        divergence.gradients_of_each(pair, TAU, needs)
     assert counter.get_total_flops() == units * N * D * V
 
 

@@ -48,9 +48,9 @@ training.presets
 training.config
 training.settings training.interrupts training.console training.run_folder training.device_memory
 hf hf_trainer trl decoding
-functional losses
+functional losses divergence
 ops.torch_library
-ops.chunked ops.vocab_slabs ops.from_logits ops.saved_gradients
+ops.chunked ops.vocab_slabs ops.divergence ops.from_logits ops.saved_gradients
 ops.gradients
 ops.weight_gradient
 ops.sparse

@@ -9,6 +9,7 @@ from truth import draw
 
 from em_kernels import (
     TokenStats,
+    fused_divergence,
     fused_entropy_loss,
     fused_token_loss,
     fused_token_stats,
@@ -31,6 +32,8 @@ CALLS = [
     "masked words",
     "small chunks",
     "unequal memory",
+    "divergence",
+    "divergence of each",
 ]
 
 
@@ -46,6 +49,12 @@ def call(name, hidden, weight, bias, targets, group):
         loss_fn = lambda s, i: (s.logprob.exp() + s.entropy) * UPSTREAM[0, i]  # noqa: E731
         total = fused_token_loss(hidden, weight, targets, loss_fn, mask=MASK, **head)
         outputs = (total,)
+    elif "divergence" in name:
+        ref = hidden.detach().flip(1), 0.9 * weight.detach() + 0.1
+        reduction = "none" if "each" in name else "mean"
+        head |= {"ref_bias": 0.5 * bias.detach(), "beta": 0.3, "reduction": reduction, "mask": MASK}
+        outputs = (fused_divergence(hidden, weight, *ref, **head),)
+        total = (outputs[0] * UPSTREAM[0]).sum()
     elif name == "frozen head":
         weight, bias = weight.detach(), bias.detach()
         head["bias"] = bias

@@ -91,9 +91,10 @@ def assert_right_numbers():
         assert_close(found, expected, rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize("results", [self_test.row_results, self_test.divergence_results])
 @pytest.mark.parametrize("kernels", [portable, pytest.param(cpu, marks=needs_extension)])
-def test_kernels_of_the_cpu_pass(kernels):
-    assert self_test.wrong_result(kernels, CPU, FP32, FP32) == ""
+def test_kernels_of_the_cpu_pass(kernels, results):
+    assert self_test.wrong_result(kernels, CPU, FP32, FP32, results) == ""
 
 
 def test_the_choice_of_columns_is_not_a_matter_of_rounding():
@@ -153,8 +154,9 @@ def test_a_kernel_that_does_not_run(error, told, first_use, monkeypatch):
 )
 def test_a_kernel_that_is_wrong(name, first_use, monkeypatch):
     monkeypatch.setattr(triton, name, Wrong(getattr(triton, name)))
+    results = self_test.divergence_results if "divergence" in name else self_test.row_results
     with pytest.warns(UserWarning, match="the Triton kernels .* give .*; please report it"):
-        assert kernels_for(torch.ones(1, 16, device="cuda")) is portable
+        assert kernels_for(torch.ones(1, 16, device="cuda"), None, results) is portable
 
 
 def test_failure_in_16_bits_after_fp32(first_use, monkeypatch):
@@ -217,7 +219,7 @@ def test_threads_wait_for_one_test(first_use, monkeypatch):
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == [triton] * 2 and calls == [(CUDA, FP32, FP32)]
+    assert found == [triton] * 2 and calls == [(CUDA, FP32, FP32, self_test.row_results)]
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])

@@ -33,7 +33,8 @@ class DivergenceTerms(NamedTuple):
     row: RowTransform
     ref_y: Tensor  # (rows, V) of the reference
     ref_row: RowTransform
-    per_row: Tensor  # (6, rows): m, log s, the reference's m, log s; c, and the row's weight
+    # (7, rows): m, log s, the reference's m, log s; log(p / q) at p's argmax; c; the row's weight
+    per_row: Tensor
     beta: float
 
 
@@ -126,7 +127,7 @@ def gradient_of_columns(
 def divergence_sums(terms: DivergenceTerms) -> Tensor:
     """Return the sums (2, rows) of (10), and c of (11), over these columns.
 
-    Of per_row only the first four are read.
+    Of per_row the first five are read.
     """
     kernels = kernels_for(terms.y, None, self_test.divergence_results)
     return kernels.divergence_sums(*terms)

@@ -153,7 +153,7 @@ def divergence_sums(
     for rows in _blocks(y):
         log_p = _log_probabilities(y, row, per_row[:2], rows)
         log_q = _log_probabilities(ref_y, ref_row, per_row[2:4], rows)
-        sums[:, rows] = reference.divergence_sums(log_p, log_q, beta)
+        sums[:, rows] = reference.divergence_sums(log_p, log_q, per_row[4, rows], beta)
     return sums
 
 
@@ -170,8 +170,9 @@ def divergence_gradient(
     for rows in _blocks(y):
         log_p = _log_probabilities(y, row, per_row[:2], rows)
         log_q = _log_probabilities(ref_y, ref_row, per_row[2:4], rows)
-        centre, weight = per_row[4:, rows]
-        dz = reference.divergence_row_gradient(log_p, log_q, centre, beta) * weight[:, None]
+        pivot, centre, weight = per_row[4:, rows]
+        dz = reference.divergence_row_gradient(log_p, log_q, pivot, centre, beta)
+        dz *= weight[:, None]
         out[rows] = reference.through_transform(dz, _wide(y[rows]), _take_rows(row, rows))
 
 

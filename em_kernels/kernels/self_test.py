@@ -205,15 +205,18 @@ def divergence_results(
 ) -> dict[str, Tensor]:
     """Run the kernels of a divergence, for each of its formulas."""
     ref_y, row = given.y.roll(1, 0), RowTransform(None, given.inv_temperature)
-    per_row = torch.cat([given.upstream, given.upstream[:1]])
+    # The reference's log-probabilities of the entries that the other head finds likeliest
+    row = row._replace(targets=given.y.argmax(1))
+    per_row = torch.cat([given.upstream, given.upstream[:2]])
     for at, logits in ((0, given.y), (2, ref_y)):
         parts = kernels.row_statistics(logits, row, False)
-        rows = kernels.finish_rows(parts, COLUMNS, None)
-        per_row[at : at + 2] = torch.stack([rows.m, rows.log_s])
+        (_, logprob, *_), m, log_s = kernels.finish_rows(parts, COLUMNS, row.targets)
+        per_row[at : at + 2] = torch.stack([m, log_s])
+    per_row[4] = -per_row[1] - logprob
     found: dict[str, Tensor] = {}
     for beta in (0.0, 0.5, 1.0):
         sums = kernels.divergence_sums(given.y, row, ref_y, row, per_row, beta)
-        per_row[4] = sums[1]
+        per_row[5] = sums[1]
         dy = torch.empty_like(given.y, dtype=out_dtype)
         kernels.divergence_gradient(given.y, row, ref_y, row, per_row, beta, dy)
         found |= {f"divergences at beta {beta:g}": sums, f"their gradient at beta {beta:g}": dy}

@@ -78,7 +78,7 @@ def divergence_sums_kernel(
     stride_rn,
     ref_bias_ptr,  # (columns,)
     inv_temperature_ptr,  # (rows,)
-    per_row_ptr,  # (6, rows): m, log s, the reference's m, log s
+    per_row_ptr,  # (7, rows), of which the first five are read
     sums_ptr,  # (splits, 2, rows): (10), and c of (11)
     rows,
     columns,
@@ -99,6 +99,9 @@ def divergence_sums_kernel(
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     m, log_s, ref_m, ref_log_s = _row_sums(per_row_ptr, rows, row)
+    pivot = tl.load(per_row_ptr + 4 * rows + row)
+    if KIND == 2:
+        pivot = -_log_mixture(-pivot, beta, rest)
     inv_temperature = tl.load(inv_temperature_ptr + row)
     value, centre = tl.zeros([BLOCK_V], tl.float32), tl.zeros([BLOCK_V], tl.float32)
     begin = split * split_length
@@ -118,13 +121,13 @@ def divergence_sums_kernel(
             value += _excess(q, p, -x)
         elif KIND == 1:
             value += _excess(p, q, x)
-            centre += _times(p, x)
+            centre += _times(p, x - pivot)
         else:
             mixture = beta * q + rest * p
             of_p = -_log_mixture(-x, beta, rest)
             of_q = -_log_mixture(x, rest, beta)
             value += rest * _excess(p, mixture, of_p) + beta * _excess(q, mixture, of_q)
-            centre += p * of_p
+            centre += p * (of_p - pivot)
     nan_unless_finite = (m - m) + (log_s - log_s) + (ref_m - ref_m) + (ref_log_s - ref_log_s)
     sums = sums_ptr + split * 2 * rows + row
     tl.store(sums, tl.sum(value, axis=0) + nan_unless_finite)
@@ -140,7 +143,7 @@ def divergence_gradient_kernel(
     stride_rn,
     ref_bias_ptr,  # (columns,)
     inv_temperature_ptr,  # (rows,)
-    per_row_ptr,  # (6, rows): m, log s, the reference's m, log s; c, and the row's weight
+    per_row_ptr,  # (7, rows), as DivergenceTerms has it
     out_ptr,  # (rows, columns)
     stride_on,
     rows,
@@ -163,9 +166,10 @@ def divergence_gradient_kernel(
     cols = (tl.program_id(0) % blocks_v) * BLOCK_V + tl.arange(0, BLOCK_V)
     mask = cols < columns
     m, log_s, ref_m, ref_log_s = _row_sums(per_row_ptr, rows, row)
-    centre = tl.load(per_row_ptr + 4 * rows + row)
+    pivot = tl.load(per_row_ptr + 4 * rows + row)
+    centre = tl.load(per_row_ptr + 5 * rows + row)
     inv_temperature = tl.load(inv_temperature_ptr + row)
-    scale = tl.load(per_row_ptr + 5 * rows + row) * inv_temperature * logit_scale
+    scale = tl.load(per_row_ptr + 6 * rows + row) * inv_temperature * logit_scale
     v = _logits(y_ptr + row * stride_yn + cols, mask, bias_ptr + cols, mask, HAS_BIAS)
     log_p, slope = _log_p(v, inv_temperature, logit_scale, softcap, m, log_s, HAS_SOFTCAP)
     v = _logits(ref_y_ptr + row * stride_rn + cols, mask, ref_bias_ptr + cols, mask, REF_HAS_BIAS)
@@ -177,9 +181,10 @@ def divergence_gradient_kernel(
         change = _expm1(-tl.abs(x))
         dz = tl.where(x < 0.0, _exp(log_q) * change, -p * change)
     elif KIND == 1:
-        dz = p * (x - centre)
+        dz = p * ((x - pivot) - centre)
     else:
-        dz = rest * p * (-_log_mixture(-x, beta, rest) - centre)
+        pivot = -_log_mixture(-pivot, beta, rest)
+        dz = rest * p * ((-_log_mixture(-x, beta, rest) - pivot) - centre)
     dy = tl.where(log_p == -float("inf"), 0.0, dz * scale * slope)
     nan_unless_finite = (m - m) + (log_s - log_s) + (centre - centre)
     nan_unless_finite += (ref_m - ref_m) + (ref_log_s - ref_log_s)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..kernels import DivergenceTerms, row_stride
+from ..kernels import DivergenceTerms, FinishedRows, row_stride
 from ..reference import RowTransform, TokenStats
 from .checks import HeadArguments
 from .gemm import gemm
@@ -50,16 +50,21 @@ def build_pair(head: HeadArguments, ref: ReferenceArguments, collectives: int) -
     return Pair(inputs, other, beta)
 
 
-def _logits_and_sums(
-    inputs: HeadInputs, tokens: slice | Tensor, row: RowTransform, y: Tensor
-) -> Tensor:
-    """Write raw logits of these tokens into y; return their m and log s (2, n)."""
+def _finished(
+    inputs: HeadInputs, tokens: slice | Tensor, row: RowTransform, y: Tensor, targets: Tensor | None
+) -> FinishedRows:
+    """Write raw logits of these tokens into y; return their statistics.
+
+    targets (n,) are counted over the whole vocabulary; None: the argmax is found instead.
+    """
     gemm(y, inputs.hidden[tokens], inputs.weight.t())
-    parts = kernels.row_statistics(y, row, with_collision_and_argmax=False)
+    if targets is not None:
+        local = targets if inputs.shard is None else targets - inputs.shard.start
+        row = row._replace(targets=local)
+    parts = kernels.row_statistics(y, row, with_collision_and_argmax=targets is None)
     if inputs.shard is not None:
         parts = inputs.shard.gather(parts)
-    _, m, log_s = kernels.finish_rows(parts, inputs.vocab_size, None)
-    return torch.stack([m, log_s])
+    return kernels.finish_rows(parts, inputs.vocab_size, targets)
 
 
 def divergences(
@@ -98,12 +103,13 @@ def divergences(
         tokens = slice(start, end) if active is None else active[start:end]
         row, ref_row = part_of(all_rows, tokens), part_of(all_ref_rows, tokens)
         y, ref_y = (buffer[: end - start, : len(inputs.weight)] for buffer in buffers)
-        sums = _logits_and_sums(inputs, tokens, row, y)
-        ref_sums = _logits_and_sums(ref, tokens, ref_row, ref_y)
+        stats, m, log_s = _finished(inputs, tokens, row, y, None)
+        ref_stats, ref_m, ref_log_s = _finished(ref, tokens, ref_row, ref_y, stats.argmax)
         upstream, scale = scale_upstream(TokenStats(weights[tokens]), inputs.operand)
         weight = upstream.entropy
-        assert weight is not None
-        per_row = torch.cat([sums, ref_sums, torch.stack([weight, weight])])
+        assert ref_stats.logprob is not None and weight is not None
+        pivot = -log_s - ref_stats.logprob
+        per_row = torch.stack([m, log_s, ref_m, ref_log_s, pivot, weight, weight])
         terms = DivergenceTerms(y, row, ref_y, ref_row, per_row, beta)
         value_and_centre = kernels.divergence_sums(terms)
         if inputs.shard is not None:
@@ -112,7 +118,7 @@ def divergences(
         if not any(needs):
             continue
         # An infinite divergence has no gradient, which all of its row says.
-        per_row[4] = value_and_centre[1] + (value - value)
+        per_row[5] = value_and_centre[1] + (value - value)
         accumulator.finish(accumulator.begin(tokens, hidden[tokens], terms, scale))
     return found, accumulator.result()
 
