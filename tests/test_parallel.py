@@ -44,8 +44,11 @@ def call(name, hidden, weight, bias, targets, group):
         total = (outputs[0] * UPSTREAM[0]).sum()
     elif name == "token_loss":
         loss_fn = lambda s, i: (s.logprob.exp() + s.entropy) * UPSTREAM[0, i]  # noqa: E731
-        total = fused_token_loss(hidden, weight, targets, loss_fn, mask=MASK, **head)
-        outputs = (total,)
+        names = ("entropy", "logprob", "argmax")
+        total, stats = fused_token_loss(
+            hidden, weight, targets, loss_fn, mask=MASK, return_stats=names, **head
+        )
+        outputs = (total, *(getattr(stats, name) for name in names))
     elif name == "frozen head":
         weight, bias = weight.detach(), bias.detach()
         head["bias"] = bias
