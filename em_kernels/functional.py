@@ -279,7 +279,9 @@ def fused_token_loss(
     if return_stats is None:
         return loss
     shape = hidden.shape[:-1]
-    stats, extras = ({name: x.reshape(shape) for name, x in values.items()} for values in found)
+    stats, extras = (
+        {name: x.reshape(*shape, *x.shape[1:]) for name, x in values.items()} for values in found
+    )
     return (loss, TokenStats(**stats), extras) if extras else (loss, TokenStats(**stats))
 
 

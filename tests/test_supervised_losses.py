@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from test_losses import B, T, V, assert_same_gradients, by_docstring, inputs
+from test_losses import SHIFT, B, T, V, assert_same_gradients, by_docstring, inputs
 from torch.testing import assert_close
 from truth import assert_no_worse_than_eager, leaves, logits_of, stats_of
 
@@ -108,6 +108,32 @@ def test_nothing_to_learn(kind, shape):
     loss, stats = function(hidden, weight, targets, return_stats=("argmax",), **settings)
     assert loss == 0 and stats.argmax.shape == shape
     assert all((x == 0).all() for x in torch.autograd.grad(loss, (hidden, weight)))
+
+
+@pytest.mark.parametrize("kind", RELATIVES)
+@pytest.mark.parametrize("case", [*SHIFT, "masked entries"])
+def test_hard_inputs(kind, case):
+    function, settings = RELATIVES[kind]
+    head, logits_bias = {}, torch.zeros(V, dtype=torch.float64)
+    if case == "masked entries" or kind == "eaft":
+        settings = {}  # smoothing would be inf; a root needs more digits than the truth has
+    if case == "masked entries":
+        logits_bias[:9] = -torch.inf
+        head["bias"] = logits_bias
+    hidden, weight, targets = inputs("plain" if head else case)
+    targets = targets.clamp(min=9)
+    ours = leaves(hidden, weight)
+    loss = function(*ours, targets, **settings, **head)
+    stats = stats_of(logits_of(hidden, weight, logits_bias), targets)
+    losses = -stats["logprob"]
+    if kind == "dft":
+        losses = losses * stats["logprob"].exp().detach()
+    elif kind == "eaft":
+        losses = losses * (stats["entropy"].detach() / math.log(20)).clamp(0, 1)
+    elif settings:
+        smooth = stats["logsumexp"] - stats["mean_logit"]
+        losses = 0.9 * losses + 0.1 * smooth + 1e-2 * stats["logsumexp"] ** 2
+    assert_same_gradients(loss, ours, losses.mean(), (hidden, weight))
 
 
 def test_gates():

@@ -157,7 +157,7 @@ def sum_entropy(
 
 
 class TokenRecord(dict[str, Tensor]):
-    """Detached values (count,) of all tokens, by name; 0 for tokens that are never stored."""
+    """Detached values (count, ...) of all tokens, by name; 0 for those never stored."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -165,7 +165,7 @@ class TokenRecord(dict[str, Tensor]):
     def store(self, tokens: slice | Tensor, values: dict[str, Tensor]) -> None:
         for name, x in values.items():
             if name not in self:
-                self[name] = x.new_zeros(self.count)
+                self[name] = x.new_zeros(self.count, *x.shape[1:])
             self[name][tokens] = x.detach()
 
 
