@@ -2,14 +2,13 @@
 
 from .divergence import fused_divergence
 from .functional import (
-    GradientReport,
     entropy_from_logits,
     fused_entropy_loss,
     fused_token_loss,
     fused_token_stats,
-    gradient_report,
 )
 from .reference import TokenStats
+from .tolerance_report import GradientReport, gradient_report
 
 __version__ = "0.1.0"
 __all__ = [

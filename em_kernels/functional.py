@@ -1,7 +1,7 @@
 """The public functions: each checks, casts under autocast, flattens, calls the op and reshapes."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from .ops.checks import check_arguments, check_float, check_tolerance, check_tra
 from .ops.inputs import GradMask, build_inputs
 from .ops.weight_gradient import WeightGradCallback
 from .reference import TokenStats
+from .tolerance_report import GradientReport
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -57,7 +58,7 @@ def fused_entropy_loss(
             may lose more. The gradients of weight and bias are 0 at dropped entries; dhidden is
             corrected by a mean of their weights, so the d loss / d logits that it implies is off by
             at most twice the share. "none" is always exact, as are calls so small that choosing
-            entries would take longer than it saves (:func:`gradient_report` says so).
+            entries would take longer than it saves (:func:`em_kernels.gradient_report` says so).
         chunk_bytes: memory for the logits held at a time; default the smaller of 1 GiB and an
             eighth of the free memory, rounded down to a power of two (on a GPU 256 tokens at least,
             while a quarter of the free memory holds them). It sets the order of sums,
@@ -169,14 +170,9 @@ def fused_token_stats(
     """
     default = ("entropy",) if targets is None else ("entropy", "logprob")
     names = default if stats is None else tuple(stats)
-    if not names or isinstance(stats, str):
+    if not names:
         raise ValueError(f"stats: {stats!r} is not a sequence of names; give some, or None")
-    for name in names:
-        if name not in TokenStats._fields:
-            known = ", ".join(TokenStats._fields)
-            raise ValueError(f"stats: {name!r} is unknown; use some of {known}")
-    if "logprob" in names and targets is None:
-        raise ValueError("stats: logprob needs targets")
+    _check_stat_names("stats", stats, targets)
     transform = (temperature, logit_scale, softcap)
     head = check_arguments(
         hidden, weight, bias, targets, mask, transform, chunk_bytes, process_group
@@ -200,8 +196,9 @@ def fused_token_loss(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor | None,
-    loss_fn: Callable[[TokenStats, Tensor], Tensor],
+    loss_fn: Callable[[TokenStats, Tensor], Tensor | tuple[Tensor, dict[str, Tensor]]],
     *,
+    return_stats: Sequence[str] | None = None,
     bias: Tensor | None = None,
     mask: Tensor | None = None,
     temperature: float | Tensor = 1.0,
@@ -210,7 +207,7 @@ def fused_token_loss(
     grad_tolerance: float = 0.0,
     chunk_bytes: int | None = None,
     process_group: ProcessGroup | None = None,
-) -> Tensor:
+) -> Any:
     """Sum any loss that is a function of each token's own statistics.
 
     Examples: policy gradients, GRPO and PPO with clip and entropy bonus, cross-entropy, z-loss,
@@ -229,6 +226,19 @@ def fused_token_loss(
 
         fused_token_loss(hidden, weight, tokens, loss_fn, mask=is_answer).backward()
 
+    What the same pass knows, for a log; no further GEMM::
+
+        def loss_fn(stats, index):
+            ratio = torch.exp(stats.logprob - old_logprob[index])
+            return -ratio * advantage[index], {"clipped": (ratio - 1).abs() > 0.2}
+
+        loss, stats, extras = fused_token_loss(
+            hidden, weight, tokens, loss_fn, mask=is_answer, return_stats=("entropy", "argmax")
+        )
+        entropy = stats.entropy[is_answer].mean()
+        accuracy = (stats.argmax == tokens)[is_answer].float().mean()
+        clip_share = extras["clipped"][is_answer].float().mean()
+
     Args:
         hidden, weight, bias, temperature, logit_scale, softcap, grad_tolerance, chunk_bytes,
             process_group: as in :func:`fused_entropy_loss`.
@@ -236,12 +246,16 @@ def fused_token_loss(
         loss_fn: called once per chunk with (stats, index) -> losses (n,), real: stats is TokenStats
             of the chunk's n tokens, each field (n,); index (n,) int64 their positions in the
             flattened hidden. Autograd differentiates it there. It may read other tensors, which
-            must not require grad.
+            must not require grad. With return_stats it may return (losses, extras) instead, extras
+            a dict of tensors (n,); where the mask leaves no token it is then called once, with
+            n = 0.
+        return_stats: names of statistics to return, () for loss_fn's extras alone.
         mask: (...) weights of the losses, negative ones too. Tokens of weight 0 never reach
-            loss_fn.
+            loss_fn; what is returned for them is 0.
 
     Returns:
-        () fp32 (fp64 for fp64).
+        The loss, () fp32 (fp64 for fp64). With return_stats (loss, TokenStats), and where loss_fn
+        returns extras (loss, TokenStats, extras): detached, each field and extra (...).
 
     Gradient: for hidden, weight and bias, computed during the forward: GEMM work is 3 times that of
         the forward alone, 2 with a frozen weight. No second derivatives.
@@ -252,50 +266,23 @@ def fused_token_loss(
     """
     if not callable(loss_fn):
         raise TypeError(f"loss_fn: expected a function, got {type(loss_fn).__name__}")
+    _check_stat_names("return_stats", return_stats, targets)
     grad_tolerance = check_tolerance(grad_tolerance)
     transform = (temperature, logit_scale, softcap)
     head = check_arguments(
         hidden, weight, bias, targets, mask, transform, chunk_bytes, process_group
     )
     needs, grad_enabled = _require_grad(*head[:3]), torch.is_grad_enabled()
-    return torch_library.TokenLoss.apply(*head, grad_tolerance, needs, loss_fn, grad_enabled)
-
-
-class GradientReport(NamedTuple):
-    """Work saved and gradient dropped by a tolerance.
-
-    Each share is (), on the loss's device, and reading it synchronises. With a process_group they
-    describe this rank's part of the vocabulary.
-    """
-
-    active_share: Tensor
-    """Share A of the vocabulary that the backward multiplied; its work is A times the exact one's.
-
-    At 1 the tolerance saves nothing, as the distributions are too flat for it.
-    """
-    dropped_share: Tensor
-    """Share of the L1 mass of d loss / d logits dropped, over the chunks that dropped any."""
-    why_exact: str = ""
-    """Why the tolerance was not used at all: it could not pay, by shapes and dtypes. Else empty."""
-
-
-def gradient_report(loss: Tensor) -> GradientReport:
-    """Report what the gradient tolerance of a loss saved and dropped.
-
-    Args:
-        loss: returned by :func:`fused_entropy_loss` ("mean" or "sum") or :func:`fused_token_loss`,
-            with grad.
-
-    Raises: ValueError for any other tensor, also for one that torch.compile returned.
-    """
-    node = getattr(loss, "grad_fn", None)
-    report = getattr(node, "report", None)
-    if report is None:
-        raise ValueError(
-            'loss: carries no report; give what fused_entropy_loss ("mean" or "sum") or '
-            "fused_token_loss returned, before any other operation, with grad, and not compiled"
-        )
-    return GradientReport(report[0], report[1], getattr(node, "why_exact", ""))
+    loss, *found = torch_library.TokenLoss.apply(
+        *head, grad_tolerance, needs, loss_fn, grad_enabled, return_stats
+    )
+    if return_stats is None:
+        return loss
+    shape = hidden.shape[:-1]
+    stats, extras = (
+        {name: x.reshape(*shape, *x.shape[1:]) for name, x in values.items()} for values in found
+    )
+    return (loss, TokenStats(**stats), extras) if extras else (loss, TokenStats(**stats))
 
 
 @torch.no_grad()
@@ -385,6 +372,17 @@ def entropy_from_logits(logits: Tensor, *, temperature: float | Tensor = 1.0) ->
     flat = logits.reshape(-1, logits.shape[-1])
     entropy, *_ = torch_library.entropy_from_logits_op(flat, temperatures, scalars[2])
     return entropy.clone().reshape(logits.shape[:-1])  # the backward needs the op's own output
+
+
+def _check_stat_names(argument: str, names: Sequence[str] | None, targets: Tensor | None) -> None:
+    if isinstance(names, str):
+        raise ValueError(f"{argument}: {names!r} is not a sequence of names; give some, or None")
+    for name in names or ():
+        if name not in TokenStats._fields:
+            known = ", ".join(TokenStats._fields)
+            raise ValueError(f"{argument}: {name!r} is unknown; use some of {known}")
+        if name == "logprob" and targets is None:
+            raise ValueError(f"{argument}: logprob needs targets")
 
 
 def _require_grad(*tensors: Tensor | None) -> list[bool]:

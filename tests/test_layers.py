@@ -48,7 +48,7 @@ training.presets
 training.config
 training.settings training.interrupts training.console training.run_folder training.device_memory
 hf hf_trainer trl decoding
-functional losses divergence
+functional losses divergence drop_ins tolerance_report
 ops.torch_library
 ops.chunked ops.vocab_slabs ops.divergence ops.from_logits ops.saved_gradients
 ops.gradients

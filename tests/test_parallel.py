@@ -47,8 +47,11 @@ def call(name, hidden, weight, bias, targets, group):
         total = (outputs[0] * UPSTREAM[0]).sum()
     elif name == "token_loss":
         loss_fn = lambda s, i: (s.logprob.exp() + s.entropy) * UPSTREAM[0, i]  # noqa: E731
-        total = fused_token_loss(hidden, weight, targets, loss_fn, mask=MASK, **head)
-        outputs = (total,)
+        names = ("entropy", "logprob", "argmax")
+        total, stats = fused_token_loss(
+            hidden, weight, targets, loss_fn, mask=MASK, return_stats=names, **head
+        )
+        outputs = (total, *(getattr(stats, name) for name in names))
     elif "divergence" in name:
         ref = hidden.detach().flip(1), 0.9 * weight.detach() + 0.1
         reduction = "none" if "each" in name else "mean"

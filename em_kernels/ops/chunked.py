@@ -5,7 +5,7 @@ of N*D*V; one GEMM over the whole vocabulary costs 2.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import cycle
 from typing import NamedTuple
 
@@ -156,21 +156,53 @@ def sum_entropy(
     )
 
 
+class TokenRecord(dict[str, Tensor]):
+    """Detached values (count, ...) of all tokens, by name; 0 for those never stored."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def store(self, tokens: slice | Tensor, values: dict[str, Tensor]) -> None:
+        for name, x in values.items():
+            if name not in self:
+                self[name] = x.new_zeros(self.count, *x.shape[1:])
+            self[name][tokens] = x.detach()
+
+
+class CustomLoss(NamedTuple):
+    """What sum_custom_loss returns."""
+
+    loss: Tensor  # ()
+    gradients: Gradients
+    stats: TokenRecord  # the statistics that were asked for
+    extras: TokenRecord  # what loss_fn returned beside its losses
+
+
 def sum_custom_loss(
     inputs: HeadInputs,
-    loss_fn: Callable[[TokenStats, Tensor], Tensor],
+    loss_fn: Callable[[TokenStats, Tensor], Tensor | tuple[Tensor, dict[str, Tensor]]],
     needs: GradMask,
     grad_enabled: bool = True,
     keep_dy: bool = False,
-) -> tuple[Tensor, Gradients]:
+    return_stats: Sequence[str] | None = None,
+) -> CustomLoss:
     """Sum loss_fn's losses, weighted by the mask, with their gradients.
 
     Autograd differentiates loss_fn inside the chunk. grad_enabled: whether gradients were enabled
-    in the caller.
+    in the caller. return_stats: statistics to record; None also refuses loss_fn's extras.
     """
     active = inputs.check_and_find_active(negative_mask_allowed=True)
     positions = torch.arange(len(inputs.hidden), device=inputs.hidden.device)
     depends: list[bool] = []
+    recorded, extras = (TokenRecord(len(inputs.hidden)) for _ in range(2))
+
+    def call(stats: TokenStats, given: TokenStats, tokens: slice | Tensor) -> Tensor:
+        """Return loss_fn's losses for copies of the statistics; record what was asked for."""
+        recorded.store(tokens, {name: getattr(stats, name) for name in return_stats or ()})
+        index = positions[tokens].clone()
+        losses, more = _split(loss_fn(given, index), len(index), return_stats is not None)
+        extras.store(tokens, more)
+        return losses
 
     def per_token(stats: TokenStats, tokens: slice | Tensor) -> tuple[Tensor, TokenStats]:
         # Copies, which loss_fn may overwrite one by one: hence .data, as views would not do.
@@ -182,7 +214,7 @@ def sum_custom_loss(
         with torch.set_grad_enabled(grad_enabled):
             for x in floats:
                 x.requires_grad_(any(needs))
-            losses = loss_fn(leaves, positions[tokens].clone())
+            losses = call(stats, leaves, tokens)
             _check_losses(losses, len(floats[0]), floats)
             losses = losses.to(inputs.dtype)
             if inputs.mask is not None:
@@ -198,12 +230,40 @@ def sum_custom_loss(
             upstream = upstream._replace(logprob=upstream.logprob.masked_fill(ignored, 0))
         return losses.detach(), upstream
 
-    results = sum_losses(
+    loss, gradients = sum_losses(
         inputs, per_token, needs, active, with_collision_and_argmax=True, keep_dy=keep_dy
     )
     if any(needs) and depends and not any(depends):
         raise ValueError("loss_fn: its losses do not depend on the statistics it was given")
-    return results
+    if return_stats is not None and not depends:
+        # Without tokens only a call tells which extras there are, and of which dtypes.
+        none = inputs.hidden.new_empty(0, dtype=inputs.dtype)
+        logprob = None if inputs.targets is None else none
+        empty = TokenStats(none, logprob, none, none, none, none.long())
+        call(empty, empty, slice(0, 0))
+    return CustomLoss(loss, gradients, recorded, extras)
+
+
+def _split(
+    returned: Tensor | tuple[Tensor, dict[str, Tensor]], count: int, extras_allowed: bool
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return loss_fn's losses, which are not checked here, and its extras."""
+    if not isinstance(returned, tuple):
+        return returned, {}
+    if not extras_allowed:
+        raise ValueError(
+            "loss_fn: returned extras, which nobody gets; pass return_stats, () for extras alone"
+        )
+    if len(returned) != 2 or not isinstance(returned[1], dict):
+        raise TypeError(
+            "loss_fn: expected losses, or (losses, a dict of extras), got a tuple of "
+            f"{', '.join(type(x).__name__ for x in returned)}"
+        )
+    for name, x in returned[1].items():
+        if not isinstance(x, Tensor) or x.shape != (count,):
+            got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"loss_fn: expected extras[{name!r}] to be ({count},), got {got}")
+    return returned
 
 
 def _in_place_of(stats: TokenStats, values: Iterable[Tensor | None]) -> TokenStats:

@@ -194,22 +194,25 @@ token_divergences_op.register_autograd(
 
 
 class TokenLoss(torch.autograd.Function):
-    """Sum of a caller's loss; no op, as torch.library cannot pass the caller's function."""
+    """Sum of a caller's loss; no op, as torch.library cannot pass the caller's function.
+
+    Returns the loss (), and dicts of detached tensors (N,): statistics and the function's extras.
+    """
 
     @staticmethod
-    def forward(ctx, *given) -> Tensor:
-        *head, grad_tolerance, needs, loss_fn, grad_enabled = given
+    def forward(ctx, *given) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        *head, grad_tolerance, needs, loss_fn, grad_enabled, return_stats = given
         arguments = HeadArguments(*head)
         inputs = build_inputs(arguments, needs[0] + 2 * needs[1], grad_tolerance, needs)
-        loss, gradients = chunked.sum_custom_loss(
-            inputs, loss_fn, GradMask(*needs), grad_enabled, keep_dy=True
+        loss, gradients, stats, extras = chunked.sum_custom_loss(
+            inputs, loss_fn, GradMask(*needs), grad_enabled, True, return_stats
         )
         saved_gradients.save_gradients(ctx, arguments, grad_tolerance, needs, gradients)
-        return loss
+        return loss, stats, extras
 
     @staticmethod
-    def backward(ctx, upstream):
-        return *saved_gradients.saved_gradients(ctx, upstream), *NO_GRADIENT, *(None,) * 4
+    def backward(ctx, upstream, *_):
+        return *saved_gradients.saved_gradients(ctx, upstream), *NO_GRADIENT, *(None,) * 5
 
 
 @torch.library.custom_op(
