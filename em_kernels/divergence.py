@@ -1,12 +1,16 @@
 """The divergence of two models' next-token distributions, for distillation and KL penalties."""
 
+from collections.abc import Sequence
+from typing import Any
+
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from .functional import REDUCTIONS, _require_grad
+from .functional import REDUCTIONS, _check_stat_names, _require_grad
 from .ops import torch_library
 from .ops.checks import check_arguments, check_head, check_number, check_scale_and_cap
 from .ops.divergence import ReferenceArguments
+from .reference import TokenStats
 
 
 def fused_divergence(
@@ -25,9 +29,10 @@ def fused_divergence(
     softcap: float | None = None,
     ref_logit_scale: float = 1.0,
     ref_softcap: float | None = None,
+    return_stats: Sequence[str] | None = None,
     chunk_bytes: int | None = None,
     process_group: ProcessGroup | None = None,
-) -> Tensor:
+) -> Any:
     """Compute KL or Jensen-Shannon divergence from a reference model, without either's logits.
 
     Equivalent to this, with p the model's distributions and q the reference's::
@@ -55,12 +60,15 @@ def fused_divergence(
             logits of both.
         temperature: > 0, of both; a number, or (...) one per token.
         logit_scale, softcap, ref_logit_scale, ref_softcap: for models that have them.
+        return_stats: names of the model's own statistics to return as well, from the same pass:
+            entropy, logsumexp, mean_logit, log_collision, argmax.
         process_group: ranks that each hold consecutive rows of both weights, as many of each.
 
     Returns:
         The divergence in nats, fp32 (fp64 for fp64): (), or (...) for "none"; >= 0, and exactly 0
         for equal logits. It is inf where one distribution has an entry that the other excludes by a
-        logit of -inf (beta 0: q has it and p has not; beta 1: the reverse).
+        logit of -inf (beta 0: q has it and p has not; beta 1: the reverse). With return_stats
+        (divergence, TokenStats), whose fields (...) are detached.
 
     Gradient: for hidden, weight and bias, equation (11) of ``em_kernels.reference``; NaN in the
         rows whose divergence is inf. For "mean" and "sum" it is computed during the forward: GEMM
@@ -79,6 +87,7 @@ def fused_divergence(
     beta = check_number("beta", beta)
     if not 0 <= beta <= 1:
         raise ValueError(f"beta: {beta} is not in [0, 1]; 0 is the forward KL, 1 the reverse")
+    _check_stat_names("return_stats", return_stats, targets=None)
     hidden, weight, bias = check_head(hidden, weight, bias)
     ref_hidden, ref_weight, ref_bias = check_head(ref_hidden, ref_weight, ref_bias, prefix="ref_")
     if ref_hidden.shape[:-1] != hidden.shape[:-1]:
@@ -106,9 +115,16 @@ def fused_divergence(
         [*check_scale_and_cap(ref_logit_scale, ref_softcap, "ref_"), beta],
     )
     needs = _require_grad(*head[:3])
+    shape = hidden.shape[:-1]
     if reduction == "none":
-        each = torch_library.token_divergences_op(*head, *reference, needs)
-        each = each.reshape(hidden.shape[:-1])
-        return each if mask is None else each * mask.to(each.dtype)
-    loss, *_ = torch_library.divergence_op(*head, *reference, reduction == "mean", needs)
-    return loss
+        each, statistics, argmax = torch_library.token_divergences_op(*head, *reference, needs)
+        each = each.reshape(shape)
+        loss = each if mask is None else each * mask.to(each.dtype)
+    else:
+        loss, _, statistics, argmax, *_ = torch_library.divergence_op(
+            *head, *reference, reduction == "mean", needs
+        )
+    if return_stats is None:
+        return loss
+    fields = dict(zip(TokenStats._fields, statistics.unbind(0), strict=False), argmax=argmax)
+    return loss, TokenStats(**{name: fields[name].reshape(shape) for name in return_stats})

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from truth import compare, leaves, logits_of, relative_error
 
 import em_kernels.ops.flops  # noqa: F401  # FlopCounterMode counts the extension's GEMM
-from em_kernels import fused_divergence, reference
+from em_kernels import fused_divergence, fused_token_stats, reference
 from em_kernels.kernels import portable
 from em_kernels.ops import divergence, torch_library
 from em_kernels.ops.inputs import GradMask, HeadInputs
@@ -385,6 +385,20 @@ def test_no_tokens_and_one(reduction, count):
     assert dh.shape == (count, D) and (loss > 0) == (count > 0) == (dw != 0).any()
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_the_models_own_statistics(reduction):
+    hidden, weight, bias, ref_hidden, ref_weight, _ = draw_pair()
+    names = ("entropy", "logsumexp", "mean_logit", "log_collision", "argmax")
+    settings = {"bias": bias, "mask": MASK, "temperature": TAU, "softcap": 9.0}
+    _, found = fused_divergence(
+        *leaves(hidden, weight), ref_hidden, ref_weight, return_stats=names, reduction=reduction,
+        **settings,
+    )  # fmt: skip
+    expected = fused_token_stats(hidden, weight, stats=names, **settings)
+    assert found.logprob is None and not found.entropy.requires_grad
+    assert all(torch.equal(getattr(found, n), getattr(expected, n)) for n in names)
+
+
 @pytest.mark.parametrize("needs, units", [((1, 1), 8), ((1, 0), 6), ((0, 1), 6), ((0, 0), 4)])
 @pytest.mark.parametrize("chunk_bytes", [None, 3 * V * 8])
 def test_work_is_what_the_docstring_says(chunk_bytes, needs, units):
@@ -393,7 +407,7 @@ def test_work_is_what_the_docstring_says(chunk_bytes, needs, units):
     head = HeadInputs(hidden, weight, chunk_bytes=chunk_bytes)
     pair, needs = divergence.Pair(head, head, 0.3), GradMask(*map(bool, needs))
     with FlopCounterMode(display=False) as counter:
-        _, found = divergence.sum_divergences(pair, True, needs)
+        *_, found = divergence.sum_divergences(pair, True, needs)
         if needs.weight:
             kept = (found.weight, found.vocab_indices, found.dy, found.dy_scales)
             weight_gradient(*kept, hidden, None, torch.ones(()), V, weight.dtype)
@@ -454,6 +468,7 @@ def test_autocast_is_that_of_linear():
         ({"ref_softcap": 0.0}, "^ref_softcap: 0.0"),
         ({"ref_logit_scale": 0.0}, "^ref_logit_scale: 0.0"),
         ({"weight": None}, "^weight: expected a tensor"),
+        ({"return_stats": ("logprob",)}, "^return_stats: logprob needs targets"),
         ({"reduction": "batchmean"}, "^reduction: 'batchmean'"),
         ({"mask": torch.ones(N, 1)}, "^mask: expected exactly"),
         ({"chunk_bytes": 7}, "^chunk_bytes: 7 is less"),

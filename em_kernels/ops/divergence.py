@@ -67,21 +67,29 @@ def _finished(
     return kernels.finish_rows(parts, inputs.vocab_size, targets)
 
 
+class Divergences(NamedTuple):
+    """Each token's divergence, and the model's own statistics; 0 where the mask is."""
+
+    values: Tensor  # (N,)
+    statistics: Tensor  # (5, N) in TokenStats' order, without logprob
+    argmax: Tensor  # (N,) int64
+
+
 def divergences(
     pair: Pair,
     weights: Tensor,
     needs: GradMask,
     active: Tensor | None,
     keep_dy: bool = False,
-) -> tuple[Tensor, Gradients]:
-    """Compute each token's divergence (N,), and the gradients of their sum times the weights (N,).
+) -> tuple[Divergences, Gradients]:
+    """Compute all tokens' divergences, and the gradients of their sum times the weights (N,).
 
     Work: 2 for each head, +2 for hidden, +2 for weight. Memory: a chunk of each head's logits and
     what is returned. With keep_dy as in chunked.sum_losses.
     """
     inputs, ref, beta = pair
     hidden, device, wide = inputs.hidden, inputs.hidden.device, inputs.dtype
-    found = hidden.new_zeros(len(hidden), dtype=wide)
+    found = Divergences(hidden.new_zeros(len(hidden), dtype=wide), *inputs.zero_statistics(True))
     accumulator = GradAccumulator(inputs, needs, keeps_dy=keep_dy and inputs.keeps_dy(needs))
     count = len(hidden) if active is None else len(active)
     if accumulator.keeps_dy:
@@ -114,7 +122,12 @@ def divergences(
         value_and_centre = kernels.divergence_sums(terms)
         if inputs.shard is not None:
             inputs.shard.sum(value_and_centre)
-        found[tokens] = value = value_and_centre[0]
+        found.values[tokens] = value = value_and_centre[0]
+        for record, field in zip(found.statistics, stats, strict=False):
+            if field is not None:
+                record[tokens] = field
+        assert stats.argmax is not None
+        found.argmax[tokens] = stats.argmax
         if not any(needs):
             continue
         # An infinite divergence has no gradient, which all of its row says.
@@ -123,18 +136,21 @@ def divergences(
     return found, accumulator.result()
 
 
-def sum_divergences(pair: Pair, mean: bool, needs: GradMask) -> tuple[Tensor, Gradients]:
+def sum_divergences(
+    pair: Pair, mean: bool, needs: GradMask
+) -> tuple[Tensor, Divergences, Gradients]:
     """Sum or average the divergences, weighted by the mask, with their gradients."""
     active = pair.head.check_and_find_active(negative_mask_allowed=not mean)
     weights = pair.head.token_weights(mean)
     found, gradients = divergences(pair, weights, needs, active, keep_dy=True)
+    values = found.values
     if active is not None:  # 0 * inf would be NaN
-        found, weights = found[active], weights[active]
-    return (weights * found).sum(), gradients
+        values, weights = values[active], weights[active]
+    return (weights * values).sum(), found, gradients
 
 
-def each_divergence(pair: Pair) -> Tensor:
-    """Compute the divergences (N,), 0 where the mask is. Work: 4."""
+def each_divergence(pair: Pair) -> Divergences:
+    """Compute the divergences. Work: 4."""
     active = pair.head.check_and_find_active(negative_mask_allowed=True)
     weights = pair.head.token_weights(mean=False)
     return divergences(pair, weights, GradMask(), active)[0]

@@ -106,25 +106,32 @@ def _pair(arguments, needs):
     "em_kernels::divergence",
     mutates_args=(),
     schema=f"({HEAD_SCHEMA}, {REFERENCE_SCHEMA}, bool mean, bool[] needs)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f" -> ({', '.join(['Tensor'] * 11)})",
     tags=READS_ON_HOST,
 )
 def divergence_op(*arguments):
-    """Return the sum or mean (), and the fields of gradients.Gradients."""
+    """Return the sum or mean (), and the fields of divergence.Divergences and Gradients."""
     *pair, mean, needs = arguments
-    loss, gradients = divergence.sum_divergences(_pair(pair, needs), mean, GradMask(*needs))
-    return loss, *gradients
+    loss, found, gradients = divergence.sum_divergences(_pair(pair, needs), mean, GradMask(*needs))
+    return loss, *found, *gradients
 
 
 @divergence_op.register_fake
 def _(hidden, weight, *others):
-    return _fake_loss_and_gradients(hidden, weight, others[-1])
+    loss, *gradients = _fake_loss_and_gradients(hidden, weight, others[-1])
+    return loss, *_fake_divergences(hidden), *gradients
+
+
+def _fake_divergences(hidden):
+    wide, count = accumulation_dtype(hidden.dtype), hidden.shape[0]
+    floats = (hidden.new_empty(shape, dtype=wide) for shape in ((count,), (5, count)))
+    return *floats, hidden.new_empty(count, dtype=torch.int64)
 
 
 def _divergence_setup(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(*output[1:])
     head = HeadArguments(*inputs[:HEAD_SIZE])
-    saved_gradients.save_gradients(ctx, head, 0.0, inputs[-1], output[1:])
+    saved_gradients.save_gradients(ctx, head, 0.0, inputs[-1], output[4:])
 
 
 def _divergence_backward(ctx, upstream, *_):
@@ -137,18 +144,18 @@ divergence_op.register_autograd(_divergence_backward, setup_context=_divergence_
 @torch.library.custom_op(
     "em_kernels::token_divergences",
     mutates_args=(),
-    schema=f"({HEAD_SCHEMA}, {REFERENCE_SCHEMA}, bool[] needs) -> Tensor",
+    schema=f"({HEAD_SCHEMA}, {REFERENCE_SCHEMA}, bool[] needs) -> (Tensor, Tensor, Tensor)",
     tags=READS_ON_HOST,
 )
 def token_divergences_op(*arguments):
-    """Return each token's divergence (N,)."""
+    """Return the fields of divergence.Divergences."""
     *pair, needs = arguments
     return divergence.each_divergence(_pair(pair, needs))
 
 
 @token_divergences_op.register_fake
 def _(hidden, *others):
-    return hidden.new_empty(hidden.shape[:1], dtype=accumulation_dtype(hidden.dtype))
+    return _fake_divergences(hidden)
 
 
 @torch.library.custom_op(
@@ -171,13 +178,14 @@ def _(upstream, hidden, weight, *others):
 
 def _token_divergences_setup(ctx, inputs, output) -> None:
     *pair, ctx.needs = inputs
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     tensors = [x for x in pair if isinstance(x, torch.Tensor)]
     ctx.others = [None if isinstance(x, torch.Tensor) else (x,) for x in pair]
     ctx.save_for_backward(*tensors)
 
 
-def _token_divergences_backward(ctx, upstream):
+def _token_divergences_backward(ctx, upstream, *_):
     saved_gradients.refuse_double_backward()
     others = (None,) * (PAIR_SIZE - 3 + 1)
     if upstream is None:
