@@ -161,6 +161,11 @@ class TrainConfig(Settings):
     """Lower the entropy, or raise it as a control: a gain that raising also gives is not due to
     confidence.
     """
+    kl_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Add this times the KL divergence from the base model, KL(model || base) in nats per token, to
+    the loss, at the loss's temperature. It goes with LoRA, whose base is the model with its
+    adapters off.
+    """
     official_loss: bool = False
     """Compute the loss exactly as the paper's train.py does: each entropy is weighted by the mask
     of its own position instead of the next token's, the tokenizer's padding token is left out (EOS
@@ -291,6 +296,9 @@ class TrainConfig(Settings):
             which = "prompt_rows" if fresh is None else "fresh_prompts"
             few = f"{self.rollouts} are fewer than {self.prompts_at_once} {which}"
             raise UserError(f"rollouts: {few}; give at least one for each")
+        if self.kl_weight and self.mode not in ("auto", "lora"):
+            why = f"mode {self.mode} keeps no base model to compare with"
+            raise UserError(f"kl_weight: goes with mode lora; {why}")
         if self.four_bit and self.mode not in ("auto", "lora"):
             raise UserError(f"4bit: goes with mode lora; mode {self.mode} trains the whole weights")
         if self.offload_dir is not None and self.mode not in ("auto", "offload"):

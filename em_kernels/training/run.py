@@ -189,7 +189,7 @@ class Run:
         tokens, count = sum(len(r.response_ids) for r in rollouts), len(rollouts)
         row = {
             "update": update,
-            **loss._asdict(),
+            **{k: x for k, x in loss._asdict().items() if k != "divergence" or config.kl_weight},
             "accuracy": accuracy,
             "grad_norm": norm,
             "tokens": tokens,

@@ -17,7 +17,7 @@ from transformers.masking_utils import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from em_kernels.training.engines.step import SharedPrefix
+from em_kernels.training.engines.shared_prefix import SharedPrefix
 from em_kernels.training.rollouts import kv_cache
 from em_kernels.training.rollouts.kv_cache import PreallocatedLayer, grouped_attention, new_cache
 

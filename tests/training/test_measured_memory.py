@@ -15,7 +15,8 @@ from em_kernels.ops.gemm import bf16_isa
 from em_kernels.ops.weight_gradient import StreamedWeightGrad
 from em_kernels.training import run as run_module
 from em_kernels.training.config import Sampling, TrainConfig
-from em_kernels.training.engines.step import SharedPrefix, recomputation, scored_states
+from em_kernels.training.engines.shared_prefix import SharedPrefix
+from em_kernels.training.engines.step import recomputation, scored_states
 from em_kernels.training.models import rounding
 from em_kernels.training.planning.activations import ModelMemory
 from em_kernels.training.planning.components import (

@@ -6,9 +6,9 @@ from torch.profiler import ProfilerActivity, profile
 from training.tiny import loss_and_gradients, make_model, make_optimizer, settings
 
 from em_kernels.hf import head_of
+from em_kernels.training.engines.shared_prefix import can_share_prefix
 from em_kernels.training.engines.step import (
     by_prompt,
-    can_share_prefix,
     entropy_step,
     micro_batches,
 )

@@ -20,7 +20,8 @@ from ..rollouts.sampling import Rollout
 from ..runs.checkpoint import Writer, write_model
 from ..settings import UserError
 from .optimizer import PRECISIONS, MasterAdamW, adamw_options
-from .step import StepLoss, can_share_prefix, entropy_step, scoring_of
+from .shared_prefix import can_share_prefix
+from .step import StepLoss, entropy_step, scoring_of
 
 
 class Engine:

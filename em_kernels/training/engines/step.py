@@ -10,8 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import DynamicLayer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ...functional import entropy_loss_into
@@ -20,8 +19,10 @@ from ...ops.free_memory import return_freed_memory
 from ..config import TrainConfig
 from ..rollouts.kv_cache import grouped_attention
 from ..rollouts.sampling import Rollout
+from .base_penalty import BasePenalty
 from .optimizer import MasterAdamW
-from .packing import behind_prefix, can_pack, packed_inputs
+from .packing import can_pack, packed_inputs
+from .shared_prefix import SharedPrefix
 
 
 class StepLoss(NamedTuple):
@@ -30,112 +31,7 @@ class StepLoss(NamedTuple):
     entropy: float  # mean, in nats
     active_share: float  # of the vocabulary: entries that the head's backward multiplied
     dropped_share: float  # of the mass of the logits' gradient: what grad_tolerance left out
-
-
-class _PromptLayer(DynamicLayer):
-    """Keeps the prompt's keys and values of one layer, with their autograd graph."""
-
-    length = 0
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:  # recomputation calls this a second time
-            self.keys, self.values, self.is_initialized = key_states, value_states, True
-            self.length = key_states.shape[-2]
-        return key_states, value_states
-
-    def get_seq_length(self) -> int:
-        return self.length
-
-
-class _ContinuedLayer(DynamicLayer):
-    """Prepends the prompt's keys and values to those of each row, which it does not keep.
-
-    lengths: of rows that lie side by side.
-    """
-
-    def __init__(self, keys: Tensor, values: Tensor, lengths: Sequence[int]) -> None:
-        super().__init__()
-        self.keys, self.values, self.is_initialized = keys, values, True
-        self.lengths = lengths
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
-        assert self.keys is not None and self.values is not None
-        lengths = self.lengths or [key_states.shape[-2]]
-        keys = behind_prefix(self.keys, key_states, lengths)
-        return keys, behind_prefix(self.values, value_states, lengths)
-
-
-class SharedPrefix:
-    """A prompt's last hidden state, keys and values, computed once for all rows that continue it.
-
-    The rows' backwards end at `leaves`, which add up their gradients in fp32; backward() then takes
-    those through the prompt, once. A single backward through rows and prompt would hold the rows'
-    gradients of all weights until the prompt's arrive.
-    """
-
-    def __init__(self, model: PreTrainedModel, ids: Sequence[int]) -> None:
-        self.model, self.length = model, len(ids)
-        cache = DynamicCache(config=model.config)
-        kept: list[Any] = [_PromptLayer() for _ in cache.layers]
-        cache.layers = kept
-        states = hidden_states(model, torch.tensor([ids], device=model.device), cache)
-        if any(layer.keys is None for layer in kept):
-            why = f"{type(model).__name__} does not fill the cache it is given"
-            raise TypeError(f"model: {why}; this architecture is not supported")
-        self.outputs: list[Any] = [states[:, -1]]
-        for layer in kept:
-            self.outputs += [layer.keys, layer.values]
-            layer.keys = layer.values = None  # checkpoint's frames would keep the graph alive
-        self.leaves = [x.detach() for x in self.outputs]
-        for i, x in enumerate(self.outputs):
-            if x.requires_grad:  # not so below the first layer that has an adapter
-                wide = torch.promote_types(x.dtype, torch.float32)
-                self.leaves[i] = x.detach().to(wide).requires_grad_()
-
-    @property
-    def last(self) -> Tensor:
-        """Return the hidden state (1, D) that scores the first token of a response."""
-        return self.leaves[0].to(self.outputs[0].dtype)
-
-    def continued(self, ids: Tensor, lengths: Sequence[int] = ()) -> Tensor:
-        """Return hidden states (B, T, D) of rows (B, T) that continue the prompt; lengths: of rows
-        that lie side by side in (1, T).
-        """
-        pairs = zip(self.leaves[1:], self.outputs[1:], strict=True)
-        kv = [leaf.to(x.dtype).expand(len(ids), -1, -1, -1) for leaf, x in pairs]
-        cache = DynamicCache(config=self.model.config)
-        pairs = zip(kv[::2], kv[1::2], strict=True)
-        cache.layers = [_ContinuedLayer(k, v, lengths) for k, v in pairs]
-        inputs = packed_inputs(lengths, self.length, ids.device) if lengths else {}
-        with grouped_attention():
-            return hidden_states(self.model, ids, cache, **inputs)
-
-    def backward(self) -> None:
-        """Backpropagate the accumulated gradients through the prompt."""
-        pairs = zip(self.outputs, self.leaves, strict=True)
-        reached = [(x, leaf.grad.to(x.dtype)) for x, leaf in pairs if leaf.grad is not None]
-        if reached:
-            outputs, gradients = zip(*reached, strict=True)
-            torch.autograd.backward(outputs, gradients)
-
-
-@torch.no_grad()
-def can_share_prefix(model: PreTrainedModel) -> bool:
-    """Return True if continuing a SharedPrefix gives the model's own hidden states."""
-    if {type(layer) for layer in DynamicCache(config=model.config).layers} != {DynamicLayer}:
-        return False
-    vocab_size = model.config.get_text_config().vocab_size
-    ids = torch.arange(2, 26, device=model.device).view(2, 12) % vocab_size
-    ids[:, :6] = ids[0, :6]
-    expected = hidden_states(model, ids)[:, 6:].float()
-    found = SharedPrefix(model, ids[0, :6].tolist()).continued(ids[:, 6:])
-    errors = (found.float() - expected).norm(dim=-1) / expected.norm(dim=-1)
-    # Another batch size rounds differently: single tokens of a real model move by 1e-3 in fp32.
-    return bool(errors.median() <= 0.02)
+    divergence: float = 0.0  # mean KL from the base model, in nats; 0 without kl_weight
 
 
 @contextmanager
@@ -269,6 +165,21 @@ def scored_states(
     return states.flatten(0, 1)[scored]
 
 
+def step_states(
+    model: PreTrainedModel,
+    batch: Sequence[Rollout],
+    scoring: Scoring,
+    with_first: bool,
+    prompt: SharedPrefix | None,
+) -> Tensor:
+    """Return scored_states(), behind the prompt's last state with_first."""
+    states = scored_states(model, batch, prompt, scoring)
+    if not with_first:
+        return states
+    assert prompt is not None
+    return torch.cat([prompt.last, states])
+
+
 Work: TypeAlias = list[tuple[Sequence[int] | None, list[list[Rollout]]]]  # micro-batches by prompt
 
 
@@ -349,7 +260,7 @@ def entropy_step(
     """
     weight, options = head.weight, loss_options(config, head)
     share = rank_share(rollouts, config, micro_batch, index, count, scoring, can_pack(model))
-    mean, reports = 0.0, torch.zeros(2)
+    mean, divergence, reports = 0.0, 0.0, torch.zeros(2)
     # Where memory use turns: before a micro-batch's forward, head and backward, and at the end.
     trim = return_freed_memory if model.device.type == "cpu" else lambda: None
 
@@ -358,34 +269,44 @@ def entropy_step(
 
     with recomputation(model, config.gradient_checkpointing is True):
         for ids, batches in share.work:
+            base = BasePenalty(model, ids, config.kl_weight)
             prompt = None if ids is None else SharedPrefix(model, ids)
             # All first tokens are scored by the prompt's last state, in the first micro-batch.
             firsts = 0 if prompt is None or scoring.official else sum(map(len, batches))
             for batch in batches:
                 check()
                 trim()
-                states = scored_states(model, batch, prompt, scoring)
-                weights = torch.ones(len(states), dtype=torch.float64)
-                if prompt is not None and firsts:
-                    states = torch.cat([prompt.last, states])
-                    weights = torch.cat([weights.new_tensor([firsts]), weights])
-                    firsts = 0
-                elif len(states) == 0:
+                states_behind = partial(step_states, model, batch, scoring, firsts > 0)
+                base_states = base.states(states_behind)
+                states = states_behind(prompt)
+                if len(states) == 0:
                     continue
-                divisor = config.sign * share.divisor(len(states), scoring)
-                mask = (weights * optimizer.scale / divisor).to(states.device)
+                weights = torch.ones(len(states), dtype=torch.float64)
+                if firsts:
+                    weights[0], firsts = firsts, 0
+                tokens = weights.sum()
+                weights *= optimizer.scale / share.divisor(len(states), scoring)
+                mask = weights.to(states.device)
                 trim()
                 loss, dstates, dbias, report = entropy_loss_into(
-                    add_rows if weight.requires_grad else None, states, weight, mask=mask, **options
+                    add_rows if weight.requires_grad else None,
+                    states,
+                    weight,
+                    mask=config.sign * mask,
+                    **options,
                 )
+                if base_states is not None:
+                    found = base.add_gradient(dstates, states, base_states, mask, head, config)
+                    divergence += found / optimizer.scale
                 if dbias is not None:
                     assert head.bias is not None
                     optimizer.add(head.bias, dbias)
                 trim()
                 states.backward(dstates)
                 mean += config.sign * loss.item() / optimizer.scale
-                reports += torch.stack(report[:2]).cpu() * (weights.sum() / share.tokens)
+                reports += torch.stack(report[:2]).cpu() * (tokens / share.tokens)
             if prompt is not None:
                 prompt.backward()
     trim()
-    return StepLoss(mean, *reports.tolist())
+    active_share, dropped_share = reports.tolist()
+    return StepLoss(mean, active_share, dropped_share, divergence)

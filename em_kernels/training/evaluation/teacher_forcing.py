@@ -14,7 +14,8 @@ from ...functional import fused_token_stats
 from ...hf import head_of
 from ..console import progress_on
 from ..data.problems import tokenised
-from ..engines.step import SharedPrefix, can_share_prefix, micro_batches, scored_states
+from ..engines.shared_prefix import SharedPrefix, can_share_prefix
+from ..engines.step import micro_batches, scored_states
 from ..rollouts.sampling import Rollout, check_overflow
 from ..settings import UserError
 from ..task import check_context

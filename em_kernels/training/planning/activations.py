@@ -22,7 +22,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ...hf import decoder_of, head_of, require_gradients
 from ..config import TrainConfig
-from ..engines.step import SharedPrefix, recomputation, scored_states
+from ..engines.shared_prefix import SharedPrefix
+from ..engines.step import recomputation, scored_states
 from ..models.loading import architecture, attention_of, refused_attention
 from ..rollouts.kv_cache import check_cache, grouped_attention, new_cache
 from ..rollouts.sampling import Rollout

@@ -190,6 +190,8 @@ class BatchSizes:
         products = 4 if config.mode == "lora" else 6
         head_products = 2 + (products - 2) * (HEAD_SHARE if config.grad_tolerance else 1)
         flops = products * (matrices - head) + head_products * head
+        if config.kl_weight:  # the base model's forward, both heads', and the gradient of one
+            flops += 2 * (matrices - head) + 6 * head
         if config.gradient_checkpointing:
             flops += 2 * (matrices - head)
         tokens = completions * new + self.prompt_tokens * self.computed_prompts

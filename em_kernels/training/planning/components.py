@@ -144,6 +144,8 @@ def head_bytes(
     if cuda and not config.grad_tolerance:  # logit gradients of waiting chunks fill chunk_bytes
         total = min(states * vocab_size * (4 + itemsize), chunk_bytes)
     total += states * (hidden_size * 4 + STATISTICS_BYTES)
+    if config.kl_weight:  # the base model's states, and a second dhidden
+        total += states * hidden_size * (4 + itemsize)
     if config.mode != "lora":
         total += min(HEAD_SLAB_BYTES, vocab_size * hidden_size * 4)
     if config.grad_tolerance:

@@ -120,8 +120,10 @@ class Planner:
         modes: list[Any] = [self.config.mode]
         if modes == ["auto"]:
             modes = ["full", "offload", "lora"] if self.cuda else ["full", "lora"]
-            if self.config.four_bit or self.config.offload_dir:
-                modes = ["lora" if self.config.four_bit else "offload"]
+            if self.config.four_bit or self.config.kl_weight:
+                modes = ["lora"]
+            elif self.config.offload_dir:
+                modes = ["offload"]
         for mode in modes:
             folder = self.config.offload_dir if mode == "offload" else None
             asked = self.config.model_copy(update={"mode": mode, "offload_dir": folder})
