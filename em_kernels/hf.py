@@ -83,7 +83,7 @@ def adapted_head(model: PreTrainedModel, hidden: Tensor) -> tuple[Tensor, Head]:
     Raises: TypeError as head_of, and for what is not a sum of such products: DoRA and other
         variants, adapters with a bias, tuners other than LoRA.
     """
-    layer = model.get_output_embeddings()
+    layer: Any = model.get_output_embeddings()
     names = active_adapters(layer)
     head = _plain_head(model, getattr(layer, "base_layer", layer))
     states, columns = [hidden], [head.weight]
@@ -99,7 +99,7 @@ def adapted_head(model: PreTrainedModel, hidden: Tensor) -> tuple[Tensor, Head]:
     return torch.cat(states, -1), head._replace(weight=torch.cat(columns, 1))
 
 
-def active_adapters(layer: nn.Module) -> list[str]:
+def active_adapters(layer: Any) -> list[str]:
     """Return the names of the LoRA adapters that a head's layer adds to its own product.
 
     Raises: TypeError as adapted_head.
@@ -243,7 +243,7 @@ def head_reads(model: nn.Module, read: Callable[[Tensor, Head], Tensor]) -> Iter
 
 
 def router_loss(
-    model: PreTrainedModel, router_logits: tuple[Tensor, ...], attention_mask: Tensor | None
+    model: PreTrainedModel, router_logits: Any, attention_mask: Tensor | None
 ) -> Tensor:
     """Compute the load-balancing loss () of a mixture of experts, as transformers does."""
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
@@ -266,8 +266,11 @@ def check_head(model: nn.Module, head: Head | None = None) -> None:
         activations overflow; or as adapted_head.
     """
     lm = causal_lm(model)
-    device = lm.get_input_embeddings().weight.device
-    ids = torch.arange(16, device=device)[None] % lm.config.get_text_config().vocab_size
+    embedding: Any = lm.get_input_embeddings()
+    ids = (
+        torch.arange(16, device=embedding.weight.device)[None]
+        % lm.config.get_text_config().vocab_size
+    )
     seen = [head] if head else list[Head]()
 
     def read(hidden: Tensor, current: Head) -> Tensor:

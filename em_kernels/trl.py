@@ -87,7 +87,8 @@ class FusedGRPOTrainer(GRPOTrainer):
                     "reward model, which is a folder or owner/name"
                 )
         self._scored: tuple[TokenStats, Tensor, int] | None = None
-        self._is_scoring, self._tool_masks = False, None
+        self._is_scoring = False
+        self._tool_masks: list[list[int]] | None = None
         self._checked = set[nn.Module]()
         rewards = [self._reward(r) if isinstance(r, str) else r for r in given if r is not None]
         with _adapter_on_the_head():
@@ -213,9 +214,10 @@ class FusedGRPOTrainer(GRPOTrainer):
 @contextmanager
 def _adapter_on_the_head() -> Iterator[None]:
     """Let TRL accept a head with an adapter, which its own fused head would ignore."""
-    tuner = vars(grpo_trainer).get("BaseTunerLayer")  # absent without peft
-    grpo_trainer.BaseTunerLayer = ()  # type: ignore[attr-defined]
+    module: Any = grpo_trainer
+    tuner = vars(module).get("BaseTunerLayer")  # absent without peft
+    module.BaseTunerLayer = ()  # what it looks for: nothing is an instance of it
     try:
         yield
     finally:
-        grpo_trainer.BaseTunerLayer = tuner  # type: ignore[attr-defined]
+        module.BaseTunerLayer = tuner

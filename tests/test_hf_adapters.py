@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoHaConfig, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from test_hf import GEMMA
-from test_hf_trainer import TAU, arguments, collate, eager, examples, gradients, train
+from test_hf_trainer import TAU, collate, eager, examples, gradients, train
 from torch.testing import assert_close
 from training.tiny import make_model
 from transformers import AutoConfig, AutoModelForSeq2SeqLM

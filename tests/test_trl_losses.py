@@ -1,4 +1,4 @@
-"""Each of TRL's losses from our statistics, against TRL's own statistics and full logits in fp64."""
+"""Each of TRL's losses with our statistics, against TRL's own and full logits in fp64."""
 
 import re
 

@@ -71,7 +71,10 @@ def forwards(model):
     "changes, passes",
     [
         ({"num_iterations": 2}, (3, 3)),  # one generation: its pass, two updates
-        ({"gradient_accumulation_steps": 2, "steps_per_generation": 4, "num_generations": 4}, (8, 8)),
+        (
+            {"gradient_accumulation_steps": 2, "steps_per_generation": 4, "num_generations": 4},
+            (8, 8),
+        ),
         ({}, (2, 4)),  # two generations; TRL has no pass before the update
     ],
 )
