@@ -106,11 +106,11 @@ def active_adapters(layer: Any) -> list[str]:
     """
     if not hasattr(layer, "base_layer"):
         return []
-    kind = type(layer)
-    if (kind.__module__, kind.__name__) != ("peft.tuners.lora.layer", "Linear"):
+    kinds = {f"{kind.__module__}.{kind.__name__}" for kind in type(layer).__mro__}
+    if "peft.tuners.lora.layer.Linear" not in kinds:  # FSDP derives a class of its own
         raise TypeError(
-            f"model: its head carries an adapter of kind {kind.__name__}, not peft's LoRA of a "
-            "linear layer; leave lm_head out of target_modules"
+            "model: its head carries an adapter other than peft's LoRA of a linear layer; "
+            "leave lm_head out of target_modules"
         )
     if layer.disable_adapters and layer.merged:
         layer.unmerge()  # as peft does in this layer's forward
