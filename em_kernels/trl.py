@@ -110,8 +110,9 @@ class FusedGRPOTrainer(GRPOTrainer):
         lm = causal_lm(model)
         if lm not in self._checked:
             training = model.training
+            model.eval()  # dropout would make two forwards differ
             with self.accelerator.autocast():
-                check_head(model.eval())  # eval: no dropout
+                check_head(model)
             model.train(training)
             self._checked.add(lm)
 
