@@ -95,7 +95,7 @@ def worker(rank, folder, engine):
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0", "CUDA_VISIBLE_DEVICES": ""}
-    os.environ |= {"TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR", f"{folder}/extensions")}
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", f"{folder}/extensions")
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     found, settings = {}, {**ENGINES[engine], "per_device_train_batch_size": 2}
     trainer, logs, _ = run("untied", folder, None, steps=1, **settings)  # it samples for itself
