@@ -221,7 +221,8 @@ def head_reads(model: nn.Module, read: Callable[[Tensor, Head], Tensor]) -> Iter
 
     def forward(**inputs: Any) -> Any:
         present = {name: value for name, value in inputs.items() if value is not None}
-        output = decoder(**present)
+        # The decoder alone takes no images; the model beneath the head merges them into its inputs.
+        output = (lm.base_model if "pixel_values" in present else decoder)(**present)
         found = layer(output.last_hidden_state)
         if not present.get("output_router_logits"):
             return found

@@ -68,7 +68,8 @@ class FusedGRPOTrainer(GRPOTrainer):
     Memory: as in :func:`em_kernels.fused_token_stats`, for the completions' tokens only; with a
         LoRA adapter on the head, which TRL refuses, as in :func:`em_kernels.hf.adapted_head`. With
         FSDP2 or DeepSpeed ZeRO-3 each rank gathers the head's whole weight, as for logits.
-    Raises: TypeError, ValueError for what is not supported: FSDP1; images;
+    Raises: TypeError, ValueError for what is not supported: FSDP1; an adapter on the head with
+        DeepSpeed ZeRO-3, whose hooks do not gather the weight beneath it;
         ``cast_lm_head_to_fp32``, needless as logits are fp32; an architecture whose logits are not
         its head applied to its hidden states (with FSDP and DeepSpeed in the first step).
     Source: GRPO, arXiv 2402.03300; entropy minimisation as a reward, arXiv 2505.15134; others in
@@ -95,8 +96,6 @@ class FusedGRPOTrainer(GRPOTrainer):
             super().__init__(model, rewards, *args, **kwargs)
         if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
             raise ValueError('args: FSDP1 is not supported; set "version": 2 in fsdp_config')
-        if self._is_vlm:
-            raise TypeError("model: vision-language models are not supported; use trl.GRPOTrainer")
         config: Any = self.args
         if config.cast_lm_head_to_fp32:
             raise ValueError("cast_lm_head_to_fp32: logits are fp32 without it; leave it False")

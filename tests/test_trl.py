@@ -12,7 +12,7 @@ pytest.importorskip("trl", reason="trl needs Python 3.11")
 import torch
 import torch.distributed as dist
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PromptTuningConfig
 from spawned import spawn
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
@@ -32,6 +32,7 @@ PROMPTS = [
     "a",
 ]  # lengths differ, so they are padded on the left
 LORA = LoraConfig(target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+VIRTUAL = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
 CASES = {
     "policy gradient": {},
     "bonus": {"entropy_coef": 0.1, "temperature": 0.7},
@@ -41,13 +42,15 @@ CASES = {
     "accumulated": {"entropy_coef": 0.1, "gradient_accumulation_steps": 2},
     "adaptive": {"entropy_coef": 0.1, "use_adaptive_entropy": True, "entropy_target": 9.0},
     "lora": {"entropy_coef": -0.1, "beta": 0.1, "peft_config": LORA},
+    "virtual tokens": {"entropy_coef": -0.1, "peft_config": VIRTUAL},
 }
 
 
 def test_version_is_the_tested_one():
     assert __version__.startswith(f"{TESTED}."), (
         f"em_kernels.trl was tested with trl {TESTED}, this is {__version__}: read what its "
-        "_get_per_token_logps_and_entropies is given and its loss expects, then change TESTED"
+        "_get_per_token_logps_and_entropies is given and its loss expects, what _generate returns, "
+        "and when it computes old log-probabilities, then change TESTED"
     )
 
 
@@ -83,7 +86,9 @@ def equal(completions, **others):
     return [1.0] * len(completions)
 
 
-def make_trainer(kind, model, output, reward=varied, steps=3, peft_config=None, **changes):
+def make_trainer(
+    kind, model, output, reward=varied, steps=3, peft_config=None, data=None, **changes
+):
     model.generation_config.eos_token_id = list(range(60))  # some completions end early
     settings = {"per_device_train_batch_size": 4, "num_generations": 2, "max_steps": steps}
     settings |= {
@@ -94,12 +99,13 @@ def make_trainer(kind, model, output, reward=varied, steps=3, peft_config=None, 
     }
     settings |= {"use_cpu": True, "bf16": False, "report_to": "none", "logging_steps": 1}
     settings |= {"save_strategy": "no", "disable_tqdm": True}
+    dataset, processor = data or (Dataset.from_dict({"prompt": PROMPTS}), make_tokenizer())
     return type("Recorded", (Recorder, kind), {})(
         model,
         reward,
         GRPOConfig(str(output), **(settings | changes)),
-        Dataset.from_dict({"prompt": PROMPTS}),
-        processing_class=make_tokenizer(),
+        dataset,
+        processing_class=processor,
         peft_config=peft_config,
     )
 

@@ -80,7 +80,7 @@ def check_tangent(name: str, x: Tensor) -> None:
         raise RuntimeError(
             f"{name}: has a forward-mode tangent, which would be lost; use em_kernels.reference"
         )
-    # vmap hides that a tensor requires grad, and torch.func.grad fails within torch.library.
+    # vmap hides that a tensor requires grad, and torch.func.grad cannot enter the ops.
     compiling = torch.compiler.is_compiling()
     if not compiling and torch._C._functorch.is_functorch_wrapped_tensor(x):
         raise RuntimeError(
