@@ -47,6 +47,10 @@ def head_of(model: PreTrainedModel) -> Head:
         raise TypeError(
             "model: its head carries an adapter (LoRA); leave lm_head out of target_modules"
         )
+    return _plain_head(model, layer)
+
+
+def _plain_head(model: PreTrainedModel, layer: nn.Module) -> Head:
     if not isinstance(layer, nn.Linear) or not layer.weight.is_floating_point():  # quantised
         kind = type(layer).__name__
         raise TypeError(
@@ -58,11 +62,86 @@ def head_of(model: PreTrainedModel) -> Head:
     return Head(layer.weight, layer.bias, scale, getattr(config, "final_logit_softcapping", None))
 
 
+def adapted_head(model: PreTrainedModel, hidden: Tensor) -> tuple[Tensor, Head]:
+    """Return hidden states and head with the LoRA adapters that peft has put on the head.
+
+    Exact, and without merging: the adapters are further columns. Equivalent to this, for a head W,
+    bias and one adapter A (r, D), B (V, r) of scaling s::
+
+        hidden = torch.cat((hidden, s * F.linear(dropout(hidden), A)), -1)  # (..., D + r)
+        head = Head(torch.cat((W, B), 1), bias, logit_scale, softcap)  # weight (V, D + r)
+
+    Without an adapter, or where peft has disabled or merged it, both are what they were.
+
+    Args:
+        model: as in head_of.
+        hidden: (..., D), the states that the head reads.
+
+    Gradient: for hidden, A and B, and for W unless it is frozen.
+    Memory: a copy of the head's weight, in its dtype, until the backward, and a gradient of that
+        size: a head is trained, where without an adapter on it a frozen one costs 2/3 of the work.
+    Raises: TypeError as head_of, and for what is not a sum of such products: DoRA and other
+        variants, adapters with a bias, tuners other than LoRA.
+    """
+    layer: Any = model.get_output_embeddings()
+    names = active_adapters(layer)
+    head = _plain_head(model, getattr(layer, "base_layer", layer))
+    states, columns = [hidden], [head.weight]
+    for name in names:
+        a, b = layer.lora_A[name], layer.lora_B[name]
+        inner = a(layer.lora_dropout[name](hidden.to(a.weight.dtype)))
+        states.append((layer.scaling[name] * inner).to(hidden.dtype))
+        # B as b's own forward returns it: FSDP may hold b apart from the head.
+        identity = torch.eye(a.out_features, dtype=inner.dtype, device=inner.device)
+        columns.append(b(identity).T.to(head.weight.dtype))
+    if not names:
+        return hidden, head
+    return torch.cat(states, -1), head._replace(weight=torch.cat(columns, 1))
+
+
+def active_adapters(layer: Any) -> list[str]:
+    """Return the names of the LoRA adapters that a head's layer adds to its own product.
+
+    Raises: TypeError as adapted_head.
+    """
+    if not hasattr(layer, "base_layer"):
+        return []
+    kinds = {f"{kind.__module__}.{kind.__name__}" for kind in type(layer).__mro__}
+    if "peft.tuners.lora.layer.Linear" not in kinds:  # FSDP derives a class of its own
+        raise TypeError(
+            "model: its head carries an adapter other than peft's LoRA of a linear layer; "
+            "leave lm_head out of target_modules"
+        )
+    if layer.disable_adapters and layer.merged:
+        layer.unmerge()  # as peft does in this layer's forward
+    if layer.disable_adapters or layer.merged:
+        return []
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    for name in names:
+        if name in layer.lora_variant or layer.lora_B[name].bias is not None:
+            raise TypeError(
+                f"model: its head's adapter {name} is a variant of LoRA (such as DoRA) or has a "
+                "bias; use plain LoRA there, or leave lm_head out of target_modules"
+            )
+    if names and hasattr(layer.base_layer.weight, "ds_id"):
+        raise TypeError(
+            "model: its head carries an adapter, and DeepSpeed ZeRO-3 holds its weight in parts; "
+            "use ZeRO-2 or FSDP2, or leave lm_head out of target_modules"
+        )
+    return names
+
+
 def decoder_of(model: PreTrainedModel) -> nn.Module:
     """Return the submodule that computes the hidden states which the head reads.
 
-    Raises: TypeError if the architecture does not name it, or names its inputs differently.
+    Raises: TypeError if the architecture does not name it, names its inputs differently, or is an
+        encoder-decoder.
     """
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise TypeError(
+            f"model: {type(model).__name__} is an encoder-decoder; only decoder-only causal "
+            "language models are supported"
+        )
     try:
         named = model.get_decoder()
     except RecursionError:  # in a few architectures get_decoder() calls itself
@@ -123,22 +202,33 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
 def head_reads(model: nn.Module, read: Callable[[Tensor, Head], Tensor]) -> Iterator[None]:
     """Let model(...) return read(hidden states, head) instead of logits within this context.
 
+    A LoRA adapter on the head is part of both, as in :func:`adapted_head`. With
+    ``output_router_logits=True`` model(...) returns a second value, the load-balancing loss of a
+    mixture of experts.
+
     `read` runs as the forward of the head's module, within that of the wrapped model, so hooks that
     prepare a module's weights for its forward (FSDP, DeepSpeed ZeRO) or a model for its backward
     (DDP) do their work. Threads take turns; a model(...) call of a thread outside the context
     returns `read`'s result too.
     """
     lm = causal_lm(model)
-    head_of(lm)
+    layer = lm.get_output_embeddings()
+    active_adapters(layer)
+    _plain_head(lm, getattr(layer, "base_layer", layer))
     if isinstance(model, nn.DataParallel):
         raise TypeError("model: is in nn.DataParallel, which copies it; use one process a GPU")
-    layer = lm.get_output_embeddings()
+    decoder = decoder_of(lm)
 
-    def forward(**inputs: Any) -> Tensor:
+    def forward(**inputs: Any) -> Any:
         present = {name: value for name, value in inputs.items() if value is not None}
-        return layer(decoder_of(lm)(**present).last_hidden_state)
+        # The decoder alone takes no images; the model beneath the head merges them into its inputs.
+        output = (lm.base_model if "pixel_values" in present else decoder)(**present)
+        found = layer(output.last_hidden_state)
+        if not present.get("output_router_logits"):
+            return found
+        return found, router_loss(lm, output.router_logits, present.get("attention_mask"))
 
-    replacements = {lm: forward, layer: lambda hidden: read(hidden, head_of(lm))}
+    replacements = {lm: forward, layer: lambda hidden: read(*adapted_head(lm, hidden))}
     with FORWARD_LOCKS.setdefault(lm, RLock()):
         originals = {module: vars(module).get("forward") for module in replacements}
         try:
@@ -153,23 +243,45 @@ def head_reads(model: nn.Module, read: Callable[[Tensor, Head], Tensor]) -> Iter
                     module.forward = function
 
 
+def router_loss(
+    model: PreTrainedModel, router_logits: Any, attention_mask: Tensor | None
+) -> Tensor:
+    """Compute the load-balancing loss () of a mixture of experts, as transformers does."""
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    config: Any = model.config.get_text_config()
+    experts = getattr(config, "num_experts", None) or config.num_local_experts
+    return load_balancing_loss_func(  # type: ignore[return-value]
+        router_logits, experts, config.num_experts_per_tok, attention_mask
+    )
+
+
 @torch.no_grad()
-def check_head(model: nn.Module, head: Head) -> None:
+def check_head(model: nn.Module, head: Head | None = None) -> None:
     """Compare the head's logits with the model's own on 16 tokens; the model may be wrapped.
 
+    Args:
+        head: whose logit_scale and softcap are compared; None: as the model's config has them.
+
     Raises: TypeError if they differ: the loss would be that of another distribution; or if fp16
-        activations overflow.
+        activations overflow; or as adapted_head.
     """
-    vocab_size = causal_lm(model).config.get_text_config().vocab_size
-    ids = torch.arange(16, device=head.weight.device)[None] % vocab_size
+    lm = causal_lm(model)
+    embedding: Any = lm.get_input_embeddings()
+    ids = (
+        torch.arange(16, device=embedding.weight.device)[None]
+        % lm.config.get_text_config().vocab_size
+    )
+    seen = [head] if head else list[Head]()
 
     def read(hidden: Tensor, current: Head) -> Tensor:
+        seen.append(current)
         return nn.functional.linear(hidden, current.weight, current.bias)
 
-    expected = model(input_ids=ids, use_cache=False).logits.float()
     with head_reads(model, read):
         y = model(input_ids=ids, use_cache=False)
-    row = RowTransform(None, y.new_ones(y.shape[1]).float(), head.logit_scale, head.softcap)
+    expected = model(input_ids=ids, use_cache=False).logits.float()
+    row = RowTransform(None, y.new_ones(y.shape[1]).float(), seen[0].logit_scale, seen[0].softcap)
     worst = (transform(y[0].float(), row) - expected[0]).abs().max().item()
     if y.dtype == torch.float16 and expected.isnan().any():
         raise TypeError(OVERFLOW)
@@ -177,8 +289,8 @@ def check_head(model: nn.Module, head: Head) -> None:
     tolerance = 0.02 if y.dtype.itemsize == 2 else 0.001
     if not worst <= tolerance * max(1.0, expected.abs().max().item()):
         raise TypeError(
-            f"model: {type(causal_lm(model)).__name__}'s logits are not its head applied to its "
-            f"hidden states (they differ by {worst:.3g}); this architecture is not supported"
+            f"model: {type(lm).__name__}'s logits are not its head applied to its hidden states "
+            f"(they differ by {worst:.3g}); this architecture is not supported"
         )
 
 
@@ -196,7 +308,11 @@ def scored_positions(batch: Mapping[str, Tensor]) -> Tensor:
             raise ValueError(f"batch: {name} is {tuple(x.shape)}; expected (B, T), as input_ids")
     seen = batch.get("attention_mask", torch.ones_like(ids)) != 0
     counts = seen & (batch.get("labels", ids) != IGNORE_INDEX)
-    return nn.functional.pad(seen[:, :-1] & counts[:, 1:], (0, 1))
+    scores = seen[:, :-1] & counts[:, 1:]
+    if "position_ids" in batch:  # where they restart, the next document of a packed row begins
+        positions = batch["position_ids"]
+        scores &= positions[:, 1:] > positions[:, :-1]
+    return nn.functional.pad(scores, (0, 1))
 
 
 def entropy_loss(
@@ -222,24 +338,35 @@ def entropy_loss(
             fully_shard or DeepSpeed wrap it; its own forward is not called. Under accelerate's
             mixed precision call this within ``accelerator.autocast()``.
         batch: from a collator: input_ids (B, T), and if present attention_mask, position_ids and
-            labels. A token counts if its label is not -100 and the attention mask covers it and the
-            token before it.
+            labels. A token counts if its label is not -100, the attention mask covers it and the
+            token before it, and position_ids do not restart there, as they do at the first token of
+            a packed document.
         temperature, grad_tolerance, chunk_bytes: as in :func:`em_kernels.fused_entropy_loss`.
         num_items_in_batch: the number of tokens that count in all batches that one update
             accumulates: the sum is divided by it, and not by this batch's number.
 
     Returns:
-        The loss in nats, () fp32 (fp64 for fp64).
+        The loss in nats, () fp32 (fp64 for fp64). For a mixture of experts whose config has
+        output_router_logits=True, router_aux_loss_coef times its load-balancing loss is added, with
+        num_items_in_batch in proportion to the batch's tokens that count.
 
-    Gradient, precision, memory: as in :func:`em_kernels.fused_entropy_loss`.
+    Gradient, precision, memory: as in :func:`em_kernels.fused_entropy_loss`; with a LoRA adapter on
+        the head, as in :func:`adapted_head`. peft's prompt tuning is supported: its virtual tokens,
+        before each row, are not scored.
     Raises: ValueError, TypeError naming the argument. A model whose logits are not its head applied
         to its hidden states goes unnoticed here: call :func:`check_head` once.
     """
     mask = scored_positions(batch)
+    peft_configs = [getattr(m, "active_peft_config", None) for m in model.modules()]
+    if "position_ids" in batch and any(getattr(c, "is_prompt_learning", 0) for c in peft_configs):
+        raise ValueError(
+            "position_ids: peft leaves them out where it adds virtual tokens (prompt tuning); "
+            "give rows of one document each, without position_ids"
+        )
 
     def read(hidden: Tensor, head: Head) -> Tensor:
         return fused_entropy_loss(
-            hidden,
+            hidden[:, -mask.shape[1] :],
             head.weight,
             mask=mask.to(hidden.device),
             temperature=temperature,
@@ -249,9 +376,15 @@ def entropy_loss(
             **head.arguments(),
         )
 
-    inputs = {name: batch[name] for name in INPUTS if name in batch}
+    inputs: dict[str, Any] = {name: batch[name] for name in INPUTS if name in batch}
+    config: Any = causal_lm(model).config.get_text_config()
+    if balances := getattr(config, "output_router_logits", False):
+        inputs["output_router_logits"] = True
     with head_reads(model, read):
-        loss = model(**inputs, use_cache=False)
-    if num_items_in_batch is None:
-        return loss
-    return loss / torch.as_tensor(num_items_in_batch, device=loss.device).clamp(min=1)
+        found = model(**inputs, use_cache=False)
+    loss, balance = found if balances else (found, None)
+    share: float | Tensor = 1.0
+    if num_items_in_batch is not None:
+        total = torch.as_tensor(num_items_in_batch, device=loss.device).clamp(min=1)
+        loss, share = loss / total, mask.sum().to(loss.device) / total
+    return loss if balance is None else loss + config.router_aux_loss_coef * share * balance

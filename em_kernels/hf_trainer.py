@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from .hf import causal_lm, check_head, entropy_loss, head_of, scored_positions
+from .hf import check_head, entropy_loss, scored_positions
 
 
 class EntropyTrainer(Trainer):
@@ -41,6 +41,7 @@ class EntropyTrainer(Trainer):
             ("compute_loss_func", self.compute_loss_func),
             ("label_smoothing_factor", self.label_smoother),
             ("compute_metrics", self.compute_metrics),
+            ("preprocess_logits_for_metrics", self.preprocess_logits_for_metrics),
         ):
             if value is not None:
                 raise ValueError(
@@ -77,7 +78,7 @@ class EntropyTrainer(Trainer):
             training = model.training
             model.eval()  # dropout would make two forwards differ
             with self.accelerator.autocast():
-                check_head(model, head_of(causal_lm(model)))
+                check_head(model)
             model.train(training)
             self.head_checked = True
 

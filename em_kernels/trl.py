@@ -1,24 +1,37 @@
 """TRL's GRPOTrainer on :func:`em_kernels.fused_token_stats`."""
 
-from functools import partial
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .functional import fused_token_stats
-from .hf import Head, causal_lm, check_head, head_of, head_reads
+from .hf import Head, causal_lm, check_head, head_reads
+from .losses import em_rl_sequence_reward, em_rl_token_reward, intuitor_reward, rent_reward
+from .reference import IGNORE_INDEX, TokenStats
 
 try:
     from trl import GRPOTrainer
+    from trl.trainer import grpo_trainer
 except ImportError as error:
     raise ImportError(
         "em_kernels.trl: needs trl >= 1.16; install em-kernels[trl] (the cause is above)"
     ) from error
 
+INTRINSIC_REWARDS: dict[str, Callable[[TokenStats, Tensor, int], Tensor]] = {
+    "rent": lambda stats, mask, _: rent_reward(stats, mask),
+    "intuitor": intuitor_reward,
+    "em_rl_token": lambda stats, mask, _: em_rl_token_reward(stats, mask),
+    "em_rl_sequence": lambda stats, mask, _: em_rl_sequence_reward(stats, mask),
+}
+
 
 class FusedGRPOTrainer(GRPOTrainer):
-    """trl.GRPOTrainer that needs no logits.
+    """trl.GRPOTrainer that needs no logits, and knows rewards that need no reward model.
 
     Log-probabilities, entropies and their gradients come straight from the hidden states.
     Equivalent to ``trl.GRPOTrainer(...)``, with its arguments, loss and logs. Per token, for the
@@ -33,7 +46,17 @@ class FusedGRPOTrainer(GRPOTrainer):
         args = GRPOConfig(output_dir="run", entropy_coef=0.01)
         FusedGRPOTrainer("Qwen/Qwen3-0.6B", reward, args, dataset).train()
 
+    RENT with a reward for the format::
+
+        FusedGRPOTrainer("Qwen/Qwen3-0.6B", ["rent", format_reward], args, dataset).train()
+
     Args:
+        reward_funcs: as in trl.GRPOTrainer, or names of rewards of ``em_kernels.losses``: "rent",
+            "intuitor", "em_rl_token", "em_rl_sequence", alone or among others. They come from the
+            pass that computes the old log-probabilities; where TRL needs none, the ratio being 1,
+            from one such pass. They count the model's own tokens only, not a tool's, and are None
+            for a completion that mask_truncated_completions leaves out. A reward model in a folder
+            of such a name is given as "./rent".
         args: a GRPOConfig. ``entropy_coef`` times the mean entropy of the tokens is subtracted from
             the loss: > 0 is a bonus for entropy, < 0 minimises it (EM-RL). Where all rewards are
             equal, this term and the KL (``beta`` > 0) are the whole loss.
@@ -42,34 +65,94 @@ class FusedGRPOTrainer(GRPOTrainer):
     Gradient: of log-probabilities and entropies, equation (8) of ``em_kernels.reference``.
     Precision: logits and statistics are fp32 whatever the model's dtype, to which TRL rounds its
         logits; under autocast the hidden states and the head's weight are in autocast's dtype.
-    Memory: as in :func:`em_kernels.fused_token_stats`, for the completions' tokens only.
-    Raises: TypeError, ValueError for what is not supported: FSDP and DeepSpeed; images; the
-        load-balancing loss of a mixture of experts; ``cast_lm_head_to_fp32``, needless as logits
-        are fp32; an adapter on the head; an architecture whose logits are not its head applied to
-        its hidden states.
-    Source: GRPO, arXiv 2402.03300; entropy minimisation as a reward, arXiv 2505.15134.
+    Memory: as in :func:`em_kernels.fused_token_stats`, for the completions' tokens only; with a
+        LoRA adapter on the head, which TRL refuses, as in :func:`em_kernels.hf.adapted_head`. With
+        FSDP2 or DeepSpeed ZeRO-3 each rank gathers the head's whole weight, as for logits.
+    Raises: TypeError, ValueError for what is not supported: FSDP1; an adapter on the head with
+        DeepSpeed ZeRO-3, whose hooks do not gather the weight beneath it;
+        ``cast_lm_head_to_fp32``, needless as logits are fp32; an architecture whose logits are not
+        its head applied to its hidden states (with FSDP and DeepSpeed in the first step).
+    Source: GRPO, arXiv 2402.03300; entropy minimisation as a reward, arXiv 2505.15134; others in
+        ``em_kernels.losses``.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError(
-                "args: FSDP and DeepSpeed are not supported; use DDP, or trl.GRPOTrainer"
-            )
-        if self._is_vlm:
-            raise TypeError("model: vision-language models are not supported; use trl.GRPOTrainer")
-        if self.aux_loss_enabled:
-            coefficient = self.router_aux_loss_coef
-            raise ValueError(f"router_aux_loss_coef: {coefficient} is not supported; set it to 0")
+    def __init__(self, model: Any, reward_funcs: Any = None, *args: Any, **kwargs: Any) -> None:
+        given = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        self._intrinsic = [r for r in given if isinstance(r, str) and r in INTRINSIC_REWARDS]
+        for name in given:
+            if isinstance(name, str) and not (
+                name in INTRINSIC_REWARDS or "/" in name or os.path.isdir(name)
+            ):
+                raise ValueError(
+                    f"reward_funcs: {name!r} is none of {', '.join(INTRINSIC_REWARDS)}, and no "
+                    "reward model, which is a folder or owner/name"
+                )
+        self._scored: tuple[TokenStats, Tensor, int] | None = None
+        self._is_scoring = False
+        self._tool_masks: list[list[int]] | None = None
+        self._checked = set[nn.Module]()
+        rewards = [self._reward(r) if isinstance(r, str) else r for r in given if r is not None]
+        with _adapter_on_the_head():
+            super().__init__(model, rewards, *args, **kwargs)
+        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
+            raise ValueError('args: FSDP1 is not supported; set "version": 2 in fsdp_config')
         config: Any = self.args
         if config.cast_lm_head_to_fp32:
             raise ValueError("cast_lm_head_to_fp32: logits are fp32 without it; leave it False")
-        for model in (self.model, self.ref_model):
-            if model is not None:
-                training = model.training
-                with self.accelerator.autocast():
-                    check_head(model.eval(), head_of(causal_lm(model)))  # eval: no dropout
-                model.train(training)
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # the weights are all here
+            for found in (self.model, self.ref_model):
+                if found is not None:
+                    self._check(found)
+
+    def _check(self, model: nn.Module) -> None:
+        """Check a model's head once."""
+        lm = causal_lm(model)
+        if lm not in self._checked:
+            training = model.training
+            model.eval()  # dropout would make two forwards differ
+            with self.accelerator.autocast():
+                check_head(model)
+            model.train(training)
+            self._checked.add(lm)
+
+    def _reward(self, name: str) -> Any:
+        """Return the reward function of an intrinsic reward; another name is a reward model."""
+        if name not in INTRINSIC_REWARDS:
+            return name
+
+        def reward(**others: Any) -> list[float | None]:
+            assert self._scored is not None
+            stats, mask, vocab_size = self._scored
+            rewards = INTRINSIC_REWARDS[name](stats, mask, vocab_size).tolist()
+            return [r if n else None for r, n in zip(rewards, mask.sum(1).tolist(), strict=True)]
+
+        reward.__name__ = name  # in TRL's logs
+        return reward
+
+    def _generate(self, prompts: list[Any]) -> Any:
+        found = super()._generate(prompts)
+        self._tool_masks = found[2]
+        return found
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """Let TRL compute the old log-probabilities if a reward needs that pass, before rewards."""
+        if not self._intrinsic:
+            return super()._generate_and_score_completions(inputs)
+        config: Any = self.args
+        iterations, accumulated = self.num_iterations, config.gradient_accumulation_steps
+        is_needed = accumulated % (config.steps_per_generation * iterations) != 0 or (
+            self.use_vllm and self.vllm_importance_sampling_correction
+        )
+        self._is_scoring = True
+        try:
+            if not is_needed:  # TRL makes the pass for more iterations than steps accumulate
+                self.num_iterations = accumulated + 1
+            output = super()._generate_and_score_completions(inputs)
+        finally:
+            self.num_iterations, self._is_scoring, self._scored = iterations, False, None
+        if not is_needed:
+            del output["old_per_token_logps"]  # as in TRL the ratio is exactly 1
+        return output
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -77,32 +160,64 @@ class FusedGRPOTrainer(GRPOTrainer):
         input_ids: Tensor,
         attention_mask: Tensor,
         logits_to_keep: int,
-        batch_size: int | None = None,
+        *args: Any,
         **others: Any,
-    ) -> tuple[Tensor, Tensor, None]:
-        """Return log-probabilities and entropies (B, logits_to_keep) of the last tokens.
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return log-probabilities, entropies (B, logits_to_keep) and MoE loss, as TRL's method.
 
-        The third value, a router loss, is None. The wrapped model is called, as DDP must see its
-        forward.
+        The wrapped model is called, as DDP and FSDP must see its forward.
         """
-        rows = batch_size or len(input_ids)
-        parts = []
-        for ids, mask in zip(input_ids.split(rows), attention_mask.split(rows), strict=True):
-            read = partial(self._read, ids[:, -logits_to_keep:], mask[:, -logits_to_keep:])
-            with self.accelerator.autocast(), head_reads(model, read):
-                parts.append(model(input_ids=ids, attention_mask=mask, use_cache=False))
-        logprob, entropy = torch.cat(parts, dim=1)
-        return logprob, entropy, None
+        self._check(model)
+        keeps = self._is_scoring and self._scored is None
+        names = ["logprob", "entropy"]
+        if keeps and "intuitor" in self._intrinsic:
+            names += ["logsumexp", "mean_logit"]
+        parts, vocab_size = list[Tensor](), 0
 
-    def _read(self, tokens: Tensor, mask: Tensor, hidden: Tensor, head: Head) -> Tensor:
-        """Return logprob and entropy (2, B, tokens); hidden state t scores token t + 1."""
-        stats = fused_token_stats(
-            hidden[:, -tokens.shape[1] - 1 : -1],
-            head.weight,
-            tokens,
-            mask=mask,
-            temperature=self.temperature,
-            **head.arguments(),
+        def score(labels: Tensor, fused_lm_head: bool, **inputs: Any) -> SimpleNamespace:
+            """Return what TRL's fused head returns, for its labels; hidden t scores token t + 1."""
+            tokens = labels[:, -logits_to_keep:]
+
+            def read(hidden: Tensor, head: Head) -> Tensor:
+                nonlocal vocab_size
+                vocab_size = len(head.weight)
+                stats = fused_token_stats(
+                    hidden[:, -logits_to_keep - 1 : -1],
+                    head.weight,
+                    tokens,
+                    stats=names,
+                    mask=tokens != IGNORE_INDEX,
+                    temperature=self.temperature,
+                    **head.arguments(),
+                )
+                return torch.stack([getattr(stats, name) for name in names])
+
+            with head_reads(model, read):
+                found = model(**inputs, use_cache=False)
+            has_loss = inputs.get("output_router_logits", False)
+            values, aux_loss = found if has_loss else (found, None)
+            parts.append(values.detach())
+            return SimpleNamespace(log_probs=values[0], entropy=values[1], aux_loss=aux_loss)
+
+        found = super()._get_per_token_logps_and_entropies(
+            score, input_ids, attention_mask, logits_to_keep, *args, **others
         )
-        assert stats.logprob is not None and stats.entropy is not None
-        return torch.stack((stats.logprob, stats.entropy))
+        if keeps:
+            mask = attention_mask[:, -logits_to_keep:].clone()
+            for row, own in zip(mask, self._tool_masks or (), strict=False):
+                row[: len(own)] *= row.new_tensor(own)
+            stats = TokenStats(**dict(zip(names, torch.cat(parts, 1), strict=True)))
+            self._scored = stats, mask, vocab_size
+        return found
+
+
+@contextmanager
+def _adapter_on_the_head() -> Iterator[None]:
+    """Let TRL accept a head with an adapter, which its own fused head would ignore."""
+    module: Any = grpo_trainer
+    tuner = vars(module).get("BaseTunerLayer")  # absent without peft
+    module.BaseTunerLayer = ()  # what it looks for: nothing is an instance of it
+    try:
+        yield
+    finally:
+        module.BaseTunerLayer = tuner

@@ -7,7 +7,12 @@ import pytest
 import torch
 from truth import draw
 
-from em_kernels import entropy_from_logits, fused_entropy_loss, fused_token_stats
+from em_kernels import (
+    entropy_from_logits,
+    fused_entropy_loss,
+    fused_token_loss,
+    fused_token_stats,
+)
 from em_kernels.functional import entropy_loss_into
 
 N, D, V = 4, 3, 11
@@ -193,6 +198,50 @@ def test_no_silent_zero_in_forward_mode(loss, name):
 def test_no_silent_zero_in_forward_mode_of_logits():
     with pytest.raises(RuntimeError, match="^logits: has a forward-mode tangent"):
         torch.func.jvp(entropy_from_logits, (torch.ones(N, V),), (torch.ones(N, V),))
+
+
+TRANSFORMS = {
+    "grad": torch.func.grad,
+    "vmap": torch.func.vmap,
+    "jacrev": torch.func.jacrev,
+    "vmap of grad": lambda f: torch.func.vmap(torch.func.grad(f)),
+    "grad of vmap": lambda f: torch.func.grad(lambda x: torch.func.vmap(f)(x).sum()),
+}
+FUNCTIONS = {
+    "hidden": lambda x, weight: fused_entropy_loss(x, weight),
+    "none": lambda x, weight: fused_entropy_loss(x, weight, reduction="none").sum(),
+    "statistics": lambda x, weight: sum(fused_token_stats(x, weight, TARGETS)[:2]).sum(),
+    "one statistic": lambda x, weight: fused_token_stats(x, weight.detach()).entropy.sum(),
+    "custom": lambda x, weight: fused_token_loss(x, weight, None, lambda s, _: s.entropy),
+    "from logits": lambda x, weight: entropy_from_logits(x @ weight.T).sum(),
+}
+TARGETS = torch.arange(N)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_no_silent_zero_in_transforms(function, transform):
+    """vmap, for example, hides from the forward that hidden requires grad."""
+    weight = draw(N, D, V)[1]
+    call = TRANSFORMS[transform](lambda x: FUNCTIONS[function](x, weight))
+    with pytest.raises(RuntimeError, match=r"^(hidden|logits): is within a transform of torch\.f"):
+        call(torch.ones(2, N, D, requires_grad=True))
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_batched_upstream_gradients(function):
+    """Statistics take them; gradients that the forward has saved do not."""
+    hidden, weight, *_ = draw(N, D, V)
+    hidden.requires_grad_()
+    value = FUNCTIONS[function](hidden, weight)
+    settings = {"grad_outputs": torch.tensor([1.0, -2.0]), "is_grads_batched": True}
+    if function in ("hidden", "one statistic", "custom"):
+        with pytest.raises(RuntimeError, match="^is_grads_batched: .* once for each"):
+            torch.autograd.grad(value, hidden, **settings)
+        return
+    found = torch.autograd.grad(value, hidden, **settings, retain_graph=True)[0]
+    alone = torch.autograd.grad(value, hidden)[0]
+    assert alone.any() and torch.allclose(found, torch.stack((alone, -2 * alone)), rtol=1e-5)
 
 
 def test_meta_tensors_have_shapes():

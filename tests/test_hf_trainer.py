@@ -136,6 +136,19 @@ def test_packed_rows_count_by_their_labels():
     assert_close(entropy_loss(model, batch), entropy[[0, 1, 2, 3, 5, 6]].mean())
 
 
+@pytest.mark.parametrize("labels", [True, False])
+def test_first_tokens_of_packed_documents_do_not_count(labels):
+    """A document begins where position_ids restart; no label need say so."""
+    model, documents = make_model(), [row["input_ids"] for row in examples()][:4]
+    rows = [{"input_ids": x[None], "attention_mask": torch.ones_like(x)[None]} for x in documents]
+    expected = sum(eager(model, row, 1) for row in rows) / sum(len(x) - 1 for x in documents)
+    batch = {"input_ids": torch.cat(documents)[None]}
+    batch["position_ids"] = torch.cat([torch.arange(len(x)) for x in documents])[None]
+    if labels:
+        batch["labels"] = batch["input_ids"]
+    assert_close(entropy_loss(model, batch, temperature=TAU), expected)
+
+
 def test_batch_in_which_nothing_counts():
     model = make_model()
     batch = collate(list(examples())[:2])
@@ -332,7 +345,7 @@ def test_bad_settings_of_the_trainer(tmp_path):
         train(EntropyTrainer, tmp_path, Scaled(make_model().config))
     with pytest.raises(ValueError, match=r"^temperature: -1 is not > 0"):
         train(EntropyTrainer, tmp_path, temperature=-1)
-    for name in ("compute_loss_func", "compute_metrics"):
+    for name in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
         with pytest.raises(ValueError, match=f"^{name}: the loss is the entropy"):
             EntropyTrainer(make_model(), arguments(tmp_path), **{name: print})
     with pytest.raises(ValueError, match="^label_smoothing_factor: the loss is the entropy"):

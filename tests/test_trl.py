@@ -4,6 +4,7 @@ import gc
 import importlib
 import os
 import sys
+from contextlib import nullcontext
 
 import pytest
 
@@ -11,7 +12,7 @@ pytest.importorskip("trl", reason="trl needs Python 3.11")
 import torch
 import torch.distributed as dist
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PromptTuningConfig
 from spawned import spawn
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
@@ -21,7 +22,7 @@ from transformers import LlamaForCausalLM
 from trl import GRPOConfig, GRPOTrainer, __version__
 
 from em_kernels.ops import vocab_slabs
-from em_kernels.trl import FusedGRPOTrainer
+from em_kernels.trl import FusedGRPOTrainer, _adapter_on_the_head
 
 TESTED = "1.16"
 PROMPTS = [
@@ -31,6 +32,7 @@ PROMPTS = [
     "a",
 ]  # lengths differ, so they are padded on the left
 LORA = LoraConfig(target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+VIRTUAL = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
 CASES = {
     "policy gradient": {},
     "bonus": {"entropy_coef": 0.1, "temperature": 0.7},
@@ -40,13 +42,15 @@ CASES = {
     "accumulated": {"entropy_coef": 0.1, "gradient_accumulation_steps": 2},
     "adaptive": {"entropy_coef": 0.1, "use_adaptive_entropy": True, "entropy_target": 9.0},
     "lora": {"entropy_coef": -0.1, "beta": 0.1, "peft_config": LORA},
+    "virtual tokens": {"entropy_coef": -0.1, "peft_config": VIRTUAL},
 }
 
 
 def test_version_is_the_tested_one():
     assert __version__.startswith(f"{TESTED}."), (
         f"em_kernels.trl was tested with trl {TESTED}, this is {__version__}: read what its "
-        "_get_per_token_logps_and_entropies is given and its loss expects, then change TESTED"
+        "_get_per_token_logps_and_entropies is given and its loss expects, what _generate returns, "
+        "and when it computes old log-probabilities, then change TESTED"
     )
 
 
@@ -82,7 +86,9 @@ def equal(completions, **others):
     return [1.0] * len(completions)
 
 
-def make_trainer(kind, model, output, reward=varied, steps=3, peft_config=None, **changes):
+def make_trainer(
+    kind, model, output, reward=varied, steps=3, peft_config=None, data=None, **changes
+):
     model.generation_config.eos_token_id = list(range(60))  # some completions end early
     settings = {"per_device_train_batch_size": 4, "num_generations": 2, "max_steps": steps}
     settings |= {
@@ -93,12 +99,13 @@ def make_trainer(kind, model, output, reward=varied, steps=3, peft_config=None, 
     }
     settings |= {"use_cpu": True, "bf16": False, "report_to": "none", "logging_steps": 1}
     settings |= {"save_strategy": "no", "disable_tqdm": True}
+    dataset, processor = data or (Dataset.from_dict({"prompt": PROMPTS}), make_tokenizer())
     return type("Recorded", (Recorder, kind), {})(
         model,
         reward,
         GRPOConfig(str(output), **(settings | changes)),
-        Dataset.from_dict({"prompt": PROMPTS}),
-        processing_class=make_tokenizer(),
+        dataset,
+        processing_class=processor,
         peft_config=peft_config,
     )
 
@@ -187,6 +194,23 @@ def test_heads(kind, tmp_path):
     assert_same_training(ours, other, 1e-5)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_adapter_on_the_head(tied, tmp_path):
+    """TRL refuses it; the plain model's logits have it, and a disabled one is the reference."""
+    adapter = LoraConfig(
+        target_modules=["q_proj", "lm_head"], r=3, lora_alpha=5, init_lora_weights=False
+    )
+    settings = {"beta": 0.1, "entropy_coef": 0.1, "num_iterations": 2, "peft_config": adapter}
+    runs = []
+    for kind in (FusedGRPOTrainer, Plain):
+        with _adapter_on_the_head() if kind is Plain else nullcontext():
+            model = make_model(tied=tied, dtype=torch.float64)
+            runs.append(train(kind, model, tmp_path, **settings))
+    assert_same_training(*runs, 1e-9)
+    head = [x for name, x in runs[0][1].items() if "lm_head.lora" in name]
+    assert len(head) == 2 and all(x.any() for x in head)
+
+
 @pytest.mark.parametrize("coefficient", [0.0, 0.5, -0.5])
 def test_entropy_alone_moves_the_weights(coefficient, tmp_path):
     """Equal rewards have no policy gradient: TRL #6625, #5595, #6140."""
@@ -269,16 +293,13 @@ class Doubled(LlamaForCausalLM):
         return output
 
 
-def refuse(message, tmp_path, kind="llama", error=ValueError, **changes):
+def refuse(message, tmp_path, error=ValueError, **changes):
     with pytest.raises(error, match=message):
-        make_trainer(FusedGRPOTrainer, make_model(kind), tmp_path, **changes)
+        make_trainer(FusedGRPOTrainer, make_model(), tmp_path, **changes)
 
 
 def test_refusals(tmp_path):
     refuse("cast_lm_head_to_fp32: .* leave it False", tmp_path, cast_lm_head_to_fp32=True)
-    refuse(
-        "router_aux_loss_coef: 0.5 .* set it to 0", tmp_path, "mixtral", router_aux_loss_coef=0.5
-    )
     copied = LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
     refuse("head is a ModulesToSaveWrapper", tmp_path, error=TypeError, peft_config=copied)
     model = Doubled(make_model().config)

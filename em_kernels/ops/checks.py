@@ -62,7 +62,7 @@ def check_values(
 
 
 def check_float(name: str, x: Tensor) -> None:
-    """Check that x is a plain tensor of a supported dtype, without a forward-mode tangent."""
+    """Check that x is a plain tensor of a supported dtype, in no forward mode or torch.func."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
     if hasattr(x, "full_tensor"):
@@ -75,9 +75,17 @@ def check_float(name: str, x: Tensor) -> None:
 
 
 def check_tangent(name: str, x: Tensor) -> None:
+    """Refuse forward-mode tangents and torch.func's transforms, whose gradients would be lost."""
     if unpack_dual(x).tangent is not None:
         raise RuntimeError(
             f"{name}: has a forward-mode tangent, which would be lost; use em_kernels.reference"
+        )
+    # vmap hides that a tensor requires grad, and torch.func.grad cannot enter the ops.
+    compiling = torch.compiler.is_compiling()
+    if not compiling and torch._C._functorch.is_functorch_wrapped_tensor(x):
+        raise RuntimeError(
+            f"{name}: is within a transform of torch.func (grad, vmap or another), which is not "
+            "supported; use torch.autograd.grad, or em_kernels.reference"
         )
 
 

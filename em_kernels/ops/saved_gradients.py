@@ -25,6 +25,16 @@ def refuse_double_backward() -> None:
         )
 
 
+def refuse_batched(upstream: Tensor) -> None:
+    """Raise RuntimeError for several upstream gradients at once, by is_grads_batched or vmap."""
+    functorch = torch._C._functorch
+    if functorch.is_batchedtensor(upstream) or functorch.is_legacy_batchedtensor(upstream):
+        raise RuntimeError(
+            "is_grads_batched: the gradient that the forward has saved takes one upstream gradient "
+            "at a time; call torch.autograd.grad once for each, with retain_graph=True"
+        )
+
+
 def save_gradients(ctx, head, grad_tolerance, needs, gradients) -> None:
     """Save gradients.Gradients of (hidden, weight, bias) for saved_gradients().
 
@@ -47,6 +57,7 @@ def saved_gradients(ctx, upstream):
     refuse_double_backward()
     if upstream is None:
         return [None] * 3
+    refuse_batched(upstream)
     dh, dw, db, *others = ctx.saved_tensors
     dtypes = ctx.dtypes
     dhidden = _scale(dh, upstream, dtypes[0]) if ctx.needs[0] else None

@@ -309,6 +309,7 @@ def _token_stats_backward(ctx, upstream, *_):
     if upstream is None:
         return None, None, None, *others
     if ctx.single_stat_index >= 0:
+        saved_gradients.refuse_batched(upstream)
         dh, targets, mask = ctx.saved_tensors
         factors = upstream[ctx.single_stat_index]
         if mask is not None:  # not even NaN reaches a token that was left out

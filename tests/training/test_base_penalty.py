@@ -57,7 +57,7 @@ def test_loss_and_gradient(kind, changes, objective, tmp_path):
     model.zero_grad(set_to_none=True)
     loss, found = loss_and_gradients(model, ROLLOUTS, config)
     assert loss.entropy == pytest.approx(entropy.item(), rel=1e-6)
-    assert loss.divergence == pytest.approx(divergence.item(), rel=1e-6) and divergence > 0.01
+    assert loss.divergence == pytest.approx(divergence.item(), rel=1e-6) and divergence > 1e-4
     assert found.keys() == expected.keys()
     for name, gradient in found.items():
         assert (gradient - expected[name]).norm() <= 1e-6 * expected[name].norm(), name
@@ -68,8 +68,8 @@ def test_a_run(tmp_path):
     """A new adapter does nothing, so the first update's divergence is exactly 0."""
     base = save_tiny(tmp_path / "model", "qwen2", tied=False)
     free, held = (
-        run(settings(base, tmp_path / str(weight), mode="auto", steps=3, lr=0.01, **given)).metrics
-        for weight, given in ((0, {"mode": "lora"}), (5, {"kl_weight": 5.0}))
+        run(settings(base, tmp_path / mode, mode=mode, steps=3, lr=0.01, kl_weight=weight)).metrics
+        for mode, weight in (("lora", 0.0), ("auto", 5.0))
     )
     assert "divergence" not in free[0]
     assert held[0]["divergence"] == 0 and held[-1]["divergence"] > 0
