@@ -49,14 +49,15 @@ training.config
 training.settings training.interrupts training.console training.run_folder training.device_memory
 hf hf_trainer trl decoding
 functional losses
+tolerance from_logits
 ops.torch_library
-ops.chunked ops.vocab_slabs ops.from_logits ops.saved_gradients
+ops.chunked ops.vocab_slabs ops.gathered ops.from_logits ops.saved_gradients
 ops.gradients
 ops.weight_gradient
-ops.sparse
+ops.sparse ops.chosen
 ops.inputs
 ops.choice_costs
-ops.gemm ops.vocab_parallel ops.checks ops.flops ops.memory
+ops.gemm ops.vocab_parallel ops.support ops.checks ops.flops ops.memory
 kernels ops.free_memory
 reference
 """

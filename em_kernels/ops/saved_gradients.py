@@ -28,7 +28,7 @@ def refuse_double_backward() -> None:
 def save_gradients(ctx, head, grad_tolerance, needs, gradients) -> None:
     """Save gradients.Gradients of (hidden, weight, bias) for saved_gradients().
 
-    ctx.report and ctx.why_exact are for functional.gradient_report.
+    ctx.report and ctx.why_exact are for tolerance.gradient_report.
     """
     ctx.set_materialize_grads(False)
     *saved, ctx.report = gradients

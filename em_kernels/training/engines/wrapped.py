@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...functional import fused_entropy_loss, gradient_report
+from ...functional import fused_entropy_loss
 from ...hf import Head, head_reads, require_gradients
+from ...tolerance import gradient_report
 from ..rollouts.padding import PADS
 from ..rollouts.sampling import Rollout
 from ..runs.checkpoint import Writer, write_model
