@@ -215,7 +215,7 @@ def fused_token_stats(
         fields |= {"top_indices": top_indices, "tail_logprob": tail_logprob}
     # The backward needs the op's own outputs, and the caller may write into what it gets.
     copies = {name: fields[name].clone() for name in names}
-    return TokenStats(**{name: x.reshape(*shape, *x.shape[1:]) for name, x in copies.items()})
+    return TokenStats(**{name: x.reshape(shape + x.shape[1:]) for name, x in copies.items()})
 
 
 def _names_of(stats: Sequence[str] | None, has_targets: bool, has_top: bool) -> tuple[str, ...]:

@@ -264,9 +264,10 @@ def gradient_at_targets(
     log s and the Coefficients; upstream (rows, K) the targets' g, 0 where they are ignored.
     """
     targets, chosen, transform_of_chosen, is_here = take_targets(y, row)
-    gradient = _sum_of_equal(targets, upstream.masked_fill(~is_here, 0))
-    total = upstream.double().sum(1, keepdim=True)  # G - g_k may cancel
-    terms = TargetTerms(gradient, (total - gradient).to(gradient.dtype))
+    g = upstream.double()  # G - g_k may cancel
+    gradient = _sum_of_equal(targets, g.masked_fill(~is_here, 0))
+    others = g.sum(1, keepdim=True) - gradient
+    terms = TargetTerms(gradient.to(upstream.dtype), others.to(upstream.dtype))
     m, log_s, *factors = per_row
     rows = m, log_s, Coefficients(*factors)
     return targets, row_gradient(chosen, transform_of_chosen, *rows, terms)
@@ -295,23 +296,54 @@ def token_stats(
     temperature: float | Tensor = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    top_k: int = 0,
+    support: tuple[Tensor, Tensor] | None = None,
 ) -> TokenStats:
     """Compute every statistic of ``fused_token_stats`` in plain torch, with all logits in memory.
 
-    They are computed in fp32, or in fp64 for fp64.
+    They are computed in fp32, or in fp64 for fp64, and over a support all of them.
     """
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    shape = hidden.shape[:-1]
     rows = hidden.reshape(-1, hidden.shape[-1]).to(wide)
-    skip = None if mask is None else (mask == 0).reshape(-1)
-    if skip is not None:  # a token of weight 0 may hold NaN
+    skip = torch.zeros_like(rows[:, 0], dtype=torch.bool)
+    if mask is not None:  # a token of weight 0 may hold NaN
+        skip = (mask == 0).reshape(-1)
         rows = rows.masked_fill(skip[:, None], 0)
     y = torch.nn.functional.linear(rows, weight.to(wide), None if bias is None else bias.to(wide))
+    if support is not None:
+        y = y.masked_fill(_outside(support, y), -torch.inf)
     tau = torch.as_tensor(temperature, dtype=wide, device=y.device).reshape(-1).expand(len(y))
-    flat_targets = None if targets is None else targets.reshape(-1)
     z = transform(y, RowTransform(None, 1 / tau, logit_scale, softcap))
-    stats = statistics(row_parts(z, flat_targets), len(weight), flat_targets)
-    kept = (x if x is None or skip is None else x.masked_fill(skip, 0) for x in stats)
-    return TokenStats(*(None if x is None else x.reshape(hidden.shape[:-1]) for x in kept))
+    one = several = None
+    if targets is not None and targets.dim() < hidden.dim():
+        one = targets.reshape(-1)
+    elif targets is not None:
+        several = targets.reshape(len(y), targets.shape[-1])
+    parts = row_parts(z, one)
+    stats = statistics(parts, len(weight), one)
+    log_s = torch.log1p(parts.s1) + (parts.m - parts.m)
+    log_p = (z - parts.m[:, None]) - log_s[:, None]
+    if several is not None:
+        logprob = log_p.gather(1, several.clamp(min=0)).masked_fill(several == IGNORE_INDEX, 0)
+        stats = stats._replace(logprob=logprob)
+    if top_k > 0:
+        ordered, indices = log_p.sort(dim=1, descending=True, stable=True)
+        tail = ordered[:, top_k:].logsumexp(1).detach()
+        stats = TokenStats(*stats[:6], ordered[:, :top_k], indices[:, :top_k], tail)
+    for name, x in stats._asdict().items():
+        if x is not None:
+            kept = x.masked_fill(skip if x.dim() == 1 else skip[:, None], 0)
+            stats = stats._replace(**{name: kept.reshape(shape + x.shape[1:])})
+    return stats
+
+
+def _outside(support: tuple[Tensor, Tensor], y: Tensor) -> Tensor:
+    """Return which of y (rows, V) is outside the support, by rows of indices and their offsets."""
+    indices, counts = support[0], support[1].diff()
+    outside = torch.ones_like(y, dtype=torch.bool) & (counts > 0)[:, None]
+    outside[torch.repeat_interleave(counts), indices] = False
+    return outside
 
 
 def entropy_loss(

@@ -183,7 +183,9 @@ def sum_custom_loss(
 
     def per_token(stats: TokenStats, tokens: slice | Tensor) -> tuple[Tensor, TokenStats]:
         # Copies, which loss_fn may overwrite one by one: hence .data, as views would not do.
-        floats = [x.clone() for x in stats[:5] if x is not None]
+        given = [x for x in stats[:5] if x is not None]
+        copies = torch.cat([x.flatten() for x in given]).split([x.numel() for x in given])
+        floats = [copy.data.view(x.shape) for copy, x in zip(copies, given, strict=True)]
         leaves = _in_place_of(stats, floats)
         if stats.argmax is not None:
             leaves = leaves._replace(argmax=stats.argmax.clone())

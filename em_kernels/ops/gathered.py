@@ -134,9 +134,9 @@ def token_stats_backward(
         if needs.weight:
             _add_rows(dw, row_of_entry[part], factors * gathered.hidden[row_of])
     return (
-        inputs.spread(dh, active) if needs.hidden else dh,
-        _spread(dw, used, weight) if needs.weight else dw,
-        _spread(db, used, weight[:, 0]) if needs.bias else db,
+        inputs.spread(dh, active if needs.hidden else None),
+        _spread(dw, used, weight) if needs.weight else weight.new_empty(0),
+        _spread(db, used, weight[:, 0]) if needs.bias else weight.new_empty(0),
     )
 
 
