@@ -1,7 +1,7 @@
 """Row kernels: a chunk of raw logits in, statistics or their gradient out.
 
-One file per device, each with the same functions, which are documented here and get the first three
-fields of RowTerms one by one; only Triton's has gradient_of_columns, for which the others have
+One file per device, each with the same functions, which are documented here and get the fields of
+RowTerms one by one; only Triton's has gradient_of_columns, for which the others have
 parts. They know one target a row; what several need is added here, on the few values at them. y
 (rows, V) holds raw logits in fp32 or fp64 (on a GPU also in 16 bits), each row contiguous;
 statistics and everything per row are in the accumulation dtype; a gradient is written into separate
@@ -26,7 +26,6 @@ class RowTerms(NamedTuple):
     y: Tensor  # (rows, V) raw logits
     row: RowTransform
     per_row: Tensor  # (8, rows): m, log s, and the Coefficients
-    logprob_upstream: Tensor | None = None  # (rows, K) for several targets a row; else not read
 
 
 def kernels_for(x: Tensor, out_dtype: torch.dtype | None = None) -> ModuleType:
@@ -69,13 +68,16 @@ def gradient_factors(rows: FinishedRows, upstream: TokenStats, vocab_size: int) 
     return kernels_for(rows.m).gradient_factors(rows, upstream, vocab_size)
 
 
-def row_gradient(terms: RowTerms, out: Tensor) -> Tensor:
-    """Write dy (8), (rows, V), into out, in its dtype; return out."""
-    y, row, per_row, upstream = terms
+def row_gradient(terms: RowTerms, out: Tensor, logprob_upstream: Tensor | None = None) -> Tensor:
+    """Write dy (8), (rows, V), into out, in its dtype; return out.
+
+    logprob_upstream: (rows, K) where there are several targets a row; else it is not read.
+    """
     at_targets = None
-    if upstream is not None and upstream.dim() == 2:
+    if logprob_upstream is not None and logprob_upstream.dim() == 2:
         # Before y is overwritten, whose memory `out` may be.
-        at_targets = reference.gradient_at_targets(y, row, per_row, upstream)
+        at_targets = reference.gradient_at_targets(*terms, logprob_upstream)
+    y, row, per_row = terms
     kernels_for(y, out.dtype).row_gradient(y, _with_one_target(row), per_row, out)
     if at_targets is not None:
         out.scatter_(1, at_targets[0], at_targets[1].to(out.dtype))
@@ -92,7 +94,7 @@ def column_mass(terms: RowTerms) -> tuple[Tensor, Tensor]:
 
     dy is equation (8)'s, and is not stored.
     """
-    return kernels_for(terms.y).column_mass(*terms[:3])
+    return kernels_for(terms.y).column_mass(*terms)
 
 
 def choose_columns(
@@ -121,7 +123,7 @@ def gradient_of_columns(
     """
     kernels = kernels_for(terms.y, dtype)
     if hasattr(kernels, "gradient_of_columns"):  # gathers and computes at once
-        return kernels.gradient_of_columns(*terms[:3], vocab_indices, dtype, residual)
+        return kernels.gradient_of_columns(*terms, vocab_indices, dtype, residual)
     taken = portable.take_columns(terms.y, terms.row, vocab_indices)
     residual -= kernels.column_mass(*taken, terms.per_row)[1]
     out = gradient_buffer(taken[0], dtype)

@@ -135,8 +135,9 @@ def sum_losses(
             continue
         upstream, scale = scale_upstream(upstream, inputs.operand)
         per_row = kernels.gradient_factors(chunk.finished, upstream, inputs.vocab_size)
-        terms = RowTerms(chunk.y, chunk.row, per_row, upstream.logprob)
-        pending.append(accumulator.begin(chunk.tokens, chunk.hidden, terms, scale))
+        terms = RowTerms(chunk.y, chunk.row, per_row)
+        given = chunk.tokens, chunk.hidden, terms, scale, upstream.logprob
+        pending.append(accumulator.begin(*given))
         # The next chunk's logits overwrite the oldest buffer.
         while len(pending) >= accumulator.selector.buffers:
             accumulator.finish(pending.popleft())

@@ -156,8 +156,8 @@ def _logit_gradient(
         finished = FinishedRows(TokenStats(*statistics[:, rows]), m[rows], log_s[rows])
         up_of_rows = TokenStats._make(None if x is None else x[rows] for x in up)
         per_row = kernels.gradient_factors(finished, up_of_rows, inputs.vocab_size)
-        terms = RowTerms(logits, row, per_row, up_of_rows.logprob)
-        dy[elements] = kernels.row_gradient(terms, logits)[place]
+        terms = RowTerms(logits, row, per_row)
+        dy[elements] = kernels.row_gradient(terms, logits, up_of_rows.logprob)[place]
     return dy
 
 

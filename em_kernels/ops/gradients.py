@@ -46,6 +46,7 @@ class PendingChunk(NamedTuple):
     hidden: Tensor  # (n, D)
     terms: RowTerms
     scale: float  # what its dy has to be multiplied by
+    logprob_upstream: Tensor | None  # as kernels.row_gradient takes it
     selection: Selection | None  # None: all columns
 
 
@@ -118,9 +119,15 @@ class GradAccumulator:
         self.masses = hidden.new_zeros(2, dtype=wide)  # left out, and of all columns
 
     def begin(
-        self, tokens: slice | Tensor, hidden: Tensor, terms: RowTerms, scale: float
+        self,
+        tokens: slice | Tensor,
+        hidden: Tensor,
+        terms: RowTerms,
+        scale: float,
+        logprob_upstream: Tensor | None = None,
     ) -> PendingChunk:
-        return PendingChunk(tokens, hidden, terms, scale, self.selector.begin(terms))
+        selection = self.selector.begin(terms)
+        return PendingChunk(tokens, hidden, terms, scale, logprob_upstream, selection)
 
     def finish(self, chunk: PendingChunk) -> None:
         rows, columns = chunk.terms.y.shape
@@ -160,12 +167,14 @@ class GradAccumulator:
     def _add_all_columns(self, chunk: PendingChunk) -> None:
         y, operand = chunk.terms.y, self.inputs.operand
         if self.batch.capacity == 0:
-            dy = kernels.row_gradient(chunk.terms, kernels.gradient_buffer(y, operand))
+            out = kernels.gradient_buffer(y, operand)
+            dy = kernels.row_gradient(chunk.terms, out, chunk.logprob_upstream)
             self._multiply(chunk.tokens, dy, chunk.scale, chunk.hidden)
             return
         if self.batch.rows + len(y) > self.batch.capacity:
             self._multiply_batch()
-        kernels.row_gradient(chunk.terms, self.batch.extend(chunk.tokens, y, operand))
+        out = self.batch.extend(chunk.tokens, y, operand)
+        kernels.row_gradient(chunk.terms, out, chunk.logprob_upstream)
         if self.keeps_dy:
             self.scales.append((len(y), chunk.scale))
 

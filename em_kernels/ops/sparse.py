@@ -57,7 +57,7 @@ def choose_columns(
 
 def take_rows(terms: RowTerms, step: int) -> RowTerms:
     """Return the terms of every step-th row."""
-    y, row, per_row, _ = terms
+    y, row, per_row = terms
     row = row._replace(
         inv_temperature=row.inv_temperature[::step].contiguous(),
         targets=None if row.targets is None else row.targets[::step],

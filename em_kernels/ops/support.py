@@ -78,7 +78,7 @@ class Support(NamedTuple):
                 f"support: {out_of_range} indices out of range; they must be in [0, {vocab_size})"
             )
         keys = (self.row_of * vocab_size + indices).sort().values
-        twice = keys[1:][keys.diff() == 0].tolist()
+        twice = keys[1:][keys.diff() == 0][:1].tolist()
         if twice:
             token, entry = divmod(twice[0], vocab_size)
             raise ValueError(
@@ -89,7 +89,7 @@ class Support(NamedTuple):
         targets = targets if targets.dim() == 2 else targets[:, None]
         outside = (self.places_of(targets, vocab_size) < 0) & (targets != IGNORE_INDEX)
         counts_if = counts > 0 if mask is None else (counts > 0) & (mask != 0)
-        found = (outside & counts_if[:, None]).nonzero().tolist()
+        found = (outside & counts_if[:, None]).nonzero()[:1].tolist()
         if found:
             token, column = found[0]
             raise ValueError(

@@ -173,7 +173,7 @@ def token_stats_backward(
             out = out[:, : len(w)]
         else:
             out = kernels.gradient_buffer(y, inputs.operand)
-        dy = kernels.row_gradient(RowTerms(y, row, per_row, up.logprob), out)
+        dy = kernels.row_gradient(RowTerms(y, row, per_row), out, up.logprob)
         if needs.hidden:
             gemm(dh, dy, w, accumulate=True, alpha=scale)
         if needs.weight:
