@@ -304,6 +304,7 @@ def test_targets_outside(sizes):
         ({"stats": TokenStats._fields[:6]}, "mean_logit"),
         ({"stats": ("argmax",)}, "argmax"),
         ({"top_k": 2}, "top_k"),
+        ({"process_group": "any"}, "a vocabulary split over a process_group"),
     ],
 )
 def test_what_it_is_not_for(arguments, text):

@@ -74,16 +74,18 @@ def _logits(inputs: HeadInputs, gathered: Gathered) -> Tensor:
 
 
 def _blocks(inputs: HeadInputs, gathered: Gathered, y: Tensor) -> Iterator[Block]:
-    """Yield blocks of tokens, those of the largest supports first, so that little is padding."""
+    """Yield blocks of tokens whose supports are of like size: at most half of it is padding."""
     support = gathered.support
     order = support.counts.argsort(descending=True, stable=True)
     widths = support.counts[order].tolist()
     budget = logits_budget(inputs.chunk_bytes, y.device, DEFAULT_BYTES) // y.itemsize
     begin = 0
     while begin < len(order):
-        width = widths[begin]
-        tokens = order[begin : begin + max(1, budget // width)]
-        begin += len(tokens)
+        width, end = widths[begin], begin + 1
+        while end < len(order) and 2 * widths[end] >= width and (end + 1 - begin) * width <= budget:
+            end += 1
+        tokens = order[begin:end]
+        begin = end
         elements, row_of = support.positions_of(tokens)
         place = row_of, elements - support.offsets[tokens][row_of]
         padded = y.new_full((len(tokens), width), -torch.inf)
