@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from .functional import REDUCTIONS, _check_stat_names, _require_grad
+from .functional import REDUCTIONS, STATS, _check_stat_names, _require_grad
 from .ops import torch_library
 from .ops.checks import check_arguments, check_head, check_number, check_scale_and_cap
 from .ops.divergence import ReferenceArguments
@@ -87,7 +87,7 @@ def fused_divergence(
     beta = check_number("beta", beta)
     if not 0 <= beta <= 1:
         raise ValueError(f"beta: {beta} is not in [0, 1]; 0 is the forward KL, 1 the reverse")
-    _check_stat_names("return_stats", return_stats, targets=None)
+    _check_stat_names("return_stats", return_stats, has_targets=False)
     hidden, weight, bias = check_head(hidden, weight, bias)
     ref_hidden, ref_weight, ref_bias = check_head(ref_hidden, ref_weight, ref_bias, prefix="ref_")
     if ref_hidden.shape[:-1] != hidden.shape[:-1]:
@@ -126,5 +126,5 @@ def fused_divergence(
         )
     if return_stats is None:
         return loss
-    fields = dict(zip(TokenStats._fields, statistics.unbind(0), strict=False), argmax=argmax)
+    fields = dict(zip(STATS, statistics.unbind(0), strict=False), argmax=argmax)
     return loss, TokenStats(**{name: fields[name].reshape(shape) for name in return_stats})

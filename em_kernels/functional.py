@@ -8,12 +8,14 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from .ops import choice_costs, chunked, torch_library
-from .ops.checks import check_arguments, check_float, check_tolerance, check_transform
+from .ops.checks import check_arguments, check_support, check_tolerance, check_top_k
 from .ops.inputs import GradMask, build_inputs
 from .ops.weight_gradient import WeightGradCallback
 from .reference import TokenStats
 from .tolerance_report import GradientReport
 
+STATS = TokenStats._fields[:6]  # in fused_token_stats's stats; top_k adds the other fields
+OF_SUPPORT = TokenStats._fields[:3]
 REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -127,6 +129,8 @@ def fused_token_stats(
     softcap: float | None = None,
     chunk_bytes: int | None = None,
     process_group: ProcessGroup | None = None,
+    top_k: int | None = None,
+    support: tuple[Tensor, Tensor] | None = None,
 ) -> TokenStats:
     """Compute differentiable statistics of each token's next-token distribution.
 
@@ -140,55 +144,109 @@ def fused_token_stats(
         mean_logit = logits.mean(-1)
         log_collision = (2 * logp).logsumexp(-1)
         argmax = logits.argmax(-1)
+        top_logprobs, top_indices = logp.topk(top_k)
+        tail_logprob = logp.scatter(-1, top_indices, -math.inf).logsumexp(-1)
 
     Args:
         hidden, weight, bias, temperature, logit_scale, softcap, chunk_bytes, process_group: as in
             :func:`fused_entropy_loss`.
         targets: (...) int64, each in [0, V), or -100 for a token without one (its logprob is 0,
-            without gradient).
+            without gradient). Or (..., K), several for each token: logprob is then (..., K), that
+            of ``logp.gather(-1, targets)``. A target may be there more than once.
         stats: names of the fields to return; default entropy, and logprob where there are targets.
         mask: (...) weights; tokens of weight 0 are left out: their statistics are 0, and they may
             hold NaN.
+        top_k: adds top_logprobs and top_indices (..., top_k) of the most probable entries,
+            descending, of equal ones the lower index first; and tail_logprob (...), the log of the
+            sum of all other probabilities, -inf where there are none.
+        support: (indices (nnz,), offsets (N + 1,)), int64: restricts the distribution of token i of
+            the flattened N, masked ones included, to the entries indices[offsets[i]:offsets[i + 1]]
+            (what top-k or top-p sampling left, say), as if all other logits were -inf. They are
+            distinct, in any order; none at all stand for the whole vocabulary. Targets lie within.
+            For entropy, logprob and logsumexp, and not with top_k or a process_group.
 
     Returns:
         TokenStats; each field (...) fp32 in nats (fp64 for fp64), argmax int64, None where not
         asked for.
 
-    Gradient: for hidden, weight and bias, with any upstream per token and statistic; argmax has
-        none. Where all fp32 logits (N, V) fit into chunk_bytes they are kept, and GEMM work is 3
-        times that of the forward alone; otherwise the backward recomputes them: 4 times. A single
-        statistic with weight and bias frozen keeps its gradient from the forward: 2 times. No
-        second derivatives.
+    Gradient: for hidden, weight and bias, with any upstream per token and statistic; argmax,
+        top_indices and tail_logprob have none. Where all fp32 logits (N, V) fit into chunk_bytes
+        they are kept, and GEMM work is 3 times that of the forward alone; otherwise the backward
+        recomputes them: 4 times. A single statistic with weight and bias frozen keeps its gradient
+        from the forward: 2 times. A support of at most N V / 16 entries, some for each token, takes
+        the products with these alone. No second derivatives.
     Precision: as in :func:`fused_entropy_loss`.
     Memory: the kept logits, until the graph is freed: at most chunk_bytes, by default 1 GiB or an
         eighth of the free memory, whichever is less; and in the backward a slab of at most 64 MiB.
         Otherwise chunk_bytes for a slab of logits (all tokens, some vocabulary entries) and of
         dweight, by default 64 MiB or, if that is more, 16 times an fp32 hidden. The backward also
         holds an fp32 dhidden; a single statistic with a frozen head holds it from the forward on.
+        top_k takes some copies of 8 MiB of logits, on a GPU 64 MiB. A small support takes its
+        logits, chunk_bytes (by default 64 MiB) of gathered weights, and in the backward an fp32
+        dweight of its entries.
     Raises: ValueError, TypeError naming the argument; RuntimeError on double backward.
     Source: equations (1)-(8) of ``em_kernels.reference``.
     """
-    default = ("entropy",) if targets is None else ("entropy", "logprob")
-    names = default if stats is None else tuple(stats)
-    if not names:
-        raise ValueError(f"stats: {stats!r} is not a sequence of names; give some, or None")
-    _check_stat_names("stats", stats, targets)
+    k = check_top_k(top_k)
+    names = _names_of(stats, targets is not None, k > 0)
+    if support is not None:
+        _check_for_support(names, k, process_group)
     transform = (temperature, logit_scale, softcap)
     head = check_arguments(
         hidden, weight, bias, targets, mask, transform, chunk_bytes, process_group
     )
+    entries = check_support(support, hidden)
     needs, shape = _require_grad(*head[:3]), hidden.shape[:-1]
     floats = [name for name in names if name != "argmax"]
+    several = head.targets is not None and head.targets.dim() == 2
     # One statistic under a frozen head gets its gradient in the forward: no logits recomputed.
     is_single = len(floats) == 1 and needs == [True, False, False]
-    single_stat_index = TokenStats._fields.index(floats[0]) if is_single else -1
-    with_collision_and_argmax = not set(names) <= set(TokenStats._fields[:3])
-    statistics, argmax, *_ = torch_library.token_stats_op(
-        *head, needs, with_collision_and_argmax, single_stat_index
+    is_single = is_single and not several and k == 0 and support is None
+    single_stat_index = STATS.index(floats[0]) if is_single else -1
+    with_collision_and_argmax = not set(names) <= set(OF_SUPPORT)
+    statistics, argmax, *_, chosen, top_indices, tail_logprob = torch_library.token_stats_op(
+        *head, needs, with_collision_and_argmax, single_stat_index, k, *entries
     )
-    fields = dict(zip(TokenStats._fields, statistics.unbind(0), strict=False), argmax=argmax)
+    fields = dict(zip(STATS, statistics.unbind(0), strict=False), argmax=argmax)
+    if several:
+        fields["logprob"] = chosen[:, : chosen.shape[1] - k]
+    if k > 0:
+        names = (*names, "top_logprobs", "top_indices", "tail_logprob")
+        fields["top_logprobs"] = chosen[:, chosen.shape[1] - k :]
+        fields |= {"top_indices": top_indices, "tail_logprob": tail_logprob}
     # The backward needs the op's own outputs, and the caller may write into what it gets.
-    return TokenStats(**{name: fields[name].clone().reshape(shape) for name in names})
+    copies = {name: fields[name].clone() for name in names}
+    return TokenStats(**{name: x.reshape(shape + x.shape[1:]) for name, x in copies.items()})
+
+
+def _names_of(stats: Sequence[str] | None, has_targets: bool, has_top: bool) -> tuple[str, ...]:
+    """Return the names of the statistics that are asked for, those of top_k aside."""
+    default = ("entropy", "logprob") if has_targets else ("entropy",)
+    names = default if stats is None else tuple(stats)
+    if not names:
+        raise ValueError(f"stats: {stats!r} is not a sequence of names; give some, or None")
+    if not has_top and set(names) == set(TokenStats._fields):
+        names = STATS
+    of_top = [name for name in names if name in TokenStats._fields[len(STATS) :]]
+    if of_top and not has_top:
+        raise ValueError(f"stats: {of_top[0]} needs top_k")
+    names = tuple(name for name in names if name not in of_top)
+    _check_stat_names("stats", stats if isinstance(stats, str) else names, has_targets)
+    return names
+
+
+def _check_for_support(
+    names: tuple[str, ...], top_k: int, process_group: ProcessGroup | None
+) -> None:
+    """Refuse what is not defined, or not built, for distributions over a support."""
+    if process_group is not None:
+        raise ValueError("support: is not for a vocabulary split over a process_group; give none")
+    if top_k > 0:
+        raise ValueError("support: is not for top_k; leave one of them out")
+    for name in names:
+        if name not in OF_SUPPORT:
+            known = ", ".join(OF_SUPPORT)
+            raise ValueError(f"support: is not for {name}; stats may have {known}")
 
 
 @torch._disable_dynamo  # torch.compiler.disable would import the compiler here and now
@@ -242,13 +300,14 @@ def fused_token_loss(
     Args:
         hidden, weight, bias, temperature, logit_scale, softcap, grad_tolerance, chunk_bytes,
             process_group: as in :func:`fused_entropy_loss`.
-        targets: (...) int64 as in :func:`fused_token_stats`, or None: then there is no logprob.
+        targets: (...) or (..., K) int64 as in :func:`fused_token_stats`, or None: then there is no
+            logprob. (..., K) needs grad_tolerance 0.
         loss_fn: called once per chunk with (stats, index) -> losses (n,), real: stats is TokenStats
-            of the chunk's n tokens, each field (n,); index (n,) int64 their positions in the
-            flattened hidden. Autograd differentiates it there. It may read other tensors, which
-            must not require grad. With return_stats it may return (losses, extras) instead, extras
-            a dict of tensors (n,); where the mask leaves no token it is then called once, with
-            n = 0.
+            of the chunk's n tokens, each field (n,), logprob (n, K) for several targets; index (n,)
+            int64 their positions in the flattened hidden. Autograd differentiates it there. It may
+            read other tensors, which must not require grad. With return_stats it may return
+            (losses, extras) instead, extras a dict of tensors (n,); where the mask leaves no token
+            it is then called once, with n = 0.
         return_stats: names of statistics to return, () for loss_fn's extras alone.
         mask: (...) weights of the losses, negative ones too. Tokens of weight 0 never reach
             loss_fn; what is returned for them is 0.
@@ -266,12 +325,14 @@ def fused_token_loss(
     """
     if not callable(loss_fn):
         raise TypeError(f"loss_fn: expected a function, got {type(loss_fn).__name__}")
-    _check_stat_names("return_stats", return_stats, targets)
+    _check_stat_names("return_stats", return_stats, targets is not None)
     grad_tolerance = check_tolerance(grad_tolerance)
     transform = (temperature, logit_scale, softcap)
     head = check_arguments(
         hidden, weight, bias, targets, mask, transform, chunk_bytes, process_group
     )
+    if grad_tolerance > 0 and head.targets is not None and head.targets.dim() == 2:
+        raise ValueError("grad_tolerance: is not for several targets a token; give 0")
     needs, grad_enabled = _require_grad(*head[:3]), torch.is_grad_enabled()
     loss, *found = torch_library.TokenLoss.apply(
         *head, grad_tolerance, needs, loss_fn, grad_enabled, return_stats
@@ -344,44 +405,14 @@ def entropy_loss_into(
     return loss, dhidden, dbias, report
 
 
-def entropy_from_logits(logits: Tensor, *, temperature: float | Tensor = 1.0) -> Tensor:
-    """Compute the entropy of logits that already exist.
-
-    The forward needs no second tensor of their size. Equivalent to
-    ``torch.distributions.Categorical(logits=logits.float() / temperature).entropy()``,
-    with -inf allowed.
-
-    Args:
-        logits: (..., V) fp32, bf16, fp16, or fp64.
-        temperature: > 0; a number, or (...) one per row.
-
-    Returns:
-        (...) entropy in nats, fp32 (fp64 for fp64).
-
-    Gradient: for logits, in their dtype. No second derivatives.
-    Precision: fp32 statistics whatever the logits' dtype.
-    Memory: 16 MiB of work space; the gradient in the backward; a copy of logits whose leading
-        dimensions no view can flatten, such as logits[:, :-1].
-    Raises: ValueError, TypeError naming the argument; RuntimeError on double backward.
-    Source: equations (1)-(3) and (8) of ``em_kernels.reference``.
-    """
-    check_float("logits", logits)
-    if logits.dim() < 1 or logits.shape[-1] == 0:
-        raise ValueError(f"logits: expected (..., V) with V > 0, got {tuple(logits.shape)}")
-    temperatures, scalars = check_transform(temperature, 1.0, None, logits)
-    flat = logits.reshape(-1, logits.shape[-1])
-    entropy, *_ = torch_library.entropy_from_logits_op(flat, temperatures, scalars[2])
-    return entropy.clone().reshape(logits.shape[:-1])  # the backward needs the op's own output
-
-
-def _check_stat_names(argument: str, names: Sequence[str] | None, targets: Tensor | None) -> None:
+def _check_stat_names(argument: str, names: Sequence[str] | None, has_targets: bool) -> None:
     if isinstance(names, str):
         raise ValueError(f"{argument}: {names!r} is not a sequence of names; give some, or None")
     for name in names or ():
-        if name not in TokenStats._fields:
-            known = ", ".join(TokenStats._fields)
+        if name not in STATS:
+            known = ", ".join(STATS)
             raise ValueError(f"{argument}: {name!r} is unknown; use some of {known}")
-        if name == "logprob" and targets is None:
+        if name == "logprob" and not has_targets:
             raise ValueError(f"{argument}: logprob needs targets")
 
 

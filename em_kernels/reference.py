@@ -16,6 +16,8 @@ Symbols: N tokens, D hidden size, V vocabulary size. For one token with raw logi
         dz_j = p_j (alpha + beta log p_j + rho p_j) + gamma [j = target] + delta
         beta = -gH;  alpha = -gH H - gl + gL - 2 gR;  gamma = gl;  delta = ga / V;
         rho = 2 gR / sum_j p_j^2
+        with several targets: -G p_j in place of -gl p_j, where G sums the targets' g_k; at target k
+        -g_k expm1(log p_k) - p_k (G - g_k), where equal targets' g are one g_k
         dy_j = dz_j / temperature * (1 - (c_j / softcap)^2) * logit_scale
     (9) dhidden = dy W;  dW = dy^T hidden;  dbias = sum over tokens of dy
     (10) divergence from a reference q: beta = 0: KL(q || p); beta = 1: KL(p || q); between them
@@ -41,15 +43,19 @@ IGNORE_INDEX = -100
 class TokenStats(NamedTuple):
     """Statistics of each token's next-token distribution, in nats; those not asked for are None.
 
-    Where there is no distribution (a NaN, or no finite logit) all are NaN, and argmax is 0.
+    Where there is no distribution (a NaN, or no finite logit) all are NaN, argmax is 0 and
+    top_indices are 0, 1, 2 and so on.
     """
 
     entropy: Tensor | None = None
-    logprob: Tensor | None = None
+    logprob: Tensor | None = None  # (..., K) for several targets a token
     logsumexp: Tensor | None = None
     mean_logit: Tensor | None = None
     log_collision: Tensor | None = None
     argmax: Tensor | None = None
+    top_logprobs: Tensor | None = None  # (..., k) descending
+    top_indices: Tensor | None = None  # (..., k) int64; of equal entries the lower index is first
+    tail_logprob: Tensor | None = None  # log of the sum of all other probabilities
 
 
 class RowTransform(NamedTuple):
@@ -59,7 +65,8 @@ class RowTransform(NamedTuple):
     inv_temperature: Tensor  # (rows,)
     logit_scale: float = 1.0
     softcap: float | None = None
-    targets: Tensor | None = None  # (rows,) int64; outside [0, V): in another part
+    # (rows,) int64, or (rows, K) for several a row; outside [0, V): in another part
+    targets: Tensor | None = None
 
 
 class RowParts(NamedTuple):
@@ -101,6 +108,32 @@ def transform(y: Tensor, row: RowTransform) -> Tensor:
     u = y.masked_fill(masked, 0) * row.logit_scale
     c = u if row.softcap is None else row.softcap * torch.tanh(u / row.softcap)
     return (c * row.inv_temperature[:, None]).masked_fill(masked, -torch.inf)
+
+
+class TargetTerms(NamedTuple):
+    """What (8) has at several targets of a row, each (rows, K)."""
+
+    gradient: Tensor  # g_k, of equal targets together
+    others: Tensor  # G - g_k
+
+
+def take_targets(y: Tensor, row: RowTransform) -> tuple[Tensor, Tensor, RowTransform, Tensor]:
+    """Gather the raw logits of several targets a row, as if there were no other entries.
+
+    Returns (targets (rows, K), raw logits (rows, K), their transform, and whether each is in this
+    part (rows, K)). For a target in another part entry 0 stands in.
+    """
+    assert row.targets is not None
+    is_here = (row.targets >= 0) & (row.targets < y.shape[1])
+    targets = row.targets.masked_fill(~is_here, 0)
+    bias = None if row.bias is None else row.bias[targets]
+    return targets, y.gather(1, targets), row._replace(bias=bias, targets=None), is_here
+
+
+def target_logits(y: Tensor, row: RowTransform) -> Tensor:
+    """Return z of several targets a row (rows, K), -inf for those in another part."""
+    _, chosen, transform_of_chosen, is_here = take_targets(y, row)
+    return transform(chosen, transform_of_chosen).masked_fill(~is_here, -torch.inf)
 
 
 def row_parts(z: Tensor, targets: Tensor | None = None) -> RowParts:
@@ -198,16 +231,26 @@ def coefficients(stats: TokenStats, upstream: TokenStats, vocab_size: int) -> Co
 
 
 def row_gradient(
-    y: Tensor, row: RowTransform, m: Tensor, log_s: Tensor, factors: Coefficients
+    y: Tensor,
+    row: RowTransform,
+    m: Tensor,
+    log_s: Tensor,
+    factors: Coefficients,
+    at_targets: TargetTerms | None = None,
 ) -> Tensor:
-    """Compute dy (8), (rows, V), from raw logits y (rows, V); m and log_s are (rows,)."""
+    """Compute dy (8), (rows, V), from raw logits y (rows, V); m and log_s are (rows,).
+
+    at_targets: where y holds nothing but several targets of each row.
+    """
     z = transform(y, row)
     masked = z == -torch.inf
     alpha, beta, gamma, delta, rho, at_target = (factor[:, None] for factor in factors)
     log_p = ((z - m[:, None]) - log_s[:, None]).masked_fill(masked, 0)
     p = torch.exp(log_p)
     target_terms = -gamma * p
-    if row.targets is not None:
+    if at_targets is not None:
+        target_terms = -at_targets.gradient * torch.expm1(log_p) - at_targets.others * p
+    elif row.targets is not None:
         is_target = torch.arange(y.shape[1], device=y.device) == row.targets[:, None]
         target_terms = torch.where(is_target, at_target, target_terms)
     dz = p * (alpha + beta * log_p + rho * p) + target_terms + delta
@@ -224,6 +267,37 @@ def through_transform(dz: Tensor, y: Tensor, row: RowTransform) -> Tensor:
     return dy
 
 
+def gradient_at_targets(
+    y: Tensor, row: RowTransform, per_row: Tensor, upstream: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return several targets of each row, and dy (8) at them, both (rows, K).
+
+    y is a part of the rows: for a target in another part entry 0 stands in. per_row (8, rows) is m,
+    log s and the Coefficients; upstream (rows, K) the targets' g, 0 where they are ignored.
+    """
+    targets, chosen, transform_of_chosen, is_here = take_targets(y, row)
+    g = upstream.double()  # G - g_k may cancel
+    gradient = _sum_of_equal(targets, g.masked_fill(~is_here, 0))
+    others = g.sum(1, keepdim=True) - gradient
+    terms = TargetTerms(gradient.to(upstream.dtype), others.to(upstream.dtype))
+    m, log_s, *factors = per_row
+    rows = m, log_s, Coefficients(*factors)
+    return targets, row_gradient(chosen, transform_of_chosen, *rows, terms)
+
+
+def _sum_of_equal(keys: Tensor, values: Tensor) -> Tensor:
+    """Return for each value the sum of those with an equal key in its row, added in pairs."""
+    ordered, order = keys.sort(dim=1, stable=True)
+    sums = values.gather(1, order)
+    distance = 1
+    while distance < keys.shape[1]:  # then each is the sum of its run of keys up to itself
+        is_equal = ordered[:, distance:] == ordered[:, :-distance]
+        earlier = torch.where(is_equal, sums[:, :-distance], 0)
+        sums = torch.cat([sums[:, :distance], sums[:, distance:] + earlier], dim=1)
+        distance *= 2
+    return sums.gather(1, torch.searchsorted(ordered, keys, right=True) - 1)
+
+
 def token_stats(
     hidden: Tensor,
     weight: Tensor,
@@ -234,23 +308,54 @@ def token_stats(
     temperature: float | Tensor = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    top_k: int = 0,
+    support: tuple[Tensor, Tensor] | None = None,
 ) -> TokenStats:
     """Compute every statistic of ``fused_token_stats`` in plain torch, with all logits in memory.
 
-    They are computed in fp32, or in fp64 for fp64.
+    They are computed in fp32, or in fp64 for fp64, and over a support all of them.
     """
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    shape = hidden.shape[:-1]
     rows = hidden.reshape(-1, hidden.shape[-1]).to(wide)
-    skip = None if mask is None else (mask == 0).reshape(-1)
-    if skip is not None:  # a token of weight 0 may hold NaN
+    skip = torch.zeros_like(rows[:, 0], dtype=torch.bool)
+    if mask is not None:  # a token of weight 0 may hold NaN
+        skip = (mask == 0).reshape(-1)
         rows = rows.masked_fill(skip[:, None], 0)
     y = torch.nn.functional.linear(rows, weight.to(wide), None if bias is None else bias.to(wide))
+    if support is not None:
+        y = y.masked_fill(_outside(support, y), -torch.inf)
     tau = torch.as_tensor(temperature, dtype=wide, device=y.device).reshape(-1).expand(len(y))
-    flat_targets = None if targets is None else targets.reshape(-1)
     z = transform(y, RowTransform(None, 1 / tau, logit_scale, softcap))
-    stats = statistics(row_parts(z, flat_targets), len(weight), flat_targets)
-    kept = (x if x is None or skip is None else x.masked_fill(skip, 0) for x in stats)
-    return TokenStats(*(None if x is None else x.reshape(hidden.shape[:-1]) for x in kept))
+    one = several = None
+    if targets is not None and targets.dim() < hidden.dim():
+        one = targets.reshape(-1)
+    elif targets is not None:
+        several = targets.reshape(len(y), targets.shape[-1])
+    parts = row_parts(z, one)
+    stats = statistics(parts, len(weight), one)
+    log_s = torch.log1p(parts.s1) + (parts.m - parts.m)
+    log_p = (z - parts.m[:, None]) - log_s[:, None]
+    if several is not None:
+        logprob = log_p.gather(1, several.clamp(min=0)).masked_fill(several == IGNORE_INDEX, 0)
+        stats = stats._replace(logprob=logprob)
+    if top_k > 0:
+        ordered, indices = log_p.sort(dim=1, descending=True, stable=True)
+        tail = ordered[:, top_k:].logsumexp(1).detach()
+        stats = TokenStats(*stats[:6], ordered[:, :top_k], indices[:, :top_k], tail)
+    for name, x in stats._asdict().items():
+        if x is not None:
+            kept = x.masked_fill(skip if x.dim() == 1 else skip[:, None], 0)
+            stats = stats._replace(**{name: kept.reshape(shape + x.shape[1:])})
+    return stats
+
+
+def _outside(support: tuple[Tensor, Tensor], y: Tensor) -> Tensor:
+    """Return which of y (rows, V) is outside the support, by rows of indices and their offsets."""
+    indices, counts = support[0], support[1].diff()
+    outside = torch.ones_like(y, dtype=torch.bool) & (counts > 0)[:, None]
+    outside[torch.repeat_interleave(counts), indices] = False
+    return outside
 
 
 def entropy_loss(

@@ -196,5 +196,5 @@ def test_statistics_without_gradients_keep_nothing():
     assert found
     assert torch.ops.em_kernels.token_stats(
         hidden.detach(), weight.detach(), None, None, None, None, [1.0, 0.0, 1.0], None, None,
-        [False] * 3, False, -1,
+        [False] * 3, False, -1, 0, None, None,
     )[4].numel() == 0  # fmt: skip

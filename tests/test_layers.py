@@ -48,15 +48,15 @@ training.presets
 training.config
 training.settings training.interrupts training.console training.run_folder training.device_memory
 hf hf_trainer trl decoding
-functional losses divergence drop_ins tolerance_report
+functional losses divergence drop_ins tolerance_report from_logits
 ops.torch_library
-ops.chunked ops.vocab_slabs ops.divergence ops.from_logits ops.saved_gradients
+ops.chunked ops.vocab_slabs ops.divergence ops.gathered ops.from_logits ops.saved_gradients
 ops.gradients
 ops.weight_gradient
-ops.sparse
+ops.sparse ops.chosen
 ops.inputs
 ops.choice_costs
-ops.gemm ops.vocab_parallel ops.checks ops.flops ops.memory
+ops.gemm ops.vocab_parallel ops.support ops.checks ops.flops ops.memory
 kernels ops.free_memory
 reference
 """

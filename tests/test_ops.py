@@ -50,15 +50,18 @@ def test_opcheck(optional, needs, dtype):
     for single_stat_index in (-1, 0) if needs == [True, False, False] else (-1,):
         torch.library.opcheck(
             torch_library.token_stats_op,
-            (h, w, b, *settings, needs, optional, single_stat_index),
+            (h, w, b, *settings, needs, optional, single_stat_index, 0, None, None),
         )
     h, w, b = (None if x is None else x.detach() for x in (h, w, b))
-    statistics, _, m, log_s, logits, _ = torch_library.token_stats_op(
-        h, w, b, *settings, needs, optional, -1
+    statistics, _, m, log_s, logits, *_ = torch_library.token_stats_op(
+        h, w, b, *settings, needs, optional, -1, 0, None, None
     )
     torch.library.opcheck(
         torch_library.token_stats_backward_op,
-        (torch.randn_like(statistics), statistics, m, log_s, logits, h, w, b, *settings, needs),
+        (
+            *(torch.randn_like(statistics), None, statistics, m, log_s, logits),
+            *(h, w, b, *settings, needs, None, None),
+        ),
     )
 
 
@@ -167,8 +170,9 @@ def test_ops_that_read_on_the_host_stay_out_of_cuda_graphs(simulated_cuda):
 
     loss, _, dw, _, indices, dy, scales, _ = run("entropy_loss_op", *head, 0.0, True, needs)
     run("weight_gradient_op", dw, indices, dy, scales, hidden, mask, loss, V, torch.float32)
-    statistics, _, *saved, _ = run("token_stats_op", *head, needs, True, -1)
-    run("token_stats_backward_op", statistics, statistics, *saved, *head, needs)
+    found = run("token_stats_op", *head, needs, True, -1, 0, None, None)
+    saved = found[0], *found[2:5]
+    run("token_stats_backward_op", found[0], None, *saved, *head, needs, None, None)
     logits = hidden @ weight.t()
     entropy = run("entropy_from_logits_op", logits, tau, 1.0)
     run("entropy_from_logits_backward_op", entropy[0], *entropy, logits, tau, 1.0)

@@ -34,13 +34,18 @@ CALLS = [
     "unequal memory",
     "divergence",
     "divergence of each",
+    "several targets",
+    "top k",
+    "several targets in small chunks",
 ]
+SEVERAL = torch.arange(3 * N).view(N, 3) * 7 % V  # in all shards
+SEVERAL[2:4, 1], SEVERAL[5] = -100, 40
 
 
 def call(name, hidden, weight, bias, targets, group):
     """Return outputs, and gradients of hidden, weight and bias, for one way to use the library."""
     head = {"bias": bias, "process_group": group, "temperature": TAU, "softcap": 20.0}
-    if name == "small chunks":
+    if name.endswith("small chunks"):
         head["chunk_bytes"] = 2 * V * 4
     if name in ("mean", "none"):
         outputs = (fused_entropy_loss(hidden, weight, mask=MASK, reduction=name, **head),)
@@ -58,6 +63,17 @@ def call(name, hidden, weight, bias, targets, group):
         head |= {"ref_bias": 0.5 * bias.detach(), "beta": 0.3, "reduction": reduction, "mask": MASK}
         outputs = (fused_divergence(hidden, weight, *ref, **head),)
         total = (outputs[0] * UPSTREAM[0]).sum()
+    elif name == "several targets in small chunks":
+        loss_fn = lambda s, i: s.logprob.exp().sum(1) + UPSTREAM[0, i] * s.entropy  # noqa: E731
+        total = fused_token_loss(hidden, weight, SEVERAL, loss_fn, mask=MASK, **head)
+        outputs = (total,)
+    elif name in ("several targets", "top k"):
+        chosen = {"targets": SEVERAL} if name == "several targets" else {"targets": targets}
+        # More than two ranks have, and ties across shards.
+        stats = fused_token_stats(hidden, weight, top_k=5, mask=MASK, **chosen, **head)
+        outputs = (stats.entropy, stats.logprob, *stats[6:])
+        total = (UPSTREAM[0] * stats.entropy).sum() + stats.logprob.exp().sum()
+        total = total + (UPSTREAM.T * stats.top_logprobs).sum()
     elif name == "frozen head":
         weight, bias = weight.detach(), bias.detach()
         head["bias"] = bias
@@ -69,7 +85,7 @@ def call(name, hidden, weight, bias, targets, group):
         loss = fused_entropy_loss(hidden, weight, **head)
         kept = [s for s in stats[:5] if s.isfinite().all()]
         total = loss + sum((g * s).sum() for g, s in zip(UPSTREAM, kept, strict=False))
-        outputs = (loss, *stats)
+        outputs = (loss, *stats[:6])
     return outputs, torch.autograd.grad(total, (hidden, weight, bias))
 
 
@@ -96,7 +112,7 @@ def inputs_of(name):
     if name == "masked words":
         bias.data[:25] = -torch.inf  # the whole first shard of three
         targets.clamp_(min=25)
-    if name != "token_stats":
+    if name not in ("token_stats", "several targets", "top k"):
         return hidden, weight, bias, targets
     weight.data[-1] = weight.data[3]  # a tie across shards
     bias.data[-1] = bias.data[3] = 40.0

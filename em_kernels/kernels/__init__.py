@@ -1,7 +1,8 @@
 """Row kernels: a chunk of raw logits in, statistics or their gradient out.
 
 One file per device, each with the same functions, which are documented here and get the fields of
-RowTerms one by one; only Triton's has gradient_of_columns, for which the others have parts. y
+RowTerms one by one; only Triton's has gradient_of_columns, for which the others have
+parts. They know one target a row; what several need is added here, on the few values at them. y
 (rows, V) holds raw logits in fp32 or fp64 (on a GPU also in 16 bits), each row contiguous;
 statistics and everything per row are in the accumulation dtype; a gradient is written into separate
 memory or a gradient_buffer.
@@ -13,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import reference
 from ..reference import RowParts, RowTransform, TokenStats
 from . import cpu, portable, self_test
 from .portable import ColumnChoice, FinishedRows
@@ -60,26 +62,49 @@ def row_statistics(y: Tensor, row: RowTransform, with_collision_and_argmax: bool
     with_collision_and_argmax adds argmax and the sums of (5) and (6), which are None or without
     meaning otherwise.
     """
-    return kernels_for(y).row_statistics(y, row, with_collision_and_argmax)
+    return kernels_for(y).row_statistics(y, _with_one_target(row), with_collision_and_argmax)
 
 
 def finish_rows(parts: RowParts, vocab_size: int, targets: Tensor | None) -> FinishedRows:
     """Merge the parts of whole rows by (7) and compute their statistics, (2) to (6).
 
-    targets (rows,) are counted over the whole vocabulary.
+    targets (rows,) are counted over the whole vocabulary; of several a row there is no logprob.
     """
+    if targets is not None and targets.dim() == 2:
+        targets = None
     return kernels_for(parts.m).finish_rows(parts, vocab_size, targets)
 
 
 def gradient_factors(rows: FinishedRows, upstream: TokenStats, vocab_size: int) -> Tensor:
-    """Compute RowTerms.per_row (8, rows) from the statistics' upstream gradients (None: none)."""
+    """Compute RowTerms.per_row (8, rows) from the statistics' upstream gradients (None: none).
+
+    Of several targets a row, whose logprob and its upstream are (rows, K), gamma is their sum.
+    """
+    if upstream.logprob is not None and upstream.logprob.dim() == 2:
+        upstream = upstream._replace(logprob=upstream.logprob.sum(1))
+        rows = rows._replace(stats=rows.stats._replace(logprob=torch.zeros_like(rows.m)))
     return kernels_for(rows.m).gradient_factors(rows, upstream, vocab_size)
 
 
-def row_gradient(terms: RowTerms, out: Tensor) -> Tensor:
-    """Write dy (8), (rows, V), into out, in its dtype; return out."""
-    kernels_for(terms.y, out.dtype).row_gradient(*terms, out)
+def row_gradient(terms: RowTerms, out: Tensor, logprob_upstream: Tensor | None = None) -> Tensor:
+    """Write dy (8), (rows, V), into out, in its dtype; return out.
+
+    logprob_upstream: (rows, K) where there are several targets a row; else it is not read.
+    """
+    at_targets = None
+    if logprob_upstream is not None and logprob_upstream.dim() == 2:
+        # Before y is overwritten, whose memory `out` may be.
+        at_targets = reference.gradient_at_targets(*terms, logprob_upstream)
+    y, row, per_row = terms
+    kernels_for(y, out.dtype).row_gradient(y, _with_one_target(row), per_row, out)
+    if at_targets is not None:
+        out.scatter_(1, at_targets[0], at_targets[1].to(out.dtype))
     return out
+
+
+def _with_one_target(row: RowTransform) -> RowTransform:
+    several = row.targets is not None and row.targets.dim() == 2
+    return row._replace(targets=None) if several else row
 
 
 def column_mass(terms: RowTerms) -> tuple[Tensor, Tensor]:

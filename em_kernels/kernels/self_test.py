@@ -185,7 +185,7 @@ def row_results(kernels: ModuleType, given: Problem, out_dtype: torch.dtype) -> 
         residual -= chosen.sum(1)
     count = int(choice.counts[0])
     return {
-        **rows.stats._asdict(),
+        **{name: x for name, x in rows.stats._asdict().items() if x is not None},
         "gradient": dy,
         "column masses": column_mass,
         "row sums": row_sums,

@@ -1,5 +1,6 @@
 """Checks of arguments, each error naming the argument and the remedy."""
 
+from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import NamedTuple
 
@@ -208,9 +209,46 @@ def check_mask(mask: Tensor | None, hidden: Tensor) -> None:
 def check_targets(targets: Tensor | None, hidden: Tensor) -> None:
     if targets is None:
         return
+    if isinstance(targets, Tensor) and targets.dim() == hidden.dim():  # several a token
+        hidden = hidden[..., None, :].expand(*hidden.shape[:-1], targets.shape[-1], -1)
     check_per_token("targets", targets, hidden)
     if targets.dtype != torch.int64:
         raise TypeError(f"targets: expected int64, got {targets.dtype}")
+
+
+def check_top_k(top_k: int | None) -> int:
+    """Return how many of the largest entries are asked for; the op knows how many there are."""
+    if top_k is None:
+        return 0
+    if not isinstance(top_k, Integral) or isinstance(top_k, bool):
+        raise TypeError(f"top_k: expected an int, got {type(top_k).__name__}")
+    if top_k < 1:
+        raise ValueError(f"top_k: {top_k} is not > 0; leave it out for none")
+    return int(top_k)
+
+
+def check_support(
+    support: tuple[Tensor, Tensor] | None, hidden: Tensor
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Check shapes, dtypes and devices; the op checks the values."""
+    if support is None:
+        return None, None
+    if not isinstance(support, Sequence) or len(support) != 2:
+        raise TypeError("support: expected (indices, offsets), two tensors")
+    tokens = hidden.shape[:-1].numel()
+    for name, x in zip(("indices", "offsets"), support, strict=True):
+        if not isinstance(x, Tensor) or x.dtype != torch.int64 or x.dim() != 1:
+            found = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(
+                f"support: its {name} must be an int64 tensor of one dimension, not {found}"
+            )
+        if x.device != hidden.device:
+            raise ValueError(f"support: its {name} are on {x.device}, hidden on {hidden.device}")
+    if len(support[1]) != tokens + 1:
+        raise ValueError(
+            f"support: expected {tokens + 1} offsets, one more than tokens, got {len(support[1])}"
+        )
+    return support[0], support[1]
 
 
 def check_chunk(chunk_bytes: int | None) -> int | None:
@@ -239,7 +277,7 @@ class HeadArguments(NamedTuple):
     hidden: Tensor  # (N, D)
     weight: Tensor  # (V, D)
     bias: Tensor | None  # (V,)
-    targets: Tensor | None  # (N,)
+    targets: Tensor | None  # (N,), or (N, K) for several a token
     mask: Tensor | None  # (N,)
     temperatures: Tensor | None  # (N,), where there is one per token
     transform: list[float]  # logit_scale, softcap (0: none), temperature (1 if per token)
@@ -267,11 +305,13 @@ def check_arguments(
     temperatures, scalars = check_transform(*transform, hidden)
     check_mask(mask, hidden)
     check_targets(targets, hidden)
+    if targets is not None:
+        targets = targets.reshape(hidden.shape[:-1].numel(), *targets.shape[hidden.dim() - 1 :])
     return HeadArguments(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         bias,
-        None if targets is None else targets.reshape(-1),
+        targets,
         None if mask is None else mask.reshape(-1),
         temperatures,
         scalars,

@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import kernels, reference
 from ..kernels import FinishedRows, RowTerms, row_stride
 from ..reference import RowTransform, TokenStats
+from .chosen import ChosenEntries
 from .gemm import gemm
 from .gradients import GradAccumulator, Gradients, PendingChunk
 from .inputs import GradMask, HeadInputs, StatsOutput, part_of, scale_upstream
@@ -97,7 +98,15 @@ def _chunks(
         if shard is not None:
             parts = shard.gather(parts)
         targets = None if inputs.targets is None else inputs.targets[tokens]
-        yield Chunk(tokens, h, y, row, kernels.finish_rows(parts, inputs.vocab_size, targets))
+        finished = kernels.finish_rows(parts, inputs.vocab_size, targets)
+        if targets is not None and targets.dim() == 2:
+            chosen = ChosenEntries(targets)
+            chosen.add(y, row, 0)
+            if shard is not None:
+                chosen.gather(shard)
+            logprob, *_ = chosen.finish(finished)
+            finished = finished._replace(stats=finished.stats._replace(logprob=logprob))
+        yield Chunk(tokens, h, y, row, finished)
 
 
 def sum_losses(
@@ -127,7 +136,8 @@ def sum_losses(
         upstream, scale = scale_upstream(upstream, inputs.operand)
         per_row = kernels.gradient_factors(chunk.finished, upstream, inputs.vocab_size)
         terms = RowTerms(chunk.y, chunk.row, per_row)
-        pending.append(accumulator.begin(chunk.tokens, chunk.hidden, terms, scale))
+        given = chunk.tokens, chunk.hidden, terms, scale, upstream.logprob
+        pending.append(accumulator.begin(*given))
         # The next chunk's logits overwrite the oldest buffer.
         while len(pending) >= accumulator.selector.buffers:
             accumulator.finish(pending.popleft())
@@ -206,8 +216,9 @@ def sum_custom_loss(
 
     def per_token(stats: TokenStats, tokens: slice | Tensor) -> tuple[Tensor, TokenStats]:
         # Copies, which loss_fn may overwrite one by one: hence .data, as views would not do.
-        copies = torch.stack([x for x in stats[:5] if x is not None])
-        floats = [x.data for x in copies.unbind()]
+        given = [x for x in stats[:5] if x is not None]
+        copies = torch.cat([x.flatten() for x in given]).split([x.numel() for x in given])
+        floats = [copy.data.view(x.shape) for copy, x in zip(copies, given, strict=True)]
         leaves = _in_place_of(stats, floats)
         if stats.argmax is not None:
             leaves = leaves._replace(argmax=stats.argmax.clone())
@@ -269,7 +280,7 @@ def _split(
 def _in_place_of(stats: TokenStats, values: Iterable[Tensor | None]) -> TokenStats:
     """Return values in place of the statistics, argmax aside, that are there."""
     remaining = iter(values)
-    return TokenStats._make(None if x is None else next(remaining) for x in [*stats[:5], None])
+    return TokenStats(*(None if x is None else next(remaining) for x in stats[:5]))
 
 
 def _check_losses(losses: Tensor, count: int, leaves: list[Tensor]) -> None:
@@ -303,7 +314,8 @@ def token_stats_with_gradient(
 ) -> StatsOutput:
     """Compute all tokens' statistics, and the gradient of one of them for hidden. Work: 4."""
     active = inputs.check_and_find_active(negative_mask_allowed=True)
-    statistics, argmax = inputs.zero_statistics(with_collision_and_argmax)
+    output = inputs.zero_output(with_collision_and_argmax)
+    statistics, argmax = output.statistics, output.argmax
 
     def per_token(stats: TokenStats, tokens: slice | Tensor) -> tuple[Tensor, TokenStats]:
         for row, value in zip(statistics, stats, strict=False):
@@ -320,5 +332,5 @@ def token_stats_with_gradient(
 
     needs = GradMask(hidden=True)
     _, gradients = sum_losses(inputs, per_token, needs, active, with_collision_and_argmax)
-    m, log_s, logits = (statistics.new_empty(shape) for shape in (0, 0, (0, 0)))
-    return StatsOutput(statistics, argmax, m, log_s, logits, gradients.hidden)
+    nothing = statistics.new_empty(0)
+    return output._replace(m=nothing, log_s=nothing.clone(), dhidden=gradients.hidden)

@@ -46,6 +46,7 @@ class PendingChunk(NamedTuple):
     hidden: Tensor  # (n, D)
     terms: RowTerms | DivergenceTerms
     scale: float  # what its dy has to be multiplied by
+    logprob_upstream: Tensor | None  # as kernels.row_gradient takes it
     selection: Selection | None  # None: all columns
 
 
@@ -123,10 +124,11 @@ class GradAccumulator:
         hidden: Tensor,
         terms: RowTerms | DivergenceTerms,
         scale: float,
+        logprob_upstream: Tensor | None = None,
     ) -> PendingChunk:
         """Take a chunk; a divergence's columns are all multiplied."""
         selection = self.selector.begin(terms) if isinstance(terms, RowTerms) else None
-        return PendingChunk(tokens, hidden, terms, scale, selection)
+        return PendingChunk(tokens, hidden, terms, scale, logprob_upstream, selection)
 
     def finish(self, chunk: PendingChunk) -> None:
         rows, columns = chunk.terms.y.shape
@@ -166,12 +168,12 @@ class GradAccumulator:
     def _add_all_columns(self, chunk: PendingChunk) -> None:
         y, operand = chunk.terms.y, self.inputs.operand
         if self.batch.capacity == 0:
-            dy = _write_gradient(chunk.terms, kernels.gradient_buffer(y, operand))
+            dy = _write_gradient(chunk, kernels.gradient_buffer(y, operand))
             self._multiply(chunk.tokens, dy, chunk.scale, chunk.hidden)
             return
         if self.batch.rows + len(y) > self.batch.capacity:
             self._multiply_batch()
-        _write_gradient(chunk.terms, self.batch.extend(chunk.tokens, y, operand))
+        _write_gradient(chunk, self.batch.extend(chunk.tokens, y, operand))
         if self.keeps_dy:
             self.scales.append((len(y), chunk.scale))
 
@@ -252,7 +254,7 @@ class GradAccumulator:
             self.dh[tokens] = dh
 
 
-def _write_gradient(terms: RowTerms | DivergenceTerms, out: Tensor) -> Tensor:
-    if isinstance(terms, RowTerms):
-        return kernels.row_gradient(terms, out)
-    return kernels.divergence_gradient(terms, out)
+def _write_gradient(chunk: PendingChunk, out: Tensor) -> Tensor:
+    if isinstance(chunk.terms, RowTerms):
+        return kernels.row_gradient(chunk.terms, out, chunk.logprob_upstream)
+    return kernels.divergence_gradient(chunk.terms, out)

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
-from ..reference import RowTransform, TokenStats
+from ..kernels import FinishedRows
+from ..reference import IGNORE_INDEX, RowTransform, TokenStats
 from . import choice_costs
 from .checks import HeadArguments, check_values
 from .gemm import accumulation_dtype, operand_dtype
+from .support import Support
 from .vocab_parallel import VocabularyShard
 
 
@@ -29,7 +31,8 @@ class SavedStats(NamedTuple):
     statistics: Tensor  # (5, N) in TokenStats' order, or the first three
     m: Tensor  # (N,)
     log_s: Tensor  # (N,)
-    logits: Tensor  # (n, V or more) raw, of the tokens that count; (0, 0) where not kept
+    # (n, V or more) raw, of the tokens that count, or (1, nnz) of their supports; (0, 0): not kept
+    logits: Tensor
 
 
 class StatsOutput(NamedTuple):
@@ -39,8 +42,25 @@ class StatsOutput(NamedTuple):
     argmax: Tensor  # (N,) int64
     m: Tensor  # (N,)
     log_s: Tensor  # (N,)
-    logits: Tensor  # (n, V or more) raw, of the tokens that count; (0, 0) where not kept
+    logits: Tensor  # as in SavedStats
     dhidden: Tensor  # (N, D) of a single statistic, upstream 1
+    chosen: Tensor  # (N, K + k) log p of several targets, then of the largest entries
+    top_indices: Tensor  # (N, k) int64
+    tail_logprob: Tensor  # (N,) where k > 0
+
+    def store(
+        self, tokens: slice | Tensor, rows: FinishedRows, chosen: tuple[Tensor, Tensor, Tensor]
+    ) -> None:
+        """Store some tokens' statistics, and what ChosenEntries.finish() returns for them."""
+        for row, value in zip(self.statistics, rows.stats, strict=False):
+            if value is not None:
+                row[tokens] = value
+        if len(self.argmax) > 0 and rows.stats.argmax is not None:
+            self.argmax[tokens] = rows.stats.argmax
+        self.m[tokens], self.log_s[tokens] = rows.m, rows.log_s
+        self.chosen[tokens], self.top_indices[tokens], tail = chosen
+        if len(self.tail_logprob) > 0:
+            self.tail_logprob[tokens] = tail
 
 
 class HeadInputs(NamedTuple):
@@ -52,11 +72,12 @@ class HeadInputs(NamedTuple):
     temperature: float | Tensor = 1.0  # (N,)
     logit_scale: float = 1.0
     softcap: float | None = None
-    targets: Tensor | None = None  # (N,) int64, counted over the whole vocabulary
+    targets: Tensor | None = None  # (N,) or (N, K) int64, counted over the whole vocabulary
     mask: Tensor | None = None  # (N,)
     chunk_bytes: int | None = None
     grad_tolerance: float = 0.0
     shard: VocabularyShard | None = None
+    support: Support | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -103,6 +124,36 @@ class HeadInputs(NamedTuple):
             self.mask, self.temperature, self.targets, self.vocab_size, negative_mask_allowed
         )
 
+    def active_tokens(self) -> Tensor | None:
+        """Return what check_and_find_active() does, without checks."""
+        active = None if self.mask is None else self.mask.nonzero()[:, 0]
+        return None if active is None or len(active) == len(self.hidden) else active
+
+    def upstream_of(
+        self, upstream: Tensor, tokens: slice | Tensor, chosen: Tensor | None
+    ) -> TokenStats:
+        """Return the upstream gradients of some tokens' statistics, as gradient_factors takes them.
+
+        Args:
+            upstream: (5 or 3, N), of StatsOutput.statistics.
+            tokens: those that count.
+            chosen: (N, K) in place of logprob's, for several targets.
+        """
+        up = TokenStats(*upstream[:, tokens].to(self.dtype))
+        if self.targets is None:
+            return up._replace(logprob=None)
+        logprob = up.logprob if chosen is None else chosen[tokens].to(self.dtype)
+        assert logprob is not None
+        ignored = self.targets[tokens] == IGNORE_INDEX
+        return up._replace(logprob=logprob.masked_fill(ignored, 0))
+
+    def spread(self, dh: Tensor, active: Tensor | None) -> Tensor:
+        """Return the active tokens' dhidden in hidden's dtype, with zeros for all others."""
+        dh = dh.to(self.hidden.dtype)
+        if active is None:
+            return dh
+        return self.hidden.new_zeros(self.hidden.shape).index_copy_(0, active, dh)
+
     def row_transform(self) -> RowTransform:
         """Return bias, temperature, scale and targets of all tokens and this rank's entries."""
         targets = self.targets
@@ -126,6 +177,24 @@ class HeadInputs(NamedTuple):
             weights = weights / torch.where(largest == 0, 1, largest)
         total = weights.sum(dtype=self.dtype)
         return weights.to(self.dtype) / torch.where(total == 0, 1, total)
+
+    def zero_output(self, with_collision_and_argmax: bool = False, top_k: int = 0) -> StatsOutput:
+        """Return zeros for all statistics of tokens; no logits and no dhidden."""
+        statistics, argmax = self.zero_statistics(with_collision_and_argmax)
+        count, chosen = len(self.hidden), top_k
+        if self.targets is not None and self.targets.dim() == 2:
+            chosen += self.targets.shape[1]
+        return StatsOutput(
+            statistics,
+            argmax,
+            m=statistics.new_zeros(count),
+            log_s=statistics.new_zeros(count),
+            logits=statistics.new_empty(0, 0),
+            dhidden=statistics.new_empty(0),
+            chosen=statistics.new_zeros(count, chosen),
+            top_indices=argmax.new_zeros(count, top_k),
+            tail_logprob=statistics.new_zeros(count if top_k > 0 else 0),
+        )
 
     def zero_statistics(self, with_collision_and_argmax: bool) -> tuple[Tensor, Tensor]:
         """Return zeros for StatsOutput's statistics and argmax."""
@@ -199,7 +268,7 @@ def scale_upstream(upstream: TokenStats, operand: torch.dtype) -> tuple[TokenSta
     given = [x for x in upstream if x is not None]
     if operand != torch.float16 or not given or given[0].numel() == 0:
         return upstream, 1.0
-    sizes = torch.stack(given).abs().float()
+    sizes = torch.cat([x.flatten() for x in given]).abs().float()
     largest = float(sizes.masked_fill(~sizes.isfinite(), 0).amax())
     exponent = min(max(frexp(largest)[1], -120), 120)
     scaled = (None if x is None else x * 2.0**-exponent for x in upstream)

@@ -9,17 +9,19 @@ from torch import Tensor
 
 from ..kernels.cpu import is_built
 from ..reference import IGNORE_INDEX, TokenStats
-from . import chunked, divergence, from_logits, saved_gradients, vocab_slabs
+from . import chunked, divergence, from_logits, gathered, saved_gradients, vocab_slabs
 from .checks import HeadArguments
 from .divergence import ReferenceArguments
 from .from_logits import LogitsEntropy
 from .gemm import accumulation_dtype, operand_dtype
 from .inputs import GradMask, SavedStats, StatsOutput, build_inputs
+from .support import Support
 
 HEAD_SCHEMA = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor? targets, Tensor? mask, "
     "Tensor? temperatures, float[] transform, SymInt? chunk_bytes, str? group"
 )
+SUPPORT_SCHEMA = "Tensor? support_indices, Tensor? support_offsets"
 HEAD_SIZE = len(HeadArguments._fields)
 # Of ops that read counts or scales on the host, which a recorded CUDA graph would not do again.
 READS_ON_HOST = (torch.Tag.cudagraph_unsafe,)
@@ -226,8 +228,9 @@ class TokenLoss(torch.autograd.Function):
 @torch.library.custom_op(
     "em_kernels::token_stats",
     mutates_args=(),
-    schema=f"({HEAD_SCHEMA}, bool[] needs, bool with_collision_and_argmax, int single_stat_index)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({HEAD_SCHEMA}, bool[] needs, bool with_collision_and_argmax, int single_stat_index,"
+    f" int top_k, {SUPPORT_SCHEMA})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=READS_ON_HOST,
 )
 def token_stats_op(*arguments):
@@ -235,19 +238,35 @@ def token_stats_op(*arguments):
 
     single_stat_index >= 0 asks for dhidden of that statistic, < 0 for m and log s.
     """
-    *head, needs, with_collision_and_argmax, single_stat_index = arguments
+    *head, needs, with_collision_and_argmax, single_stat_index, top_k, indices, offsets = arguments
     inputs = build_inputs(HeadArguments(*head), 2 * (single_stat_index + 1) + needs[0])
+    if top_k > inputs.vocab_size:
+        raise ValueError(f"top_k: {top_k} is more than the {inputs.vocab_size} vocabulary entries")
+    inputs, is_sparse = _with_support(inputs, indices, offsets)
+    if inputs.support is not None:
+        inputs.support.check(inputs.vocab_size, inputs.targets, inputs.mask)
+    if is_sparse:
+        return gathered.token_stats(inputs, any(needs))
     if single_stat_index < 0:
-        return vocab_slabs.token_stats(inputs, with_collision_and_argmax, any(needs))
+        return vocab_slabs.token_stats(inputs, with_collision_and_argmax, any(needs), top_k)
     name = TokenStats._fields[single_stat_index]
     return chunked.token_stats_with_gradient(inputs, name, with_collision_and_argmax)
 
 
+def _with_support(inputs, indices, offsets):
+    """Return the inputs with their support, if any, and whether only its logits are computed."""
+    if indices is None:
+        return inputs, False
+    inputs = inputs._replace(support=Support(indices, offsets))
+    return inputs, inputs.support.is_sparse(inputs.vocab_size)
+
+
 @token_stats_op.register_fake
-def _(hidden, *others):
-    *_, needs, with_collision_and_argmax, single_stat_index = others
+def _(hidden, weight, bias, targets, *others):
+    *_, needs, with_collision_and_argmax, single_stat_index, top_k, _, _ = others
     wide, count = accumulation_dtype(hidden.dtype), hidden.shape[0]
     saved = count if single_stat_index < 0 else 0
+    several = targets.shape[1] if targets is not None and targets.dim() == 2 else 0
     kept = columns = 0
     if any(needs) and single_stat_index < 0:  # the free memory decides whether logits are kept
         context = torch.library.get_ctx()
@@ -259,27 +278,33 @@ def _(hidden, *others):
         hidden.new_empty(saved, dtype=wide),
         hidden.new_empty((kept, columns), dtype=wide),
         hidden.new_empty(0 if single_stat_index < 0 else hidden.shape, dtype=wide),
+        hidden.new_empty(count, several + top_k, dtype=wide),
+        hidden.new_empty(count, top_k, dtype=torch.int64),
+        hidden.new_empty(count if top_k > 0 else 0, dtype=wide),
     )
 
 
 @torch.library.custom_op(
     "em_kernels::token_stats_backward",
     mutates_args=(),
-    schema="(Tensor upstream, Tensor statistics, Tensor m, Tensor log_s, Tensor logits,"
-    f" {HEAD_SCHEMA}, bool[] needs) -> (Tensor, Tensor, Tensor)",
+    schema="(Tensor upstream, Tensor? chosen_upstream, Tensor statistics, Tensor m, Tensor log_s,"
+    f" Tensor logits, {HEAD_SCHEMA}, bool[] needs, {SUPPORT_SCHEMA}) -> (Tensor, Tensor, Tensor)",
     tags=READS_ON_HOST,
 )
-def token_stats_backward_op(upstream, statistics, m, log_s, logits, *arguments):
+def token_stats_backward_op(upstream, chosen_upstream, statistics, m, log_s, logits, *arguments):
     """Return dhidden, dweight, dbias in the inputs' dtypes."""
-    *head, needs = arguments
+    *head, needs, indices, offsets = arguments
     inputs = build_inputs(HeadArguments(*head), int(needs[0]))
+    inputs, is_sparse = _with_support(inputs, indices, offsets)
     saved = SavedStats(statistics, m, log_s, logits)
-    return vocab_slabs.token_stats_backward(inputs, upstream, saved, GradMask(*needs))
+    loop = gathered if is_sparse else vocab_slabs
+    return loop.token_stats_backward(inputs, upstream, saved, GradMask(*needs), chosen_upstream)
 
 
 @token_stats_backward_op.register_fake
-def _(upstream, statistics, m, log_s, logits, hidden, weight, *others):
-    return _fake_head_gradients(hidden, weight, others[-1])
+def _(upstream, chosen_upstream, statistics, m, log_s, logits, hidden, weight, *others):
+    *_, needs, _, _ = others
+    return _fake_head_gradients(hidden, weight, needs)
 
 
 def _fake_head_gradients(hidden, weight, needs):
@@ -291,22 +316,27 @@ def _fake_head_gradients(hidden, weight, needs):
 
 
 def _token_stats_setup(ctx, inputs, output) -> None:
-    head, (ctx.needs, _, ctx.single_stat_index) = HeadArguments(*inputs[:HEAD_SIZE]), inputs[-3:]
+    head, (ctx.needs, _, ctx.single_stat_index, _, *support) = (
+        HeadArguments(*inputs[:HEAD_SIZE]),
+        inputs[HEAD_SIZE:],
+    )
     found = StatsOutput(*output)
-    ctx.mark_non_differentiable(*found[1:])
+    ctx.mark_non_differentiable(*found[1:6], found.top_indices, found.tail_logprob)
     ctx.set_materialize_grads(False)
     ctx.dtype = head.hidden.dtype
     if ctx.single_stat_index >= 0:  # the gradient is there: hidden and weight need not be kept
         ctx.save_for_backward(found.dhidden, head.targets, head.mask)
         return
     *tensors, ctx.transform, ctx.chunk_bytes, ctx.group = head
-    ctx.save_for_backward(found.statistics, found.m, found.log_s, found.logits, *tensors)
+    saved = found.statistics, found.m, found.log_s, found.logits
+    ctx.save_for_backward(found.top_indices, *support, *saved, *tensors)
 
 
-def _token_stats_backward(ctx, upstream, *_):
+def _token_stats_backward(ctx, upstream, *others_upstream):
     saved_gradients.refuse_double_backward()
-    others = (*NO_GRADIENT, None, None, None)
-    if upstream is None:
+    others = (*NO_GRADIENT, *(None,) * 6)
+    chosen_upstream = others_upstream[5]
+    if upstream is None and chosen_upstream is None:
         return None, None, None, *others
     if ctx.single_stat_index >= 0:
         saved_gradients.refuse_batched(upstream)
@@ -318,8 +348,39 @@ def _token_stats_backward(ctx, upstream, *_):
             factors = factors.masked_fill(targets == IGNORE_INDEX, 0)
         scaled = torch.mul(dh, factors[:, None], out=torch.empty_like(dh, dtype=ctx.dtype))
         return scaled, None, None, *others
-    settings = (ctx.transform, ctx.chunk_bytes, ctx.group)
-    gradients = token_stats_backward_op(upstream, *ctx.saved_tensors, *settings, ctx.needs)
+    (
+        top_indices,
+        *support,
+        statistics,
+        m,
+        log_s,
+        logits,
+        hidden,
+        weight,
+        bias,
+        targets,
+        mask,
+        tau,
+    ) = ctx.saved_tensors
+    if upstream is None:
+        upstream = torch.zeros_like(statistics)
+    if chosen_upstream is None:
+        targets = None if targets is None or targets.dim() == 2 else targets
+    elif targets is None:
+        targets = top_indices
+    else:
+        if targets.dim() == 1:  # logprob's, and the largest entries': several in all
+            targets = targets[:, None]
+            chosen_upstream = torch.cat([upstream[1, :, None], chosen_upstream], dim=1)
+        targets = torch.cat([targets, top_indices], dim=1)
+    gradients = token_stats_backward_op(
+        upstream,
+        chosen_upstream,
+        *(statistics, m, log_s, logits),
+        *(hidden, weight, bias, targets, mask, tau, ctx.transform, ctx.chunk_bytes, ctx.group),
+        ctx.needs,
+        *support,
+    )
     return *(g if need else None for g, need in zip(gradients, ctx.needs, strict=True)), *others
 
 

@@ -47,15 +47,23 @@ class VocabularyShard:
         names = [name for name, field in merged._asdict().items() if field is not None]
         # fp64 holds an argmax exactly.
         local = torch.stack([getattr(merged, name).double() for name in names])
-        gathered = local.new_empty(len(self.sizes) * len(local), local.shape[1])
-        dist.all_gather_into_tensor(gathered, local, group=self.group)
-        by_name = gathered.view(len(self.sizes), *local.shape).unbind(1)
+        by_name = self.all_gather(local).unbind(1)
         return merged._replace(
             **{
                 name: field.to(getattr(merged, name).dtype)
                 for name, field in zip(names, by_name, strict=True)
             }
         )
+
+    def all_gather(self, local: Tensor) -> Tensor:
+        """Return every shard's tensor of the same shape, (ranks, ...)."""
+        gathered = local.new_empty(len(self.sizes) * len(local), *local.shape[1:])
+        dist.all_gather_into_tensor(gathered, local, group=self.group)
+        return gathered.view(len(self.sizes), *local.shape)
+
+    def maximum(self, partial: Tensor) -> None:
+        """Take the largest of the shards' values, in place."""
+        dist.all_reduce(partial, dist.ReduceOp.MAX, group=self.group)
 
     def sum(self, partial: Tensor) -> None:
         """Add the shards' partial results, in place."""

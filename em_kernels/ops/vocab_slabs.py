@@ -16,9 +16,11 @@ from torch import Tensor
 from .. import kernels, reference
 from ..kernels import FinishedRows, RowTerms, row_stride
 from ..reference import RowParts, RowTransform, TokenStats
+from .chosen import ChosenEntries
 from .gemm import gemm
 from .inputs import GradMask, HeadInputs, SavedStats, StatsOutput, part_of, scale_upstream
 from .memory import chunk_length, large_empty, logits_budget
+from .support import DenseSupport
 
 MIN_SLAB_BYTES = 64 << 20  # measured on a CPU: GEMMs over fewer vocabulary entries are slow
 SLABS_PER_MERGE = 16  # on a GPU: a merge is 30 launches, their parts take 512 bytes a token or more
@@ -42,6 +44,7 @@ def _slabs(inputs: HeadInputs, hidden: Tensor, tokens: slice | Tensor) -> Iterat
     # dhidden is read and written once per slab, so a slab is large beside it.
     default_bytes = max(MIN_SLAB_BYTES, 16 * hidden.numel() * inputs.dtype.itemsize)
     length = chunk_length(len(weight), entry_bytes, inputs.chunk_bytes, device, default_bytes)
+    support = None if inputs.support is None else DenseSupport(inputs.support.of(tokens))
     longest = row_stride(min(length, len(weight)), device)
     buffer = large_empty((count * longest,), inputs.dtype, hidden)
     all_entries = part_of(inputs.row_transform(), tokens)
@@ -50,6 +53,8 @@ def _slabs(inputs: HeadInputs, hidden: Tensor, tokens: slice | Tensor) -> Iterat
         w = weight[vocab_slice]
         stride = row_stride(len(w), device)
         y = gemm(buffer[: count * stride].view(count, stride)[:, : len(w)], hidden, w.t())
+        if support is not None:
+            support.mask(y, start)
         yield Slab(vocab_slice, w, y, part_of(all_entries, slice(None), vocab_slice))
 
 
@@ -67,7 +72,10 @@ def _kept_slabs(inputs: HeadInputs, logits: Tensor, tokens: slice | Tensor) -> I
 
 
 def token_stats(
-    inputs: HeadInputs, with_collision_and_argmax: bool, may_keep_logits: bool = False
+    inputs: HeadInputs,
+    with_collision_and_argmax: bool,
+    may_keep_logits: bool = False,
+    top_k: int = 0,
 ) -> StatsOutput:
     """Compute all tokens' statistics, and m and log s for the backward.
 
@@ -77,38 +85,40 @@ def token_stats(
     active = inputs.check_and_find_active(negative_mask_allowed=True)
     tokens: slice | Tensor = slice(None) if active is None else active
     hidden, weight = inputs.hidden[tokens], inputs.weight
+    targets = None if inputs.targets is None else inputs.targets[tokens]
+    chosen = ChosenEntries(targets, top_k)
     logits = hidden.new_empty(0, 0, dtype=inputs.dtype)
     stride = row_stride(len(weight), hidden.device)
     size = len(hidden) * stride * inputs.dtype.itemsize
     if may_keep_logits and size <= logits_budget(inputs.chunk_bytes, hidden.device):
         logits = large_empty((len(hidden), stride), inputs.dtype, hidden)
         y = gemm(logits[:, : len(weight)], hidden, weight.t())
+        if inputs.support is not None:
+            DenseSupport(inputs.support.of(tokens)).mask(y)
         row = part_of(inputs.row_transform(), tokens)
         parts = kernels.row_statistics(y, row, with_collision_and_argmax)
+        chosen.add(y, row, 0)
     else:
-        parts = _statistics_of_slabs(inputs, tokens, with_collision_and_argmax)
+        parts = _statistics_of_slabs(inputs, tokens, with_collision_and_argmax, chosen)
     if inputs.shard is not None:
         parts = inputs.shard.gather(parts)
-    targets = None if inputs.targets is None else inputs.targets[tokens]
+        chosen.gather(inputs.shard)
     finished = kernels.finish_rows(parts, inputs.vocab_size, targets)
-    stats = finished.stats
-    statistics, argmax = inputs.zero_statistics(with_collision_and_argmax)
-    m, log_s = statistics.new_zeros(2, len(inputs.hidden))
-    for row, value in zip(statistics, stats, strict=False):
-        if value is not None:
-            row[tokens] = value
-    if with_collision_and_argmax and stats.argmax is not None:
-        argmax[tokens] = stats.argmax
-    m[tokens], log_s[tokens] = finished.m, finished.log_s
-    # An op's outputs may not share memory, hence the clones.
-    no_dhidden = statistics.new_empty(0)
-    return StatsOutput(statistics, argmax, m.clone(), log_s.clone(), logits, no_dhidden)
+    output = inputs.zero_output(with_collision_and_argmax, top_k)
+    output.store(tokens, finished, chosen.finish(finished))
+    return output._replace(logits=logits)
 
 
 def _statistics_of_slabs(
-    inputs: HeadInputs, tokens: slice | Tensor, with_collision_and_argmax: bool
+    inputs: HeadInputs,
+    tokens: slice | Tensor,
+    with_collision_and_argmax: bool,
+    chosen: ChosenEntries,
 ) -> RowParts:
-    """Return the parts of all slabs of these tokens, merged now and then so that they stay few."""
+    """Return the parts of all slabs of these tokens, merged now and then so that they stay few.
+
+    The chosen entries are collected on the way.
+    """
     parts: list[RowParts] = []
     most = SLABS_PER_MERGE if inputs.hidden.is_cuda else 1
     for slab in _slabs(inputs, inputs.hidden[tokens], tokens):
@@ -116,6 +126,7 @@ def _statistics_of_slabs(
         if part.argmax is not None:
             part = part._replace(argmax=part.argmax + slab.vocab_slice.start)
         parts.append(part)
+        chosen.add(slab.y, slab.row, slab.vocab_slice.start)
         if len(parts) > most:
             merged = reference.merge(_joined(parts))
             parts = [RowParts._make(None if field is None else field[None] for field in merged)]
@@ -128,27 +139,25 @@ def _joined(parts: list[RowParts]) -> RowParts:
 
 
 def token_stats_backward(
-    inputs: HeadInputs, upstream: Tensor, saved: SavedStats, needs: GradMask
+    inputs: HeadInputs,
+    upstream: Tensor,
+    saved: SavedStats,
+    needs: GradMask,
+    chosen_upstream: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dhidden, dweight and dbias in the inputs' dtypes, from logits kept or recomputed.
 
-    `upstream` has the statistics' shape. Work: 2 to recompute logits, +2 for hidden, +2 for weight:
-    with the forward's 2, 8 in all, or 6 from kept logits. Memory: one slab, fp32 dhidden, and a
-    copy of the active tokens' hidden where the mask leaves some out.
+    `upstream` has the statistics' shape; chosen_upstream (N, K) is logprob's, for several targets.
+    Work: 2 to recompute logits, +2 for hidden, +2 for weight: with the forward's 2, 8 in all, or 6
+    from kept logits. Memory: one slab, fp32 dhidden, and a copy of the active tokens' hidden where
+    the mask leaves some out.
     """
     hidden, weight, wide = inputs.hidden, inputs.weight, inputs.dtype
-    active = None if inputs.mask is None else inputs.mask.nonzero()[:, 0]
-    if active is not None and len(active) == len(hidden):
-        active = None
+    active = inputs.active_tokens()
     tokens: slice | Tensor = slice(None) if active is None else active
     h = hidden[tokens]
     stats = TokenStats(*saved.statistics[:, tokens])
-    up = TokenStats(*upstream[:, tokens].to(wide))
-    if inputs.targets is None or up.logprob is None:
-        up = up._replace(logprob=None)
-    else:
-        ignored = inputs.targets[tokens] == reference.IGNORE_INDEX
-        up = up._replace(logprob=up.logprob.masked_fill(ignored, 0))
+    up = inputs.upstream_of(upstream, tokens, chosen_upstream)
     up, scale = scale_upstream(up, inputs.operand)
     finished = FinishedRows(stats, saved.m[tokens], saved.log_s[tokens])
     per_row = kernels.gradient_factors(finished, up, inputs.vocab_size)
@@ -164,7 +173,7 @@ def token_stats_backward(
             out = out[:, : len(w)]
         else:
             out = kernels.gradient_buffer(y, inputs.operand)
-        dy = kernels.row_gradient(RowTerms(y, row, per_row), out)
+        dy = kernels.row_gradient(RowTerms(y, row, per_row), out, up.logprob)
         if needs.hidden:
             gemm(dh, dy, w, accumulate=True, alpha=scale)
         if needs.weight:
@@ -176,7 +185,4 @@ def token_stats_backward(
         del y, out, dy  # a GPU reuses their memory for the next slab
     if needs.hidden and inputs.shard is not None:
         inputs.shard.sum(dh)
-    dh = dh.to(hidden.dtype)
-    if needs.hidden and active is not None:
-        dh = hidden.new_zeros(hidden.shape).index_copy_(0, active, dh)
-    return dh, dw, db
+    return inputs.spread(dh, active if needs.hidden else None), dw, db
