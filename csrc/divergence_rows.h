@@ -1,4 +1,4 @@
-// Equations (10) and (11) of em_kernels/reference.py for rows of fp32 logits; torch-free.
+// Equations (10) and (11) of em_kernels/reference_divergence.py for rows of fp32 logits; torch-free.
 #pragma once
 
 #include "entropy_rows.h"

@@ -7,9 +7,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from .functional import REDUCTIONS, STATS, _check_stat_names, _require_grad
-from .ops import torch_library
 from .ops.checks import check_arguments, check_head, check_number, check_scale_and_cap
 from .ops.divergence import ReferenceArguments
+from .ops.torch_library_divergence import divergence_op, token_divergences_op
 from .reference import TokenStats
 
 
@@ -70,7 +70,8 @@ def fused_divergence(
         logit of -inf (beta 0: q has it and p has not; beta 1: the reverse). With return_stats
         (divergence, TokenStats), whose fields (...) are detached.
 
-    Gradient: for hidden, weight and bias, equation (11) of ``em_kernels.reference``; NaN in the
+    Gradient: for hidden, weight and bias, equation (11) of
+        ``em_kernels.reference_divergence``; NaN in the
         rows whose divergence is inf. For "mean" and "sum" it is computed during the forward: GEMM
         work is 8 units where a forward of the model's head alone is 2 and D' is D, 6 with a frozen
         weight. For "none" the backward computes the logits again: 12, or 10.
@@ -117,11 +118,11 @@ def fused_divergence(
     needs = _require_grad(*head[:3])
     shape = hidden.shape[:-1]
     if reduction == "none":
-        each, statistics, argmax = torch_library.token_divergences_op(*head, *reference, needs)
+        each, statistics, argmax = token_divergences_op(*head, *reference, needs)
         each = each.reshape(shape)
         loss = each if mask is None else each * mask.to(each.dtype)
     else:
-        loss, _, statistics, argmax, *_ = torch_library.divergence_op(
+        loss, _, statistics, argmax, *_ = divergence_op(
             *head, *reference, reduction == "mean", needs
         )
     if return_stats is None:

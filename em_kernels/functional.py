@@ -7,12 +7,9 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from .ops import choice_costs, chunked, torch_library
+from .ops import torch_library
 from .ops.checks import check_arguments, check_support, check_tolerance, check_top_k
-from .ops.inputs import GradMask, build_inputs
-from .ops.weight_gradient import WeightGradCallback
 from .reference import TokenStats
-from .tolerance_report import GradientReport
 
 STATS = TokenStats._fields[:6]  # in fused_token_stats's stats; top_k adds the other fields
 OF_SUPPORT = TokenStats._fields[:3]
@@ -344,65 +341,6 @@ def fused_token_loss(
         {name: x.reshape(*shape, *x.shape[1:]) for name, x in values.items()} for values in found
     )
     return (loss, TokenStats(**stats), extras) if extras else (loss, TokenStats(**stats))
-
-
-@torch.no_grad()
-def entropy_loss_into(
-    on_weight_grad: WeightGradCallback | None,
-    hidden: Tensor,
-    weight: Tensor,
-    *,
-    bias: Tensor | None = None,
-    mask: Tensor | None = None,
-    temperature: float | Tensor = 1.0,
-    reduction: str = "mean",
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    grad_tolerance: float = 0.0,
-    chunk_bytes: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None, GradientReport]:
-    """Compute :func:`fused_entropy_loss` and its gradients at once, without autograd.
-
-    The weight's gradient goes to a callback in parts, so that no (V, D) gradient is ever in
-    memory::
-
-        def on_weight_grad(entries, values):
-            weight_gradient[entries] += values
-
-        loss, dhidden, dbias, report = entropy_loss_into(on_weight_grad, hidden, lm_head.weight)
-        hidden.backward(dhidden)
-
-    Args:
-        on_weight_grad: called with (entries, values) many times, also for the same entries.
-            entries: a slice or distinct int64 indices (K,) of the vocabulary. values: (K, D) fp32
-            (fp64 for fp64), to be added to these rows of the gradient; their memory is reused once
-            the callback returns. None: the weight is frozen.
-        hidden, weight, bias, mask, temperature, logit_scale, softcap, grad_tolerance, chunk_bytes:
-            as in :func:`fused_entropy_loss`.
-        reduction: "mean" or "sum".
-
-    Returns:
-        The loss (), the gradient of hidden, shaped and rounded as hidden, that of bias (V,) in fp32
-        if it requires grad, else None, and the GradientReport.
-
-    Memory: one chunk, fp32 dhidden, and 64 MiB for values, with a tolerance 64 MiB more.
-    Raises: as :func:`fused_entropy_loss`.
-    """
-    if reduction not in REDUCTIONS[:2]:
-        raise ValueError(f'reduction: {reduction!r} is not "mean" or "sum"')
-    grad_tolerance = check_tolerance(grad_tolerance)
-    needs = GradMask(True, on_weight_grad is not None, bias is not None and bias.requires_grad)
-    transform = (temperature, logit_scale, softcap)
-    head = check_arguments(
-        hidden, weight, bias, None, mask, transform, chunk_bytes, process_group=None
-    )
-    inputs = build_inputs(head, int(needs.hidden), grad_tolerance, needs)
-    loss, gradients = chunked.sum_entropy(inputs, reduction == "mean", needs, on_weight_grad)
-    dhidden = gradients.hidden.to(hidden.dtype).reshape(hidden.shape)
-    dbias = gradients.bias if needs.bias else None
-    why_exact = choice_costs.why_exact(head, needs) if grad_tolerance > 0 else ""
-    report = GradientReport(gradients.report[0], gradients.report[1], why_exact)
-    return loss, dhidden, dbias, report
 
 
 def _check_stat_names(argument: str, names: Sequence[str] | None, has_targets: bool) -> None:

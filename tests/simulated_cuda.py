@@ -206,7 +206,8 @@ def simulated(patch):
         patch.setattr(torch._C, name, lambda *arguments: None, raising=False)
     patch.setattr(triton, "config_for", lambda capability: LAUNCHES)
     # The kernels' self-test takes seconds of the interpreter; test_self_test.py runs it.
-    tested = itertools.product([CUDA], LOGIT_DTYPES, LOGIT_DTYPES)
+    results = (self_test.row_results, self_test.divergence_results)
+    tested = itertools.product([CUDA], LOGIT_DTYPES, LOGIT_DTYPES, results)
     patch.setattr(self_test, "_chosen", dict.fromkeys(tested, triton))
     patch.setattr(self_test, "_failures", {})
     patch.setattr(gemm, "_widens", {})

@@ -6,10 +6,10 @@ from torch.testing import assert_close
 from truth import leaves
 
 from em_kernels import fused_entropy_loss, fused_token_loss, gradient_report
-from em_kernels.functional import entropy_loss_into
 from em_kernels.ops import choice_costs
 from em_kernels.ops.checks import HeadArguments
 from em_kernels.ops.choice_costs import GPUS, costs_of, why_exact
+from em_kernels.streamed_loss import entropy_loss_into
 
 BOTH, FROZEN, NEITHER = [True, True, False], [True, False, False], [False, False, True]
 

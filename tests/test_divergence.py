@@ -11,9 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from truth import compare, leaves, logits_of, relative_error
 
 import em_kernels.ops.flops  # noqa: F401  # FlopCounterMode counts the extension's GEMM
-from em_kernels import fused_divergence, fused_token_stats, reference
+from em_kernels import fused_divergence, fused_token_stats, reference_divergence
 from em_kernels.kernels import portable
-from em_kernels.ops import divergence, torch_library
+from em_kernels.ops import divergence
+from em_kernels.ops import torch_library_divergence as ops
 from em_kernels.ops.inputs import GradMask, HeadInputs
 from em_kernels.ops.saved_gradients import weight_gradient
 from em_kernels.reference import RowTransform
@@ -350,7 +351,7 @@ def reference_of(logits, ref_logits, beta):
         (x - x.amax(1, keepdim=True)) - (x - x.amax(1, keepdim=True)).exp().sum(1, True).log()
         for x in (logits, ref_logits)
     )
-    return reference.divergence_sums(log_p, log_q, log_p[:, 0], beta)[0]
+    return reference_divergence.divergence_sums(log_p, log_q, log_p[:, 0], beta)[0]
 
 
 @pytest.mark.parametrize("beta", BETAS)
@@ -423,11 +424,11 @@ def test_opcheck(beta, needs):
     h, w, b, *ref = draw_pair()
     tensors = [x.requires_grad_(need) for x, need in zip((h, w, b), needs, strict=True)]
     settings = (None, MASK, TAU, [0.7, 5.0, 1.0], None, None, *ref, [1.2, 4.0, beta])
-    torch.library.opcheck(torch_library.divergence_op, (*tensors, *settings, True, needs))
-    torch.library.opcheck(torch_library.token_divergences_op, (*tensors, *settings, needs))
+    torch.library.opcheck(ops.divergence_op, (*tensors, *settings, True, needs))
+    torch.library.opcheck(ops.token_divergences_op, (*tensors, *settings, needs))
     detached = [x.detach() for x in tensors]
     torch.library.opcheck(
-        torch_library.token_divergences_backward_op,
+        ops.token_divergences_backward_op,
         (torch.randn(N), *detached, *settings, needs),
     )
 

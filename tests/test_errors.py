@@ -13,7 +13,7 @@ from em_kernels import (
     fused_token_loss,
     fused_token_stats,
 )
-from em_kernels.functional import entropy_loss_into
+from em_kernels.streamed_loss import entropy_loss_into
 
 N, D, V = 4, 3, 11
 NAN, INF = float("nan"), float("inf")

@@ -7,7 +7,7 @@ from torch.testing import assert_close
 from truth import FLOAT_STATS, draw, leaves
 
 from em_kernels import entropy_from_logits, fused_entropy_loss, fused_token_stats
-from em_kernels.ops import torch_library
+from em_kernels.ops import torch_library, torch_library_divergence
 
 N, D, V = 6, 4, 13
 TAU = torch.linspace(0.5, 1.5, N)
@@ -159,11 +159,13 @@ def test_ops_that_read_on_the_host_stay_out_of_cuda_graphs(simulated_cuda):
     hidden, weight, bias, targets = (x.detach().cuda() for x in draw(N, D, V))
     mask, tau, needs = torch.tensor([1, 0, 2, 1, 0, 1]).cuda(), TAU.cuda(), [True] * 3
     head = (hidden, weight, bias, targets, mask, tau, TRANSFORM, None, None)
-    reads = {}
+    modules = (torch_library, torch_library_divergence)
+    known = {name: op for module in modules for name, op in vars(module).items()}
+    ops, reads = {name: op for name, op in known.items() if name.endswith("_op")}, {}
 
     def run(name, *given):
         before = simulated_cuda.waits
-        found = getattr(torch_library, name)(*given)
+        found = ops[name](*given)
         on_host = any(isinstance(x, torch.Tensor) and x.is_cpu for x in given)
         reads[name] = on_host or simulated_cuda.waits > before
         return found
@@ -176,7 +178,10 @@ def test_ops_that_read_on_the_host_stay_out_of_cuda_graphs(simulated_cuda):
     logits = hidden @ weight.t()
     entropy = run("entropy_from_logits_op", logits, tau, 1.0)
     run("entropy_from_logits_backward_op", entropy[0], *entropy, logits, tau, 1.0)
-    ops = {name: op for name, op in vars(torch_library).items() if name.endswith("_op")}
+    pair = (*head, *(x.flip(0) for x in head[:3]), [1.0, 0.0, 0.5])
+    run("divergence_op", *pair, True, needs)
+    each, *_ = run("token_divergences_op", *pair, needs)
+    run("token_divergences_backward_op", each, *pair, needs)
     unsafe = torch.Tag.cudagraph_unsafe
     assert reads == {name: unsafe in op._opoverload.tags for name, op in ops.items()}
-    assert sorted(reads.values()) == [False, *[True] * 5]
+    assert sorted(reads.values()) == [False, *[True] * 8]

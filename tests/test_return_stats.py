@@ -46,7 +46,7 @@ def test_statistics_of_all_tokens(mask, grad):
     truth = stats_of(logits_of(hidden, weight), targets)
     truth |= {"rare": truth["logprob"] < -4, "twice": 2 * truth["entropy"]}
     truth["position"] = torch.arange(N).view(3, 4)
-    for name, found in (stats._asdict() | extras).items():
+    for name, found in ({name: getattr(stats, name) for name in NAMES} | extras).items():
         expected = truth[name].detach()
         if mask is not None:
             expected = expected.masked_fill(mask == 0, 0)

@@ -13,8 +13,8 @@ from truth import assert_no_worse_than_eager, entropy_of, leaves, relative_error
 
 import em_kernels.ops.flops  # noqa: F401  # FlopCounterMode counts the extension's GEMM
 from em_kernels import fused_entropy_loss, gradient_report
-from em_kernels.functional import entropy_loss_into
 from em_kernels.ops import chunked, gradients, inputs, sparse, weight_gradient
+from em_kernels.streamed_loss import entropy_loss_into
 
 N, V, D, CHUNK = 300, 1000, 24, 100
 TOLERANCE = 2**-9

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .. import reference
+from .. import reference, reference_divergence
 from ..reference import Coefficients, RowParts, RowTransform, TokenStats
 
 BLOCK_ELEMENTS = 1 << 21  # logits at a time; the formulas hold about eight temporaries of this size
@@ -153,7 +153,7 @@ def divergence_sums(
     for rows in _blocks(y):
         log_p = _log_probabilities(y, row, per_row[:2], rows)
         log_q = _log_probabilities(ref_y, ref_row, per_row[2:4], rows)
-        sums[:, rows] = reference.divergence_sums(log_p, log_q, per_row[4, rows], beta)
+        sums[:, rows] = reference_divergence.divergence_sums(log_p, log_q, per_row[4, rows], beta)
     return sums
 
 
@@ -171,7 +171,7 @@ def divergence_gradient(
         log_p = _log_probabilities(y, row, per_row[:2], rows)
         log_q = _log_probabilities(ref_y, ref_row, per_row[2:4], rows)
         pivot, centre, weight = per_row[4:, rows]
-        dz = reference.divergence_row_gradient(log_p, log_q, pivot, centre, beta)
+        dz = reference_divergence.divergence_row_gradient(log_p, log_q, pivot, centre, beta)
         dz *= weight[:, None]
         out[rows] = reference.through_transform(dz, _wide(y[rows]), _take_rows(row, rows))
 

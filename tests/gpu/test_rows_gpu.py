@@ -66,8 +66,9 @@ def test_choice_of_kernels():
 
 @pytest.mark.parametrize("out_dtype", [torch.float32, *NARROW])
 @pytest.mark.parametrize("y_dtype", [torch.float32, *NARROW])
-def test_kernels_pass_their_self_test(y_dtype, out_dtype):
-    assert self_test.wrong_result(kernels, torch.device("cuda"), y_dtype, out_dtype) == ""
+@pytest.mark.parametrize("results", [self_test.row_results, self_test.divergence_results])
+def test_kernels_pass_their_self_test(results, y_dtype, out_dtype):
+    assert self_test.wrong_result(kernels, torch.device("cuda"), y_dtype, out_dtype, results) == ""
 
 
 @pytest.mark.parametrize("layout", [in_padded_rows, torch.clone])

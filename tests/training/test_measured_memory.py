@@ -9,10 +9,10 @@ from training import tiny
 from training.shapes import SMALL
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from em_kernels.functional import entropy_loss_into
 from em_kernels.ops import chunked, inputs
 from em_kernels.ops.gemm import bf16_isa
 from em_kernels.ops.weight_gradient import StreamedWeightGrad
+from em_kernels.streamed_loss import entropy_loss_into
 from em_kernels.training import run as run_module
 from em_kernels.training.config import Sampling, TrainConfig
 from em_kernels.training.engines.shared_prefix import SharedPrefix

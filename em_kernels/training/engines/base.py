@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ...functional import entropy_loss_into
 from ...hf import check_head, head_of, require_gradients
+from ...streamed_loss import entropy_loss_into
 from ..config import TrainConfig
 from ..distributed import Ranks
 from ..rollouts.kv_cache import check_cache

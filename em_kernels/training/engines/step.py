@@ -13,9 +13,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ...functional import entropy_loss_into
 from ...hf import Head, hidden_states
 from ...ops.free_memory import return_freed_memory
+from ...streamed_loss import entropy_loss_into
 from ..config import TrainConfig
 from ..rollouts.kv_cache import grouped_attention
 from ..rollouts.sampling import Rollout
