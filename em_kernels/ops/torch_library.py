@@ -21,7 +21,7 @@ HEAD_SCHEMA = (
     "Tensor? temperatures, float[] transform, SymInt? chunk_bytes, str? group"
 )
 SUPPORT_SCHEMA = "Tensor? support_indices, Tensor? support_offsets"
-HEAD_SIZE = len(HeadArguments._fields)
+HEAD_SIZE: int = len(HeadArguments._fields)
 # Of ops that read counts or scales on the host, which a recorded CUDA graph would not do again.
 READS_ON_HOST: tuple[torch.Tag, ...] = (torch.Tag.cudagraph_unsafe,)
 NO_GRADIENT = (None,) * (HEAD_SIZE - 3)  # for all of the head but hidden, weight and bias
