@@ -63,7 +63,14 @@ def in_fp64(tensors):
 # Kernels: the same logits in fp32 and in fp64
 
 TRANSFORMS = [(None, None), ("both", 5.0), ("ref", 30.0)]
-ALL_KERNELS = pytest.mark.parametrize("kernels", [*ROWS, *OLDER, TRITON])
+ALL_KERNELS = pytest.mark.parametrize(
+    "kernels, beta",
+    [
+        pytest.param(*rows.values, beta, id=f"{rows.id}-{beta}", marks=rows.marks)
+        for rows in (*ROWS, *OLDER, TRITON)
+        for beta in (BETAS[:3] if rows is TRITON else BETAS)  # the interpreter is slow
+    ],
+)
 
 
 def run(kernels, y, ref_y, bias, softcap, beta, out_dtype):
@@ -87,9 +94,8 @@ def run(kernels, y, ref_y, bias, softcap, beta, out_dtype):
     return sums, out
 
 
-@pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("bias, softcap", TRANSFORMS)
-@pytest.mark.parametrize("v", [1, 13, 1025])
+@pytest.mark.parametrize("v", [1, 300, 1025])
 @ALL_KERNELS
 def test_kernels(kernels, v, bias, softcap, beta):
     """Rows that are far, near, equal, sure of other entries, and without a distribution."""
@@ -115,9 +121,8 @@ def test_kernels(kernels, v, bias, softcap, beta):
 
 
 @ALL_KERNELS
-@pytest.mark.parametrize("beta", BETAS)
 def test_a_narrower_gradient_is_the_wide_one_rounded(beta, kernels):
-    y, ref_y = torch.randn(2, 5, 700) * 3
+    y, ref_y = torch.randn(2, 5, 300) * 3
     _, wide = run(kernels, y, ref_y, "both", 5.0, beta, torch.float32)
     for dtype in (torch.bfloat16, torch.float16):
         _, narrow = run(kernels, y, ref_y, "both", 5.0, beta, dtype)
@@ -165,7 +170,7 @@ def eager(tensors, head, beta, v=V):
 
 @pytest.mark.parametrize("rows", ROWS, indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("beta", [0.0, 1.0, 0.1])
 @pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
 def test_values_and_gradients(head, beta, dtype, rows, dweight):
     tensors = draw_pair(dtype)

@@ -108,6 +108,7 @@ def worker(rank, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_a_vocabulary_of_two_ranks(tmp_path):
     spawn(worker, str(tmp_path), nprocs=2)
     ranks, shares = zip(*(torch.load(tmp_path / f"{rank}.pt") for rank in range(2)), strict=True)

@@ -15,6 +15,8 @@ from trl import GRPOTrainer
 
 from em_kernels.trl import FusedGRPOTrainer
 
+pytestmark = pytest.mark.slow  # each with transformers' Trainer, some seconds
+
 TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{% for c in m.content %}"
     "{% if c.type == 'image' %}<image>{% else %}{{ c.text }}{% endif %}{% endfor %}<|end|>"

@@ -13,6 +13,8 @@ from trl.trainer.grpo_config import GRPOConfig
 
 from em_kernels.trl import FusedGRPOTrainer
 
+pytestmark = pytest.mark.slow  # each with transformers' Trainer, some seconds
+
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 LEVELS = ("token", "sequence")
 VARIANTS = {

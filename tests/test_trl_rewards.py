@@ -14,6 +14,8 @@ from transformers import LlamaForCausalLM
 
 from em_kernels.trl import INTRINSIC_REWARDS, FusedGRPOTrainer
 
+pytestmark = pytest.mark.slow  # each with transformers' Trainer, some seconds
+
 MEANS = ("rent", "intuitor")
 
 

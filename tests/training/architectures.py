@@ -29,7 +29,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from em_kernels.cli import main
 from em_kernels.hf import entropy_loss, require_gradients
-from em_kernels.training.engines.step import can_share_prefix
+from em_kernels.training.engines.shared_prefix import can_share_prefix
 from em_kernels.training.rollouts.padding import can_pad
 from em_kernels.training.rollouts.sampling import Rollout, generate
 from em_kernels.training.runs.records import write_whole
