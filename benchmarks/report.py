@@ -4,13 +4,14 @@ import json
 import re
 from pathlib import Path
 
-from benchmarks import evidence, inputs, store, tables
+from benchmarks import distillation, evidence, inputs, store, tables
 from benchmarks.providers import PROVIDERS
 
 FEATURED = {  # shape and input of the problems that are shown, and measured by default
     "cpu": (("qwen2.5-1.5b", "lm-0.5"), ("smollm2-135m", "real-0.5")),
     "cuda": (("qwen3-8b", "lm-0.5"), ("llama3-8b", "lm-0.5"), ("gemma2-2b", "lm-0.5")),
 }
+SECTIONS = ("training", "distillation", "proof", "parts")  # of a device's results, beside "cases"
 TITLES = {"lm": "LM-like input", "real": "real states", "uniform": "near-uniform input"}
 TITLES |= {kind: "own states" for kind in inputs.REAL if kind != "real"}
 README_PROVIDERS = ("ours", "ours-sparse", "floor", "compile", "official-eager")
@@ -97,6 +98,38 @@ def table(rows: list[dict]) -> list[str]:
     return lines
 
 
+def of_distillation(content: dict) -> list[str]:
+    """Tabulate distillation losses by head and task, the fastest first."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in content["distillation"].values():
+        sizes = "shape tokens hidden_size ref_hidden_size vocab_size dtype".split()
+        groups.setdefault(tuple(map(row.get, sizes)), []).append(row)
+    lines = []
+    for (shape, tokens, width, ref_width, vocab, dtype), rows in groups.items():
+        fresh = tables.has_fresh(rows)
+        memory = ("peak_mib", "beyond_gradients_mib")
+        lines += [
+            f"{shape} (N={tokens}, D={width}, the teacher's {ref_width}, V={vocab}), {dtype}, "
+            "LM-like input at temperature 1: loss with all gradients of the student",
+            "",
+            *tables.head_lines(["", ""], fresh, ["peak memory", "beyond gradients"]),
+        ]
+        order = list(distillation.TASKS)
+        for row in sorted(rows, key=lambda row: (order.index(row["task"]), rank(row))):
+            if "ratio" in row:
+                title = distillation.PROVIDERS[row["provider"]].title
+                name = f"**{title}**" if row["provider"] == "ours" else title
+                task = distillation.TASKS[row["task"]].title
+                lines.append(f"| {task} | {name} | {tables.cells(row, fresh, memory)} |")
+        lines.append("")
+        missing = {(row["provider"], row["skipped"]): None for row in rows if "skipped" in row}
+        lines += [f"Not here: {distillation.PROVIDERS[n].title}: {why}." for n, why in missing]
+        wrong = [row for row in rows if "wrong" in row]
+        lines += [f"Wrong: {r['provider']}, {r['task']}: {r['wrong']}." for r in wrong]
+        lines += [""] if missing or wrong else []
+    return lines[:-1]
+
+
 def others(content: dict) -> list[str]:
     """Tabulate what was measured beside the featured problems: other tasks, inputs and losses."""
     cases = content.get("cases", {})
@@ -147,7 +180,7 @@ def by_size(content: dict) -> list[str]:
 def shown(content: dict) -> list[dict]:
     """Return the rows whose dates and versions stand above the tables."""
     groups = featured(content.get("cases", {}))
-    groups += [list(content.get(name, {}).values()) for name in ("training", "proof", "parts")]
+    groups += [list(content.get(name, {}).values()) for name in SECTIONS]
     rows = [row for group in groups for row in group if "skipped" not in row]
     return rows or [row for group in groups for row in group]
 
@@ -167,8 +200,7 @@ def about(content: dict) -> str:
 def measured(paths: list[Path]) -> list[tuple[Path, dict]]:
     """Load the files that have something to show."""
     loaded = [(path, store.load(path)) for path in paths]
-    sections = ("training", "proof", "parts")
-    return [(p, c) for p, c in loaded if featured(c.get("cases", {})) or any(map(c.get, sections))]
+    return [(p, c) for p, c in loaded if featured(c.get("cases", {})) or any(map(c.get, SECTIONS))]
 
 
 def block(paths: list[Path]) -> str:
@@ -220,6 +252,8 @@ def page(paths: list[Path], studies: list[Path], folder: str = "") -> str:
         if scaling(content):
             lines += ["### Memory over tokens and vocabulary", "", *by_size(content), ""]
             lines += [*plot(path, "memory", "peak memory over tokens, over vocabulary"), ""]
+        if content.get("distillation"):
+            lines += ["### Distillation", "", *of_distillation(content), ""]
         if trained:
             lines += ["### A whole update", "", *tables.updates(trained), ""]
         if content.get("ratios"):
