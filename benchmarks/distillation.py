@@ -1,7 +1,6 @@
-"""Distillation losses over an LM head: tasks, providers, inputs, fp64 truth; run in a child process.
+"""Measures one case of a distillation loss, in a process that bench_distillation.py starts.
 
-As measure.py: `python -m benchmarks.distillation truth FILE`, `run FILE`, `fresh FILE`, with the
-case on stdin. bench_distillation.py is the program that starts these.
+`python -m benchmarks.distillation truth FILE`, `run FILE` and `fresh FILE` are as measure.py's.
 """
 
 import math

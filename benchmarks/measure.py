@@ -300,7 +300,7 @@ def figures(
     and unit; `problem`, too, may be another suite's.
     """
     found: dict[str, object] = {"versions": versions(provider)}
-    if case.provider == "compile":
+    if case.provider in ("compile", "liger"):
         run()  # compiles, so that what follows measures the compiled code alone
     losses: list[Tensor | None] = []
     flops = gemm_flops(lambda: losses.append(run()))

@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 
-from benchmarks import distillation, evidence, inputs, store, tables
+from benchmarks import evidence, inputs, store, tables
 from benchmarks.providers import PROVIDERS
 
 FEATURED = {  # shape and input of the problems that are shown, and measured by default
@@ -50,13 +50,8 @@ def featured(cases: dict[str, dict]) -> list[list[dict]]:
         rows = [row for row in plain if (row["shape"], row["input"]) == pair]
         most = max(row["tokens"] for row in rows)
         rows = [row for row in rows if row["tokens"] == most]
-        found.append(sorted(rows, key=rank))
+        found.append(sorted(rows, key=tables.rank))
     return found
-
-
-def rank(row: dict) -> float:
-    """Return the ratio, of a fresh process where there is one; infinity for a row without."""
-    return row.get("fresh_ratio", row.get("ratio", float("inf")))
 
 
 def heading(row: dict) -> str:
@@ -96,38 +91,6 @@ def table(rows: list[dict]) -> list[str]:
     for why, names in unable.items():
         lines.append(f"Not here: {', '.join(names)}: {why}.")
     return lines
-
-
-def of_distillation(content: dict) -> list[str]:
-    """Tabulate distillation losses by head and task, the fastest first."""
-    groups: dict[tuple, list[dict]] = {}
-    for row in content["distillation"].values():
-        sizes = "shape tokens hidden_size ref_hidden_size vocab_size dtype".split()
-        groups.setdefault(tuple(map(row.get, sizes)), []).append(row)
-    lines = []
-    for (shape, tokens, width, ref_width, vocab, dtype), rows in groups.items():
-        fresh = tables.has_fresh(rows)
-        memory = ("peak_mib", "beyond_gradients_mib")
-        lines += [
-            f"{shape} (N={tokens}, D={width}, the teacher's {ref_width}, V={vocab}), {dtype}, "
-            "LM-like input at temperature 1: loss with all gradients of the student",
-            "",
-            *tables.head_lines(["", ""], fresh, ["peak memory", "beyond gradients"]),
-        ]
-        order = list(distillation.TASKS)
-        for row in sorted(rows, key=lambda row: (order.index(row["task"]), rank(row))):
-            if "ratio" in row:
-                title = distillation.PROVIDERS[row["provider"]].title
-                name = f"**{title}**" if row["provider"] == "ours" else title
-                task = distillation.TASKS[row["task"]].title
-                lines.append(f"| {task} | {name} | {tables.cells(row, fresh, memory)} |")
-        lines.append("")
-        missing = {(row["provider"], row["skipped"]): None for row in rows if "skipped" in row}
-        lines += [f"Not here: {distillation.PROVIDERS[n].title}: {why}." for n, why in missing]
-        wrong = [row for row in rows if "wrong" in row]
-        lines += [f"Wrong: {r['provider']}, {r['task']}: {r['wrong']}." for r in wrong]
-        lines += [""] if missing or wrong else []
-    return lines[:-1]
 
 
 def others(content: dict) -> list[str]:
@@ -253,7 +216,7 @@ def page(paths: list[Path], studies: list[Path], folder: str = "") -> str:
             lines += ["### Memory over tokens and vocabulary", "", *by_size(content), ""]
             lines += [*plot(path, "memory", "peak memory over tokens, over vocabulary"), ""]
         if content.get("distillation"):
-            lines += ["### Distillation", "", *of_distillation(content), ""]
+            lines += ["### Distillation", "", *tables.of_distillation(content["distillation"]), ""]
         if trained:
             lines += ["### A whole update", "", *tables.updates(trained), ""]
         if content.get("ratios"):

@@ -209,7 +209,7 @@ def lack(package: str, needed: int, device: str) -> str | None:
 
 
 def run_process(kind: str, case: Any, truth: Path) -> dict:
-    """Run the case's module in a child process; return what it prints, or {"skipped": why} if it fails."""
+    """Run the case's module in a child; return what it prints, {"skipped": why} if it fails."""
     child = subprocess.Popen(
         [sys.executable, "-m", type(case).__module__, kind, str(truth)],
         stdin=subprocess.PIPE,
@@ -390,11 +390,8 @@ def exit_status(program: str, work: Callable[[], int]) -> int:
         print(f"{program}: error: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        print(
-            f"{program}: error: {error.name} is not installed; "
-            "pip install --editable '.[train,bench]'",
-            file=sys.stderr,
-        )
+        remedy = "pip install --editable '.[train,bench]'"
+        print(f"{program}: error: {error.name} is not installed; {remedy}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{program}: interrupted; finished cases are kept", file=sys.stderr)
