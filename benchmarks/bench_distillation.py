@@ -33,9 +33,9 @@ DESCRIPTION = f"""Measure distillation losses of an LM head with all gradients o
 
 Each case runs in a process of its own, and on a CPU again in a fresh one that sets
 nothing, as `python -m benchmarks` does; see its --help for the figures. The floor is
-the bare matrix products: of both heads and both gradients for a divergence, in whose
-units (8) work is told, of the student's alone for the others (6). Inputs are LM-like;
-{AGREEMENT:.0%} of the variance of the teacher's logits is the student's.
+the bare matrix products: both heads' logits and the student's two gradients for a
+divergence (8 units of work), without the teacher's for the others (6). Inputs are
+LM-like; {AGREEMENT:.0%} of the variance of the teacher's logits is the student's.
 
 Results are added to benchmarks/results/<device>.json after each case; Ctrl-C keeps
 them. `python -m benchmarks --report` writes the tables of docs/benchmarks.md.
