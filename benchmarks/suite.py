@@ -283,11 +283,13 @@ def run(
             print(problem, flush=True)
             failed: dict | None = None  # None: no fp64 truth yet; {}: it is there; else why not
             for case in group:
+                name = f"  {case.provider:<22}"
+                print(name, end="", flush=True)  # A case takes a minute.
                 why = why_not(case)
                 if why is None and failed is None:
                     failed = run_process("truth", case, truth)
                 row = {"skipped": why} if why else failed or measured_row(case, truth)
-                print(line_of(case, row), flush=True)
+                print(line_of(case, row).removeprefix(name), flush=True)
                 measured += "skipped" not in row
                 key = f"{case.problem} {case.provider}"
                 store.merge(path, case.device, section, {key: case._asdict() | row})
