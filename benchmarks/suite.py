@@ -379,8 +379,7 @@ def _main(arguments: list[str]) -> int:
         for written in report.write(path):
             print(written)
         return 0
-    measured = run(list(cases_of(options)), path)
-    print(f"{measured} measured, in {os.path.relpath(path)}")
+    print(f"{run(list(cases_of(options)), path)} measured, in {os.path.relpath(path)}")
     return 0
 
 
