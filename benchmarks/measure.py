@@ -18,7 +18,7 @@ from collections.abc import Callable
 from functools import partial
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,6 +72,11 @@ class Case(NamedTuple):
         """The key of its results: all but the provider."""
         head = f"{self.shape} N={self.tokens} D={self.hidden_size} V={self.vocab_size}"
         return f"{head} {self.dtype} {self.task} {self.input}"
+
+    @property
+    def unit(self) -> int:
+        """FLOPs that GEMM work is counted in: half a product."""
+        return self.tokens * self.hidden_size * self.vocab_size
 
     @property
     def temperature(self) -> float:
@@ -286,29 +291,27 @@ def in_turns(device: str, run: Callable, floor: Callable) -> dict[str, object]:
     return found
 
 
-def measure(case: Case, true: dict[str, dict]) -> dict[str, object]:
-    """Measure a case: work, error, memory, time; no memory and time if the error is too large."""
-    provider = PROVIDERS[case.provider]
-    mallopt(-3, 2**16)  # M_MMAP_THRESHOLD: freed blocks are returned, so that peaks are true
-    problem = make_problem(case)
-    run = partial(call, provider, case, problem)
+def figures(
+    case: Any, provider: Any, problem: Any, run: Callable, floor: Callable, true: dict[str, float]
+) -> dict[str, object]:
+    """Measure work, error, memory, time; no memory and time if the error is too large.
+
+    `true` is the truth of what the provider computes; `case` has the fields device, provider, dtype
+    and unit; `problem`, too, may be another suite's.
+    """
     found: dict[str, object] = {"versions": versions(provider)}
-    if case.provider == "compile":
+    if case.provider in ("compile", "liger"):
         run()  # compiles, so that what follows measures the compiled code alone
-    unit = case.tokens * case.hidden_size * case.vocab_size
     losses: list[Tensor | None] = []
     flops = gemm_flops(lambda: losses.append(run()))
     loss = losses[0]
-    found["gemm_units"] = round(flops / unit, 3) if provider.counted else None
+    found["gemm_units"] = round(flops / case.unit, 3) if provider.counted else None
     if loss is not None:
-        found["error"] = errors(true[provider.quantity], loss, problem)
+        found["error"] = errors(true, loss, problem)
         found["error"] = {name: float(f"{x:.3g}") for name, x in found["error"].items()}
         if not max(found["error"].values()) <= WRONG[case.dtype]:  # NaN is wrong too.
             return found | {"wrong": f"error above {WRONG[case.dtype]}"}
         found["loss"] = float(f"{loss.item():.4g}")
-    if case.provider == "ours-sparse":
-        report = em_kernels.gradient_report(provider.loss(problem))
-        found["active_share"] = float(f"{report.active_share.item():.3g}")
     clear_gradients(problem)
     peak = peak_bytes(case.device, run)
     leaves = (problem.hidden, problem.weight)
@@ -318,7 +321,26 @@ def measure(case: Case, true: dict[str, dict]) -> dict[str, object]:
         found["beyond_gradients_mib"] = round(max(0, peak - gradients) / 2**20, 1)
     clear_gradients(problem)
     keep_freed_memory()
-    return found | in_turns(case.device, run, partial(products, problem, GEMMS[case.task]))
+    return found | in_turns(case.device, run, floor)
+
+
+def return_freed_memory() -> None:
+    """Make malloc return freed blocks to the system, so that peaks are true."""
+    mallopt(-3, 2**16)  # M_MMAP_THRESHOLD
+
+
+def measure(case: Case, true: dict[str, dict]) -> dict[str, object]:
+    """Measure a case, as figures() does."""
+    provider = PROVIDERS[case.provider]
+    return_freed_memory()
+    problem = make_problem(case)
+    run = partial(call, provider, case, problem)
+    floor = partial(products, problem, GEMMS[case.task])
+    found = figures(case, provider, problem, run, floor, true.get(provider.quantity, {}))
+    if case.provider == "ours-sparse" and "wrong" not in found:
+        report = em_kernels.gradient_report(provider.loss(problem))
+        found["active_share"] = float(f"{report.active_share.item():.3g}")
+    return found
 
 
 def fresh_times(case: Case) -> dict[str, object]:
@@ -341,25 +363,32 @@ def versions(provider: Provider) -> dict[str, str]:
         return found
 
 
-def main() -> None:
+def answer(actions: dict[str, Callable], kind_of_case: type) -> None:
+    """Do what the first argument names with the second, a file, and the case that is on stdin.
+
+    Print what was found as one line of JSON.
+    """
     kind, path = sys.argv[1:]
-    case = Case(**json.load(sys.stdin))
-    if kind == "truth":
-        torch.save(truth(case, make_problem(case)), path)
-        found: dict[str, object] = {}
-    else:
-        try:
-            found = fresh_times(case) if kind == "fresh" else measure(case, torch.load(path))
-        except ImportError as error:
-            found = {"skipped": f"does not import: {str(error).splitlines()[0]}"}
-        except (MemoryError, torch.OutOfMemoryError) as error:
-            found = {"skipped": f"out of memory: {str(error).splitlines()[0]}"}
-        except RuntimeError as error:
-            if "allocate memory" not in str(error):
-                raise
-            found = {"skipped": "out of memory"}
-    print("\n" + json.dumps(found))
+    case = kind_of_case(**json.load(sys.stdin))
+    try:
+        found = actions[kind](case, path)
+    except ImportError as error:
+        found = {"skipped": f"does not import: {str(error).splitlines()[0]}"}
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        found = {"skipped": f"out of memory: {str(error).splitlines()[0]}"}
+    except RuntimeError as error:
+        if "allocate memory" not in str(error):
+            raise
+        found = {"skipped": "out of memory"}
+    print("\n" + json.dumps(found or {}))
 
 
 if __name__ == "__main__":
-    main()
+    answer(
+        {
+            "truth": lambda case, path: torch.save(truth(case, make_problem(case)), path),
+            "run": lambda case, path: measure(case, torch.load(path)),
+            "fresh": lambda case, _: fresh_times(case),
+        },
+        Case,
+    )

@@ -11,6 +11,7 @@ FEATURED = {  # shape and input of the problems that are shown, and measured by 
     "cpu": (("qwen2.5-1.5b", "lm-0.5"), ("smollm2-135m", "real-0.5")),
     "cuda": (("qwen3-8b", "lm-0.5"), ("llama3-8b", "lm-0.5"), ("gemma2-2b", "lm-0.5")),
 }
+SECTIONS = ("training", "distillation", "proof", "parts")  # of a device's results, beside "cases"
 TITLES = {"lm": "LM-like input", "real": "real states", "uniform": "near-uniform input"}
 TITLES |= {kind: "own states" for kind in inputs.REAL if kind != "real"}
 README_PROVIDERS = ("ours", "ours-sparse", "floor", "compile", "official-eager")
@@ -49,13 +50,8 @@ def featured(cases: dict[str, dict]) -> list[list[dict]]:
         rows = [row for row in plain if (row["shape"], row["input"]) == pair]
         most = max(row["tokens"] for row in rows)
         rows = [row for row in rows if row["tokens"] == most]
-        found.append(sorted(rows, key=rank))
+        found.append(sorted(rows, key=tables.rank))
     return found
-
-
-def rank(row: dict) -> float:
-    """Return the ratio, of a fresh process where there is one; infinity for a row without."""
-    return row.get("fresh_ratio", row.get("ratio", float("inf")))
 
 
 def heading(row: dict) -> str:
@@ -147,7 +143,7 @@ def by_size(content: dict) -> list[str]:
 def shown(content: dict) -> list[dict]:
     """Return the rows whose dates and versions stand above the tables."""
     groups = featured(content.get("cases", {}))
-    groups += [list(content.get(name, {}).values()) for name in ("training", "proof", "parts")]
+    groups += [list(content.get(name, {}).values()) for name in SECTIONS]
     rows = [row for group in groups for row in group if "skipped" not in row]
     return rows or [row for group in groups for row in group]
 
@@ -167,8 +163,7 @@ def about(content: dict) -> str:
 def measured(paths: list[Path]) -> list[tuple[Path, dict]]:
     """Load the files that have something to show."""
     loaded = [(path, store.load(path)) for path in paths]
-    sections = ("training", "proof", "parts")
-    return [(p, c) for p, c in loaded if featured(c.get("cases", {})) or any(map(c.get, sections))]
+    return [(p, c) for p, c in loaded if featured(c.get("cases", {})) or any(map(c.get, SECTIONS))]
 
 
 def block(paths: list[Path]) -> str:
@@ -220,6 +215,8 @@ def page(paths: list[Path], studies: list[Path], folder: str = "") -> str:
         if scaling(content):
             lines += ["### Memory over tokens and vocabulary", "", *by_size(content), ""]
             lines += [*plot(path, "memory", "peak memory over tokens, over vocabulary"), ""]
+        if content.get("distillation"):
+            lines += ["### Distillation", "", *tables.of_distillation(content["distillation"]), ""]
         if trained:
             lines += ["### A whole update", "", *tables.updates(trained), ""]
         if content.get("ratios"):

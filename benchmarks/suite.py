@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby, product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,7 +56,7 @@ SCALING_VOCABS = (32768, 65536, 131072, 262144)
 SPARE_BYTES = 2**30  # for libraries and a chunk
 
 
-def _listed(texts: dict[str, str]) -> str:
+def listed(texts: dict[str, str]) -> str:
     return "\n".join(f"  {name:<21}{text}" for name, text in texts.items())
 
 
@@ -80,11 +80,11 @@ Ctrl-C keeps them.
   error   relative, against fp64 on a sample: the worst of loss and gradients
 
 tasks:
-{_listed(TASKS)}
+{listed(TASKS)}
 inputs:
-{_listed(INPUTS)}
+{listed(INPUTS)}
 providers:
-{_listed({name: provider.title for name, provider in PROVIDERS.items()})}"""
+{listed({name: provider.title for name, provider in PROVIDERS.items()})}"""
 EXAMPLES = """examples:
   python -m benchmarks --shape gemma2-2b llama3-8b --provider ours ours-sparse compile
   python -m benchmarks --shape 2048x32000 --tokens 1024 --input lm-1 uniform-1
@@ -195,18 +195,23 @@ def reason_not_to(case: Case) -> str | None:
         return "has no softcap"
     if provider.cuda_only and case.device != "cuda":
         return "needs a CUDA GPU"
-    if importlib.util.find_spec(provider.package) is None:
-        return f"{provider.package} is not installed"
-    needed, free = needed_bytes(case), free_bytes(torch.device(case.device))
+    return lack(provider.package, needed_bytes(case), case.device)
+
+
+def lack(package: str, needed: int, device: str) -> str | None:
+    """Say which package or how much memory is missing here."""
+    if importlib.util.find_spec(package) is None:
+        return f"{package} is not installed"
+    free = free_bytes(torch.device(device))
     if needed > free:
         return f"needs about {needed / 2**30:.0f} GiB, {free / 2**30:.0f} GiB are free"
     return None
 
 
-def run_process(kind: str, case: Case, truth: Path) -> dict:
-    """Run measure.py in a child process; return what it prints, or {"skipped": why} if it fails."""
+def run_process(kind: str, case: Any, truth: Path) -> dict:
+    """Run the case's module in a child; return what it prints, {"skipped": why} if it fails."""
     child = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.measure", kind, str(truth)],
+        [sys.executable, "-m", type(case).__module__, kind, str(truth)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -227,7 +232,7 @@ def run_process(kind: str, case: Case, truth: Path) -> dict:
     return json.loads(out.splitlines()[-1])
 
 
-def line_of(case: Case, row: dict) -> str:
+def line_of(case: Any, row: dict) -> str:
     name = f"  {case.provider:<22}"
     if "skipped" in row:
         return f"{name}skipped: {row['skipped']}"
@@ -250,7 +255,7 @@ def line_of(case: Case, row: dict) -> str:
     )
 
 
-def measured_row(case: Case, truth: Path) -> dict:
+def measured_row(case: Any, truth: Path) -> dict:
     """Measure a case; on a CPU also in a fresh process, whose fields begin with fresh_.
 
     A GPU's memory is kept by its allocator in every process, and --scaling is about memory.
@@ -262,7 +267,12 @@ def measured_row(case: Case, truth: Path) -> dict:
     return row
 
 
-def run(cases: list[Case], path: Path) -> int:
+def run(
+    cases: Sequence[Any],
+    path: Path,
+    section: str = "cases",
+    why_not: Callable[[Any], str | None] = reason_not_to,
+) -> int:
     """Measure the cases, storing each when it is done; return how many could be measured."""
     if path.exists():
         store.load(path)  # Refuse a file of another version before hours are spent.
@@ -273,14 +283,16 @@ def run(cases: list[Case], path: Path) -> int:
             print(problem, flush=True)
             failed: dict | None = None  # None: no fp64 truth yet; {}: it is there; else why not
             for case in group:
-                why = reason_not_to(case)
+                name = f"  {case.provider:<22}"
+                print(name, end="", flush=True)  # A case takes a minute.
+                why = why_not(case)
                 if why is None and failed is None:
                     failed = run_process("truth", case, truth)
                 row = {"skipped": why} if why else failed or measured_row(case, truth)
-                print(line_of(case, row), flush=True)
+                print(line_of(case, row).removeprefix(name), flush=True)
                 measured += "skipped" not in row
                 key = f"{case.problem} {case.provider}"
-                store.merge(path, case.device, "cases", {key: case._asdict() | row})
+                store.merge(path, case.device, section, {key: case._asdict() | row})
     return measured
 
 
@@ -337,42 +349,51 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.tokens is not None and options.tokens < 1:
         raise BenchError(f"--tokens: {options.tokens} is not positive")
-    chosen("device", [options.device], TOKENS)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise BenchError("--device: torch sees no CUDA GPU; use cpu")
+    check_device(options.device)
     return options
 
 
-def main(arguments: list[str]) -> int:
-    """Run the suite; return 0 when done, 2 for an error the user can mend, 130 if interrupted."""
-    try:
-        if any(argument.startswith("--compile-report") for argument in arguments):
-            from . import compile_report  # needs Triton
+def check_device(name: str) -> None:
+    chosen("device", [name], TOKENS)
+    if name == "cuda" and not torch.cuda.is_available():
+        raise BenchError("--device: torch sees no CUDA GPU; use cpu")
 
-            return compile_report.main(arguments)
-        options = parse(arguments)
-        if options.calibration:
-            for line in inputs.calibration({name: SHAPES[name][:2] for name in SHAPES}):
-                print(line, flush=True)
-            return 0
-        path = options.results or store.path_of(options.device)
-        if options.report:
-            for written in report.write(path):
-                print(written)
-            return 0
-        measured = run(list(cases_of(options)), path)
-        print(f"{measured} measured, in {os.path.relpath(path)}")
+
+def main(arguments: list[str]) -> int:
+    """Run the suite; return an exit status, as of exit_status()."""
+    return exit_status("python -m benchmarks", lambda: _main(arguments))
+
+
+def _main(arguments: list[str]) -> int:
+    if any(argument.startswith("--compile-report") for argument in arguments):
+        from . import compile_report  # needs Triton
+
+        return compile_report.main(arguments)
+    options = parse(arguments)
+    if options.calibration:
+        for line in inputs.calibration({name: SHAPES[name][:2] for name in SHAPES}):
+            print(line, flush=True)
         return 0
+    path = options.results or store.path_of(options.device)
+    if options.report:
+        for written in report.write(path):
+            print(written)
+        return 0
+    print(f"{run(list(cases_of(options)), path)} measured, in {os.path.relpath(path)}")
+    return 0
+
+
+def exit_status(program: str, work: Callable[[], int]) -> int:
+    """Work; return 0 when done, 2 for an error the user can mend, 130 if interrupted."""
+    try:
+        return work()
     except BenchError as error:
-        print(f"python -m benchmarks: error: {error}", file=sys.stderr)
+        print(f"{program}: error: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        print(
-            f"python -m benchmarks: error: {error.name} is not installed; "
-            "pip install --editable '.[train,bench]'",
-            file=sys.stderr,
-        )
+        remedy = "pip install --editable '.[train,bench]'"
+        print(f"{program}: error: {error.name} is not installed; {remedy}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("python -m benchmarks: interrupted; finished cases are kept", file=sys.stderr)
+        print(f"{program}: interrupted; finished cases are kept", file=sys.stderr)
         return 130

@@ -1,6 +1,8 @@
-"""Markdown: cells of a measured case; tables of updates, ratios, studies, the parts of make gpu."""
+"""Markdown: cells of a measured case; tables of all that is measured beside the losses."""
 
 from collections.abc import Iterator
+
+from benchmarks.distillation import PROVIDERS, TASKS
 
 TEST_TITLES = {
     "rows": "Triton rows and sparse gradient",
@@ -8,11 +10,17 @@ TEST_TITLES = {
     "trainer": "optimizer, trainer",
     "ranks": "several processes",
 }
+SIZES = ("shape", "tokens", "hidden_size", "ref_hidden_size", "vocab_size", "dtype")
 KERNELS = 8  # kernels shown per step, those that take most
 
 
 def worst_error(row: dict) -> float:
     return max(row["error"].values())
+
+
+def rank(row: dict) -> float:
+    """Return the ratio, of a fresh process where there is one; infinity for a row without."""
+    return row.get("fresh_ratio", row.get("ratio", float("inf")))
 
 
 def fresh_cell(row: dict) -> str:
@@ -177,6 +185,37 @@ def model_of(row: dict) -> str:
     if row.get("recipe", "demo") != "demo":
         prompt = f"the paper's prompt, of up to {row['new_tokens']} tokens"
     return f"{model}, {row['rollouts']} completions of {prompt}, sampled and trained"
+
+
+def of_distillation(rows: dict[str, dict]) -> list[str]:
+    """Tabulate distillation losses by head and task, the fastest first."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows.values():
+        groups.setdefault(tuple(row[name] for name in SIZES), []).append(row)
+    lines = []
+    for (shape, tokens, width, ref_width, vocab, dtype), found in groups.items():
+        fresh = has_fresh(found)
+        memory = ("peak_mib", "beyond_gradients_mib")
+        lines += [
+            f"{shape} (N={tokens}, D={width}, the teacher's {ref_width}, V={vocab}), {dtype}, "
+            "LM-like input at temperature 1: loss with all gradients of the student",
+            "",
+            *head_lines(["", ""], fresh, ["peak memory", "beyond gradients"]),
+        ]
+        order = list(TASKS)
+        for row in sorted(found, key=lambda row: (order.index(row["task"]), rank(row))):
+            if "ratio" in row:
+                title = PROVIDERS[row["provider"]].title
+                name = f"**{title}**" if row["provider"] == "ours" else title
+                task = TASKS[row["task"]].title
+                lines.append(f"| {task} | {name} | {cells(row, fresh, memory)} |")
+        lines.append("")
+        missing = {(row["provider"], row["skipped"]): None for row in found if "skipped" in row}
+        lines += [f"Not here: {PROVIDERS[n].title}: {why}." for n, why in missing]
+        wrong = [row for row in found if "wrong" in row]
+        lines += [f"Wrong: {r['provider']}, {r['task']}: {r['wrong']}." for r in wrong]
+        lines += [""] if missing or wrong else []
+    return lines[:-1]
 
 
 def updates(rows: dict[str, dict]) -> list[str]:
