@@ -261,6 +261,7 @@ class FusedDistillationTrainer(_HeadChecks, DistillationTrainer):
         self._check_all(self.model, self.teacher_model)
 
     def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Compute TRL's loss, at the first call once both heads are checked."""
         for wrapped in (model, self.teacher_model):
             self._check(wrapped)
         return super().compute_loss(model, *args, **kwargs)
@@ -279,7 +280,7 @@ class FusedDistillationTrainer(_HeadChecks, DistillationTrainer):
         known = inspect.signature(self._get_last_hidden_state).parameters
         images = {name: x for name, x in inputs.items() if name in known}
         teacher: Any = self.accelerator.unwrap_model(self.teacher_model)
-        training, found = torch.is_grad_enabled(), list[Tensor]()
+        grad_mode, found = torch.is_grad_enabled(), list[Tensor]()
 
         def hidden_states(model: nn.Module) -> Tensor:
             return self._get_last_hidden_state(model, ids, attended, mask.shape[1], **images)
@@ -305,7 +306,7 @@ class FusedDistillationTrainer(_HeadChecks, DistillationTrainer):
                 )
                 return torch.stack((loss, stats.entropy.sum()))
 
-            with torch.set_grad_enabled(training):
+            with torch.set_grad_enabled(grad_mode):
                 found.extend(_at_the_head(student, hidden, read))
             return ref_hidden
 

@@ -21,14 +21,15 @@ from em_kernels.trl import FusedDistillationTrainer, _adapter_on_the_head
 
 WIDER = {"hidden_size": 48, "initializer_range": 0.2}
 ON_THE_HEAD = LoraConfig(target_modules=["q_proj", "lm_head"], r=3, init_lora_weights=False)
+KINDS = ("gemma2", "cohere", "granite", "phi")
 CASES = {  # the student, the teacher and the trainer's settings
     **{f"beta {beta}": ({}, WIDER, {"beta": beta}) for beta in (0.0, 0.5, 1.0)},
     "temperature": ({}, WIDER, {"beta": 0.3, "temperature": 0.6}),
     "lora": ({}, {}, {"peft_config": LORA}),
-    **{kind: ({"kind": kind, **head}, WIDER, {"beta": 0.5}) for kind, head in HEADS.items()},
+    **{kind: ({"kind": kind, **HEADS[kind]}, WIDER, {"beta": 0.5}) for kind in KINDS},
     **{
         f"{kind} teaches": ({}, {"kind": kind, **HEADS[kind]}, {"beta": 1.0, "temperature": 0.8})
-        for kind in ("gemma2", "cohere", "phi")
+        for kind in KINDS
     },
 }
 
@@ -58,9 +59,9 @@ class Plain(DistillationTrainer):
             logr = torch.logaddexp(logq + log(self.beta), logp + log(1 - self.beta))
             each = self.beta * kl(logq, logr) + (1 - self.beta) * kl(logp, logr)
         mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
-        loss = (mask * each).sum() / (mask.sum() if num_items_in_batch is None else num_items_in_batch)
+        count = mask.sum() if num_items_in_batch is None else num_items_in_batch
         entropy = -(logp.exp() * logp).sum(-1)
-        return loss, (mask * entropy).sum().detach(), mask.sum()
+        return (mask * each).sum() / count, (mask * entropy).sum().detach(), mask.sum()
 
 
 def make_trainer(kind, student, teacher, output, peft_config=None, **changes):
@@ -79,11 +80,12 @@ def make_trainer(kind, student, teacher, output, peft_config=None, **changes):
     )
 
 
-def make_inputs(given, tools):
+def make_inputs(given=True, tools=False, padded=True):
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 267, (4, 13), generator=generator)
     inputs = {"prompt_ids": ids[:, :5], "completion_ids": ids[:, 5:]}
-    inputs["prompt_mask"] = (torch.arange(5) >= torch.tensor([[0], [2], [1], [3]])).long()
+    padding = torch.tensor([[0], [2], [1], [3]]) * padded
+    inputs["prompt_mask"] = (torch.arange(5) >= padding).long()
     inputs["completion_mask"] = (torch.arange(8) < torch.tensor([[8], [3], [6], [5]])).long()
     if tools:
         inputs["tool_mask"] = torch.tensor([1, 0, 1, 1, 0, 1, 1, 1]).expand(4, -1)
@@ -118,7 +120,9 @@ def compare(student, teacher, folder, inputs, **settings):
 @pytest.mark.parametrize("case", CASES)
 def test_loss_entropy_and_gradients_are_trls(case, tmp_path):
     student, teacher, settings = CASES[case]
-    compare(student, teacher, tmp_path, make_inputs(given=True, tools=False), **settings)
+    # In fp64 transformers' eager attention, which gemma2 needs, gives NaN for padding.
+    inputs = make_inputs(padded="gemma2" not in case)
+    compare(student, teacher, tmp_path, inputs, **settings)
 
 
 @pytest.mark.parametrize("given", [False, True])
@@ -147,7 +151,7 @@ def test_adapter_on_the_head(tied, tmp_path):
                     kind,
                     ({"tied": tied}, WIDER),
                     tmp_path,
-                    make_inputs(given=True, tools=False),
+                    make_inputs(),
                     dtype=torch.float64,
                     peft_config=ON_THE_HEAD,
                     beta=0.5,
@@ -177,7 +181,7 @@ def test_training_is_the_same(beta, tmp_path):
 
 @pytest.mark.parametrize("kind", [FusedDistillationTrainer, Plain])
 def test_no_tensor_of_the_size_of_the_logits(kind, tmp_path, monkeypatch):
-    rows, length, vocabulary = 4, 120, 1 << 16
+    rows, length, vocabulary = 4, 60, 1 << 15
     logits_bytes = rows * length * vocabulary * 4
     monkeypatch.setattr(memory, "logits_budget", lambda *_: logits_bytes // 4)
     models = (make_model(vocab_size=vocabulary, **shape) for shape in ({}, WIDER))
