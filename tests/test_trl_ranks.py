@@ -1,4 +1,4 @@
-"""FusedGRPOTrainer and FusedDistillationTrainer on two gloo processes that hold parts of the model, against one process."""
+"""TRL's trainers of ours on two gloo processes that hold parts of the model, against one process."""
 
 import gc
 import os
@@ -53,15 +53,19 @@ class Distillation(FusedDistillationTrainer):
         return completions(map(sum, prompt_ids))
 
 
+def load(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
 def run(case, folder, rollout_func=rollout, **changes):
     """Train; return the trainer, the logged numbers and the weights."""
     shape, settings = CASES[case]
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(f"{folder}/{case}", dtype=torch.float32)
+    model = load(f"{folder}/{case}")
     settings = {**settings, **changes}
     if case.startswith("distilled"):
         settings = {"per_device_train_batch_size": 4, **settings, "gradient_accumulation_steps": 1}
-        teacher = make_model(tied=False, **WIDER)
+        teacher = load(f"{folder}/teacher")
         trainer = make_distillation(Distillation, model, teacher, folder, **settings)
     else:
         trainer = make_trainer(FusedGRPOTrainer, model, folder, **settings)
@@ -139,6 +143,7 @@ def ranks(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     for case, (shape, _) in CASES.items():
         make_model(**shape).save_pretrained(folder / case)
+    make_model(tied=False, **WIDER).save_pretrained(folder / "teacher")
     spawn(worker, str(folder), request.param, nprocs=2, timeout_s=2 * HANG_S)
     return folder, [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
