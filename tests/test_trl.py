@@ -51,7 +51,8 @@ def test_version_is_the_tested_one():
     assert __version__.startswith(f"{TESTED}."), (
         f"em_kernels.trl was tested with trl {TESTED}, this is {__version__}: read what its "
         "_get_per_token_logps_and_entropies is given and its loss expects, what _generate returns, "
-        "and when it computes old log-probabilities, then change TESTED"
+        "when it computes old log-probabilities, and what DistillationTrainer's _compute_loss "
+        "is given and returns, then change TESTED"
     )
 
 

@@ -1,4 +1,4 @@
-"""TRL's trainers of ours on two gloo processes that hold parts of the model, against one process."""
+"""Our trainers for TRL on two gloo processes that hold parts of the model, against one process."""
 
 import gc
 import os
