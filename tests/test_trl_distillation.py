@@ -94,8 +94,12 @@ def make_inputs(given=True, tools=False, padded=True):
 
 def loss_and_gradients(kind, shapes, folder, inputs, dtype=torch.float32, **settings):
     student, teacher = (make_model(**shape, dtype=dtype) for shape in shapes)
-    with torch.no_grad():  # the student's neighbour, where it would be the student
-        teacher.get_output_embeddings().weight.mul_(1.1)
+    with torch.no_grad():
+        for model, scale in ((student, 1), (teacher, 1.1)):  # not one model, no bias of zeros
+            head = model.get_output_embeddings()
+            head.weight.mul_(scale)
+            if head.bias is not None:
+                head.bias.copy_(scale * torch.arange(len(head.bias)).sin())
     trainer = make_trainer(kind, student, teacher, folder, **settings)
     trainer.model.train()
     loss = trainer.compute_loss(trainer.model, inputs)
