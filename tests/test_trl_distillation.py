@@ -95,7 +95,8 @@ def make_inputs(given=True, tools=False, padded=True):
 def loss_and_gradients(kind, shapes, folder, inputs, dtype=torch.float32, **settings):
     student, teacher = (make_model(**shape, dtype=dtype) for shape in shapes)
     with torch.no_grad():
-        for model, scale in ((student, 1), (teacher, 1.1)):  # not one model, no bias of zeros
+        for model, shape, scale in zip((student, teacher), shapes, (1, 1.1), strict=True):
+            model.load_state_dict(make_model(**shape).state_dict())  # in fp64 others are drawn
             head = model.get_output_embeddings()
             head.weight.mul_(scale)
             if head.bias is not None:
