@@ -64,18 +64,19 @@ class Plain(DistillationTrainer):
         return (mask * each).sum() / count, (mask * entropy).sum().detach(), mask.sum()
 
 
-def make_trainer(kind, student, teacher, output, peft_config=None, **changes):
+def make_trainer(kind, student, teacher, output, peft_config=None, data=None, **changes):
     student.generation_config.eos_token_id = list(range(60))  # some completions end early
     settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 2}
     settings |= {"max_completion_length": 12, "optim": "sgd", "learning_rate": 0.02}
     settings |= {"use_cpu": True, "bf16": False, "report_to": "none", "logging_steps": 1}
     settings |= {"save_strategy": "no", "disable_tqdm": True, "gradient_checkpointing": False}
+    dataset, processor = data or (Dataset.from_dict({"prompt": PROMPTS}), make_tokenizer())
     return kind(
         student,
         teacher,
         DistillationConfig(str(output), **(settings | changes)),
-        Dataset.from_dict({"prompt": PROMPTS}),
-        processing_class=make_tokenizer(),
+        dataset,
+        processing_class=processor,
         peft_config=peft_config,
     )
 
