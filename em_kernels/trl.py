@@ -1,5 +1,6 @@
-"""TRL's GRPOTrainer on :func:`em_kernels.fused_token_stats`."""
+"""TRL's trainers without logits: GRPO on fused_token_stats, distillation on fused_divergence."""
 
+import inspect
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,14 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .divergence import fused_divergence
 from .functional import fused_token_stats
 from .hf import Head, causal_lm, check_head, head_reads
 from .losses import em_rl_sequence_reward, em_rl_token_reward, intuitor_reward, rent_reward
 from .reference import IGNORE_INDEX, TokenStats
 
 try:
-    from trl import GRPOTrainer
-    from trl.trainer import grpo_trainer
+    from trl import DistillationTrainer, GRPOTrainer
+    from trl.trainer import distillation_trainer, grpo_trainer
 except ImportError as error:
     raise ImportError(
         "em_kernels.trl: needs trl >= 1.16; install em-kernels[trl] (the cause is above)"
@@ -30,7 +32,36 @@ INTRINSIC_REWARDS: dict[str, Callable[[TokenStats, Tensor, int], Tensor]] = {
 }
 
 
-class FusedGRPOTrainer(GRPOTrainer):
+class _HeadChecks:
+    """Checks of the heads that both trainers read; a mixin, placed before TRL's trainer."""
+
+    accelerator: Any
+    is_fsdp_enabled: bool
+    is_deepspeed_enabled: bool
+
+    def _check_all(self, *models: nn.Module | None) -> None:
+        """Refuse FSDP1, and check the models' heads unless ranks hold parts of the weights."""
+        self._checked = set[nn.Module]()
+        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
+            raise ValueError('args: FSDP1 is not supported; set "version": 2 in fsdp_config')
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            for model in models:
+                if model is not None:
+                    self._check(model)
+
+    def _check(self, model: nn.Module) -> None:
+        """Check a model's head once."""
+        lm = causal_lm(model)
+        if lm not in self._checked:
+            training = model.training
+            model.eval()  # dropout would make two forwards differ
+            with self.accelerator.autocast():
+                check_head(model)
+            model.train(training)
+            self._checked.add(lm)
+
+
+class FusedGRPOTrainer(_HeadChecks, GRPOTrainer):
     """trl.GRPOTrainer that needs no logits, and knows rewards that need no reward model.
 
     Log-probabilities, entropies and their gradients come straight from the hidden states.
@@ -90,30 +121,13 @@ class FusedGRPOTrainer(GRPOTrainer):
         self._scored: tuple[TokenStats, Tensor, int] | None = None
         self._is_scoring = False
         self._tool_masks: list[list[int]] | None = None
-        self._checked = set[nn.Module]()
         rewards = [self._reward(r) if isinstance(r, str) else r for r in given if r is not None]
-        with _adapter_on_the_head():
+        with _adapter_on_the_head(grpo_trainer):
             super().__init__(model, rewards, *args, **kwargs)
-        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
-            raise ValueError('args: FSDP1 is not supported; set "version": 2 in fsdp_config')
         config: Any = self.args
         if config.cast_lm_head_to_fp32:
             raise ValueError("cast_lm_head_to_fp32: logits are fp32 without it; leave it False")
-        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # the weights are all here
-            for found in (self.model, self.ref_model):
-                if found is not None:
-                    self._check(found)
-
-    def _check(self, model: nn.Module) -> None:
-        """Check a model's head once."""
-        lm = causal_lm(model)
-        if lm not in self._checked:
-            training = model.training
-            model.eval()  # dropout would make two forwards differ
-            with self.accelerator.autocast():
-                check_head(model)
-            model.train(training)
-            self._checked.add(lm)
+        self._check_all(self.model, self.ref_model)
 
     def _reward(self, name: str) -> Any:
         """Return the reward function of an intrinsic reward; another name is a reward model."""
@@ -211,10 +225,117 @@ class FusedGRPOTrainer(GRPOTrainer):
         return found
 
 
+class FusedDistillationTrainer(_HeadChecks, DistillationTrainer):
+    """trl.DistillationTrainer on :func:`em_kernels.fused_divergence`.
+
+    Equivalent to ``trl.DistillationTrainer(...)``, with its arguments, loss and logs. Per token of
+    a completion that the student has sampled, for the student's logits and the teacher's::
+
+        logp = (logits.float() / args.temperature).log_softmax(-1)
+        logq = (teacher_logits.float() / args.temperature).log_softmax(-1)
+        divergence = {0: KL(q || p), 1: KL(p || q)}.get(args.beta, JSD(p, q, args.beta))
+
+    Distillation by the reverse KL::
+
+        args = DistillationConfig(output_dir="run", beta=1.0)
+        FusedDistillationTrainer("Qwen/Qwen3-0.6B", "Qwen/Qwen3-4B", args, dataset).train()
+
+    Args:
+        all: as in trl.DistillationTrainer. A class with several parents lists this one before
+            TRL's.
+
+    Gradient: for the student, equation (11) of ``em_kernels.reference_divergence``.
+    Precision: as in :func:`em_kernels.fused_divergence`: its sums have no negative term, where
+        TRL's KL is a difference of logsumexps; under autocast hidden states and the heads' weights
+        are in autocast's dtype.
+    Memory: as in :func:`em_kernels.fused_divergence`, for the completions' tokens only; with a LoRA
+        adapter on a head, which TRL refuses, as in :func:`em_kernels.hf.adapted_head`. With FSDP2
+        or DeepSpeed ZeRO-3 each rank gathers the heads' whole weights.
+    Raises: TypeError, ValueError for what is not supported, as :class:`FusedGRPOTrainer`.
+    Source: on-policy distillation, arXiv 2306.13649.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        with _adapter_on_the_head(distillation_trainer):
+            super().__init__(*args, **kwargs)
+        self._check_all(self.model, self.teacher_model)
+
+    def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Compute TRL's loss, at the first call once both heads are checked."""
+        for wrapped in (model, self.teacher_model):
+            self._check(wrapped)
+        return super().compute_loss(model, *args, **kwargs)
+
+    def _compute_loss(
+        self, student: nn.Module, inputs: dict[str, Any], num_items_in_batch: int | Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return loss, summed entropy and number of tokens, as TRL's method.
+
+        It runs within the forward of the wrapped student. The divergence runs within the forwards
+        of both heads' modules, where FSDP and ZeRO have gathered their weights.
+        """
+        pieces = ("prompt_ids", "completion_ids"), ("prompt_mask", "completion_mask")
+        ids, attended = (torch.cat([inputs[name] for name in names], 1) for names in pieces)
+        mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
+        known = inspect.signature(self._get_last_hidden_state).parameters
+        images = {name: x for name, x in inputs.items() if name in known}
+        teacher: Any = self.accelerator.unwrap_model(self.teacher_model)
+        grad_mode, found = torch.is_grad_enabled(), list[Tensor]()
+
+        def hidden_states(model: nn.Module) -> Tensor:
+            return self._get_last_hidden_state(model, ids, attended, mask.shape[1], **images)
+
+        hidden = hidden_states(student)
+
+        def compare(ref_hidden: Tensor, ref: Head) -> Tensor:
+            def read(hidden: Tensor, head: Head) -> Tensor:
+                loss, stats = fused_divergence(
+                    hidden,
+                    head.weight,
+                    ref_hidden,
+                    ref.weight,
+                    beta=self.beta,
+                    mask=mask.to(hidden.device),
+                    temperature=self.temperature,
+                    reduction="mean" if num_items_in_batch is None else "sum",
+                    ref_bias=ref.bias,
+                    ref_logit_scale=ref.logit_scale,
+                    ref_softcap=ref.softcap,
+                    return_stats=["entropy"],
+                    **head.arguments(),
+                )
+                return torch.stack((loss, stats.entropy.sum()))
+
+            with torch.set_grad_enabled(grad_mode):
+                found.extend(_at_the_head(student, hidden, read))
+            return ref_hidden
+
+        self.teacher_model.eval()
+        with torch.no_grad():
+            # What it returns is not used: hooks of the teacher's modules must not see the loss.
+            self._forward_redirection(
+                self.teacher_model,
+                teacher,
+                lambda: _at_the_head(teacher, hidden_states(teacher), compare),
+            )
+        loss, entropy = found
+        if num_items_in_batch is not None:
+            loss = loss / torch.as_tensor(num_items_in_batch, device=loss.device)
+        return loss, entropy.detach(), mask.sum().to(loss.device)
+
+
+def _at_the_head(
+    model: nn.Module, hidden: Tensor, read: Callable[[Tensor, Head], Tensor]
+) -> Tensor:
+    """Return read(hidden states, head), run as the forward of the head's module."""
+    layer: Any = causal_lm(model).get_output_embeddings()
+    with head_reads(model, read):
+        return layer(hidden.to(layer.weight.device))
+
+
 @contextmanager
-def _adapter_on_the_head() -> Iterator[None]:
-    """Let TRL accept a head with an adapter, which its own fused head would ignore."""
-    module: Any = grpo_trainer
+def _adapter_on_the_head(module: Any) -> Iterator[None]:
+    """Let a module of TRL accept a head with an adapter, which its own loss would ignore."""
     tuner = vars(module).get("BaseTunerLayer")  # absent without peft
     module.BaseTunerLayer = ()  # what it looks for: nothing is an instance of it
     try:

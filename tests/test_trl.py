@@ -20,6 +20,7 @@ from torch.testing import assert_close
 from training.tiny import make_model, make_tokenizer, save_tiny
 from transformers import LlamaForCausalLM
 from trl import GRPOConfig, GRPOTrainer, __version__
+from trl.trainer import grpo_trainer
 
 from em_kernels.ops import vocab_slabs
 from em_kernels.trl import FusedGRPOTrainer, _adapter_on_the_head
@@ -50,7 +51,8 @@ def test_version_is_the_tested_one():
     assert __version__.startswith(f"{TESTED}."), (
         f"em_kernels.trl was tested with trl {TESTED}, this is {__version__}: read what its "
         "_get_per_token_logps_and_entropies is given and its loss expects, what _generate returns, "
-        "and when it computes old log-probabilities, then change TESTED"
+        "when it computes old log-probabilities, and what DistillationTrainer's _compute_loss "
+        "is given and returns, then change TESTED"
     )
 
 
@@ -203,7 +205,7 @@ def test_adapter_on_the_head(tied, tmp_path):
     settings = {"beta": 0.1, "entropy_coef": 0.1, "num_iterations": 2, "peft_config": adapter}
     runs = []
     for kind in (FusedGRPOTrainer, Plain):
-        with _adapter_on_the_head() if kind is Plain else nullcontext():
+        with _adapter_on_the_head(grpo_trainer) if kind is Plain else nullcontext():
             model = make_model(tied=tied, dtype=torch.float64)
             runs.append(train(kind, model, tmp_path, **settings))
     assert_same_training(*runs, 1e-9)

@@ -1,4 +1,4 @@
-"""FusedGRPOTrainer on a vision-language model trains as with full logits, and as TRL's own does."""
+"""Our trainers for TRL train a vision-language model as with full logits, and as TRL's own do."""
 
 import pytest
 
@@ -8,12 +8,13 @@ import torch
 from datasets import Dataset
 from PIL import Image
 from test_trl import Plain, assert_same_training, train, varied
+from test_trl_distillation import make_trainer
 from training.tiny import SHAPE, make_tokenizer
 from transformers import AutoConfig, AutoModelForImageTextToText, LlavaProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from trl import GRPOTrainer
+from trl import DistillationTrainer, GRPOTrainer
 
-from em_kernels.trl import FusedGRPOTrainer
+from em_kernels.trl import FusedDistillationTrainer, FusedGRPOTrainer
 
 pytestmark = pytest.mark.slow  # each with transformers' Trainer, some seconds
 
@@ -71,17 +72,35 @@ def reward(completions, **others):
     return varied([message["content"] for message, *_ in completions])
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("images", [True, False])
-def test_training_is_the_same(images, dtype, tmp_path):
-    processor = make_processor()
+def make_data(images):
     prompts = [[{"role": "user", "content": text}] for text in ("abc", "the the", "a", "What?")]
     columns = {"prompt": prompts}
     if images:
         columns["image"] = [Image.new("RGB", (9, 9), (70 * i, 200 - i, 30)) for i in range(4)]
-    data = Dataset.from_dict(columns), processor
+    return Dataset.from_dict(columns), make_processor()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("images", [True, False])
+def test_training_is_the_same(images, dtype, tmp_path):
+    data = _, processor = make_data(images)
     settings = {"data": data, "reward": reward, "num_iterations": 2, "temperature": 0.8}
     kinds = (FusedGRPOTrainer, PlainVision if dtype == torch.float64 else GRPOTrainer)
     runs = [train(k, make_vision_model(processor, dtype), tmp_path, **settings) for k in kinds]
     assert_same_training(*runs, 1e-9 if dtype == torch.float64 else 1e-5)
     assert any("vision" in name and x.any() for name, x in runs[1][1].items()) == images
+
+
+def test_distillation_is_the_same(tmp_path):
+    data = _, processor = make_data(images=True)
+    weights = []
+    for kind in (FusedDistillationTrainer, DistillationTrainer):
+        student, teacher = (make_vision_model(processor, torch.float32) for _ in range(2))
+        before = {name: x.detach().clone() for name, x in student.named_parameters()}
+        with torch.no_grad():
+            teacher.get_output_embeddings().weight.mul_(1.5)
+        trainer = make_trainer(kind, student, teacher, tmp_path, data=data, beta=0.5)
+        trainer.train()
+        weights.append(dict(trainer.model.named_parameters()))
+    assert any("vision" in name and (x - before[name]).any() for name, x in weights[1].items())
+    torch.testing.assert_close(*weights, rtol=0, atol=1e-5)

@@ -83,6 +83,7 @@ def compare(make, folder, truth_kind=Plain, **settings):
     # The reference model that beta asks for is read from a folder, and not used here.
     make(torch.float32).save_pretrained(folder)
     models = [make(dtype) for dtype in (torch.float64, torch.float32, torch.float32)]
+    models[0].load_state_dict(models[1].state_dict())  # in fp64 other weights are drawn
     for model in models:
         model.config._name_or_path = str(folder)
     truth, inputs = loss_and_gradients(truth_kind, models[0], folder, **settings)

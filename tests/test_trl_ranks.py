@@ -1,4 +1,4 @@
-"""FusedGRPOTrainer on two gloo processes that hold parts of the model, against one process."""
+"""Our trainers for TRL on two gloo processes that hold parts of the model, against one process."""
 
 import gc
 import os
@@ -15,11 +15,13 @@ from other_sums import assert_as_near, other_sums
 from peft import LoraConfig
 from spawned import HANG_S, spawn
 from test_trl import make_trainer, varied
+from test_trl_distillation import WIDER
+from test_trl_distillation import make_trainer as make_distillation
 from torch.distributed.tensor import DTensor
 from training.tiny import make_model
 from transformers import AutoModelForCausalLM
 
-from em_kernels.trl import FusedGRPOTrainer
+from em_kernels.trl import FusedDistillationTrainer, FusedGRPOTrainer
 
 pytestmark = pytest.mark.slow
 LORA = LoraConfig(target_modules=["q_proj", "lm_head"], r=3, init_lora_weights=False)
@@ -29,25 +31,45 @@ CASES = {  # the model and the trainer's settings
     "recomputed": ({}, {"gradient_checkpointing": True}),
     "adapter": ({}, {"peft_config": LORA, "beta": 0.1, "num_iterations": 2}),
     "reference": ({}, {"beta": 0.1, "entropy_coef": -0.1, "num_iterations": 2}),
+    "distilled": ({"tied": False}, {"beta": 0.5, "learning_rate": 0.2}),
+    "distilled adapter": ({}, {"beta": 1.0, "learning_rate": 0.2, "peft_config": LORA}),
     "experts": ({"kind": "mixtral", "num_local_experts": 2}, {"router_aux_loss_coef": 0.1}),
 }
 
 
-def rollout(prompts, trainer):
+def completions(seeds):
     """Return completions that depend on the prompts alone, equally long on each rank."""
-    seeds = [sum(map(ord, text)) + 5 * (i % 2) for i, text in enumerate(prompts)]
-    completions = [[3 + (7 * seed + 11 * t * t) % 250 for t in range(6)] for seed in seeds]
+    return [[3 + (7 * seed + 11 * t * t) % 250 for t in range(6)] for seed in seeds]
+
+
+def rollout(prompts, trainer):
+    found = completions(sum(map(ord, text)) + 5 * (i % 2) for i, text in enumerate(prompts))
     ids = trainer.processing_class(text=prompts)["input_ids"]
-    return {"prompt_ids": ids, "completion_ids": completions, "logprobs": None}
+    return {"prompt_ids": ids, "completion_ids": found, "logprobs": None}
+
+
+class Distillation(FusedDistillationTrainer):
+    def _generate_single_turn(self, prompt_ids, *others):
+        return completions(map(sum, prompt_ids))
+
+
+def load(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
 def run(case, folder, rollout_func=rollout, **changes):
     """Train; return the trainer, the logged numbers and the weights."""
     shape, settings = CASES[case]
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(f"{folder}/{case}", dtype=torch.float32)
-    trainer = make_trainer(FusedGRPOTrainer, model, folder, **{**settings, **changes})
-    trainer.rollout_func = rollout_func
+    model = load(f"{folder}/{case}")
+    settings = {**settings, **changes}
+    if case.startswith("distilled"):
+        settings = {"per_device_train_batch_size": 4, **settings, "gradient_accumulation_steps": 1}
+        teacher = load(f"{folder}/teacher")
+        trainer = make_distillation(Distillation, model, teacher, folder, **settings)
+    else:
+        trainer = make_trainer(FusedGRPOTrainer, model, folder, **settings)
+        trainer.rollout_func = rollout_func
     trainer.train()
     names = ("loss", "grad_norm", "entropy", "reward")
     logs = [[x.get(name, 0.0) for name in names] for x in trainer.state.log_history[:-1]]
@@ -101,7 +123,7 @@ def worker(rank, folder, engine):
     trainer, logs, _ = run("untied", folder, None, steps=1, **settings)  # it samples for itself
     assert logs[:, 1] > 0 and len(trainer.seen) == 2
     for case in CASES:
-        if (engine, case) == ("zero3", "adapter"):
+        if engine == "zero3" and "adapter" in case:
             with pytest.raises(TypeError, match="^model: its head carries an adapter, and DeepSp"):
                 run(case, folder, **settings)
             continue
@@ -121,6 +143,7 @@ def ranks(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     for case, (shape, _) in CASES.items():
         make_model(**shape).save_pretrained(folder / case)
+    make_model(tied=False, **WIDER).save_pretrained(folder / "teacher")
     spawn(worker, str(folder), request.param, nprocs=2, timeout_s=2 * HANG_S)
     return folder, [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
@@ -135,7 +158,7 @@ def test_processes_with_parts_of_the_model_equal_one(ranks, case):
         _, near_logs, near = run(case, folder)
     _, _, start = run(case, folder, learning_rate=0.0)
     moved = [name for name, x in weights.items() if (x - start[name]).norm() > 1e-4 * x.norm()]
-    assert moved == [n for n in weights if "lora" in n or case != "adapter"]
+    assert moved == [n for n in weights if "lora" in n or "adapter" not in case]
     for found_logs, found in (result[case] for result in results):
         assert_as_near([found_logs], [logs], [[near_logs]])
         assert_as_near(found.values(), weights.values(), [[*near.values()]])
