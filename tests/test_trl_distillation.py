@@ -19,6 +19,8 @@ from trl.trainer import distillation_trainer
 from em_kernels.ops import memory
 from em_kernels.trl import FusedDistillationTrainer, _adapter_on_the_head
 
+pytestmark = pytest.mark.slow  # each with transformers' Trainer, some seconds
+
 WIDER = {"hidden_size": 48, "initializer_range": 0.2}
 ON_THE_HEAD = LoraConfig(target_modules=["q_proj", "lm_head"], r=3, init_lora_weights=False)
 KINDS = ("gemma2", "cohere", "granite", "phi")
