@@ -67,6 +67,7 @@ def test_loss_and_gradient(kind, changes, objective, tmp_path):
     assert all(p.requires_grad == ("lora_" in n) for n, p in model.named_parameters())
 
 
+@pytest.mark.filterwarnings("error:Converting a tensor")
 def test_a_run(tmp_path):
     """A new adapter does nothing, so the first update's divergence is exactly 0."""
     base = save_tiny(tmp_path / "model", "qwen2", tied=False)
