@@ -20,6 +20,8 @@ Pair checked_pair(const Tensor& y, const std::optional<Tensor>& bias, const Tens
   STD_TORCH_CHECK(beta >= 0.0 && beta <= 1.0, "beta must be in [0, 1], not ", beta);
   pair.beta = static_cast<float>(beta);
   pair.rest = static_cast<float>(1.0 - beta);
+  pair.is_forward = beta == 0.0;
+  pair.is_reverse = beta == 1.0;
   return pair;
 }
 

@@ -70,7 +70,8 @@ struct Pair : Logits {
   Logits ref;
   // (7, rows): m, log s, the reference's m, log s; log(p / q) at p's argmax; c; the row's weight
   const float* per_row;
-  float beta, rest;      // rest = 1 - beta
+  float beta, rest;             // rest = 1 - beta
+  bool is_forward, is_reverse;  // beta is 0, or 1, before it was rounded to fp32
 
   EM_INLINE bool is_finite(int64_t row) const {
     bool finite = true;
@@ -115,14 +116,14 @@ struct DivergenceSums : Pair {
       ref_log_probabilities(row, start, count, log_q, unused);
       log_probabilities<has_bias, has_softcap>(*this, row, start, count, 0, log_p, unused);
       float block_value = 0.0f, block_centre = 0.0f;
-      if (beta == 1.0f) {
+      if (is_reverse) {
 #pragma omp simd reduction(+ : block_value, block_centre)
         for (int j = 0; j < count; ++j) {
           const float p = probability(log_p[j]), x = log_ratio_of(log_p[j], log_q[j]);
           block_value += excess(p, probability(log_q[j]), x);
           block_centre += times(p, x - pivot);
         }
-      } else if (beta == 0.0f) {
+      } else if (is_forward) {
 #pragma omp simd reduction(+ : block_value)
         for (int j = 0; j < count; ++j) {
           const float q = probability(log_q[j]), x = log_ratio_of(log_q[j], log_p[j]);
@@ -168,11 +169,11 @@ struct DivergenceGradient : Pair {
       }
       ref_log_probabilities(row, start, count, log_q, slope);
       log_probabilities<has_bias, has_softcap>(*this, row, start, count, 0, log_p, slope);
-if (beta == 1.0f) {
+      if (is_reverse) {
 #pragma omp simd
         for (int j = 0; j < count; ++j)
           dz[j] = probability(log_p[j]) * ((log_ratio_of(log_p[j], log_q[j]) - pivot) - centre);
-      } else if (beta == 0.0f) {
+      } else if (is_forward) {
 #pragma omp simd
         for (int j = 0; j < count; ++j) {
           const float x = log_ratio_of(log_p[j], log_q[j]);

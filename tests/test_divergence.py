@@ -288,6 +288,19 @@ def from_logits(logits, ref_logits, beta, **settings):
 
 
 @pytest.mark.parametrize("rows", ROWS, indirect=True)
+@pytest.mark.parametrize("beta", [1e-50, 1e-40, 1 - 1e-12])
+def test_a_beta_that_fp32_rounds_to_0_or_1_is_between_them(beta, rows):
+    """A rate that a schedule adds up in steps of 0.1 ends at 1 - 1e-16."""
+    hidden, weight, bias, ref_hidden, ref_weight, ref_bias = draw_pair()
+    bias[3] = ref_bias[4] = -torch.inf  # KL would be infinite
+    hidden.requires_grad_()
+    pair = hidden, weight, ref_hidden, ref_weight
+    loss = fused_divergence(*pair, bias=bias, ref_bias=ref_bias, beta=beta)
+    assert 0 <= loss < 1e-9
+    assert (torch.autograd.grad(loss, hidden)[0].abs() < 1e-7).all()
+
+
+@pytest.mark.parametrize("rows", ROWS, indirect=True)
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("size", [20.0, 200.0, 1e4])
 def test_one_hot_rows_against_flat_and_other_ones(size, beta, rows):

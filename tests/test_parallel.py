@@ -119,6 +119,14 @@ def inputs_of(name):
     return hidden, weight, bias, targets
 
 
+def refused(results, function, *arguments, **settings):
+    """Ranks that differ in what they ask for must all raise."""
+    try:
+        function(*arguments, **settings)
+    except ValueError as error:
+        results.setdefault("refusals", []).append(str(error))
+
+
 def worker(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -147,11 +155,16 @@ def worker(rank, folder):
         for x in (hidden, shard):
             # Ranks that differ must be refused, as they would wait for each other for ever.
             x.requires_grad_(place > 0)
-            try:
-                fused_entropy_loss(hidden, shard, process_group=group)
-            except ValueError as error:
-                results.setdefault("refusals", []).append(str(error))
+            refused(results, fused_entropy_loss, hidden, shard, process_group=group)
             x.requires_grad_(True)
+        asks = {"process_group": group, "top_k": 1 + place}, {"process_group": group}
+        refused(results, fused_token_stats, hidden, shard, **asks[0])
+        stats = ["argmax" if place > 0 else "entropy"]
+        refused(results, fused_token_stats, hidden, shard, stats=stats, **asks[1])
+        targets = torch.zeros(len(hidden), 1 + place, dtype=torch.int64)
+        refused(results, fused_token_stats, hidden, shard, targets, **asks[1])
+        asks[1]["reduction"] = "sum" if place > 0 else "none"
+        refused(results, fused_divergence, hidden, shard, hidden, shard, **asks[1])
         torch.save(results, f"{folder}/{split}-{place}.pt")
     dist.destroy_process_group()
 
@@ -194,6 +207,7 @@ def test_ranks_that_differ_are_refused_on_every_rank(split, folder):
     for i in range(len(SPLITS[split][0])):
         refusals = torch.load(folder / f"{split}-{i}.pt")["refusals"]
         line = (
-            "process_group: its ranks differ in requires_grad of hidden or of the head; give all "
+            "process_group: its ranks differ in what they ask for, or in requires_grad of hidden "
+            "or of the head; give all ranks the same"
         )
-        assert refusals == [f"{line}ranks the same"] * 2
+        assert refusals == [line] * 6

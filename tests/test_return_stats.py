@@ -82,25 +82,29 @@ def test_no_further_product():
 
 
 @pytest.mark.parametrize("mask", [torch.zeros(3, 4), torch.zeros(0, 4)], ids=["masked", "empty"])
-@pytest.mark.parametrize("with_targets", [True, False])
-def test_without_tokens_all_is_zero(mask, with_targets):
+@pytest.mark.parametrize("more", [None, (), (3,)], ids=["none", "one", "several"])
+def test_without_tokens_all_is_zero(mask, more):
     hidden, weight, targets = inputs()
     hidden = hidden[: len(mask)]
+    targets = None if more is None else targets[: len(mask)].new_zeros(*mask.shape, *more)
+    names = ("argmax",) if more is None else ("argmax", "logprob")
 
     def loss_fn(stats, index):
-        assert (stats.logprob is not None) == with_targets
+        assert more is None or stats.logprob.shape == (0, *more)
         return stats.entropy, {"position": index, "rare": stats.entropy < 1}
 
     loss, stats, extras = fused_token_loss(
         hidden,
         weight,
-        targets[: len(mask)] if with_targets else None,
+        targets,
         loss_fn,
         mask=mask,
-        return_stats=("argmax",),
+        return_stats=names,
     )
     assert loss == 0 and (torch.autograd.grad(loss, weight)[0] == 0).all()
     assert_close(stats.argmax, torch.zeros(mask.shape).long())
+    if more is not None:
+        assert_close(stats.logprob, torch.zeros(*mask.shape, *more).double())
     assert_close(extras["position"], torch.zeros(mask.shape).long())
     assert_close(extras["rare"], torch.zeros(mask.shape).bool())
 

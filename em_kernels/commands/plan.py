@@ -56,6 +56,7 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--on-host", action="store_true")
     known, rest = parser.parse_known_args(arguments)
     config, _ = train_settings("plan", rest, HELP)
+    config.check_mode()
     for name in ("prompt_tokens", "ranks"):
         if getattr(known, name) < 1:
             raise UserError(f"{name}: must be at least 1")

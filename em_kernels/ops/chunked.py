@@ -249,7 +249,8 @@ def sum_custom_loss(
     if return_stats is not None and not depends:
         # Without tokens only a call tells which extras there are, and of which dtypes.
         none = inputs.hidden.new_empty(0, dtype=inputs.dtype)
-        logprob = None if inputs.targets is None else none
+        targets = inputs.targets
+        logprob = None if targets is None else none.new_empty(0, *targets.shape[1:])
         empty = TokenStats(none, logprob, none, none, none, none.long())
         call(empty, empty, slice(0, 0))
     return CustomLoss(loss, gradients, recorded, extras)

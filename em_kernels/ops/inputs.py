@@ -213,7 +213,8 @@ def build_inputs(
 
     Args:
         head: as check_arguments returns it.
-        collectives: a number that stands for the collective calls that follow; ranks must agree.
+        collectives: a number that stands for the collective calls that follow; ranks must agree,
+            as in the number of targets.
         grad_tolerance: of the sparse gradient.
         needs: whether gradients of hidden, weight and bias are wanted.
     """
@@ -223,7 +224,9 @@ def build_inputs(
     shard = None
     if head.group is not None:
         group = distributed_c10d._resolve_process_group(head.group)  # type: ignore[arg-type]
-        shard = VocabularyShard(group, len(head.weight), head.weight.device, collectives)
+        several = head.targets.shape[1:].numel() if head.targets is not None else 0
+        number = hash((collectives, several))
+        shard = VocabularyShard(group, len(head.weight), head.weight.device, number)
     return HeadInputs(
         head.hidden,
         head.weight,

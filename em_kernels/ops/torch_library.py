@@ -129,7 +129,8 @@ def token_stats_op(*arguments):
     single_stat_index >= 0 asks for dhidden of that statistic, < 0 for m and log s.
     """
     *head, needs, with_collision_and_argmax, single_stat_index, top_k, indices, offsets = arguments
-    inputs = build_inputs(HeadArguments(*head), 2 * (single_stat_index + 1) + needs[0])
+    collectives = hash((single_stat_index, needs[0], with_collision_and_argmax, top_k))
+    inputs = build_inputs(HeadArguments(*head), collectives)
     if top_k > inputs.vocab_size:
         raise ValueError(f"top_k: {top_k} is more than the {inputs.vocab_size} vocabulary entries")
     inputs, is_sparse = _with_support(inputs, indices, offsets)

@@ -22,10 +22,10 @@ REFERENCE_SCHEMA = "Tensor ref_hidden, Tensor ref_weight, Tensor? ref_bias, floa
 PAIR_SIZE = HEAD_SIZE + len(ReferenceArguments._fields)
 
 
-def _pair(arguments, needs):
+def _pair(arguments, needs, of_each=True):
     head = HeadArguments(*arguments[:HEAD_SIZE])
     ref = ReferenceArguments(*arguments[HEAD_SIZE:])
-    return divergence.build_pair(head, ref, needs[0] + 2 * needs[1])
+    return divergence.build_pair(head, ref, needs[0] + 2 * needs[1] + 4 * of_each)
 
 
 @torch.library.custom_op(
@@ -38,7 +38,8 @@ def _pair(arguments, needs):
 def divergence_op(*arguments):
     """Return the sum or mean (), and the fields of divergence.Divergences and Gradients."""
     *pair, mean, needs = arguments
-    loss, found, gradients = divergence.sum_divergences(_pair(pair, needs), mean, GradMask(*needs))
+    pair = _pair(pair, needs, of_each=False)
+    loss, found, gradients = divergence.sum_divergences(pair, mean, GradMask(*needs))
     return loss, *found, *gradients
 
 

@@ -27,8 +27,8 @@ class VocabularyShard:
         sizes, numbers = gathered.t().tolist()
         if len(set(numbers)) > 1:  # the ranks would wait for each other for ever
             raise ValueError(
-                "process_group: its ranks differ in requires_grad of hidden or of the head; "
-                "give all ranks the same"
+                "process_group: its ranks differ in what they ask for, or in requires_grad of "
+                "hidden or of the head; give all ranks the same"
             )
         self.sizes: list[int] = sizes
         self.start = sum(self.sizes[: dist.get_rank(group)])

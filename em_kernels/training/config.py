@@ -296,6 +296,12 @@ class TrainConfig(Settings):
             which = "prompt_rows" if fresh is None else "fresh_prompts"
             few = f"{self.rollouts} are fewer than {self.prompts_at_once} {which}"
             raise UserError(f"rollouts: {few}; give at least one for each")
+        self.check_mode()
+        if self.dtype == "float32" and self.attention.startswith("flash"):
+            raise UserError(f"attention: {self.attention} computes in 16 bits; use dtype bfloat16")
+
+    def check_mode(self) -> None:
+        """Raise UserError if a setting goes with another mode than the one asked for."""
         if self.kl_weight and self.mode not in ("auto", "lora"):
             why = f"mode {self.mode} keeps no base model to compare with"
             raise UserError(f"kl_weight: goes with mode lora; {why}")
@@ -303,8 +309,6 @@ class TrainConfig(Settings):
             raise UserError(f"4bit: goes with mode lora; mode {self.mode} trains the whole weights")
         if self.offload_dir is not None and self.mode not in ("auto", "offload"):
             raise UserError(f"offload_dir: goes with mode offload, not {self.mode}")
-        if self.dtype == "float32" and self.attention.startswith("flash"):
-            raise UserError(f"attention: {self.attention} computes in 16 bits; use dtype bfloat16")
 
 
 def read_yaml(path: Path) -> TrainConfig:

@@ -1,10 +1,13 @@
 """The penalty on the KL divergence from the base model, in updates with LoRA."""
 
+import json
+
 import pytest
 import torch
 from training.adapters import lora, trained, wide
 from training.tiny import loss_and_gradients, run, save_tiny, settings
 
+from em_kernels.commands import plan
 from em_kernels.training.config import TrainConfig
 from em_kernels.training.rollouts.sampling import Rollout
 from em_kernels.training.settings import UserError
@@ -64,6 +67,7 @@ def test_loss_and_gradient(kind, changes, objective, tmp_path):
     assert all(p.requires_grad == ("lora_" in n) for n, p in model.named_parameters())
 
 
+@pytest.mark.filterwarnings("error:Converting a tensor")
 def test_a_run(tmp_path):
     """A new adapter does nothing, so the first update's divergence is exactly 0."""
     base = save_tiny(tmp_path / "model", "qwen2", tied=False)
@@ -81,3 +85,14 @@ def test_it_needs_a_base(mode):
     config = TrainConfig(model="demo", prompt="p", mode=mode, kl_weight=0.1)
     with pytest.raises(UserError, match=f"^kl_weight: goes with mode lora; mode {mode} keeps no"):
         config.check_complete()
+
+
+def test_plans_have_its_modes_only(capsys):
+    command = ["--model", "demo", "--kl-weight", "0.1", "--gpu", "4090"]
+    assert plan.run([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [mode["name"] for mode in found["modes"]] == ["lora", "lora 4bit"]
+    assert "--kl-weight 0.1 --mode lora" in found["command"]
+    for more in (["--mode", "full"], ["--engine", "fsdp2", "--ranks", "2"]):
+        with pytest.raises(UserError, match="^kl_weight: "):
+            plan.run([*command, *more])

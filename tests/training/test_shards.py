@@ -56,6 +56,7 @@ def test_engines_divide_state(engine):
         ({"gradients": "bf16"}, "gradients"),
         ({"four_bit": True}, "four_bit"),
         ({"offload_dir": "x"}, "offload_dir"),
+        ({"kl_weight": 0.1}, "kl_weight"),
         ({"dtype": "float16"}, "dtype"),
     ],
 )

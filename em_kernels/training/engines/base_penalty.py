@@ -77,4 +77,4 @@ class BasePenalty:
             )
             (gradient,) = torch.autograd.grad(self.weight * divergence, leaf)
         dstates += gradient
-        return float(divergence)
+        return divergence.item()

@@ -104,7 +104,7 @@ class Planner:
         return plan
 
     def modes(self) -> list[Plan]:
-        """Plan each mode, whatever the settings say."""
+        """Plan each mode that the objective allows, whatever the settings say."""
         folder = self.config.offload_dir or self.config.output / "offload"
         plain: dict[str, Any] = {"offload_dir": None, "four_bit": False}
         full, offload, lora = ({**plain, "mode": mode} for mode in ("full", "offload", "lora"))
@@ -113,6 +113,8 @@ class Planner:
             del modes[1:]
         elif not self.cuda:  # host and device share their memory, and 4 bits need a GPU
             del modes[4], modes[1]
+        if self.config.kl_weight:
+            modes = [mode for mode in modes if mode["mode"] == "lora"]
         return [self.plan(self.config.model_copy(update=mode)) for mode in modes]
 
     def choose(self) -> Plan:
@@ -255,7 +257,7 @@ def sharded_settings(config: TrainConfig, engine: str) -> TrainConfig:
     if config.dtype == "float16":
         why = f"float16 needs a loss whose scale adapts, which {engine} does not get here"
         raise UserError(f"dtype: {why}; use float32 or bfloat16, or launch without {engine}")
-    for name in ("four_bit", "offload_dir"):
+    for name in ("four_bit", "offload_dir", "kl_weight"):
         if getattr(config, name):
             raise UserError(f"{name}: does not go with {engine}; launch without {engine}")
     # A shared prompt would need a backward of its own through every layer.
