@@ -39,12 +39,12 @@ def fused_divergence(
 
         logp = (F.linear(hidden, weight, bias).float() / temperature).log_softmax(-1)
         logq = (F.linear(ref_hidden, ref_weight, ref_bias).float() / temperature).log_softmax(-1)
-        logr = torch.logaddexp(logq + math.log(beta), logp + math.log(1 - beta))
-        divergence = {
-            0: (logq.exp() * (logq - logp)).sum(-1),
-            1: (logp.exp() * (logp - logq)).sum(-1),
-        }.get(beta, beta * (logq.exp() * (logq - logr)).sum(-1)
-              + (1 - beta) * (logp.exp() * (logp - logr)).sum(-1))
+        kl = lambda loga, logb: (loga.exp() * (loga - logb)).sum(-1)
+        if beta in (0, 1):
+            divergence = kl(logp, logq) if beta == 1 else kl(logq, logp)
+        else:
+            logr = torch.logaddexp(logq + math.log(beta), logp + math.log(1 - beta))
+            divergence = beta * kl(logq, logr) + (1 - beta) * kl(logp, logr)
         loss = (mask * divergence).sum() / mask.sum()
 
     Args:

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from kernel_params import OLDER, ROWS, TRITON
+from test_losses import by_docstring
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 from truth import compare, leaves, logits_of, relative_error
@@ -195,6 +196,14 @@ def test_values_and_gradients(head, beta, dtype, rows, dweight):
         floors = [f + torch.finfo(dtype).eps * t.norm() for f, t in zip(floors, true, strict=True)]
     floors = [f + 1e-15 for f in floors]  # the truth's own rounding
     compare(["loss", "dhidden", "dweight", "dbias"][: len(ours)], ours, plain, true, floors)
+
+
+@pytest.mark.parametrize("beta", [0, 0.3, 1])
+def test_the_docstrings_code(beta):
+    names = ("hidden", "weight", "bias", "ref_hidden", "ref_weight", "ref_bias")
+    given = dict(zip(names, draw_pair(torch.float64), strict=True))
+    given |= {"mask": MASK, "temperature": 0.7, "beta": beta}
+    assert_close(by_docstring(fused_divergence, "loss", **given), fused_divergence(**given))
 
 
 @pytest.mark.parametrize("beta", BETAS)

@@ -202,6 +202,19 @@ def test_metrics_of_the_same_pass(loss_type, level):
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_loss_and_metrics_are_fp32_whatever_the_advantages(level, loss_type):
+    """numpy's are fp64."""
+    hidden, weight, targets = (x.detach() for x in inputs())
+    arguments = grpo_arguments(hidden, weight, targets)
+    arguments |= {"loss_type": loss_type, "importance_sampling_level": level}
+    loss, metrics = grpo_loss(
+        hidden.float(), weight.float(), targets, return_metrics=True, **arguments
+    )
+    assert {x.dtype for x in (loss, *metrics.values())} == {torch.float32}
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_grpo_without_tokens_is_zero(loss_type):
     hidden, weight, targets = inputs()
     divisors = {"num_items_in_batch": 13, "max_completion_length": 8, "loss_type": loss_type}

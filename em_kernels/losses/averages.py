@@ -75,7 +75,7 @@ def per_token(
             x = x[..., None].expand(hidden.shape[:-1])
         check_per_token(name, x, hidden)  # type: ignore[arg-type]
         assert x is not None
-        if name != "targets" and not x.is_floating_point():
+        if name != "targets":  # of ints, and of the fp64 that numpy gives
             x = x.to(weights.dtype)
         flat[name] = (x.masked_fill(weights == 0, 0) if fill else x).reshape(-1)
     return flat, weights

@@ -28,8 +28,10 @@ def update_line(row: dict[str, Any], steps: int) -> str:
     """Format an update's metrics as one line."""
     accuracy = "" if row["accuracy"] is None else f"  accuracy {row['accuracy']:.2f}"
     held_out = f"  held-out {row['held_out']:.2f}" if "held_out" in row else ""
+    divergence = f"  KL {row['divergence']:.2g}" if "divergence" in row else ""
     return (
-        f"update {row['update']:>2}/{steps}  entropy {row['entropy']:.4f} nats{accuracy}{held_out}"
+        f"update {row['update']:>2}/{steps}  entropy {row['entropy']:.4f} nats"
+        f"{divergence}{accuracy}{held_out}"
         f"  length {row['mean_length']:.1f}  ended {row['ended']:.0%}"
         f"  {row['tokens_per_s']:.0f} tokens/s  peak {row['peak_memory_gib']:.2f} GiB"
         f"  {row['sampling_s'] + row['training_s']:.1f} s"

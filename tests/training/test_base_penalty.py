@@ -9,6 +9,7 @@ from training.tiny import loss_and_gradients, run, save_tiny, settings
 
 from em_kernels.commands import plan
 from em_kernels.training.config import TrainConfig
+from em_kernels.training.console import update_line
 from em_kernels.training.rollouts.sampling import Rollout
 from em_kernels.training.settings import UserError
 
@@ -77,6 +78,7 @@ def test_a_run(tmp_path):
     )
     assert "divergence" not in free[0]
     assert held[0]["divergence"] == 0 and held[-1]["divergence"] > 0
+    assert " nats  KL 0  " in update_line(held[0], 3) and "KL" not in update_line(free[0], 3)
     assert held[0]["entropy"] == free[0]["entropy"] and held[-1]["entropy"] > free[-1]["entropy"]
 
 

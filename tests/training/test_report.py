@@ -213,7 +213,7 @@ def test_a_page_needs_nothing_else(trained, tmp_path):
     assert len(set(ids)) == len(ids) and {value[1:] for value in links} <= set(ids)
     assert len(page.text) < 500_000 and "\ufffe" not in page.text
     titles = [value for name, value in page.attributes if name == "aria-label"]
-    assert page.tags["svg"] == 11 and any(t.startswith("Entropy = loss: one ") for t in titles)
+    assert page.tags["svg"] == 11 and any(t.startswith("Entropy: one ") for t in titles)
     pngs = sorted((tmp_path / "new" / "page-plots").iterdir())
     assert len(pngs) == 11 and all(png.read_bytes().startswith(b"\x89PNG") for png in pngs)
     assert report(trained).text == page.text  # the same run gives the same page

@@ -74,7 +74,7 @@ def test_mean_and_deviation_over_runs():
         [{"update": 1, "entropy": 0.3, "accuracy": None}],
     ]
     heads, first = over_runs(runs)
-    assert heads == ["update", "Entropy = loss, nats per token"] and first == ["1", "0.3 ± 0.1"]
+    assert heads == ["update", "Entropy, nats per token"] and first == ["1", "0.3 ± 0.1"]
     heads, first, second = over_runs(runs[:2])
     assert heads[2] == "Accuracy on the training prompt, % of completions"
     assert first == ["1", "0.3 ± 0.14", "62.5 ± 18"] and second == ["2", "0.2 ± 0.14", ""]

@@ -42,7 +42,7 @@ STYLE: Any = {
     **dict.fromkeys(INKED, INK),
 }
 CURVES = {  # by key of metrics.jsonl: title, unit, factor, least upper end of the axis
-    "entropy": ("Entropy = loss", "nats per token", 1, 0),
+    "entropy": ("Entropy", "nats per token", 1, 0),
     "divergence": ("KL from the base model", "nats per token", 1, 0),
     "accuracy": ("Accuracy on the training prompt", "% of completions", 100, 100),
     "mean_length": ("Mean length", "tokens per completion", 1, 0),
