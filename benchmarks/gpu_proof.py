@@ -34,6 +34,7 @@ TESTS = {
     "functions": (
         "gpu/test_functional_gpu.py",
         *("test_functional.py", "test_gradients.py", "test_hard_inputs.py", "test_kept.py"),
+        *("test_return_stats.py", "test_several_targets.py", "test_support.py", "test_top_k.py"),
         *("test_peers.py", "test_precision.py", "test_sink.py", "test_sparse.py"),
         "test_token_loss.py",
     ),

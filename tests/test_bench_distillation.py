@@ -53,6 +53,7 @@ def test_ours_does_the_work_of_the_floor(task):
         assert flops == (8 if task in DIVERGENCES else 6) * mine.unit
 
 
+@pytest.mark.slow
 def test_a_run_and_its_table(tmp_path, capfd, monkeypatch):
     """Measure in processes, skip a library that is not there, and tabulate both."""
     absent = bench.PROVIDERS["liger"]._replace(package="not_there")

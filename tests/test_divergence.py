@@ -5,20 +5,18 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_params import OLDER, ROWS, TRITON
+from kernel_params import ROWS
 from test_losses import by_docstring
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 from truth import compare, leaves, logits_of, relative_error
 
 import em_kernels.ops.flops  # noqa: F401  # FlopCounterMode counts the extension's GEMM
-from em_kernels import fused_divergence, fused_token_stats, reference_divergence
-from em_kernels.kernels import portable
+from em_kernels import fused_divergence, fused_token_stats
 from em_kernels.ops import divergence
 from em_kernels.ops import torch_library_divergence as ops
 from em_kernels.ops.inputs import GradMask, HeadInputs
 from em_kernels.ops.saved_gradients import weight_gradient
-from em_kernels.reference import RowTransform
 
 BETAS = [0.0, 1.0, 0.5, 0.1, 1e-4, 1 - 1e-4]
 N, D, REF_D, V = 7, 8, 12, 61
@@ -60,77 +58,6 @@ def draw_pair(dtype=torch.float32, distance=1.0, v=V, ref_v=V, seed=0):
 def in_fp64(tensors):
     return [x.detach().double() for x in tensors]
 
-
-# Kernels: the same logits in fp32 and in fp64
-
-TRANSFORMS = [(None, None), ("both", 5.0), ("ref", 30.0)]
-ALL_KERNELS = pytest.mark.parametrize(
-    "kernels, beta",
-    [
-        pytest.param(*rows.values, beta, id=f"{rows.id}-{beta}", marks=rows.marks)
-        for rows in (*ROWS, *OLDER, TRITON)
-        for beta in (BETAS[:3] if rows is TRITON else BETAS)  # the interpreter is slow
-    ],
-)
-
-
-def run(kernels, y, ref_y, bias, softcap, beta, out_dtype):
-    """Return the sums of the rows, and the gradient."""
-    rows, columns = y.shape
-    tau = torch.linspace(0.5, 2, rows).to(y.dtype)
-    biases = torch.randn(2, columns, generator=torch.Generator().manual_seed(1)).to(y.dtype)
-    row = RowTransform(biases[0] if bias == "both" else None, tau, -0.7, softcap)
-    ref_row = RowTransform(biases[1] if bias else None, tau, -0.6, softcap and 20.0)
-    per_row, targets = [], None
-    for logits, transform in ((y, row), (ref_y, ref_row)):
-        parts = kernels.row_statistics(logits, transform._replace(targets=targets), True)
-        stats, m, log_s = kernels.finish_rows(parts, columns, targets)
-        targets = stats.argmax
-        per_row += [m, log_s]
-    per_row = torch.stack([*per_row, -per_row[1] - stats.logprob, tau, 1 / tau])
-    sums = kernels.divergence_sums(y, row, ref_y, ref_row, per_row, beta)
-    per_row[5] = sums[1] + (sums[0] - sums[0])
-    out = torch.empty_like(y, dtype=out_dtype)
-    kernels.divergence_gradient(y, row, ref_y, ref_row, per_row, beta, out)
-    return sums, out
-
-
-@pytest.mark.parametrize("bias, softcap", TRANSFORMS)
-@pytest.mark.parametrize("v", [1, 300, 1025])
-@ALL_KERNELS
-def test_kernels(kernels, v, bias, softcap, beta):
-    """Rows that are far, near, equal, sure of other entries, and without a distribution."""
-    generator = torch.Generator().manual_seed(v)
-    y = torch.randn(7, v, generator=generator) * 4
-    ref_y = y + torch.tensor([3.0, 0.1, 1e-3, 0, 5, 1, 1])[:, None] * torch.randn(
-        7, v, generator=generator
-    )
-    y[4, 0], ref_y[4, -1] = -100, -100
-    y[5], ref_y[6, 0] = -torch.inf, torch.nan
-    sums, dy = run(kernels, y, ref_y, bias, softcap, beta, torch.float32)
-    settings = (bias, softcap, beta)
-    true_sums, true_dy = run(portable, y.double(), ref_y.double(), *settings, torch.float64)
-    _, plain_dy = run(portable, y, ref_y, *settings, torch.float32)
-    assert sums[0, 5:].isnan().all() and dy[5:].isnan().all()
-    assert true_sums[0, 5:].isnan().all() and true_dy[5:].isnan().all()
-    # Rounding the logits of z, up to 40, to fp32 moves log p by 4e-6, and a divergence with it.
-    assert_close(sums[:, :5].double(), true_sums[:, :5], rtol=2e-5, atol=4e-6)
-    for row in range(5):
-        error = (dy[row].double() - true_dy[row]).norm()
-        plain = (plain_dy[row].double() - true_dy[row]).norm()
-        assert error <= 3 * plain + 4e-6 * (true_dy[row].norm() + 1e-3)
-
-
-@ALL_KERNELS
-def test_a_narrower_gradient_is_the_wide_one_rounded(beta, kernels):
-    y, ref_y = torch.randn(2, 5, 300) * 3
-    _, wide = run(kernels, y, ref_y, "both", 5.0, beta, torch.float32)
-    for dtype in (torch.bfloat16, torch.float16):
-        _, narrow = run(kernels, y, ref_y, "both", 5.0, beta, dtype)
-        assert torch.equal(narrow, wide.to(dtype))
-
-
-# The function
 
 HEADS = {
     "plain": {},
@@ -278,129 +205,6 @@ def test_small_divergences_keep_their_digits(beta, distance, rows):
     error, eager_error = (each - true).norm(), (plain - true).norm()
     assert error <= 2 * eager_error + 1e-5 * true.norm()
     assert distance == 1 or error < 0.02 * true.norm() + 1e-12
-
-
-def from_logits(logits, ref_logits, beta, **settings):
-    """Return the divergences of these logits, and their gradients for the first."""
-    eye = torch.eye(logits.shape[1], dtype=logits.dtype)
-    rows = logits.clone().requires_grad_()
-    finite, ref_finite = (x.masked_fill(x == -torch.inf, 0) for x in (rows, ref_logits))
-    both = []
-    for x in (logits, ref_logits):
-        masked = (x == -torch.inf).all(0)
-        both.append(torch.zeros(x.shape[1], dtype=x.dtype).masked_fill(masked, -torch.inf))
-    each = fused_divergence(
-        finite, eye, ref_finite, eye, beta=beta, bias=both[0], ref_bias=both[1], reduction="none"
-    )
-    (gradient,) = torch.autograd.grad(each.sum(), rows)
-    return each.detach(), gradient
-
-
-@pytest.mark.parametrize("rows", ROWS, indirect=True)
-@pytest.mark.parametrize("beta", [1e-50, 1e-40, 1 - 1e-12])
-def test_a_beta_that_fp32_rounds_to_0_or_1_is_between_them(beta, rows):
-    """A rate that a schedule adds up in steps of 0.1 ends at 1 - 1e-16."""
-    hidden, weight, bias, ref_hidden, ref_weight, ref_bias = draw_pair()
-    bias[3] = ref_bias[4] = -torch.inf  # KL would be infinite
-    hidden.requires_grad_()
-    pair = hidden, weight, ref_hidden, ref_weight
-    loss = fused_divergence(*pair, bias=bias, ref_bias=ref_bias, beta=beta)
-    assert 0 <= loss < 1e-9
-    assert (torch.autograd.grad(loss, hidden)[0].abs() < 1e-7).all()
-
-
-@pytest.mark.parametrize("rows", ROWS, indirect=True)
-@pytest.mark.parametrize("beta", BETAS)
-@pytest.mark.parametrize("size", [20.0, 200.0, 1e4])
-def test_one_hot_rows_against_flat_and_other_ones(size, beta, rows):
-    """Sure of one entry, of another, of none."""
-    v = 37
-    sure, other, flat = torch.zeros(3, v)
-    sure[3], other[5] = size, size
-    logits = torch.stack([sure, sure, flat, sure])
-    ref_logits = torch.stack([flat, other, sure, sure])
-    each, gradient = from_logits(logits, ref_logits, beta)
-    true_logits = logits.double().requires_grad_()
-    true = truth_of(true_logits, ref_logits.double(), beta)
-    (true_gradient,) = torch.autograd.grad(true.sum(), true_logits)
-    assert (each >= 0).all() and each[3] == 0 and (gradient[3] == 0).all()
-    assert_close(each.double(), true.detach(), rtol=1e-5, atol=1e-7)
-    assert_close(gradient.double(), true_gradient, rtol=2e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("rows", ROWS, indirect=True)
-@pytest.mark.parametrize("beta", BETAS)
-@pytest.mark.parametrize("margin", [5.0, 10.0, 15.0])
-def test_a_sure_models_gradient_keeps_its_digits(margin, beta, rows):
-    """p (log(p / q) - KL) is the difference of equal numbers where p is 1 but for e^-margin."""
-    logits, ref_logits = torch.randn(2, 3, 37)
-    logits[:, 4] = margin + 4
-    _, gradient = from_logits(logits, ref_logits, beta)
-    true_logits = logits.double().requires_grad_()
-    true = truth_of(true_logits, ref_logits.double(), beta).sum()
-    (true_gradient,) = torch.autograd.grad(true, true_logits)
-    error = (gradient.double() - true_gradient).norm(dim=1)
-    assert (error <= 1e-5 * true_gradient.norm(dim=1)).all()
-
-
-@pytest.mark.parametrize("rows", ROWS, indirect=True)
-@pytest.mark.parametrize("beta", BETAS)
-@pytest.mark.parametrize("excludes", ["model", "reference", "both", "each another"])
-def test_entries_that_a_head_excludes(excludes, beta, rows):
-    """A bias of -inf: infinite only where the other one's probability has no counterpart."""
-    logits, ref_logits = torch.randn(2, 4, 9) * 2
-    if excludes in ("model", "both", "each another"):
-        logits[:, 2] = -torch.inf
-    if excludes != "model":
-        ref_logits[:, 2 if excludes in ("both", "reference") else 6] = -torch.inf
-    each, gradient = from_logits(logits, ref_logits, beta)
-    infinite = {
-        "model": beta == 0,
-        "reference": beta == 1,
-        "both": False,
-        "each another": beta in (0, 1),
-    }[excludes]
-    if infinite:
-        assert (each == torch.inf).all() and gradient[:, 0].isnan().all()
-        return
-    true_logits = logits.double().requires_grad_()
-    true = reference_of(true_logits, ref_logits.double(), beta)
-    (true_gradient,) = torch.autograd.grad(true.sum(), true_logits)
-    assert_close(each.double(), true.detach(), rtol=1e-5, atol=1e-7)
-    assert_close(gradient.double(), true_gradient, rtol=1e-5, atol=1e-6)
-    if beta not in (0, 1):
-        assert_close(each.double(), truth_of(logits.double(), ref_logits.double(), beta))
-
-
-def reference_of(logits, ref_logits, beta):
-    """Return the divergences by the formulas of reference.py."""
-    log_p, log_q = (
-        (x - x.amax(1, keepdim=True)) - (x - x.amax(1, keepdim=True)).exp().sum(1, True).log()
-        for x in (logits, ref_logits)
-    )
-    return reference_divergence.divergence_sums(log_p, log_q, log_p[:, 0], beta)[0]
-
-
-@pytest.mark.parametrize("beta", BETAS)
-@pytest.mark.parametrize("wrong", ["nan", "infinite", "masked nan"])
-def test_what_a_token_breaks_is_its_own(wrong, beta):
-    hidden, weight, _, ref_hidden, ref_weight, _ = draw_pair()
-    good = fused_divergence(hidden, weight, ref_hidden, ref_weight, beta=beta, reduction="none")
-    hidden = hidden.clone()
-    hidden[2] = torch.inf if wrong == "infinite" else torch.nan
-    mask = torch.ones(N)
-    mask[2] = 0 if wrong == "masked nan" else 1
-    mine = leaves(hidden, weight)
-    each = fused_divergence(
-        *mine, ref_hidden, ref_weight, beta=beta, mask=mask, reduction="none", chunk_bytes=4 * V * 8
-    )
-    others = torch.arange(N) != 2
-    assert_close(each[others], good[others])
-    dh, dw = torch.autograd.grad(each.sum(), mine)
-    if wrong == "masked nan":
-        assert each[2] == 0 and (dh[2] == 0).all() and dw.isfinite().all()
-    else:
-        assert each[2].isnan() and dh[2].isnan().all() and dh[others].isfinite().all()
 
 
 @pytest.mark.parametrize("count", [0, 1])
