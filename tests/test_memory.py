@@ -13,6 +13,7 @@ from truth import draw, entropy_of, leaves
 
 from em_kernels import (
     entropy_from_logits,
+    fused_divergence,
     fused_entropy_loss,
     fused_token_stats,
     gradient_report,
@@ -50,6 +51,12 @@ def sum_none(h, w, b, **arguments):
     return (UPSTREAM * loss).sum()
 
 
+def divergence(h, w, b, **arguments):
+    """Return the divergence from the model itself, whose memory is the model's own."""
+    ref = h.detach(), w.detach()
+    return fused_divergence(h, w, *ref, bias=b, ref_bias=b.detach(), beta=0.3, **arguments)
+
+
 LOSSES = {
     "mean": lambda h, w, b, **k: fused_entropy_loss(h, w, bias=b, **k),
     "sum": lambda h, w, b, **k: fused_entropy_loss(h, w, bias=b, reduction="sum", **k),
@@ -58,6 +65,10 @@ LOSSES = {
     "token_stats": sum_stats,
     "masked token_stats": lambda h, w, b, **k: sum_stats(h, w, b, mask=MASK, **k),
     "softcap": lambda h, w, b, **k: sum_none(h, w, b, softcap=9.0, temperature=0.5, **k),
+}
+DIVERGENCES = {
+    "divergence": divergence,
+    "each divergence": lambda h, w, b, **k: UPSTREAM @ divergence(h, w, b, reduction="none", **k),
 }
 
 
@@ -87,12 +98,21 @@ def test_no_tensor_of_the_size_of_the_logits(loss, dtype):
     assert max(size for size in found if size != gradient) <= CHUNK_BYTES
 
 
+@pytest.mark.usefixtures("rows")
+@pytest.mark.parametrize("loss", DIVERGENCES)
+@on_cpu_only
+def test_two_heads_share_the_budget(loss):
+    inputs = draw(N, D, V)[:3]
+    found = allocations(lambda: DIVERGENCES[loss](*inputs, chunk_bytes=CHUNK_BYTES).backward())
+    assert V * D * 4 <= CHUNK_BYTES / 2 == max(found)
+
+
 @needs_extension
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", LOSSES | DIVERGENCES)
 def test_peak_is_one_chunk_and_the_gradients(loss):
     """For the C++ kernels only, as the portable ones have temporaries."""
-    inputs = draw(N, D, V)[:3]
-    sizes = changes(lambda: LOSSES[loss](*inputs, chunk_bytes=CHUNK_BYTES).backward())
+    inputs, function = draw(N, D, V)[:3], (LOSSES | DIVERGENCES)[loss]
+    sizes = changes(lambda: function(*inputs, chunk_bytes=CHUNK_BYTES).backward())
     gradients = sum(x.grad.nbytes for x in inputs)
     per_token = 40 * N * 4  # statistics, upstreams, coefficients
     active = inputs[0].nbytes  # a copy of the tokens that the mask keeps
