@@ -10,6 +10,8 @@ from kernel_params import needs_extension
 from benchmarks import bench_distillation, measure, report, tables
 from benchmarks import distillation as bench
 
+pytestmark = pytest.mark.slow  # whole measurements, some seconds
+
 DIVERGENCES = [name for name, task in bench.TASKS.items() if task.beta is not None]
 
 
@@ -53,7 +55,6 @@ def test_ours_does_the_work_of_the_floor(task):
         assert flops == (8 if task in DIVERGENCES else 6) * mine.unit
 
 
-@pytest.mark.slow
 def test_a_run_and_its_table(tmp_path, capfd, monkeypatch):
     """Measure in processes, skip a library that is not there, and tabulate both."""
     absent = bench.PROVIDERS["liger"]._replace(package="not_there")

@@ -14,6 +14,8 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM
 from em_kernels.hf import check_head, entropy_loss
 from em_kernels.hf_trainer import EntropyTrainer
 
+pytestmark = pytest.mark.slow  # peft takes seconds to import
+
 ON_HEAD = {"target_modules": ["q_proj", "lm_head"], "init_lora_weights": False}
 KINDS = {"llama": {}, "phi": {"tied": False}, "gemma2": {**GEMMA, "final_logit_softcapping": 5.0}}
 

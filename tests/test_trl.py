@@ -25,6 +25,8 @@ from trl.trainer import grpo_trainer
 from em_kernels.ops import vocab_slabs
 from em_kernels.trl import FusedGRPOTrainer, _adapter_on_the_head
 
+pytestmark = pytest.mark.slow  # each with transformers' Trainer, some seconds
+
 TESTED = "1.16"
 PROMPTS = [
     "What is 2 + 3?",
