@@ -104,7 +104,10 @@ def transform(y: Tensor, row: RowTransform) -> Tensor:
 
 
 class TargetTerms(NamedTuple):
-    """What (8) has at several targets of a row, each (rows, K)."""
+    """Upstream gradients of log-probabilities at several targets a row, as (8) needs them.
+
+    Each field is (rows, K).
+    """
 
     gradient: Tensor  # g_k, of equal targets together
     others: Tensor  # G - g_k

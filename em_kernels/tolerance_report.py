@@ -1,4 +1,4 @@
-"""What a gradient tolerance saved and dropped."""
+"""Report on a gradient tolerance: the work it saved, and the gradient it dropped."""
 
 from typing import NamedTuple
 

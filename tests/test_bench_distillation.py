@@ -40,8 +40,9 @@ def test_truth_agrees_with_ours_in_fp64(task, monkeypatch):
     [*product(["eager"], bench.TASKS), *product(["trl", "liger"], DIVERGENCES)],
 )
 def test_providers_compute_the_same(provider, task):
-    if importlib.util.find_spec(bench.PROVIDERS[provider].package) is None:
-        pytest.skip("is not installed")
+    package = bench.PROVIDERS[provider].package
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
     assert max(errors(case(provider, task=task, dtype="float32")).values()) < 1e-4
 
 

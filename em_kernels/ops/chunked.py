@@ -180,7 +180,7 @@ class TokenRecord(dict[str, Tensor]):
 
 
 class CustomLoss(NamedTuple):
-    """What sum_custom_loss returns."""
+    """A custom loss summed over all tokens, its gradients, and what was recorded on the way."""
 
     loss: Tensor  # ()
     gradients: Gradients
