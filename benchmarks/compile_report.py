@@ -14,17 +14,15 @@ from typing import NamedTuple
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
+from benchmarks.gpu_generations import ARCHS, gpu_name, target, warps_per_sm
 from em_kernels.kernels import triton as kernels
 from em_kernels.kernels.configs import config_for
 from em_kernels.ops.sparse import SAMPLE
 from em_kernels.reference import TokenStats
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-REGISTERS_PER_SM = 65536  # 32-bit, on every generation here; a warp gets a multiple of 256
-BLOCK_OVERHEAD = 1024  # bytes of shared memory per block that CUDA itself uses
 FLOAT_STATS = TokenStats._fields[:5]
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 FLOATS = (
@@ -56,31 +54,6 @@ FUNCTIONS = {
     "divergence gradient": "divergence_gradient_kernel",
 }
 HAVE_LOOPS = ("statistics", "mass")  # over logits, which bounds their time
-
-
-class Arch(NamedTuple):
-    """Limits of an SM, from "Technical Specifications per Compute Capability" in the CUDA guide,
-    or of an AMD compute unit.
-    """
-
-    warps: int
-    blocks: int
-    shared_kib: int  # per SM; a block may use 1 KiB less
-    lanes: int = 32  # of a warp
-    registers: int = 0  # AMD's: a lane's share of all SIMDs' together
-
-
-ARCHS: dict[int | str, Arch] = {
-    75: Arch(warps=32, blocks=16, shared_kib=64),
-    80: Arch(warps=64, blocks=32, shared_kib=164),
-    86: Arch(warps=48, blocks=16, shared_kib=100),
-    89: Arch(warps=48, blocks=24, shared_kib=100),
-    90: Arch(warps=64, blocks=32, shared_kib=228),
-    100: Arch(warps=64, blocks=32, shared_kib=228),
-    120: Arch(warps=48, blocks=24, shared_kib=100),
-    "gfx942": Arch(warps=32, blocks=32, shared_kib=64, lanes=64, registers=4 * 512),
-    "gfx1100": Arch(warps=32, blocks=32, shared_kib=64, registers=2 * 1536),
-}
 
 
 class Source(NamedTuple):
@@ -254,17 +227,6 @@ class Cost(NamedTuple):
         return [str(self.variant), *map(str, numbers), f"{self.occupancy:.0%}", per_logit]
 
 
-def gpu_name(arch: int | str) -> str:
-    return f"sm{arch}" if isinstance(arch, int) else arch
-
-
-def target(arch: int | str) -> GPUTarget:
-    """Return the target of Triton's compiler."""
-    if isinstance(arch, int):
-        return GPUTarget("cuda", arch, 32)
-    return GPUTarget("hip", arch, ARCHS[arch].lanes)
-
-
 def compiled(variant: Variant, arch: int | str) -> CompiledKernel:
     """Compile a variant as its first launch on such a GPU would."""
     given = variant.source(arch)
@@ -326,14 +288,6 @@ def amd_cost(variant: Variant, arch: str, code: CompiledKernel, warps: int) -> C
         re.search(r"load_(dwordx4|b128)", text) is not None,
         False,
     )
-
-
-def warps_per_sm(arch: Arch, warps: int, registers: int, shared: int) -> int:
-    """Return how many warps fit on an SM at once: the theoretical occupancy."""
-    warp_registers = -(-registers * 32 // 256) * 256
-    by_registers = REGISTERS_PER_SM // 4 // warp_registers * 4 // warps  # in each quarter
-    by_shared = arch.shared_kib * 1024 // (shared + BLOCK_OVERHEAD)
-    return warps * min(arch.warps // warps, arch.blocks, by_registers, by_shared)
 
 
 def report(archs: list[int | str]) -> int:

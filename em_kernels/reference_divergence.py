@@ -11,10 +11,24 @@ Symbols and equations (1)-(9) are those of reference.py; p is the model's distri
         model's gradient keeps its digits; beta = 1: f = 1 and r = q; between them f = 1 - beta
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from .reference import RowTransform, row_parts, transform
+
+
+class DivergenceTerms(NamedTuple):
+    """The terms of equations (10) and (11)."""
+
+    y: Tensor  # (rows, V) raw logits
+    row: RowTransform
+    ref_y: Tensor  # (rows, V) of the reference
+    ref_row: RowTransform
+    # (7, rows): m, log s, the reference's m, log s; log(p / q) at p's argmax; c; the row's weight
+    per_row: Tensor
+    beta: float
 
 
 def divergence(

@@ -24,6 +24,7 @@ from em_kernels.kernels import triton as kernels
 from em_kernels.kernels.portable import FinishedRows
 from em_kernels.ops.sparse import SAMPLE
 from em_kernels.reference import RowParts, RowTransform, TokenStats
+from em_kernels.reference_divergence import DivergenceTerms
 
 ALL = [pytest.param(v, arch, id=f"{v} {gpu_name(arch)}") for v in variants() for arch in ARCHS]
 HEAVIEST = [  # of each kernel
@@ -147,9 +148,9 @@ def test_variants_are_what_is_launched(monkeypatch):
         y, ref_y = torch.zeros(2, 3, 32)
         bias = None if bias is None else torch.zeros(32, dtype=bias)
         row = RowTransform(bias, torch.ones(3), 2, softcap)
-        given = (y, row, ref_y, row, torch.zeros(7, 3), beta)
-        kernels.divergence_sums(*given)
-        kernels.divergence_gradient(*given, torch.zeros_like(y).to(out))
+        terms = DivergenceTerms(y, row, ref_y, row, torch.zeros(7, 3), beta)
+        kernels.divergence_sums(terms)
+        kernels.divergence_gradient(terms, torch.zeros_like(y).to(out))
 
     narrow, flags = (torch.bfloat16, torch.float16), (False, True)
     for weight, has_bias, softcap, beta in product(

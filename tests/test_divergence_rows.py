@@ -8,6 +8,7 @@ from torch.testing import assert_close
 
 from em_kernels.kernels import portable
 from em_kernels.reference import RowTransform
+from em_kernels.reference_divergence import DivergenceTerms
 
 TRANSFORMS = [(None, None), ("both", 5.0), ("ref", 30.0)]
 
@@ -36,10 +37,11 @@ def run(kernels, y, ref_y, bias, softcap, beta, out_dtype):
         targets = stats.argmax
         per_row += [m, log_s]
     per_row = torch.stack([*per_row, -per_row[1] - stats.logprob, tau, 1 / tau])
-    sums = kernels.divergence_sums(y, row, ref_y, ref_row, per_row, beta)
+    terms = DivergenceTerms(y, row, ref_y, ref_row, per_row, beta)
+    sums = kernels.divergence_sums(terms)
     per_row[5] = sums[1] + (sums[0] - sums[0])
     out = torch.empty_like(y, dtype=out_dtype)
-    kernels.divergence_gradient(y, row, ref_y, ref_row, per_row, beta, out)
+    kernels.divergence_gradient(terms, out)
     return sums, out
 
 

@@ -1,9 +1,9 @@
 """Row kernels: a chunk of raw logits in, statistics or their gradient out.
 
-One file per device, each with the same functions, which are documented here and get the fields of
-RowTerms one by one; only Triton's has gradient_of_columns, for which the others have
-parts. They know one target a row; what several need is added here, on the few values at them. y
-(rows, V) holds raw logits in fp32 or fp64 (on a GPU also in 16 bits), each row contiguous;
+One file per device, each with the same functions, which are documented here. They get the fields of
+RowTerms one by one, and DivergenceTerms whole; only Triton's has gradient_of_columns, for which the
+others have parts. They know one target a row; what several need is added here, on the few values at
+them. y (rows, V) holds raw logits in fp32 or fp64 (on a GPU also in 16 bits), each row contiguous;
 statistics and everything per row are in the accumulation dtype; a gradient is written into separate
 memory or a gradient_buffer.
 """
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import reference
 from ..reference import RowParts, RowTransform, TokenStats
+from ..reference_divergence import DivergenceTerms
 from . import cpu, portable, self_test
 from .portable import ColumnChoice, FinishedRows
 
@@ -26,18 +27,6 @@ class RowTerms(NamedTuple):
     y: Tensor  # (rows, V) raw logits
     row: RowTransform
     per_row: Tensor  # (8, rows): m, log s, and the Coefficients
-
-
-class DivergenceTerms(NamedTuple):
-    """The terms of equations (10) and (11)."""
-
-    y: Tensor  # (rows, V) raw logits
-    row: RowTransform
-    ref_y: Tensor  # (rows, V) of the reference
-    ref_row: RowTransform
-    # (7, rows): m, log s, the reference's m, log s; log(p / q) at p's argmax; c; the row's weight
-    per_row: Tensor
-    beta: float
 
 
 def kernels_for(
@@ -155,13 +144,13 @@ def divergence_sums(terms: DivergenceTerms) -> Tensor:
     Of per_row the first five are read.
     """
     kernels = kernels_for(terms.y, None, self_test.divergence_results)
-    return kernels.divergence_sums(*terms)
+    return kernels.divergence_sums(terms)
 
 
 def divergence_gradient(terms: DivergenceTerms, out: Tensor) -> Tensor:
     """Write dy of (11), times the rows' weights, into out, in its dtype; return out."""
     kernels = kernels_for(terms.y, out.dtype, self_test.divergence_results)
-    kernels.divergence_gradient(*terms, out)
+    kernels.divergence_gradient(terms, out)
     return out
 
 

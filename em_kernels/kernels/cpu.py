@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..reference import RowParts, RowTransform
+from ..reference_divergence import DivergenceTerms
 
 # These work on few values per row or column, for which plain torch is fast enough.
 from .portable import choose_columns as choose_columns
@@ -72,34 +73,21 @@ def column_mass(y: Tensor, row: RowTransform, per_row: Tensor) -> tuple[Tensor, 
     return mass, row_sums
 
 
-def divergence_sums(
-    y: Tensor,
-    row: RowTransform,
-    ref_y: Tensor,
-    ref_row: RowTransform,
-    per_row: Tensor,
-    beta: float,
-) -> Tensor:
+def divergence_sums(terms: DivergenceTerms) -> Tensor:
     """Sum (10), and c of (11)."""
+    y, row, ref_y, ref_row, per_row, beta = terms
     sums = y.new_empty(2, y.shape[0])
     pair = (y, *_arguments(row)[:4], ref_y, *_head(ref_row), per_row, beta)
     torch.ops.em_kernels.divergence_sums(*pair, sums, isa())
     return sums
 
 
-def divergence_gradient(
-    y: Tensor,
-    row: RowTransform,
-    ref_y: Tensor,
-    ref_row: RowTransform,
-    per_row: Tensor,
-    beta: float,
-    out: Tensor,
-) -> None:
+def divergence_gradient(terms: DivergenceTerms, out: Tensor) -> None:
     """Write dy of (11) into out."""
+    y, row, ref_y, ref_row, per_row, beta = terms
     if out.dtype == torch.float16:
         wide = torch.empty_like(y)
-        divergence_gradient(y, row, ref_y, ref_row, per_row, beta, wide)
+        divergence_gradient(terms, wide)
         out.copy_(wide)
         return
     pair = (y, *_arguments(row)[:4], ref_y, *_head(ref_row), per_row, beta)

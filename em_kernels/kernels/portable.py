@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 
 from .. import reference, reference_divergence
 from ..reference import Coefficients, RowParts, RowTransform, TokenStats
+from ..reference_divergence import DivergenceTerms
 
 BLOCK_ELEMENTS = 1 << 21  # logits at a time; the formulas hold about eight temporaries of this size
 # Thresholds tried per round, and rounds: keeps some 1 % more columns than sorting would.
@@ -140,15 +141,9 @@ def _sample(left_out: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return indices.clamp(max=len(left_out) - 1), shares[None]  # padding has no share
 
 
-def divergence_sums(
-    y: Tensor,
-    row: RowTransform,
-    ref_y: Tensor,
-    ref_row: RowTransform,
-    per_row: Tensor,
-    beta: float,
-) -> Tensor:
+def divergence_sums(terms: DivergenceTerms) -> Tensor:
     """Sum (10), and c of (11)."""
+    y, row, ref_y, ref_row, per_row, beta = terms
     sums = per_row.new_zeros(2, y.shape[0])
     for rows in _blocks(y):
         log_p = _log_probabilities(y, row, per_row[:2], rows)
@@ -157,16 +152,9 @@ def divergence_sums(
     return sums
 
 
-def divergence_gradient(
-    y: Tensor,
-    row: RowTransform,
-    ref_y: Tensor,
-    ref_row: RowTransform,
-    per_row: Tensor,
-    beta: float,
-    out: Tensor,
-) -> None:
+def divergence_gradient(terms: DivergenceTerms, out: Tensor) -> None:
     """Write dy of (11) into out."""
+    y, row, ref_y, ref_row, per_row, beta = terms
     for rows in _blocks(y):
         log_p = _log_probabilities(y, row, per_row[:2], rows)
         log_q = _log_probabilities(ref_y, ref_row, per_row[2:4], rows)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from ..reference import IGNORE_INDEX, RowParts, RowTransform, TokenStats
+from ..reference_divergence import DivergenceTerms
 from . import portable
 
 # Multiples of no block, so that masks are tested, but of 16, as the vocabularies of models are:
@@ -215,10 +216,11 @@ def divergence_results(
     per_row[4] = -per_row[1] - logprob
     found: dict[str, Tensor] = {}
     for beta in (0.0, 0.5, 1.0):
-        sums = kernels.divergence_sums(given.y, row, ref_y, row, per_row, beta)
+        terms = DivergenceTerms(given.y, row, ref_y, row, per_row, beta)
+        sums = kernels.divergence_sums(terms)
         per_row[5] = sums[1]
         dy = torch.empty_like(given.y, dtype=out_dtype)
-        kernels.divergence_gradient(given.y, row, ref_y, row, per_row, beta, dy)
+        kernels.divergence_gradient(terms, dy)
         found |= {f"divergences at beta {beta:g}": sums, f"their gradient at beta {beta:g}": dy}
     return found
 

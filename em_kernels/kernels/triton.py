@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 
 from ..reference import RowParts, RowTransform, TokenStats
+from ..reference_divergence import DivergenceTerms
 from . import portable
 from .configs import RowConfig, config_for
 from .portable import ROUNDS, STEPS, ColumnChoice, FinishedRows
@@ -239,15 +240,9 @@ def gradient_of_columns(
     return out
 
 
-def divergence_sums(
-    y: Tensor,
-    row: RowTransform,
-    ref_y: Tensor,
-    ref_row: RowTransform,
-    per_row: Tensor,
-    beta: float,
-) -> Tensor:
+def divergence_sums(terms: DivergenceTerms) -> Tensor:
     """Sum (10), and c of (11)."""
+    y, row, ref_y, ref_row, per_row, beta = terms
     rows, columns = y.shape
     if columns == 0 or rows == 0:
         return per_row.new_zeros(2, rows)
@@ -274,16 +269,9 @@ def divergence_sums(
     return sums.sum(0)
 
 
-def divergence_gradient(
-    y: Tensor,
-    row: RowTransform,
-    ref_y: Tensor,
-    ref_row: RowTransform,
-    per_row: Tensor,
-    beta: float,
-    out: Tensor,
-) -> None:
+def divergence_gradient(terms: DivergenceTerms, out: Tensor) -> None:
     """Write dy of (11) into out."""
+    y, row, ref_y, ref_row, per_row, beta = terms
     rows, columns = y.shape
     if columns == 0 or rows == 0:
         return

@@ -14,8 +14,20 @@ MAX_EXPONENT = tl.constexpr(80.0)
 
 
 @triton.jit
-def _log_p(v, inv_temperature, logit_scale, softcap, m, log_s, HAS_SOFTCAP: tl.constexpr):
-    """log p (4) of logits with their bias, -inf where these are; and the slope dc/du."""
+def _log_p(
+    y_ptrs,
+    bias_ptrs,
+    mask,
+    inv_temperature,
+    logit_scale,
+    softcap,
+    m,
+    log_s,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+):
+    """log p (4), -inf where the logit is or the mask is off; and the slope dc/du."""
+    v = _logits(y_ptrs, mask, bias_ptrs, mask, HAS_BIAS)
     z, slope = _cap(v, inv_temperature, logit_scale, softcap, HAS_SOFTCAP)
     return tl.where(v == -float("inf"), -float("inf"), (z - m) - log_s), slope
 
@@ -108,14 +120,14 @@ def divergence_sums_kernel(
     for start in range(begin, tl.minimum(begin + split_length, columns), BLOCK_V):
         cols = start + tl.arange(0, BLOCK_V)
         mask = cols < columns
-        v = _logits(y_ptr + row * stride_yn + cols, mask, bias_ptr + cols, mask, HAS_BIAS)
-        log_p, _ = _log_p(v, inv_temperature, logit_scale, softcap, m, log_s, HAS_SOFTCAP)
-        v = _logits(
-            ref_y_ptr + row * stride_rn + cols, mask, ref_bias_ptr + cols, mask, REF_HAS_BIAS
-        )
+        log_p, _ = _log_p(
+            y_ptr + row * stride_yn + cols, bias_ptr + cols, mask, inv_temperature, logit_scale,
+            softcap, m, log_s, HAS_BIAS, HAS_SOFTCAP,
+        )  # fmt: skip
         log_q, _ = _log_p(
-            v, inv_temperature, ref_logit_scale, ref_softcap, ref_m, ref_log_s, REF_HAS_SOFTCAP
-        )
+            ref_y_ptr + row * stride_rn + cols, ref_bias_ptr + cols, mask, inv_temperature,
+            ref_logit_scale, ref_softcap, ref_m, ref_log_s, REF_HAS_BIAS, REF_HAS_SOFTCAP,
+        )  # fmt: skip
         p, q, x = _exp(log_p), _exp(log_q), _log_ratio(log_p, log_q)
         if KIND == 0:
             value += _excess(q, p, -x)
@@ -170,12 +182,14 @@ def divergence_gradient_kernel(
     centre = tl.load(per_row_ptr + 5 * rows + row)
     inv_temperature = tl.load(inv_temperature_ptr + row)
     scale = tl.load(per_row_ptr + 6 * rows + row) * inv_temperature * logit_scale
-    v = _logits(y_ptr + row * stride_yn + cols, mask, bias_ptr + cols, mask, HAS_BIAS)
-    log_p, slope = _log_p(v, inv_temperature, logit_scale, softcap, m, log_s, HAS_SOFTCAP)
-    v = _logits(ref_y_ptr + row * stride_rn + cols, mask, ref_bias_ptr + cols, mask, REF_HAS_BIAS)
+    log_p, slope = _log_p(
+        y_ptr + row * stride_yn + cols, bias_ptr + cols, mask, inv_temperature, logit_scale,
+        softcap, m, log_s, HAS_BIAS, HAS_SOFTCAP,
+    )  # fmt: skip
     log_q, _ = _log_p(
-        v, inv_temperature, ref_logit_scale, ref_softcap, ref_m, ref_log_s, REF_HAS_SOFTCAP
-    )
+        ref_y_ptr + row * stride_rn + cols, ref_bias_ptr + cols, mask, inv_temperature,
+        ref_logit_scale, ref_softcap, ref_m, ref_log_s, REF_HAS_BIAS, REF_HAS_SOFTCAP,
+    )  # fmt: skip
     p, x = _exp(log_p), _log_ratio(log_p, log_q)
     if KIND == 0:
         change = _expm1(-tl.abs(x))

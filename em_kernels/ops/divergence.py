@@ -14,7 +14,14 @@ from ..reference import RowTransform, TokenStats
 from .checks import HeadArguments
 from .gemm import gemm
 from .gradients import GradAccumulator, Gradients
-from .inputs import GradMask, HeadInputs, build_inputs, part_of, scale_upstream
+from .inputs import (
+    GradMask,
+    HeadInputs,
+    build_inputs,
+    part_of,
+    scale_upstream,
+    store_statistics,
+)
 from .memory import chunk_length, large_empty
 from .saved_gradients import weight_gradient
 
@@ -123,11 +130,7 @@ def divergences(
         if inputs.shard is not None:
             inputs.shard.sum(value_and_centre)
         found.values[tokens] = value = value_and_centre[0]
-        for record, field in zip(found.statistics, stats, strict=False):
-            if field is not None:
-                record[tokens] = field
-        assert stats.argmax is not None
-        found.argmax[tokens] = stats.argmax
+        store_statistics(stats, tokens, found.statistics, found.argmax)
         if not any(needs):
             continue
         # An infinite divergence has no gradient, which all of its row says.

@@ -52,15 +52,22 @@ class StatsOutput(NamedTuple):
         self, tokens: slice | Tensor, rows: FinishedRows, chosen: tuple[Tensor, Tensor, Tensor]
     ) -> None:
         """Store some tokens' statistics, and what ChosenEntries.finish() returns for them."""
-        for row, value in zip(self.statistics, rows.stats, strict=False):
-            if value is not None:
-                row[tokens] = value
-        if len(self.argmax) > 0 and rows.stats.argmax is not None:
-            self.argmax[tokens] = rows.stats.argmax
+        store_statistics(rows.stats, tokens, self.statistics, self.argmax)
         self.m[tokens], self.log_s[tokens] = rows.m, rows.log_s
         self.chosen[tokens], self.top_indices[tokens], tail = chosen
         if len(self.tail_logprob) > 0:
             self.tail_logprob[tokens] = tail
+
+
+def store_statistics(
+    stats: TokenStats, tokens: slice | Tensor, statistics: Tensor, argmax: Tensor
+) -> None:
+    """Store some tokens' statistics among all tokens', as StatsOutput has them."""
+    for row, value in zip(statistics, stats, strict=False):
+        if value is not None:
+            row[tokens] = value
+    if len(argmax) > 0 and stats.argmax is not None:
+        argmax[tokens] = stats.argmax
 
 
 class HeadInputs(NamedTuple):
