@@ -11,7 +11,7 @@ from .ops import torch_library
 from .ops.checks import check_arguments, check_support, check_tolerance, check_top_k
 from .reference import TokenStats
 
-STATS = TokenStats._fields[:6]  # in fused_token_stats's stats; top_k adds the other fields
+STATS, OF_TOP = TokenStats._fields[:6], TokenStats._fields[6:]  # without top_k, and with it
 OF_SUPPORT = TokenStats._fields[:3]
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -220,16 +220,13 @@ def _names_of(stats: Sequence[str] | None, has_targets: bool, has_top: bool) -> 
     """Return the names of the statistics that are asked for, those of top_k aside."""
     default = ("entropy", "logprob") if has_targets else ("entropy",)
     names = default if stats is None else tuple(stats)
-    if not names:
+    if not names and not has_top:
         raise ValueError(f"stats: {stats!r} is not a sequence of names; give some, or None")
     if not has_top and set(names) == set(TokenStats._fields):
         names = STATS
-    of_top = [name for name in names if name in TokenStats._fields[len(STATS) :]]
-    if of_top and not has_top:
-        raise ValueError(f"stats: {of_top[0]} needs top_k")
-    names = tuple(name for name in names if name not in of_top)
-    _check_stat_names("stats", stats if isinstance(stats, str) else names, has_targets)
-    return names
+    given = stats if isinstance(stats, str) else names
+    _check_stat_names("stats", given, has_targets, has_top)
+    return tuple(name for name in names if name not in OF_TOP)
 
 
 def _check_for_support(
@@ -262,6 +259,7 @@ def fused_token_loss(
     grad_tolerance: float = 0.0,
     chunk_bytes: int | None = None,
     process_group: ProcessGroup | None = None,
+    top_k: int | None = None,
 ) -> Any:
     """Sum any loss that is a function of each token's own statistics.
 
@@ -298,13 +296,16 @@ def fused_token_loss(
         hidden, weight, bias, temperature, logit_scale, softcap, grad_tolerance, chunk_bytes,
             process_group: as in :func:`fused_entropy_loss`.
         targets: (...) or (..., K) int64 as in :func:`fused_token_stats`, or None: then there is no
-            logprob. (..., K) needs grad_tolerance 0.
+            logprob. (..., K) is exact, whatever grad_tolerance is.
         loss_fn: called once per chunk with (stats, index) -> losses (n,), real: stats is TokenStats
             of the chunk's n tokens, each field (n,), logprob (n, K) for several targets; index (n,)
             int64 their positions in the flattened hidden. Autograd differentiates it there. It may
             read other tensors, which must not require grad. With return_stats it may return
             (losses, extras) instead, extras a dict of tensors (n,); where the mask leaves no token
             it is then called once, with n = 0.
+        top_k: adds top_logprobs and top_indices (n, top_k) and tail_logprob (n,) to loss_fn's
+            stats, as in :func:`fused_token_stats`. A loss that depends on top_logprobs is exact,
+            whatever grad_tolerance is.
         return_stats: names of statistics to return, () for loss_fn's extras alone.
         mask: (...) weights of the losses, negative ones too. Tokens of weight 0 never reach
             loss_fn; what is returned for them is 0.
@@ -322,17 +323,16 @@ def fused_token_loss(
     """
     if not callable(loss_fn):
         raise TypeError(f"loss_fn: expected a function, got {type(loss_fn).__name__}")
-    _check_stat_names("return_stats", return_stats, targets is not None)
+    k = check_top_k(top_k)
+    _check_stat_names("return_stats", return_stats, targets is not None, k > 0)
     grad_tolerance = check_tolerance(grad_tolerance)
     transform = (temperature, logit_scale, softcap)
     head = check_arguments(
         hidden, weight, bias, targets, mask, transform, chunk_bytes, process_group
     )
-    if grad_tolerance > 0 and head.targets is not None and head.targets.dim() == 2:
-        raise ValueError("grad_tolerance: is not for several targets a token; give 0")
     needs, grad_enabled = _require_grad(*head[:3]), torch.is_grad_enabled()
     loss, *found = torch_library.TokenLoss.apply(
-        *head, grad_tolerance, needs, loss_fn, grad_enabled, return_stats
+        *head, grad_tolerance, needs, loss_fn, grad_enabled, return_stats, k
     )
     if return_stats is None:
         return loss
@@ -343,12 +343,16 @@ def fused_token_loss(
     return (loss, TokenStats(**stats), extras) if extras else (loss, TokenStats(**stats))
 
 
-def _check_stat_names(argument: str, names: Sequence[str] | None, has_targets: bool) -> None:
+def _check_stat_names(
+    argument: str, names: Sequence[str] | None, has_targets: bool, has_top: bool = False
+) -> None:
     if isinstance(names, str):
         raise ValueError(f"{argument}: {names!r} is not a sequence of names; give some, or None")
     for name in names or ():
-        if name not in STATS:
-            known = ", ".join(STATS)
+        if name in OF_TOP and not has_top:
+            raise ValueError(f"{argument}: {name} needs top_k")
+        if name not in TokenStats._fields:
+            known = ", ".join(TokenStats._fields if has_top else STATS)
             raise ValueError(f"{argument}: {name!r} is unknown; use some of {known}")
         if name == "logprob" and not has_targets:
             raise ValueError(f"{argument}: logprob needs targets")

@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from truth import compare, leaves, logits_of, relative_error
 
 import em_kernels.ops.flops  # noqa: F401  # FlopCounterMode counts the extension's GEMM
-from em_kernels import fused_divergence, fused_token_stats
-from em_kernels.ops import divergence
+from em_kernels import fused_divergence, fused_token_stats, reference_divergence
+from em_kernels.ops import divergence, inputs
 from em_kernels.ops import torch_library_divergence as ops
 from em_kernels.ops.inputs import GradMask, HeadInputs
 from em_kernels.ops.saved_gradients import weight_gradient
@@ -331,3 +331,40 @@ def test_bf16_is_as_exact_as_its_inputs():
     assert relative_error(ours, true) < 1e-3
     rounded = [F.linear(*pair).double() for pair in (tensors[:2], tensors[3:5])]
     assert relative_error(truth_of(*rounded, 1.0).mean(), true) > 10 * relative_error(ours, true)
+
+
+@pytest.mark.parametrize(
+    "distance, shrink, temperature", [(2.0**-6, 2.0**-3, 1.0), (1.0, 2.0**-10, 2.0**-20)]
+)
+@pytest.mark.parametrize("beta", BETAS)
+def test_fp16_holds_gradients_of_any_size(
+    beta, distance, shrink, temperature, dweight, monkeypatch
+):
+    """Of nearly equal models, below fp16's smallest number, and of a small temperature, above its
+    largest.
+    """
+    monkeypatch.setattr(inputs, "operand_dtype", lambda weight: weight.dtype)  # as on a GPU
+    tensors = draw_pair(torch.float16, distance=distance, v=2000, ref_v=2000)
+    tensors = [x * shrink for x in (*tensors[:2], *tensors[3:5])]
+    head, exact = {"temperature": temperature}, in_fp64(tensors)
+    leaf, mine = leaves(*exact[:2]), leaves(*tensors[:2])
+    logits = (logits_of(*pair, **head) for pair in (leaf, exact[2:]))
+    true = torch.autograd.grad(truth_of(*logits, beta).mean(), leaf)
+    # As a GradScaler does: the gradients themselves must be in range.
+    scale = 2.0 ** math.floor(math.log2(256 / max(g.abs().max().item() for g in true)))
+    loss = scale * fused_divergence(*mine, *tensors[2:], beta=beta, **head)
+    for ours, expected in zip(torch.autograd.grad(loss, mine), true, strict=True):
+        assert relative_error(ours.double() / scale, expected) < 4 * torch.finfo(torch.float16).eps
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("size", [0.0, 1e-6, 1.0, 30.0])
+@pytest.mark.parametrize("away", [1e-6, 1.0, 30.0])
+def test_no_gradient_exceeds_its_bound(away, size, beta):
+    logits = size * torch.randn(20, 50, dtype=torch.float64)
+    log_p = logits.log_softmax(-1)
+    log_q = (logits + away * torch.randn_like(logits)).log_softmax(-1)
+    pivot = (log_p - log_q).gather(1, log_p.argmax(1, keepdim=True))[:, 0]
+    value, centre = reference_divergence.divergence_sums(log_p, log_q, pivot, beta)
+    dz = reference_divergence.divergence_row_gradient(log_p, log_q, pivot, centre, beta)
+    assert (dz.abs().amax(1) <= divergence._bound_of_gradient(value, beta) * (1 + 1e-6)).all()

@@ -23,6 +23,7 @@ SPLITS = {"three": ([0, 1, 2], (20, 2, 39)), "two": ([1, 2], (60, 1))}
 MASK = torch.tensor([1.0, 0.0, 2.0, 1.0, 0.5, 0.0, 1.0, 1.0, 3.0])
 TAU = torch.linspace(0.4, 1.6, N)
 UPSTREAM = torch.linspace(-1.0, 1.0, 5 * N).reshape(5, N)
+TOP = TokenStats._fields[6:]
 CALLS = [
     "mean",
     "none",
@@ -37,6 +38,7 @@ CALLS = [
     "several targets",
     "top k",
     "several targets in small chunks",
+    "a loss of the top k",
 ]
 SEVERAL = torch.arange(3 * N).view(N, 3) * 7 % V  # in all shards
 SEVERAL[2:4, 1], SEVERAL[5] = -100, 40
@@ -67,6 +69,12 @@ def call(name, hidden, weight, bias, targets, group):
         loss_fn = lambda s, i: s.logprob.exp().sum(1) + UPSTREAM[0, i] * s.entropy  # noqa: E731
         total = fused_token_loss(hidden, weight, SEVERAL, loss_fn, mask=MASK, **head)
         outputs = (total,)
+    elif name == "a loss of the top k":
+        loss_fn = lambda s, i: (s.top_logprobs * UPSTREAM.T[i]).sum(1) + s.logprob.exp()  # noqa: E731
+        total, stats = fused_token_loss(
+            hidden, weight, targets, loss_fn, mask=MASK, top_k=5, return_stats=TOP, **head
+        )
+        outputs = (total, *stats[6:])
     elif name in ("several targets", "top k"):
         chosen = {"targets": SEVERAL} if name == "several targets" else {"targets": targets}
         # More than two ranks have, and ties across shards.
@@ -112,7 +120,7 @@ def inputs_of(name):
     if name == "masked words":
         bias.data[:25] = -torch.inf  # the whole first shard of three
         targets.clamp_(min=25)
-    if name not in ("token_stats", "several targets", "top k"):
+    if name not in ("token_stats", "several targets", "top k", "a loss of the top k"):
         return hidden, weight, bias, targets
     weight.data[-1] = weight.data[3]  # a tie across shards
     bias.data[-1] = bias.data[3] = 40.0

@@ -144,6 +144,25 @@ def test_grpo_equals_trl(loss_type, level, variant):
     assert_close(by_docstring(grpo_loss, "loss", **names), loss)
 
 
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_grpo_over_what_sampling_left(level):
+    """Of each token the sampled id and four others; padding has the whole vocabulary."""
+    hidden, weight, targets = inputs()
+    is_left = torch.zeros(B, T, V).bool().scatter_(-1, torch.randint(V, (B, T, 4)), True)
+    is_left.scatter_(-1, targets.clamp(min=0)[..., None], True)
+    counts = is_left.sum(-1).masked_fill(~BOOL, 0).flatten()
+    indices = (is_left & BOOL[..., None]).nonzero()[:, -1]
+    csr = indices, torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    arguments = grpo_arguments(hidden, weight, targets)
+    arguments |= {"loss_type": "bnpo", "importance_sampling_level": level}
+    ours = with_nan(hidden), *leaves(weight)
+    loss = grpo_loss(*ours, targets, support=csr, **arguments)
+    logp = logits_of(hidden, weight).masked_fill(~is_left, -1e9).log_softmax(-1)
+    logprob = logp.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+    stats = {"logprob": logprob, "entropy": -(logp.exp() * logp).sum(-1)}
+    assert_same_gradients(loss, ours, trl_loss(stats, arguments), (hidden, weight))
+
+
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_grpo_of_the_policy_that_sampled(loss_type):
     """At ratio 1 the policy gradient is that of -advantage * logprob, whatever limits the ratio."""

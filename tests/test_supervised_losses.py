@@ -18,6 +18,13 @@ CLASS_WEIGHTS = torch.linspace(0.1, 3, V, dtype=torch.float64)
 SMOOTH = {"label_smoothing": 0.1, "z_loss": 1e-2}
 
 
+def gate(logits, k=20):
+    """Return the entropy of the k likeliest entries (..., V) alone, over its maximum."""
+    with torch.no_grad():
+        likeliest = logits.topk(k).values.softmax(-1)
+        return torch.distributions.Categorical(probs=likeliest).entropy() / math.log(k)
+
+
 def torch_losses(hidden, head, targets, ignore_index=-100, **settings):
     """Return F.cross_entropy's losses per token, weighted, and what torch divides their sum by."""
     logits, flat = logits_of(hidden, head).flatten(0, -2), targets.flatten().long()
@@ -58,7 +65,7 @@ def test_equals_torch(ignore_index, dtype, settings, reduction):
 RELATIVES = {
     "": (cross_entropy, SMOOTH),
     "dft": (dft_loss, {}),
-    "eaft": (eaft_loss, {"alpha": 0.5}),
+    "eaft": (eaft_loss, {"alpha": 0.5, "top_k": 6}),
 }
 
 
@@ -129,7 +136,7 @@ def test_hard_inputs(kind, case):
     if kind == "dft":
         losses = losses * stats["logprob"].exp().detach()
     elif kind == "eaft":
-        losses = losses * (stats["entropy"].detach() / math.log(20)).clamp(0, 1)
+        losses = losses * gate(logits_of(hidden, weight, logits_bias))
     elif settings:
         smooth = stats["logsumexp"] - stats["mean_logit"]
         losses = 0.9 * losses + 0.1 * smooth + 1e-2 * stats["logsumexp"] ** 2
@@ -144,8 +151,7 @@ def test_gates():
     settings = {"reduction": "none"}
     plain = -sure.log_softmax(-1)[:, 1]
     found = eaft_loss(sure, weight, targets, **settings)
-    entropy = stats_of(sure)["entropy"]
-    assert_close(found, (entropy / math.log(20)).clamp(max=1) * plain)
+    assert_close(found, gate(sure) * plain)
     assert found[0] == 0 and found[2] == plain[2]
     assert_close(eaft_loss(sure, weight, targets, alpha=0, **settings), plain)
     assert_close(dft_loss(sure, weight, targets, **settings), plain * (-plain).exp())
@@ -210,6 +216,8 @@ BAD = {
         torch.ones(3), torch.ones(V, 3), torch.tensor(1), shift=True
     ),
     "alpha: -1 is not >= 0": lambda: ce(eaft_loss, alpha=-1),
+    "top_k: 1 is not > 1": lambda: ce(eaft_loss, top_k=1),
+    "top_k: 38 is more than the 37": lambda: ce(eaft_loss, top_k=38),
     "label_smoothing: dft_loss has no such argument": lambda: ce(dft_loss, label_smoothing=0.1),
     "stats: 'perplexity' is unknown": lambda: ce(return_stats=["perplexity"], reduction="none"),
     "return_stats: 'perplexity' is unknown": lambda: ce(return_stats=["perplexity"]),

@@ -5,12 +5,19 @@ import math
 import pytest
 import torch
 from kernel_params import TRITON
+from test_chunked import work
 from test_memory import changes
 from test_several_targets import opcheck
 from torch.testing import assert_close
 from truth import compare, draw, floors, leaves, logits_of
 
-from em_kernels import TokenStats, fused_token_stats, reference
+from em_kernels import (
+    TokenStats,
+    fused_token_loss,
+    fused_token_stats,
+    gradient_report,
+    reference,
+)
 from em_kernels.ops import chosen
 
 N, D, V = 7, 6, 29
@@ -45,8 +52,12 @@ def block(request, monkeypatch):
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("targets", ["none", "one", "several"])
 @pytest.mark.parametrize("transform", TRANSFORMS)
-def test_equals_full_logits(transform, targets, budget):
-    """Gradients of the largest and of the targets, some of which are among the largest."""
+@pytest.mark.parametrize("loss", [False, True])
+def test_equals_full_logits(loss, transform, targets, budget):
+    """Gradients of the largest and of the targets, some of which are among the largest.
+
+    From statistics, or from inside a loss.
+    """
     k, inputs = 6, draw(N, D, V)[:3]
     best = logits_of(*inputs, **transform).argsort(-1, descending=True)
     goals = {"none": None, "one": best[:, 1].clone(), "several": best[:, [0, 9, 2, 0]]}[targets]
@@ -54,14 +65,20 @@ def test_equals_full_logits(transform, targets, budget):
         goals[2] = -100
     upstream = torch.randn(N, k).double(), torch.randn(N, 4).double(), torch.randn(N).double()
 
-    def results(stats, tensors):
-        total = (upstream[0].to(stats.entropy.dtype) * stats.top_logprobs).sum()
-        total = total + (upstream[2].to(total.dtype) * stats.entropy).sum()
+    def losses(stats, index):
+        of_top, of_targets, of_entropy = (g.to(stats.entropy.dtype)[index] for g in upstream)
+        found = (of_top * stats.top_logprobs).sum(1) + of_entropy * stats.entropy
+        if targets == "one":
+            found = found + of_targets[:, 0] * stats.logprob
+        elif targets == "several":
+            found = found + (of_targets * stats.logprob).sum(1)
+        return found
+
+    def results(stats, tensors, total=None):
         found = [stats.top_logprobs, stats.tail_logprob, stats.entropy]
         if goals is not None:
-            g = upstream[1] if targets == "several" else upstream[1][:, 0]
-            total = total + (g.to(total.dtype) * stats.logprob).sum()
             found.append(stats.logprob)
+        total = losses(stats, slice(None)).sum() if total is None else total
         return *found, *torch.autograd.grad(total, tensors)
 
     def eager(dtype):
@@ -82,7 +99,12 @@ def test_equals_full_logits(transform, targets, budget):
 
     chunk = {} if BUDGETS[budget] is None else {"chunk_bytes": BUDGETS[budget]}
     hidden, weight, bias = inputs
-    stats = fused_token_stats(hidden, weight, goals, bias=bias, top_k=k, **transform, **chunk)
+    head, total = {"bias": bias, "top_k": k, **transform, **chunk}, None
+    if loss:
+        names = ("entropy", *TOP, *(() if goals is None else ["logprob"]))
+        total, stats = fused_token_loss(hidden, weight, goals, losses, return_stats=names, **head)
+    else:
+        stats = fused_token_stats(hidden, weight, goals, **head)
     assert torch.equal(stats.top_indices, best[:, :k]) and not stats.tail_logprob.requires_grad
     value, *_ = floors(inputs, transform, torch.full((N,), 4.0).double())
     _, *allowed = floors(inputs, transform, sum(g.view(N, -1).abs().sum(1) for g in upstream))
@@ -90,12 +112,13 @@ def test_equals_full_logits(transform, targets, budget):
     names = ("top", "tail", "entropy", "logprob")[: len(values)]
     names = (*names, "dhidden", "dweight", "dbias")
     truths = eager(torch.float32), eager(torch.float64)
-    compare(names, results(stats, inputs), *truths, [*values, *allowed])
+    compare(names, results(stats, inputs, total), *truths, [*values, *allowed])
 
 
 @pytest.mark.parametrize("rows", [TRITON], indirect=True)
-def test_with_triton(rows):
-    test_equals_full_logits(TRANSFORMS[1], "several", "one")
+@pytest.mark.parametrize("loss", [False, True])
+def test_with_triton(loss, rows):
+    test_equals_full_logits(loss, TRANSFORMS[1], "several", "one")
 
 
 @pytest.mark.usefixtures("rows", "block")
@@ -167,6 +190,64 @@ def test_gradcheck(transform):
     assert torch.autograd.gradcheck(top, inputs, fast_mode=True)
 
 
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_gradcheck_of_a_loss(transform):
+    inputs = draw(N, D, V, dtype=torch.float64)[:3]
+    transform = {k: x.double() if k == "temperature" else x for k, x in transform.items()}
+    targets = logits_of(*inputs, **transform).argsort(-1, descending=True)[:, 2]
+
+    def total(h, w, b):
+        loss_fn = lambda s, i: s.top_logprobs.exp().prod(1) + s.logprob * s.entropy  # noqa: E731
+        return fused_token_loss(h, w, targets, loss_fn, bias=b, top_k=4, mask=MASK, **transform)
+
+    assert torch.autograd.gradcheck(total, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("differentiable", [False, True])
+def test_a_loss_with_a_tolerance(differentiable):
+    """Largest entries without gradient leave the choice of columns alone; with one all count."""
+    n, d, v = 512, 32, 4096
+    hidden, weight = (x.detach() for x in draw(n, d, v)[:2])
+    inputs = (3 * hidden).requires_grad_(), weight.requires_grad_()
+
+    def loss_fn(stats, index):
+        top = stats.top_logprobs if differentiable else stats.top_logprobs.detach()
+        return stats.entropy * top.exp().sum(1)
+
+    def gradients(tolerance):
+        loss = fused_token_loss(*inputs, None, loss_fn, top_k=20, grad_tolerance=tolerance)
+        return gradient_report(loss), torch.autograd.grad(loss, inputs)
+
+    (exact, truth), (report, found) = gradients(0), gradients(0.05)
+    assert exact.active_share == 1 and (report.active_share == 1) == differentiable
+    for a, b in zip(found, truth, strict=True):
+        assert (a - b).norm() <= (1e-5 if differentiable else 0.2) * b.norm()
+
+
+def test_a_loss_takes_six_units():
+    inputs = draw(N, D, V)[:2]
+    loss_fn = lambda s, i: s.top_logprobs.exp().sum(1)  # noqa: E731
+    loss = lambda: fused_token_loss(*inputs, None, loss_fn, top_k=5)  # noqa: E731
+    assert work(loss) == pytest.approx(6 * N * D * V, rel=0.01)
+
+
+@pytest.mark.parametrize("mask", [torch.zeros(N), torch.zeros(0)], ids=["masked", "empty"])
+def test_a_loss_without_tokens(mask):
+    hidden, weight, _, _ = draw(N, D, V)
+
+    def loss_fn(stats, index):
+        assert stats.top_logprobs.shape == stats.top_indices.shape == (0, 3)
+        return stats.tail_logprob, {"best": stats.top_indices[:, 0]}
+
+    loss, stats, extras = fused_token_loss(
+        hidden[: len(mask)], weight, None, loss_fn, mask=mask, top_k=3, return_stats=TOP
+    )
+    assert loss == 0 and (extras["best"] == 0).all() and extras["best"].shape == mask.shape
+    for name in TOP:
+        shape = mask.shape if name == "tail_logprob" else (*mask.shape, 3)
+        assert getattr(stats, name).shape == shape and (getattr(stats, name) == 0).all()
+
+
 @pytest.mark.parametrize("shape", [(), (1,), (2, 3), (0,), (2, 0)])
 @pytest.mark.parametrize("targets", [(), (3,)])
 def test_shapes_and_the_twin(shape, targets):
@@ -184,8 +265,9 @@ def test_shapes_and_the_twin(shape, targets):
 
 def test_adds_to_the_statistics_asked_for():
     hidden, weight, _, targets = draw(N, D, V)
-    asked = {"default": None, "one": ("mean_logit",), "none": TOP[:1], "all": TokenStats._fields}
-    expected = {"default": ("entropy", "logprob"), "one": ("mean_logit",), "none": ()}
+    asked = {"default": None, "one": ("mean_logit",), "none": TOP[:1], "empty": ()}
+    asked["all"] = TokenStats._fields
+    expected = {"default": ("entropy", "logprob"), "one": ("mean_logit",), "none": (), "empty": ()}
     expected["all"] = TokenStats._fields[:6]
     for name, stats in asked.items():
         found = fused_token_stats(hidden, weight, targets, stats=stats, top_k=2)._asdict()
@@ -232,6 +314,12 @@ def test_refusals(top_k, error, text):
     hidden, weight, _, _ = draw(N, D, V)
     with pytest.raises(error, match=f"^top_k: .*{text}"):
         fused_token_stats(hidden, weight, top_k=top_k)
+    with pytest.raises(error, match=f"^top_k: .*{text}"):
+        fused_token_loss(hidden, weight, None, lambda s, i: s.entropy, top_k=top_k)
+    with pytest.raises(ValueError, match="^return_stats: top_indices needs top_k"):
+        fused_token_loss(
+            hidden, weight, None, lambda s, i: s.entropy, return_stats=("top_indices",)
+        )
     with pytest.raises(ValueError, match="^stats: tail_logprob needs top_k"):
         fused_token_stats(hidden, weight, stats=("entropy", "tail_logprob"))
 

@@ -23,11 +23,11 @@ HEAD_ARGUMENTS = (
 LossFn = Callable[[TokenStats, Any], tuple[Tensor, dict[str, Tensor]]]
 
 
-def check_head_arguments(function: str, head: dict[str, Any]) -> None:
-    """Check that a loss's other arguments are those of the head."""
+def check_head_arguments(function: str, head: dict[str, Any], *more: str) -> None:
+    """Check that a loss's other arguments are those of the head, or some more of its own."""
     for name in head:
-        if name not in HEAD_ARGUMENTS:
-            known = ", ".join(HEAD_ARGUMENTS)
+        if name not in (*HEAD_ARGUMENTS, *more):
+            known = ", ".join((*HEAD_ARGUMENTS, *more))
             raise TypeError(
                 f"{name}: {function} has no such argument; of the head it takes {known}"
             )

@@ -50,7 +50,8 @@ def clip_cov_loss(
         generator: draws the tokens, on the CPU. With a process_group, every rank needs one in the
             same state.
         return_metrics: also return {"entropy", "approx_kl", "clip_low", "clip_high", "dropped"}.
-        head: bias, temperature, softcap, process_group and others, as in :func:`fused_token_stats`.
+        head: bias, temperature, softcap, process_group, support and others, as in
+            :func:`fused_token_stats`.
 
     Returns:
         () fp32 (fp64 for fp64), the mean over this call's tokens; with return_metrics (loss,
@@ -61,7 +62,7 @@ def clip_cov_loss(
     Source: The Entropy Mechanism of Reinforcement Learning for Reasoning Language Models, arXiv
         2505.22617, with the constants of its Clip-Cov.
     """
-    check_head_arguments("clip_cov_loss", head)
+    check_head_arguments("clip_cov_loss", head, "support")
     if generator is None and head.get("process_group") is not None:
         raise ValueError(
             "generator: with a process_group give every rank one in the same state, as all have "
@@ -125,13 +126,14 @@ def kl_cov_loss(
         ratio: share of the tokens that is penalised, though one at least.
         kl_coef: weight of the penalty.
         return_metrics: also return {"entropy", "approx_kl", "penalised"}.
-        head: bias, temperature, softcap, process_group and others, as in :func:`fused_token_stats`.
+        head: bias, temperature, softcap, process_group, support and others, as in
+            :func:`fused_token_stats`.
 
     Returns, gradient, precision, memory, raises: as in :func:`clip_cov_loss`.
     Source: The Entropy Mechanism of Reinforcement Learning for Reasoning Language Models, arXiv
         2505.22617, with the constants of its KL-Cov for 32B models (0.002 for 7B).
     """
-    check_head_arguments("kl_cov_loss", head)
+    check_head_arguments("kl_cov_loss", head, "support")
     ratio, kl_coef = _check_share(ratio), check_number("kl_coef", kl_coef)
     flat, weights = per_token(
         hidden, mask, True, targets=targets, advantages=advantages, old_logprobs=old_logprobs

@@ -133,14 +133,15 @@ def grpo_loss(
             "approx_kl" of old_logprobs minus logprob; "kl" to the reference where that is given;
             "clip_low", "clip_high" and "clip_delta", shares of the tokens that each limit holds.
         head: bias, temperature, softcap, grad_tolerance, process_group and others, as in
-            :func:`fused_token_loss`.
+            :func:`fused_token_loss`; and support, what top-k and top-p sampling left of the
+            vocabulary, as in :func:`fused_token_stats`.
 
     Returns:
         () fp32 (fp64 for fp64); 0 where the mask is 0 throughout. With return_metrics (loss,
         metrics).
 
     Gradient, precision, memory: as in :func:`fused_token_loss`, which is called once. What needs a
-        completion's tokens all at once, "sequence" and "vespo", is one call of
+        completion's tokens all at once, "sequence" and "vespo", or has a support, is one call of
         :func:`fused_token_stats`, and always exact.
     Raises: ValueError, TypeError naming the argument; RuntimeError on double backward.
     Source: GRPO, arXiv 2402.03300; names, averages and entropy as in TRL 1.16's GRPOTrainer. DAPO,
@@ -148,7 +149,7 @@ def grpo_loss(
         2506.13585 and 2510.13786; SAPO, 2511.20347; VESPO, 2602.10693; delta: dual clip, 1912.09729
         and INTELLECT-2, 2505.07291; bias-corrected KL: DeepSeek-V3.2, 2512.02556.
     """
-    check_head_arguments("grpo_loss", head)
+    check_head_arguments("grpo_loss", head, "support")
     if importance_sampling_level not in LEVELS:
         known = ", ".join(LEVELS)
         raise ValueError(
@@ -165,6 +166,7 @@ def grpo_loss(
     if loss_type == "vespo" and importance_weights is not None:
         check_per_token("importance_weights", importance_weights, hidden)
     needs_all = loss_type == "vespo" or importance_sampling_level == "sequence"
+    needs_all = needs_all or head.get("support") is not None
     flat, weights = per_token(
         hidden,
         mask,

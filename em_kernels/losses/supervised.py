@@ -8,11 +8,9 @@ import torch
 from torch import Tensor
 
 from ..functional import REDUCTIONS, fused_token_loss, fused_token_stats
-from ..ops.checks import check_float, check_number, check_per_token
+from ..ops.checks import check_float, check_number, check_per_token, check_top_k
 from ..reference import IGNORE_INDEX, TokenStats
 from .averages import check_head_arguments, count_tensor, wide_weights, zeros_to_one
-
-EAFT_TOP_K = 20  # arXiv 2601.02151 normalises the entropy by its logarithm
 
 
 def cross_entropy(
@@ -127,38 +125,49 @@ def dft_loss(hidden: Tensor, weight: Tensor, targets: Tensor, **others: Any) -> 
 
 
 def eaft_loss(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, alpha: float = 1.0, **others: Any
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    alpha: float = 1.0,
+    top_k: int = 20,
+    **others: Any,
 ) -> Any:
     """Compute entropy-adaptive fine-tuning's loss: cross-entropy, gated by the model's entropy.
 
     Where the model is certain, and the target says otherwise, nearly nothing is learnt. Equivalent
     to::
 
-        logp = F.linear(hidden, weight).float().log_softmax(-1)
-        entropy = -(logp.exp() * logp).sum(-1)
-        gate = (entropy.detach() / math.log(20)).clamp(0, 1) ** alpha
-        loss = -(gate * logp.gather(-1, targets[..., None])[..., 0]).mean()
+        logits = F.linear(hidden, weight).float()
+        top = logits.topk(top_k).values.log_softmax(-1)
+        entropy = -(top.exp() * top).sum(-1)
+        gate = (entropy.detach() / math.log(top_k)) ** alpha
+        logprob = logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+        loss = -(gate * logprob).mean()
 
     Args:
         hidden, weight, targets: as in :func:`cross_entropy`.
         alpha: power of the gate, >= 0; 0 is cross-entropy.
+        top_k: > 1, how many of the likeliest tokens the gate's entropy is of.
         others: mask, ignore_index, shift, num_items_in_batch, reduction, return_stats and those of
             the head, as in :func:`cross_entropy`.
 
     Returns, gradient, precision, memory, raises: as in :func:`cross_entropy`.
-    Source: EAFT, arXiv 2601.02151, with log 20 and alpha 1. The paper takes the entropy of the 20
-        likeliest tokens in place of that of all of them, to which the gate's ends, 0 and 1, are the
-        same; here it is exact.
+    Source: EAFT, arXiv 2601.02151, with its alpha and top_k.
     """
     if not check_number("alpha", alpha) >= 0:
         raise ValueError(f"alpha: {alpha} is not >= 0")
+    if check_top_k(top_k) < 2:
+        raise ValueError(f"top_k: {top_k} is not > 1")
 
     def loss_fn(stats: TokenStats, index: Any) -> Tensor:
-        assert stats.logprob is not None and stats.entropy is not None
-        gate = (stats.entropy.detach() / math.log(EAFT_TOP_K)).clamp(0, 1) ** alpha
+        assert stats.logprob is not None and stats.top_logprobs is not None
+        entropy = torch.special.entr(stats.top_logprobs.detach().softmax(-1)).sum(-1)
+        gate = (entropy / math.log(top_k)).clamp(0, 1) ** alpha
         return -(gate * stats.logprob)
 
-    return _average("eaft_loss", loss_fn, ["entropy", "logprob"], hidden, weight, targets, **others)
+    others["top_k"] = top_k
+    return _average("eaft_loss", loss_fn, ["logprob"], hidden, weight, targets, **others)
 
 
 def _average(
@@ -176,10 +185,12 @@ def _average(
     num_items_in_batch: float | Tensor | None = None,
     reduction: str = "mean",
     return_stats: Sequence[str] | None = None,
+    top_k: int | None = None,
     **head: Any,
 ) -> Any:
     """Reduce loss_fn's losses, which need `stats`, over the targets that count."""
     check_head_arguments(function, head)
+    head["top_k"] = top_k
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: {reduction!r} is unknown; use one of {', '.join(REDUCTIONS)}")
     if num_items_in_batch is not None and reduction != "mean":

@@ -5,7 +5,7 @@ of N*D*V; one GEMM over the whole vocabulary costs 2.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import cycle
 from typing import NamedTuple
 
@@ -20,8 +20,10 @@ from .gemm import gemm
 from .gradients import GradAccumulator, Gradients, PendingChunk
 from .inputs import GradMask, HeadInputs, StatsOutput, part_of, scale_upstream
 from .memory import TILE, chunk_length, large_empty
+from .vocab_parallel import VocabularyShard
 from .weight_gradient import WeightGradCallback
 
+DIFFERENTIABLE = (*TokenStats._fields[:5], "top_logprobs")
 # (statistics of n tokens, their positions) -> losses (n,), derivatives by each statistic
 PerToken = Callable[[TokenStats, slice | Tensor], tuple[Tensor, TokenStats]]
 
@@ -41,6 +43,7 @@ def _chunks(
     active: Tensor | None,
     with_collision_and_argmax: bool,
     accumulator: GradAccumulator,
+    top_k: int,
 ) -> Iterator[Chunk]:
     """Yield the active tokens' chunks, their logits in one buffer or in two that take turns.
 
@@ -99,14 +102,40 @@ def _chunks(
             parts = shard.gather(parts)
         targets = None if inputs.targets is None else inputs.targets[tokens]
         finished = kernels.finish_rows(parts, inputs.vocab_size, targets)
-        if targets is not None and targets.dim() == 2:
-            chosen = ChosenEntries(targets)
-            chosen.add(y, row, 0)
-            if shard is not None:
-                chosen.gather(shard)
-            logprob, *_ = chosen.finish(finished)
-            finished = finished._replace(stats=finished.stats._replace(logprob=logprob))
-        yield Chunk(tokens, h, y, row, finished)
+        chunk = Chunk(tokens, h, y, row, finished)
+        several = targets is not None and targets.dim() == 2
+        if several or top_k > 0:
+            chunk = _with_chosen(chunk, ChosenEntries(targets, top_k), shard)
+        yield chunk
+
+
+def _with_chosen(chunk: Chunk, chosen: ChosenEntries, shard: VocabularyShard | None) -> Chunk:
+    """Add the statistics of several targets and of the largest entries."""
+    chosen.add(chunk.y, chunk.row, 0)
+    if shard is not None:
+        chosen.gather(shard)
+    log_p, top_indices, tail_logprob = chosen.finish(chunk.finished)
+    stats, several = chunk.finished.stats, log_p.shape[1] - chosen.top_k
+    if chosen.targets is not None:
+        stats = stats._replace(logprob=log_p[:, :several])
+    if chosen.top_k > 0:
+        of_top = {"top_logprobs": log_p[:, several:], "top_indices": top_indices}
+        stats = stats._replace(**of_top, tail_logprob=tail_logprob)
+    return chunk._replace(finished=chunk.finished._replace(stats=stats))
+
+
+def _top_as_targets(
+    chunk: Chunk, upstream: TokenStats, shard: VocabularyShard | None
+) -> tuple[RowTransform, TokenStats]:
+    """Return transform and upstream gradients with the largest entries among several targets."""
+    row, indices, of_top = chunk.row, chunk.finished.stats.top_indices, upstream.top_logprobs
+    if of_top is None or indices is None:
+        return row, upstream
+    targets = indices if shard is None else indices - shard.start
+    if upstream.logprob is not None and row.targets is not None:
+        targets = torch.cat([row.targets.view(len(indices), -1), targets], dim=1)
+        of_top = torch.cat([upstream.logprob.view(len(indices), -1), of_top], dim=1)
+    return row._replace(targets=targets), upstream._replace(logprob=of_top, top_logprobs=None)
 
 
 def sum_losses(
@@ -117,6 +146,7 @@ def sum_losses(
     with_collision_and_argmax: bool = False,
     on_weight_grad: WeightGradCallback | None = None,
     keep_dy: bool = False,
+    top_k: int = 0,
 ) -> tuple[Tensor, Gradients]:
     """Sum per-token losses (), with their gradients, in one pass over the tokens.
 
@@ -128,14 +158,15 @@ def sum_losses(
     loss = inputs.hidden.new_zeros((), dtype=inputs.dtype)
     accumulator = GradAccumulator(inputs, needs, on_weight_grad, keep_dy and inputs.keeps_dy(needs))
     pending: deque[PendingChunk] = deque()
-    for chunk in _chunks(inputs, active, with_collision_and_argmax, accumulator):
+    for chunk in _chunks(inputs, active, with_collision_and_argmax, accumulator, top_k):
         losses, upstream = per_token(chunk.finished.stats, chunk.tokens)
         loss += losses.sum(dtype=inputs.dtype)
         if not any(needs):
             continue
+        row, upstream = _top_as_targets(chunk, upstream, inputs.shard)
         upstream, scale = scale_upstream(upstream, inputs.operand)
         per_row = kernels.gradient_factors(chunk.finished, upstream, inputs.vocab_size)
-        terms = RowTerms(chunk.y, chunk.row, per_row)
+        terms = RowTerms(chunk.y, row, per_row)
         given = chunk.tokens, chunk.hidden, terms, scale, upstream.logprob
         pending.append(accumulator.begin(*given))
         # The next chunk's logits overwrite the oldest buffer.
@@ -195,12 +226,14 @@ def sum_custom_loss(
     grad_enabled: bool = True,
     keep_dy: bool = False,
     return_stats: Sequence[str] | None = None,
+    top_k: int = 0,
 ) -> CustomLoss:
     """Sum loss_fn's losses, weighted by the mask, with their gradients.
 
     Autograd differentiates loss_fn inside the chunk. grad_enabled: whether gradients were enabled
     in the caller. return_stats: statistics to record; None also refuses loss_fn's extras.
     """
+    inputs.check_top_k(top_k)
     active = inputs.check_and_find_active(negative_mask_allowed=True)
     positions = torch.arange(len(inputs.hidden), device=inputs.hidden.device)
     depends: list[bool] = []
@@ -216,12 +249,13 @@ def sum_custom_loss(
 
     def per_token(stats: TokenStats, tokens: slice | Tensor) -> tuple[Tensor, TokenStats]:
         # Copies, which loss_fn may overwrite one by one: hence .data, as views would not do.
-        given = [x for x in stats[:5] if x is not None]
-        copies = torch.cat([x.flatten() for x in given]).split([x.numel() for x in given])
-        floats = [copy.data.view(x.shape) for copy, x in zip(copies, given, strict=True)]
-        leaves = _in_place_of(stats, floats)
-        if stats.argmax is not None:
-            leaves = leaves._replace(argmax=stats.argmax.clone())
+        there = {name: x for name, x in stats._asdict().items() if x is not None}
+        given = {name: there.pop(name) for name in DIFFERENTIABLE if name in there}
+        parts = torch.cat([x.flatten() for x in given.values()])
+        copies = parts.split([x.numel() for x in given.values()])
+        floats = [copy.data.view_as(x) for copy, x in zip(copies, given.values(), strict=True)]
+        others = {name: x.clone() for name, x in there.items()}
+        leaves = TokenStats(**dict(zip(given, floats, strict=True)), **others)
         with torch.set_grad_enabled(grad_enabled):
             for x in floats:
                 x.requires_grad_(any(needs))
@@ -235,14 +269,20 @@ def sum_custom_loss(
                 ones = torch.ones_like(losses)
                 gradients = torch.autograd.grad(losses, floats, ones, allow_unused=True)
         depends.append(any(x is not None for x in gradients))
-        upstream = _in_place_of(stats, gradients)
+        upstream = TokenStats(**dict(zip(given, gradients, strict=True)))
         if upstream.logprob is not None and inputs.targets is not None:
             ignored = inputs.targets[tokens] == reference.IGNORE_INDEX
             upstream = upstream._replace(logprob=upstream.logprob.masked_fill(ignored, 0))
         return losses.detach(), upstream
 
     loss, gradients = sum_losses(
-        inputs, per_token, needs, active, with_collision_and_argmax=True, keep_dy=keep_dy
+        inputs,
+        per_token,
+        needs,
+        active,
+        with_collision_and_argmax=True,
+        keep_dy=keep_dy,
+        top_k=top_k,
     )
     if any(needs) and depends and not any(depends):
         raise ValueError("loss_fn: its losses do not depend on the statistics it was given")
@@ -252,6 +292,11 @@ def sum_custom_loss(
         targets = inputs.targets
         logprob = None if targets is None else none.new_empty(0, *targets.shape[1:])
         empty = TokenStats(none, logprob, none, none, none, none.long())
+        if top_k > 0:
+            of_top = none.new_empty(0, top_k)
+            empty = empty._replace(
+                top_logprobs=of_top, top_indices=of_top.long(), tail_logprob=none
+            )
         call(empty, empty, slice(0, 0))
     return CustomLoss(loss, gradients, recorded, extras)
 
@@ -276,12 +321,6 @@ def _split(
             got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"loss_fn: expected extras[{name!r}] to be ({count},), got {got}")
     return returned
-
-
-def _in_place_of(stats: TokenStats, values: Iterable[Tensor | None]) -> TokenStats:
-    """Return values in place of the statistics, argmax aside, that are there."""
-    remaining = iter(values)
-    return TokenStats(*(None if x is None else next(remaining) for x in stats[:5]))
 
 
 def _check_losses(losses: Tensor, count: int, leaves: list[Tensor]) -> None:

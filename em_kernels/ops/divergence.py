@@ -3,6 +3,7 @@
 Work is counted in units of N*D*V, as in chunked.py; of the reference D is its own.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -120,10 +121,8 @@ def divergences(
         y, ref_y = (buffer[: end - start, : len(inputs.weight)] for buffer in buffers)
         stats, m, log_s = _finished(inputs, tokens, row, y, None)
         ref_stats, ref_m, ref_log_s = _finished(ref, tokens, ref_row, ref_y, stats.argmax)
-        upstream, scale = scale_upstream(TokenStats(weights[tokens]), inputs.operand)
-        weight = upstream.entropy
-        assert ref_stats.logprob is not None and weight is not None
-        pivot = -log_s - ref_stats.logprob
+        assert ref_stats.logprob is not None
+        pivot, weight = -log_s - ref_stats.logprob, weights[tokens]
         per_row = torch.stack([m, log_s, ref_m, ref_log_s, pivot, weight, weight])
         terms = DivergenceTerms(y, row, ref_y, ref_row, per_row, beta)
         value_and_centre = kernels.divergence_sums(terms)
@@ -135,8 +134,25 @@ def divergences(
             continue
         # An infinite divergence has no gradient, which all of its row says.
         per_row[5] = value_and_centre[1] + (value - value)
+        largest = _bound_of_gradient(value, beta) * weight * row.inv_temperature * row.logit_scale
+        _, scale = scale_upstream(TokenStats(largest), inputs.operand)
+        per_row[6] /= scale
         accumulator.finish(accumulator.begin(tokens, hidden[tokens], terms, scale))
     return found, accumulator.result()
+
+
+def _bound_of_gradient(value: Tensor, beta: float) -> Tensor:
+    """Return what no |dz| (11) exceeds; fp16 needs the scale, as most are next to 0 or huge.
+
+    By Pinsker's inequality half of sum |p - q| is at most sqrt(value / 2), and between the two
+    KL divergences at most sqrt(value / (2 beta (1 - beta))). (11) is at most beta |p - q| + value
+    there, and for r in q's place at most sqrt(2 KL(p || r)) + 2 KL(p || r).
+    """
+    if beta in (0, 1):
+        factor = 0.5 + 0.5 * beta
+    else:
+        factor = min(0.5 * math.sqrt(beta / (1 - beta)), math.sqrt(1 - beta))
+    return 2 * value + factor * torch.sqrt(2 * value.clamp(min=0))
 
 
 def sum_divergences(

@@ -126,8 +126,10 @@ class GradAccumulator:
         scale: float,
         logprob_upstream: Tensor | None = None,
     ) -> PendingChunk:
-        """Take a chunk; a divergence's columns are all multiplied."""
-        selection = self.selector.begin(terms) if isinstance(terms, RowTerms) else None
+        """Take a chunk; with several targets a row, or a divergence, all columns are multiplied."""
+        selection, several = None, logprob_upstream is not None and logprob_upstream.dim() == 2
+        if isinstance(terms, RowTerms) and not several:
+            selection = self.selector.begin(terms)
         return PendingChunk(tokens, hidden, terms, scale, logprob_upstream, selection)
 
     def finish(self, chunk: PendingChunk) -> None:

@@ -170,6 +170,12 @@ class HeadInputs(NamedTuple):
         tau = inv_temperature(self.temperature, slice(None), like)
         return RowTransform(self.bias, tau, self.logit_scale, self.softcap, targets)
 
+    def check_top_k(self, top_k: int) -> None:
+        if top_k > self.vocab_size:
+            raise ValueError(
+                f"top_k: {top_k} is more than the {self.vocab_size} vocabulary entries"
+            )
+
     def token_weights(self, mean: bool) -> Tensor:
         """Return each token's factor (N,) in the loss: the mask, divided by its sum for a mean."""
         if self.mask is None:

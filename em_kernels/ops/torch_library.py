@@ -101,18 +101,19 @@ class TokenLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *given) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        *head, grad_tolerance, needs, loss_fn, grad_enabled, return_stats = given
+        *head, grad_tolerance, needs, loss_fn, grad_enabled, return_stats, top_k = given
         arguments = HeadArguments(*head)
-        inputs = build_inputs(arguments, needs[0] + 2 * needs[1], grad_tolerance, needs)
+        collectives = hash((needs[0] + 2 * needs[1], top_k))
+        inputs = build_inputs(arguments, collectives, grad_tolerance, needs)
         loss, gradients, stats, extras = chunked.sum_custom_loss(
-            inputs, loss_fn, GradMask(*needs), grad_enabled, True, return_stats
+            inputs, loss_fn, GradMask(*needs), grad_enabled, True, return_stats, top_k
         )
         saved_gradients.save_gradients(ctx, arguments, grad_tolerance, needs, gradients)
         return loss, stats, extras
 
     @staticmethod
     def backward(ctx, upstream, *_):
-        return *saved_gradients.saved_gradients(ctx, upstream), *NO_GRADIENT, *(None,) * 5
+        return *saved_gradients.saved_gradients(ctx, upstream), *NO_GRADIENT, *(None,) * 6
 
 
 @torch.library.custom_op(
@@ -131,8 +132,7 @@ def token_stats_op(*arguments):
     *head, needs, with_collision_and_argmax, single_stat_index, top_k, indices, offsets = arguments
     collectives = hash((single_stat_index, needs[0], with_collision_and_argmax, top_k))
     inputs = build_inputs(HeadArguments(*head), collectives)
-    if top_k > inputs.vocab_size:
-        raise ValueError(f"top_k: {top_k} is more than the {inputs.vocab_size} vocabulary entries")
+    inputs.check_top_k(top_k)
     inputs, is_sparse = _with_support(inputs, indices, offsets)
     if inputs.support is not None:
         inputs.support.check(inputs.vocab_size, inputs.targets, inputs.mask)
