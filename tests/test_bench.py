@@ -314,6 +314,7 @@ if "benchmarks.measure" in sys.orig_argv and Path("device.json").exists():
 """
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_was_measured(tmp_path):
     """Interrupt the suite while it measures the second provider, which would never end."""
     (tmp_path / "sitecustomize.py").write_text(HELD)  # Python imports it when it starts

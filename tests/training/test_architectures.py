@@ -8,16 +8,16 @@ from transformers import AutoModelForCausalLM
 
 from em_kernels.cli import main
 
-slow = pytest.mark.slow  # test_padding has its feature, bloom its kind of positions
+slow = pytest.mark.slow
 EIGHT = [
     "bloom",  # no sdpa; positions by the mask
-    "doge",  # its cache gives other logits
+    pytest.param("doge", marks=slow),  # its cache gives other logits
     "gemma3",  # a language model beside a vision tower
-    "gemma4_text",  # layers that share others' keys
+    pytest.param("gemma4_text", marks=slow),  # layers that share others' keys
     pytest.param("gpt_neo", marks=slow),  # a window that its cache does not know
     pytest.param("mpt", marks=slow),  # positions by the place in a row
     "openai-gpt",  # no cache
-    "phimoe",  # a router that is an nn.Linear and gives three things
+    pytest.param("phimoe", marks=slow),  # a router that is an nn.Linear and gives three things
 ]
 
 

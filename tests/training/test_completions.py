@@ -8,7 +8,7 @@ import signal
 import pytest
 import torch
 from spawned import outlived, wait_for
-from training.lives import begin, end
+from training.lives import begin, end, slow
 from training.test_interrupt import lines
 from training.tiny import PLAIN, make_model, make_tokenizer, read, save_tiny
 from transformers import AutoModelForCausalLM
@@ -213,7 +213,7 @@ def long(place):
     return base, results(place / "whole")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [slow(signal.SIGINT), signal.SIGKILL])
 def test_stopped_and_resumed(number, long, tmp_path, capfd):
     """Results equal those of one that was never stopped; others cannot write there meanwhile."""
     output, kept = tmp_path / "eval", tmp_path / "eval" / "completions.jsonl"

@@ -337,6 +337,7 @@ def test_workers_that_die_or_hang(monkeypatch):
     assert not workers()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", ["start", "work"])
 def test_ctrl_c(at, tmp_path):
     """A terminal's Ctrl-C reaches all processes: the workers ignore it and end with the script,

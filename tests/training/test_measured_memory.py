@@ -106,6 +106,7 @@ def test_head(words, width, states, chunk, trained):
     assert max(live) == pytest.approx(planned, rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "changes",
@@ -169,7 +170,7 @@ RUNS = {
 
 @pytest.mark.parametrize(
     "name",
-    [n if n in ("tied", "lora") else pytest.param(n, marks=pytest.mark.slow) for n in RUNS],
+    [n if n == "tied" else pytest.param(n, marks=pytest.mark.slow) for n in RUNS],
 )
 def test_whole_runs_within_5_percent(name, tmp_path, monkeypatch):
     """Memory from the second update on: what stays, and the peak of what comes and goes."""
