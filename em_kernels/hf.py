@@ -1,18 +1,19 @@
 """Hidden states and head of a transformers causal language model, and the entropy of a batch."""
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from threading import RLock
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from .functional import fused_entropy_loss
-from .reference import IGNORE_INDEX, RowTransform, transform
+from .functional import fused_entropy_loss, fused_token_loss
+from .hf_head import Head, active_adapters, adapted_head, head_of, plain_head
+from .reference import IGNORE_INDEX, RowTransform, TokenStats, transform
 
 # One lock per model: only one thread at a time may replace its forward.
 FORWARD_LOCKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
@@ -21,114 +22,6 @@ OVERFLOW = (
     "dtype: this model's activations overflow float16, whose largest number is 65504; "
     "use float32 or bfloat16"
 )
-
-
-class Head(NamedTuple):
-    """The output head: logits = softcap * tanh((hidden W^T + b) * logit_scale / softcap)."""
-
-    weight: Tensor  # (V, D)
-    bias: Tensor | None  # (V,)
-    logit_scale: float
-    softcap: float | None
-
-    def arguments(self) -> Mapping[str, Any]:
-        """Return all but the weight, as keyword arguments of fused_entropy_loss and its like."""
-        return {"bias": self.bias, "logit_scale": self.logit_scale, "softcap": self.softcap}
-
-
-def head_of(model: PreTrainedModel) -> Head:
-    """Return the head as the model's config describes it.
-
-    Raises: TypeError if it is not a plain linear layer; a LoRA adapter on it would be silently
-        ignored.
-    """
-    layer = model.get_output_embeddings()
-    if hasattr(layer, "base_layer"):
-        raise TypeError(
-            "model: its head carries an adapter (LoRA); leave lm_head out of target_modules"
-        )
-    return _plain_head(model, layer)
-
-
-def _plain_head(model: PreTrainedModel, layer: nn.Module) -> Head:
-    if not isinstance(layer, nn.Linear) or not layer.weight.is_floating_point():  # quantised
-        kind = type(layer).__name__
-        raise TypeError(
-            f"model: its head is a {kind}, not a plain nn.Linear over the hidden states"
-        )
-    config = model.config.get_text_config()
-    scale = getattr(config, "logit_scale", None) or 1.0  # Cohere multiplies
-    scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite divides
-    return Head(layer.weight, layer.bias, scale, getattr(config, "final_logit_softcapping", None))
-
-
-def adapted_head(model: PreTrainedModel, hidden: Tensor) -> tuple[Tensor, Head]:
-    """Return hidden states and head with the LoRA adapters that peft has put on the head.
-
-    Exact, and without merging: the adapters are further columns. Equivalent to this, for a head W,
-    bias and one adapter A (r, D), B (V, r) of scaling s::
-
-        hidden = torch.cat((hidden, s * F.linear(dropout(hidden), A)), -1)  # (..., D + r)
-        head = Head(torch.cat((W, B), 1), bias, logit_scale, softcap)  # weight (V, D + r)
-
-    Without an adapter, or where peft has disabled or merged it, both are what they were.
-
-    Args:
-        model: as in head_of.
-        hidden: (..., D), the states that the head reads.
-
-    Gradient: for hidden, A and B, and for W unless it is frozen.
-    Memory: a copy of the head's weight, in its dtype, until the backward, and a gradient of that
-        size: a head is trained, where without an adapter on it a frozen one costs 2/3 of the work.
-    Raises: TypeError as head_of, and for what is not a sum of such products: DoRA and other
-        variants, adapters with a bias, tuners other than LoRA.
-    """
-    layer: Any = model.get_output_embeddings()
-    names = active_adapters(layer)
-    head = _plain_head(model, getattr(layer, "base_layer", layer))
-    states, columns = [hidden], [head.weight]
-    for name in names:
-        a, b = layer.lora_A[name], layer.lora_B[name]
-        inner = a(layer.lora_dropout[name](hidden.to(a.weight.dtype)))
-        states.append((layer.scaling[name] * inner).to(hidden.dtype))
-        # B as b's own forward returns it: FSDP may hold b apart from the head.
-        identity = torch.eye(a.out_features, dtype=inner.dtype, device=inner.device)
-        columns.append(b(identity).T.to(head.weight.dtype))
-    if not names:
-        return hidden, head
-    return torch.cat(states, -1), head._replace(weight=torch.cat(columns, 1))
-
-
-def active_adapters(layer: Any) -> list[str]:
-    """Return the names of the LoRA adapters that a head's layer adds to its own product.
-
-    Raises: TypeError as adapted_head.
-    """
-    if not hasattr(layer, "base_layer"):
-        return []
-    kinds = {f"{kind.__module__}.{kind.__name__}" for kind in type(layer).__mro__}
-    if "peft.tuners.lora.layer.Linear" not in kinds:  # FSDP derives a class of its own
-        raise TypeError(
-            "model: its head carries an adapter other than peft's LoRA of a linear layer; "
-            "leave lm_head out of target_modules"
-        )
-    if layer.disable_adapters and layer.merged:
-        layer.unmerge()  # as peft does in this layer's forward
-    if layer.disable_adapters or layer.merged:
-        return []
-    names = [name for name in layer.active_adapters if name in layer.lora_A]
-    for name in names:
-        if name in layer.lora_variant or layer.lora_B[name].bias is not None:
-            raise TypeError(
-                f"model: its head's adapter {name} is a variant of LoRA (such as DoRA) or has a "
-                "bias; use plain LoRA there, or leave lm_head out of target_modules"
-            )
-    if names and hasattr(layer.base_layer.weight, "ds_id"):
-        raise TypeError(
-            "model: its head carries an adapter, and DeepSpeed ZeRO-3 holds its weight in parts; "
-            "use ZeRO-2 or FSDP2, or leave lm_head out of target_modules"
-        )
-    return names
 
 
 def decoder_of(model: PreTrainedModel) -> nn.Module:
@@ -214,7 +107,7 @@ def head_reads(model: nn.Module, read: Callable[[Tensor, Head], Tensor]) -> Iter
     lm = causal_lm(model)
     layer = lm.get_output_embeddings()
     active_adapters(layer)
-    _plain_head(lm, getattr(layer, "base_layer", layer))
+    plain_head(lm, getattr(layer, "base_layer", layer))
     if isinstance(model, nn.DataParallel):
         raise TypeError("model: is in nn.DataParallel, which copies it; use one process a GPU")
     decoder = decoder_of(lm)
@@ -315,6 +208,15 @@ def scored_positions(batch: Mapping[str, Tensor]) -> Tensor:
     return nn.functional.pad(scores, (0, 1))
 
 
+def next_tokens(batch: Mapping[str, Tensor], scores: Tensor) -> Tensor:
+    """Return (B, T) int64: the label of each next token, or else its id; -100 where none counts.
+
+    scores: as :func:`scored_positions` returns them.
+    """
+    following = batch.get("labels", batch["input_ids"]).roll(-1, 1)
+    return following.masked_fill(~scores, IGNORE_INDEX)
+
+
 def entropy_loss(
     model: nn.Module,
     batch: Mapping[str, Tensor],
@@ -323,7 +225,8 @@ def entropy_loss(
     grad_tolerance: float = 0.0,
     chunk_bytes: int | None = None,
     num_items_in_batch: int | Tensor | None = None,
-) -> Tensor:
+    return_stats: Sequence[str] | None = None,
+) -> Any:
     """Average the entropy of the next-token distributions over a batch.
 
     Equivalent to this, without the logits ever being in memory::
@@ -344,11 +247,15 @@ def entropy_loss(
         temperature, grad_tolerance, chunk_bytes: as in :func:`em_kernels.fused_entropy_loss`.
         num_items_in_batch: the number of tokens that count in all batches that one update
             accumulates: the sum is divided by it, and not by this batch's number.
+        return_stats: names of statistics to return from the same pass, as in
+            :func:`em_kernels.fused_token_loss`; logprob is that of the label, or else of the token.
 
     Returns:
-        The loss in nats, () fp32 (fp64 for fp64). For a mixture of experts whose config has
-        output_router_logits=True, router_aux_loss_coef times its load-balancing loss is added, with
-        num_items_in_batch in proportion to the batch's tokens that count.
+        The loss in nats, () fp32 (fp64 for fp64). With return_stats (loss, TokenStats): detached,
+        fields (B, T), in place t those of token t + 1, and 0 where that does not count.
+        For a mixture of experts whose config has output_router_logits=True, router_aux_loss_coef
+        times its load-balancing loss is added, with num_items_in_batch in proportion to the batch's
+        tokens that count.
 
     Gradient, precision, memory: as in :func:`em_kernels.fused_entropy_loss`; with a LoRA adapter on
         the head, as in :func:`adapted_head`. peft's prompt tuning is supported: its virtual tokens,
@@ -364,17 +271,40 @@ def entropy_loss(
             "give rows of one document each, without position_ids"
         )
 
+    def entropy_of(stats: TokenStats, index: Tensor) -> Tensor:
+        assert stats.entropy is not None
+        return stats.entropy
+
+    shared = {
+        "temperature": temperature,
+        "grad_tolerance": grad_tolerance,
+        "chunk_bytes": chunk_bytes,
+    }
+    returned: list[TokenStats] = []  # not through the model: wrappers look for gradients there
+
     def read(hidden: Tensor, head: Head) -> Tensor:
-        return fused_entropy_loss(
-            hidden[:, -mask.shape[1] :],
+        hidden, counts = hidden[:, -mask.shape[1] :], mask.to(hidden.device)
+        given = {**shared, **head.arguments()}
+        if return_stats is None:
+            reduction = "mean" if num_items_in_batch is None else "sum"
+            return fused_entropy_loss(
+                hidden, head.weight, mask=counts, reduction=reduction, **given
+            )
+        weights = counts.to(torch.promote_types(hidden.dtype, torch.float32))
+        if num_items_in_batch is None:
+            weights = weights / weights.sum().clamp(min=1)
+        targets = next_tokens(batch, mask).to(hidden.device)
+        loss, stats, *_ = fused_token_loss(
+            hidden,
             head.weight,
-            mask=mask.to(hidden.device),
-            temperature=temperature,
-            reduction="mean" if num_items_in_batch is None else "sum",
-            grad_tolerance=grad_tolerance,
-            chunk_bytes=chunk_bytes,
-            **head.arguments(),
+            targets,
+            entropy_of,
+            mask=weights,
+            return_stats=return_stats,
+            **given,
         )
+        returned.append(stats)
+        return loss
 
     inputs: dict[str, Any] = {name: batch[name] for name in INPUTS if name in batch}
     config: Any = causal_lm(model).config.get_text_config()
@@ -387,4 +317,6 @@ def entropy_loss(
     if num_items_in_batch is not None:
         total = torch.as_tensor(num_items_in_batch, device=loss.device).clamp(min=1)
         loss, share = loss / total, mask.sum().to(loss.device) / total
-    return loss if balance is None else loss + config.router_aux_loss_coef * share * balance
+    if balance is not None:
+        loss = loss + config.router_aux_loss_coef * share * balance
+    return loss if return_stats is None else (loss, returned[0])

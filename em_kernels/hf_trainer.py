@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput
 
-from .hf import check_head, entropy_loss, scored_positions
+from .hf import check_head, entropy_loss, next_tokens, scored_positions
 
 
 class EntropyTrainer(Trainer):
@@ -18,7 +20,9 @@ class EntropyTrainer(Trainer):
 
     That is its loss in training and in evaluation; no logits are computed. Batches need no labels.
     An update's loss is the mean over all its tokens that count, however many batches it accumulates
-    and, with average_tokens_across_devices, whichever process has them.
+    and, with average_tokens_across_devices, whichever process has them. Beside it
+    mean_token_accuracy is logged, as TRL names it: the share of these tokens that were the most
+    probable, since the last log or in an evaluation.
 
     Args:
         args, kwargs: as in Trainer.
@@ -58,6 +62,8 @@ class EntropyTrainer(Trainer):
         }
         self.model_accepts_loss_kwargs = True  # Trainer then counts num_items_in_batch
         self.head_checked = False
+        # Tokens that were the most probable, and all that count: while training, and otherwise
+        self.tokens = {training: torch.zeros(2, dtype=torch.int64) for training in (True, False)}
 
     def _get_num_items_in_batch(self, batch_samples: Sequence[Any], device: torch.device) -> Any:
         """Count the scored tokens, with labels or without."""
@@ -85,10 +91,43 @@ class EntropyTrainer(Trainer):
         def outputs(num_items_in_batch: Any = None, **batch: Tensor) -> dict[str, Tensor]:
             settings = {"num_items_in_batch": num_items_in_batch, **self.loss_settings}
             with self.accelerator.autocast():
-                return {"loss": entropy_loss(model, batch, **settings)}
+                loss, stats = entropy_loss(model, batch, return_stats=("argmax",), **settings)
+            scores = scored_positions(batch)
+            right = stats.argmax == next_tokens(batch, scores).to(loss.device)
+            counts = torch.stack([right.sum(), scores.sum().to(loss.device)])
+            self.tokens[model.training] = self.tokens[model.training].to(loss.device) + counts
+            return {"loss": loss}
 
         # Trainer passes num_items_in_batch on, and multiplies the loss by the number of processes.
         return super().compute_loss(outputs, inputs, return_outputs, num_items_in_batch)  # type: ignore[arg-type]
+
+    def mean_token_accuracy(self, training: bool) -> dict[str, float]:
+        """Return the accuracy since the last call, nothing without tokens; a collective call."""
+        counts = self.tokens[training].to(self.args.device)
+        self.tokens[training] = torch.zeros_like(counts)
+        right, count = self.accelerator.reduce(counts, reduction="sum").tolist()
+        return {"mean_token_accuracy": right / count} if count > 0 else {}
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add the accuracy to what is logged of the training steps."""
+        if "loss" in logs:
+            logs |= self.mean_token_accuracy(training=True)
+        super().log(logs, *args, **kwargs)
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Evaluate, and add the accuracy to the metrics."""
+        given = dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        output = super().evaluation_loop(*given)
+        accuracy = self.mean_token_accuracy(training=False)
+        named = {f"{metric_key_prefix}_{name}": value for name, value in accuracy.items()}
+        return output._replace(metrics={**(output.metrics or {}), **named})
 
     def prediction_step(
         self,

@@ -122,6 +122,71 @@ def test_loss_and_gradients_are_those_of_the_logits(kind, side, labels):
         assert error <= 2 * eager_error + 1e-6 * true.norm(), name
 
 
+def scored(batch):
+    """Return (B, T) whether a place scores the next token, and that token's label."""
+    mask = batch["attention_mask"] == 1
+    following = batch.get("labels", batch["input_ids"]).roll(-1, 1)
+    counts = mask & mask.roll(-1, 1) & (following != -100)
+    counts[:, -1] = False
+    return counts, following
+
+
+def accuracy(model, batch):
+    counts, following = scored(batch)
+    with torch.no_grad():
+        found = model(batch["input_ids"], batch["attention_mask"]).logits.argmax(-1)
+    return ((found == following) & counts).sum().item() / counts.sum().item()
+
+
+@pytest.mark.parametrize("labels", [True, False])
+@pytest.mark.parametrize("divisor", [None, 40])
+def test_statistics_of_the_same_pass(divisor, labels):
+    model, batch = make_model(), collate(list(examples())[:4], labels=labels)
+    settings = {"temperature": TAU, "num_items_in_batch": divisor}
+    alone = entropy_loss(model, batch, **settings)
+    names = ("argmax", "logprob", "entropy")
+    loss, stats = entropy_loss(model, batch, return_stats=names, **settings)
+    assert_close(loss, alone)
+    assert_close(gradients(model, loss), gradients(model, alone))
+    counts, following = scored(batch)
+    logits = model(batch["input_ids"], batch["attention_mask"]).logits.detach()
+    log_p = (logits / TAU).log_softmax(-1)
+    found = log_p.gather(-1, following.clamp(min=0)[..., None])[..., 0]
+    entropy = torch.distributions.Categorical(logits=log_p).entropy()
+    for name, truth in (("logprob", found), ("entropy", entropy)):
+        assert_close(getattr(stats, name), truth.masked_fill(~counts, 0))
+    assert torch.equal(stats.argmax, logits.argmax(-1).masked_fill(~counts, 0))
+    assert stats.logsumexp is None
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_token_accuracy(labels, tmp_path):
+    """Of all updates since the last log, and of an evaluation amid them."""
+    model, everything = make_model(), list(examples())
+    for row in everything[::2]:  # the model's own words, of which it is sure
+        ids = row["input_ids"]
+        for place in range(1, len(ids)):
+            ids[place] = model(ids[None, :place]).logits[0, -1].argmax()
+    changes = {"learning_rate": 0.0, "logging_steps": 3, "eval_strategy": "steps", "eval_steps": 2}
+    trainer = EntropyTrainer(
+        model,
+        arguments(tmp_path, **changes),
+        train_dataset=everything,
+        eval_dataset=everything[:5],
+        data_collator=lambda rows: collate(rows, labels=labels),
+    )
+    trainer.train()
+    found = {name: x for entry in trainer.state.log_history for name, x in entry.items()}
+    expected = [
+        accuracy(model, collate(rows, labels=labels)) for rows in (everything, everything[:5])
+    ]
+    assert 0 < expected[0] != expected[1]
+    assert found["mean_token_accuracy"] == pytest.approx(expected[0])
+    assert found["eval_mean_token_accuracy"] == pytest.approx(expected[1])
+    metrics = trainer.evaluate(metric_key_prefix="held_out")
+    assert metrics["held_out_mean_token_accuracy"] == pytest.approx(expected[1])
+
+
 def test_packed_rows_count_by_their_labels():
     """position_ids reach the model."""
     model = make_model()
@@ -230,6 +295,10 @@ def test_compiled_model():
         batch = collate(list(examples())[start : start + 4])
         assert_close(entropy_loss(compiled, batch, temperature=TAU), eager(model, batch))
         assert_close(eager(compiled, batch), eager(model, batch))
+        loss, stats = entropy_loss(compiled, batch, temperature=TAU, return_stats=("argmax",))
+        assert_close(loss, eager(model, batch))
+        counts, _ = scored(batch)
+        assert (stats.argmax[~counts] == 0).all() and stats.argmax.shape == counts.shape
 
 
 def test_forwards_are_put_back():

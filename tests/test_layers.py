@@ -47,7 +47,7 @@ training.rollouts training.data
 training.presets
 training.config
 training.settings training.interrupts training.console training.run_folder training.device_memory
-hf hf_trainer trl decoding
+hf hf_head hf_trainer trl decoding
 functional losses divergence drop_ins tolerance_report from_logits streamed_loss
 ops.torch_library_divergence
 ops.torch_library
