@@ -36,7 +36,7 @@ TESTS = {
         *("test_functional.py", "test_gradients.py", "test_hard_inputs.py", "test_kept.py"),
         *("test_return_stats.py", "test_several_targets.py", "test_support.py", "test_top_k.py"),
         *("test_peers.py", "test_precision.py", "test_sink.py", "test_sparse.py"),
-        "test_token_loss.py",
+        *("test_divergence.py", "test_divergence_hard.py", "test_token_loss.py"),
     ),
     "trainer": (
         "gpu/test_attention_gpu.py",

@@ -7,7 +7,13 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from .functional import REDUCTIONS, STATS, _check_stat_names, _require_grad
-from .ops.checks import check_arguments, check_head, check_number, check_scale_and_cap
+from .ops.checks import (
+    HeadArguments,
+    check_arguments,
+    check_head,
+    check_number,
+    check_scale_and_cap,
+)
 from .ops.divergence import ReferenceArguments
 from .ops.torch_library_divergence import divergence_op, token_divergences_op
 from .reference import TokenStats
@@ -85,10 +91,62 @@ def fused_divergence(
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: {reduction!r} is unknown; use one of {', '.join(REDUCTIONS)}")
+    _check_stat_names("return_stats", return_stats, has_targets=False)
+    head, reference = check_pair(
+        hidden,
+        weight,
+        ref_hidden,
+        ref_weight,
+        beta=beta,
+        bias=bias,
+        ref_bias=ref_bias,
+        mask=mask,
+        temperature=temperature,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        ref_logit_scale=ref_logit_scale,
+        ref_softcap=ref_softcap,
+        chunk_bytes=chunk_bytes,
+        process_group=process_group,
+    )
+    needs = _require_grad(*head[:3])
+    shape = hidden.shape[:-1]
+    if reduction == "none":
+        each, statistics, argmax = token_divergences_op(*head, *reference, needs)
+        each = each.reshape(shape)
+        loss = each if mask is None else each * mask.to(each.dtype)
+    else:
+        loss, _, statistics, argmax, *_ = divergence_op(
+            *head, *reference, reduction == "mean", needs
+        )
+    if return_stats is None:
+        return loss
+    fields = dict(zip(STATS, statistics.unbind(0), strict=False), argmax=argmax)
+    return loss, TokenStats(**{name: fields[name].reshape(shape) for name in return_stats})
+
+
+def check_pair(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    *,
+    beta: float = 1.0,
+    bias: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ref_logit_scale: float = 1.0,
+    ref_softcap: float | None = None,
+    chunk_bytes: int | None = None,
+    process_group: ProcessGroup | None = None,
+) -> tuple[HeadArguments, ReferenceArguments]:
+    """Check fused_divergence's arguments, and return them in the form that the ops take."""
     beta = check_number("beta", beta)
     if not 0 <= beta <= 1:
         raise ValueError(f"beta: {beta} is not in [0, 1]; 0 is the forward KL, 1 the reverse")
-    _check_stat_names("return_stats", return_stats, has_targets=False)
     hidden, weight, bias = check_head(hidden, weight, bias)
     ref_hidden, ref_weight, ref_bias = check_head(ref_hidden, ref_weight, ref_bias, prefix="ref_")
     if ref_hidden.shape[:-1] != hidden.shape[:-1]:
@@ -115,17 +173,4 @@ def fused_divergence(
         None if ref_bias is None else ref_bias.detach()[:columns],
         [*check_scale_and_cap(ref_logit_scale, ref_softcap, "ref_"), beta],
     )
-    needs = _require_grad(*head[:3])
-    shape = hidden.shape[:-1]
-    if reduction == "none":
-        each, statistics, argmax = token_divergences_op(*head, *reference, needs)
-        each = each.reshape(shape)
-        loss = each if mask is None else each * mask.to(each.dtype)
-    else:
-        loss, _, statistics, argmax, *_ = divergence_op(
-            *head, *reference, reduction == "mean", needs
-        )
-    if return_stats is None:
-        return loss
-    fields = dict(zip(STATS, statistics.unbind(0), strict=False), argmax=argmax)
-    return loss, TokenStats(**{name: fields[name].reshape(shape) for name in return_stats})
+    return head, reference

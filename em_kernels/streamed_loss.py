@@ -1,11 +1,15 @@
-"""The entropy loss without autograd, whose gradient of the weight is never held whole."""
+"""Losses without autograd, whose gradient of the weight is never held whole."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .divergence import check_pair
 from .functional import REDUCTIONS
 from .ops import choice_costs, chunked
 from .ops.checks import check_arguments, check_tolerance
+from .ops.divergence import build_pair, sum_divergences
 from .ops.inputs import GradMask, build_inputs
 from .ops.weight_gradient import WeightGradCallback
 from .tolerance_report import GradientReport
@@ -68,3 +72,37 @@ def entropy_loss_into(
     why_exact = choice_costs.why_exact(head, needs) if grad_tolerance > 0 else ""
     report = GradientReport(gradients.report[0], gradients.report[1], why_exact)
     return loss, dhidden, dbias, report
+
+
+@torch.no_grad()
+def divergence_into(
+    on_weight_grad: WeightGradCallback | None,
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    **others: Any,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Compute :func:`fused_divergence`'s sum and its gradients at once, without autograd.
+
+    Args:
+        on_weight_grad: as in :func:`entropy_loss_into`.
+        hidden, weight, ref_hidden, ref_weight, bias: as in :func:`fused_divergence`.
+        others: beta, ref_bias, mask, temperature, logit_scale, softcap, ref_logit_scale,
+            ref_softcap and chunk_bytes, as in :func:`fused_divergence`.
+
+    Returns:
+        The divergences' sum (), weighted by the mask, the gradient of hidden, shaped and rounded as
+        hidden, and that of bias (V,) in fp32 if it requires grad, else None.
+
+    Memory: one chunk of both models' logits, fp32 dhidden, and 64 MiB for values.
+    Raises: as :func:`fused_divergence`.
+    """
+    needs = GradMask(True, on_weight_grad is not None, bias is not None and bias.requires_grad)
+    head, reference = check_pair(hidden, weight, ref_hidden, ref_weight, bias=bias, **others)
+    pair = build_pair(head, reference, int(needs.hidden))
+    divergence, _, gradients = sum_divergences(pair, False, needs, on_weight_grad)
+    dhidden = gradients.hidden.to(hidden.dtype).reshape(hidden.shape)
+    return divergence, dhidden, gradients.bias if needs.bias else None

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_params import ROWS
 from test_losses import by_docstring
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
@@ -96,11 +95,11 @@ def eager(tensors, head, beta, v=V):
     return truth_of(logits, ref_logits.detach(), beta)
 
 
-@pytest.mark.parametrize("rows", ROWS, indirect=True)
+@pytest.mark.usefixtures("rows")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("beta", [0.0, 1.0, 0.1])
 @pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
-def test_values_and_gradients(head, beta, dtype, rows, dweight):
+def test_values_and_gradients(head, beta, dtype, dweight):
     tensors = draw_pair(dtype)
     results = []
     for kind in ("ours", "eager", "true"):
@@ -187,10 +186,10 @@ def test_equal_models_have_no_divergence_and_no_gradient(beta, dtype, dweight):
     assert all((g == 0).all() for g in torch.autograd.grad(loss, mine))
 
 
-@pytest.mark.parametrize("rows", ROWS, indirect=True)
+@pytest.mark.usefixtures("rows")
 @pytest.mark.parametrize("distance", [1.0, 1e-2, 1e-4])
 @pytest.mark.parametrize("beta", BETAS)
-def test_small_divergences_keep_their_digits(beta, distance, rows):
+def test_small_divergences_keep_their_digits(beta, distance):
     """The eager sum of p log(p / q) is noise, even negative, where it is below 1e-7."""
     hidden, weight, _, ref_hidden, ref_weight, _ = draw_pair(distance=distance)
     # States and weights of few bits: their products are exact, so that only ours can round.

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from kernel_params import ROWS
 from test_divergence import BETAS, N, V, draw_pair, truth_of
 from torch.testing import assert_close
 from truth import leaves
@@ -26,9 +25,9 @@ def from_logits(logits, ref_logits, beta, **settings):
     return each.detach(), gradient
 
 
-@pytest.mark.parametrize("rows", ROWS, indirect=True)
+@pytest.mark.usefixtures("rows")
 @pytest.mark.parametrize("beta", [1e-50, 1e-40, 1 - 1e-12])
-def test_a_beta_that_fp32_rounds_to_0_or_1_is_between_them(beta, rows):
+def test_a_beta_that_fp32_rounds_to_0_or_1_is_between_them(beta):
     """A rate that a schedule adds up in steps of 0.1 ends at 1 - 1e-16."""
     hidden, weight, bias, ref_hidden, ref_weight, ref_bias = draw_pair()
     bias[3] = ref_bias[4] = -torch.inf  # KL would be infinite
@@ -39,10 +38,10 @@ def test_a_beta_that_fp32_rounds_to_0_or_1_is_between_them(beta, rows):
     assert (torch.autograd.grad(loss, hidden)[0].abs() < 1e-7).all()
 
 
-@pytest.mark.parametrize("rows", ROWS, indirect=True)
+@pytest.mark.usefixtures("rows")
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("size", [20.0, 200.0, 1e4])
-def test_one_hot_rows_against_flat_and_other_ones(size, beta, rows):
+def test_one_hot_rows_against_flat_and_other_ones(size, beta):
     """Sure of one entry, of another, of none."""
     v = 37
     sure, other, flat = torch.zeros(3, v)
@@ -58,10 +57,10 @@ def test_one_hot_rows_against_flat_and_other_ones(size, beta, rows):
     assert_close(gradient.double(), true_gradient, rtol=2e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("rows", ROWS, indirect=True)
+@pytest.mark.usefixtures("rows")
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("margin", [5.0, 10.0, 15.0])
-def test_a_sure_models_gradient_keeps_its_digits(margin, beta, rows):
+def test_a_sure_models_gradient_keeps_its_digits(margin, beta):
     """p (log(p / q) - KL) is the difference of equal numbers where p is 1 but for e^-margin."""
     logits, ref_logits = torch.randn(2, 3, 37)
     logits[:, 4] = margin + 4
@@ -73,10 +72,10 @@ def test_a_sure_models_gradient_keeps_its_digits(margin, beta, rows):
     assert (error <= 1e-5 * true_gradient.norm(dim=1)).all()
 
 
-@pytest.mark.parametrize("rows", ROWS, indirect=True)
+@pytest.mark.usefixtures("rows")
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("excludes", ["model", "reference", "both", "each another"])
-def test_entries_that_a_head_excludes(excludes, beta, rows):
+def test_entries_that_a_head_excludes(excludes, beta):
     """A bias of -inf: infinite only where the other one's probability has no counterpart."""
     logits, ref_logits = torch.randn(2, 4, 9) * 2
     if excludes in ("model", "both", "each another"):

@@ -25,6 +25,7 @@ from .inputs import (
 )
 from .memory import chunk_length, large_empty
 from .saved_gradients import weight_gradient
+from .weight_gradient import WeightGradCallback
 
 
 class ReferenceArguments(NamedTuple):
@@ -89,16 +90,18 @@ def divergences(
     needs: GradMask,
     active: Tensor | None,
     keep_dy: bool = False,
+    on_weight_grad: WeightGradCallback | None = None,
 ) -> tuple[Divergences, Gradients]:
     """Compute all tokens' divergences, and the gradients of their sum times the weights (N,).
 
     Work: 2 for each head, +2 for hidden, +2 for weight. Memory: a chunk of each head's logits and
-    what is returned. With keep_dy as in chunked.sum_losses.
+    what is returned. With keep_dy, and on_weight_grad, as in chunked.sum_losses.
     """
     inputs, ref, beta = pair
     hidden, device, wide = inputs.hidden, inputs.hidden.device, inputs.dtype
     found = Divergences(hidden.new_zeros(len(hidden), dtype=wide), *inputs.zero_statistics(True))
-    accumulator = GradAccumulator(inputs, needs, keeps_dy=keep_dy and inputs.keeps_dy(needs))
+    keep_dy = keep_dy and inputs.keeps_dy(needs)
+    accumulator = GradAccumulator(inputs, needs, on_weight_grad, keep_dy)
     count = len(hidden) if active is None else len(active)
     if accumulator.keeps_dy:
         accumulator.batch.capacity = count
@@ -156,12 +159,15 @@ def _bound_of_gradient(value: Tensor, beta: float) -> Tensor:
 
 
 def sum_divergences(
-    pair: Pair, mean: bool, needs: GradMask
+    pair: Pair, mean: bool, needs: GradMask, on_weight_grad: WeightGradCallback | None = None
 ) -> tuple[Tensor, Divergences, Gradients]:
-    """Sum or average the divergences, weighted by the mask, with their gradients."""
+    """Sum or average the divergences, weighted by the mask, with their gradients.
+
+    Where a callback gets the weight's gradient, nothing is kept for a backward.
+    """
     active = pair.head.check_and_find_active(negative_mask_allowed=not mean)
-    weights = pair.head.token_weights(mean)
-    found, gradients = divergences(pair, weights, needs, active, keep_dy=True)
+    weights, keep_dy = pair.head.token_weights(mean), on_weight_grad is None
+    found, gradients = divergences(pair, weights, needs, active, keep_dy, on_weight_grad)
     values = found.values
     if active is not None:  # 0 * inf would be NaN
         values, weights = values[active], weights[active]

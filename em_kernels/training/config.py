@@ -163,8 +163,8 @@ class TrainConfig(Settings):
     """
     kl_weight: Annotated[float, Field(ge=0)] = 0.0
     """Add this times the KL divergence from the base model, KL(model || base) in nats per token, to
-    the loss, at the loss's temperature. It goes with LoRA, whose base is the model with its
-    adapters off.
+    the loss, at the loss's temperature. With LoRA the base is the model with its adapters off;
+    otherwise a second copy of the weights stays in memory.
     """
     official_loss: bool = False
     """Compute the loss exactly as the paper's train.py does: each entropy is weighted by the mask
@@ -302,9 +302,6 @@ class TrainConfig(Settings):
 
     def check_mode(self) -> None:
         """Raise UserError if a setting goes with another mode than the one asked for."""
-        if self.kl_weight and self.mode not in ("auto", "lora"):
-            why = f"mode {self.mode} keeps no base model to compare with"
-            raise UserError(f"kl_weight: goes with mode lora; {why}")
         if self.four_bit and self.mode not in ("auto", "lora"):
             raise UserError(f"4bit: goes with mode lora; mode {self.mode} trains the whole weights")
         if self.offload_dir is not None and self.mode not in ("auto", "offload"):

@@ -27,6 +27,7 @@ MODES = {
     "lora replay": {"mode": "lora", "save_optimizer": False, "gradient_checkpointing": True},
     "offload": {"mode": "offload", "moments": "bf16"},
     "offload_dir": {"mode": "offload", "offload_dir": "state", "dtype": "bfloat16"},
+    "penalty": {"kl_weight": 2.0},
     "official": {"official_loss": True, "micro_batch_rows": 2, "save_optimizer": False},
 }
 

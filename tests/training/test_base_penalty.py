@@ -1,6 +1,8 @@
-"""The penalty on the KL divergence from the base model, in updates with LoRA."""
+"""The penalty on the KL divergence from the base model: with LoRA, and with a copy of it."""
 
+import copy
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -8,7 +10,6 @@ from training.adapters import lora, trained, wide
 from training.tiny import loss_and_gradients, run, save_tiny, settings
 
 from em_kernels.commands import plan
-from em_kernels.training.config import TrainConfig
 from em_kernels.training.console import update_line
 from em_kernels.training.rollouts.sampling import Rollout
 from em_kernels.training.settings import UserError
@@ -18,13 +19,16 @@ ROLLOUTS = [Rollout(PROMPT, [*range(8, 8 + n)], False) for n in (3, 1, 5)]
 WEIGHT = 0.7
 
 
-def penalised(model, adapted, temperature, official):
-    """Return the mean entropy and KL(model || base) from full logits, differentiable."""
+def penalised(model, base_model, without, temperature, official):
+    """Return the mean entropy and KL(model || base) from full logits, differentiable.
+
+    The base is base_model within the context that without() returns.
+    """
     entropies, divergences = [], []
     for rollout in ROLLOUTS:
         ids = torch.tensor([rollout.prompt_ids + rollout.response_ids])
-        with torch.no_grad(), adapted.disable_adapter():
-            base = (model(ids).logits[0] / temperature).log_softmax(-1)
+        with torch.no_grad(), without():
+            base = (base_model(ids).logits[0] / temperature).log_softmax(-1)
         logp = (model(ids).logits[0] / temperature).log_softmax(-1)
         first = len(PROMPT) - (not official)
         scored = slice(first, first + len(rollout.response_ids))
@@ -46,35 +50,47 @@ def penalised(model, adapted, temperature, official):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("kind", ["qwen2", "gemma2"])
-def test_loss_and_gradient(kind, changes, objective, tmp_path):
+@pytest.mark.parametrize("kind", ["qwen2", "gemma2", "phi"])  # phi: a head with a bias
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_loss_and_gradient(mode, kind, changes, objective, tmp_path):
     model = wide(kind, dtype=torch.float64)
-    adapted = trained(model, lora()).double()
+    base, without = None, nullcontext
+    if mode == "lora":
+        without = trained(model, lora()).double().disable_adapter
+    else:
+        base = copy.deepcopy(model).requires_grad_(False)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.1 * parameter.std() * torch.randn_like(parameter)
     if kind == "gemma2":
         changes = changes | {"share_prefix": False}
     config = settings(
         "-", tmp_path, kl_weight=WEIGHT, loss_temperature=0.8, objective=objective, **changes
     )
-    entropy, divergence = penalised(model, adapted, 0.8, config.official_loss)
+    given = model, base or model, without, 0.8, config.official_loss
+    entropy, divergence = penalised(*given)
     (config.sign * entropy + WEIGHT * divergence).backward()
     expected = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
-    loss, found = loss_and_gradients(model, ROLLOUTS, config)
+    loss, found = loss_and_gradients(model, ROLLOUTS, config, base=base)
     assert loss.entropy == pytest.approx(entropy.item(), rel=1e-6)
     assert loss.divergence == pytest.approx(divergence.item(), rel=1e-6) and divergence > 1e-4
     assert found.keys() == expected.keys()
     for name, gradient in found.items():
         assert (gradient - expected[name]).norm() <= 1e-6 * expected[name].norm(), name
-    assert all(p.requires_grad == ("lora_" in n) for n, p in model.named_parameters())
+    trains = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trains == {n for n, _ in model.named_parameters() if mode == "full" or "lora_" in n}
 
 
 @pytest.mark.filterwarnings("error:Converting a tensor")
-def test_a_run(tmp_path):
-    """A new adapter does nothing, so the first update's divergence is exactly 0."""
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_a_run(mode, tmp_path):
+    """In the first update the model is the base, so the divergence is exactly 0."""
     base = save_tiny(tmp_path / "model", "qwen2", tied=False)
+    changes = {"mode": mode, "steps": 3, "lr": 0.01}
     free, held = (
-        run(settings(base, tmp_path / mode, mode=mode, steps=3, lr=0.01, kl_weight=weight)).metrics
-        for mode, weight in (("lora", 0.0), ("auto", 5.0))
+        run(settings(base, tmp_path / str(weight), kl_weight=weight, **changes)).metrics
+        for weight in (0.0, 5.0)
     )
     assert "divergence" not in free[0]
     assert held[0]["divergence"] == 0 and held[-1]["divergence"] > 0
@@ -82,19 +98,18 @@ def test_a_run(tmp_path):
     assert held[0]["entropy"] == free[0]["entropy"] and held[-1]["entropy"] > free[-1]["entropy"]
 
 
-@pytest.mark.parametrize("mode", ["full", "offload"])
-def test_it_needs_a_base(mode):
-    config = TrainConfig(model="demo", prompt="p", mode=mode, kl_weight=0.1)
-    with pytest.raises(UserError, match=f"^kl_weight: goes with mode lora; mode {mode} keeps no"):
-        config.check_complete()
-
-
-def test_plans_have_its_modes_only(capsys):
-    command = ["--model", "demo", "--kl-weight", "0.1", "--gpu", "4090"]
-    assert plan.run([*command, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert [mode["name"] for mode in found["modes"]] == ["lora", "lora 4bit"]
-    assert "--kl-weight 0.1 --mode lora" in found["command"]
-    for more in (["--mode", "full"], ["--engine", "fsdp2", "--ranks", "2"]):
-        with pytest.raises(UserError, match="^kl_weight: "):
-            plan.run([*command, *more])
+def test_plans_count_a_second_model(capsys):
+    command = ["--model", "demo", "--gpu", "4090", "--json"]
+    found = []
+    for more in ([], ["--kl-weight", "0.1"]):
+        assert plan.run([*command, *more]) == 0
+        found.append({x["name"]: x for x in json.loads(capsys.readouterr().out)["modes"]})
+    free, held = found
+    assert free.keys() == held.keys()
+    for name, mode in held.items():
+        base = mode["device"].get("base model", 0)
+        weights = mode["device"]["weights"] + mode["device"]["buffers"]
+        assert base == (0 if name.startswith("lora") else weights)
+        assert sum(mode["seconds"].values()) > sum(free[name]["seconds"].values())
+    with pytest.raises(UserError, match="^kl_weight: "):
+        plan.run([*command, "--kl-weight", "0.1", "--engine", "fsdp2", "--ranks", "2"])

@@ -165,6 +165,7 @@ RUNS = {
     ),
     "fp16": ("qwen2", False, {"dtype": "float16", "micro_batch": 10**6}),
     "lora": ("llama", False, {"mode": "lora"}),
+    "penalty": ("llama", True, {"kl_weight": 0.5}),
 }
 
 

@@ -109,11 +109,11 @@ def make_optimizer(model, config):
     )
 
 
-def loss_and_gradients(model, rollouts, config, micro_batch=10**6, padding=0):
-    """Return the loss and, by parameter, the gradients of one update."""
+def loss_and_gradients(model, rollouts, config, micro_batch=10**6, padding=0, base=None):
+    """Return the loss and, by parameter, the gradients of one update; base: as entropy_step's."""
     optimizer, scoring = make_optimizer(model, config), Scoring(config.official_loss, padding)
     given = model, head_of(model), rollouts, config, optimizer, micro_batch, lambda: None
-    loss = entropy_step(*given, scoring=scoring)
+    loss = entropy_step(*given, scoring=scoring, base=base)
     gradients = {s.name: s.gradient.view(s.parameter.shape) for s in optimizer._with_gradient()}
     optimizer.close()
     return loss, gradients

@@ -3,6 +3,7 @@
 All engines compute the same update: the mean over all ranks' tokens, clip, AdamW on fp32 masters.
 """
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -30,6 +31,7 @@ class Engine:
     """
 
     retries = True  # a rank that runs out of memory may compute its share again, alone
+    base: PreTrainedModel | None = None  # a copy of what the run began with, for kl_weight
 
     def __init__(
         self,
@@ -67,6 +69,8 @@ class Engine:
         self.check_model()
         if config.mode != "lora":
             require_gradients(model)
+        if config.kl_weight and config.mode != "lora":  # before a checkpoint is loaded
+            self.base = copy.deepcopy(model).requires_grad_(False)
         if config.share_prefix and not can_share_prefix(model):
             self.config = config.model_copy(update={"share_prefix": False})
         offload = config.mode == "offload"
@@ -100,6 +104,7 @@ class Engine:
             self.ranks.index,
             self.ranks.count,
             self.scoring,
+            self.base,
         )
 
     def norm(self) -> float:

@@ -167,10 +167,10 @@ def scored_states(
 
 def step_states(
     model: PreTrainedModel,
+    prompt: SharedPrefix | None,
     batch: Sequence[Rollout],
     scoring: Scoring,
     with_first: bool,
-    prompt: SharedPrefix | None,
 ) -> Tensor:
     """Return scored_states(), behind the prompt's last state with_first."""
     states = scored_states(model, batch, prompt, scoring)
@@ -248,6 +248,7 @@ def entropy_step(
     index: int = 0,
     count: int = 1,
     scoring: Scoring = OURS,
+    base: PreTrainedModel | None = None,
 ) -> StepLoss:
     """Add the gradient of the mean entropy over all scored tokens, or of its negative if that is
     the objective, to the optimizer's, times its scale.
@@ -257,6 +258,7 @@ def entropy_step(
         micro_batch: tokens of one forward and backward.
         check: called before each micro-batch; may raise to abandon the work.
         index, count: this rank, of so many; only its share is computed and returned.
+        base: what kl_weight keeps the model near; None: the model without its LoRA adapters.
     """
     weight, options = head.weight, loss_options(config, head)
     share = rank_share(rollouts, config, micro_batch, index, count, scoring, can_pack(model))
@@ -267,18 +269,21 @@ def entropy_step(
     def add_rows(vocab_indices: slice | Tensor, gradient: Tensor) -> None:
         optimizer.add(weight, gradient, vocab_indices)
 
+    on_weight_grad = add_rows if weight.requires_grad else None
     with recomputation(model, config.gradient_checkpointing is True):
         for ids, batches in share.work:
-            base = BasePenalty(model, ids, config.kl_weight)
+            penalty = BasePenalty(model, base, ids, config.kl_weight)
             prompt = None if ids is None else SharedPrefix(model, ids)
             # All first tokens are scored by the prompt's last state, in the first micro-batch.
             firsts = 0 if prompt is None or scoring.official else sum(map(len, batches))
             for batch in batches:
                 check()
                 trim()
-                states_behind = partial(step_states, model, batch, scoring, firsts > 0)
-                base_states = base.states(states_behind)
-                states = states_behind(prompt)
+                states_of = partial(
+                    step_states, batch=batch, scoring=scoring, with_first=firsts > 0
+                )
+                base_states = penalty.states(states_of)
+                states = states_of(model, prompt)
                 if len(states) == 0:
                     continue
                 weights = torch.ones(len(states), dtype=torch.float64)
@@ -289,15 +294,19 @@ def entropy_step(
                 mask = weights.to(states.device)
                 trim()
                 loss, dstates, dbias, report = entropy_loss_into(
-                    add_rows if weight.requires_grad else None,
+                    on_weight_grad,
                     states,
                     weight,
                     mask=config.sign * mask,
                     **options,
                 )
                 if base_states is not None:
-                    found = base.add_gradient(dstates, states, base_states, mask, head, config)
+                    found, more, more_bias = penalty.divergence(
+                        on_weight_grad, states, base_states, mask, head, config
+                    )
                     divergence += found / optimizer.scale
+                    dstates += more
+                    dbias = dbias if dbias is None or more_bias is None else dbias + more_bias
                 if dbias is not None:
                     assert head.bias is not None
                     optimizer.add(head.bias, dbias)

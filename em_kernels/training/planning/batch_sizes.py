@@ -143,10 +143,11 @@ class BatchSizes:
         """Return the bytes of a micro-batch by component."""
         config, model = self.config, self.model
         found = model.activations(rows, self.prompt_tokens, new_tokens, self.shared, self.recompute)
+        of_base = model.cache_bytes(self.prompt_tokens) if config.kl_weight and self.shared else 0
         head = head_bytes(config, model, found.head_rows, self.chunk_bytes, self.cuda)
         unpacked = 2 * model.sizes.largest_linear if config.four_bit else 0  # a layer in 16 bits
         return {
-            "activations": found.after_forward,
+            "activations": found.after_forward + of_base,
             "logits chunk": head,
             "recompute, gradients": found.peak - found.after_forward + unpacked,
         }
@@ -190,8 +191,8 @@ class BatchSizes:
         products = 4 if config.mode == "lora" else 6
         head_products = 2 + (products - 2) * (HEAD_SHARE if config.grad_tolerance else 1)
         flops = products * (matrices - head) + head_products * head
-        if config.kl_weight:  # the base model's forward, both heads', and the gradient of one
-            flops += 2 * (matrices - head) + 6 * head
+        if config.kl_weight:  # the base model's forward, both heads', and the gradients of one
+            flops += 2 * (matrices - head) + (products + 2) * head
         if config.gradient_checkpointing:
             flops += 2 * (matrices - head)
         tokens = completions * new + self.prompt_tokens * self.computed_prompts

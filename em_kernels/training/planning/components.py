@@ -62,6 +62,8 @@ def fixed_bytes(config: TrainConfig, model: ModelMemory, cuda: bool) -> FixedByt
         device["weights"] += packed - linear * model.itemsize
     if config.mode == "lora":
         device["adapters"] = sizes.trained_bytes
+    elif config.kl_weight:
+        device["base model"] = sizes.weight_bytes + sizes.buffer_bytes
     offload, folder = config.mode == "offload" and cuda, config.offload_dir is not None
     itemsize = sizes.trained_bytes // sizes.trained_parameters
     moments, gradients = PRECISIONS[config.moments], PRECISIONS[config.gradients]

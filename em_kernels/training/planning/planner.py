@@ -113,8 +113,6 @@ class Planner:
             del modes[1:]
         elif not self.cuda:  # host and device share their memory, and 4 bits need a GPU
             del modes[4], modes[1]
-        if self.config.kl_weight:
-            modes = [mode for mode in modes if mode["mode"] == "lora"]
         return [self.plan(self.config.model_copy(update=mode)) for mode in modes]
 
     def choose(self) -> Plan:
@@ -122,7 +120,7 @@ class Planner:
         modes: list[Any] = [self.config.mode]
         if modes == ["auto"]:
             modes = ["full", "offload", "lora"] if self.cuda else ["full", "lora"]
-            if self.config.four_bit or self.config.kl_weight:
+            if self.config.four_bit:
                 modes = ["lora"]
             elif self.config.offload_dir:
                 modes = ["offload"]
