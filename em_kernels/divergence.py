@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from .functional import REDUCTIONS, STATS, _check_stat_names, _require_grad
+from .functional import OF_TOP, REDUCTIONS, STATS, _check_stat_names, _require_grad
 from .ops.checks import (
     HeadArguments,
     check_arguments,
@@ -57,14 +57,16 @@ def fused_divergence(
         hidden, weight, bias: of the model, as in :func:`fused_entropy_loss`.
         ref_hidden: (..., D') hidden states of the reference for the same tokens; its D' and dtype
             are its own. The reference never gets a gradient.
-        ref_weight, ref_bias: (V', D') and (V',) of the reference's head. Where V and V' differ, as
-            padded vocabularies do, both distributions are those over the first min(V, V') entries.
+        ref_weight, ref_bias: (V', D') and (V',) of the reference's head. Entry j is the same token
+            as in weight. Where V and V' differ, as padded vocabularies do, both distributions are
+            those over the first min(V, V') entries.
         beta: 0 is the forward KL(q || p), 1 the reverse KL(p || q); between them the generalised
             Jensen-Shannon divergence, as in TRL and Liger: beta KL(q || r) + (1 - beta) KL(p || r),
             r = beta q + (1 - beta) p. (It goes to 0 with beta, and with 1 - beta.)
         mask, reduction, chunk_bytes: as in :func:`fused_entropy_loss`; chunk_bytes is for the
             logits of both.
-        temperature: > 0, of both; a number, or (...) one per token.
+        temperature: > 0, of both; a number, or (...) one per token. The divergence is not
+            multiplied by its square.
         logit_scale, softcap, ref_logit_scale, ref_softcap: for models that have them.
         return_stats: names of the model's own statistics to return as well, from the same pass:
             entropy, logsumexp, mean_logit, log_collision, argmax.
@@ -76,11 +78,10 @@ def fused_divergence(
         logit of -inf (beta 0: q has it and p has not; beta 1: the reverse). With return_stats
         (divergence, TokenStats), whose fields (...) are detached.
 
-    Gradient: for hidden, weight and bias, equation (11) of
-        ``em_kernels.reference_divergence``; NaN in the
-        rows whose divergence is inf. For "mean" and "sum" it is computed during the forward: GEMM
-        work is 8 units where a forward of the model's head alone is 2 and D' is D, 6 with a frozen
-        weight. For "none" the backward computes the logits again: 12, or 10.
+    Gradient: for hidden, weight and bias, equation (11) of ``em_kernels.reference_divergence``; NaN
+        in the rows whose divergence is inf. For "mean" and "sum" it is computed during the forward:
+        GEMM work is 4 times that of the forward of the model's head alone where D' is D, 3 times
+        with a frozen weight. For "none" the backward computes the logits again: 6 times, or 5.
     Precision: logits, statistics and accumulated gradients are fp32 whatever the inputs' dtypes.
         The terms summed are a log(a / b) - a + b, none of them negative, so that small divergences
         keep their digits.
@@ -91,6 +92,11 @@ def fused_divergence(
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: {reduction!r} is unknown; use one of {', '.join(REDUCTIONS)}")
+    for name in return_stats or ():
+        if name in ("logprob", *OF_TOP):
+            raise ValueError(
+                f"return_stats: {name} is not for fused_divergence; call fused_token_stats for it"
+            )
     _check_stat_names("return_stats", return_stats, has_targets=False)
     head, reference = check_pair(
         hidden,

@@ -1,7 +1,8 @@
-"""Functions with the arguments and results of verl's, OpenRLHF's and slime's.
+"""Functions of verl, OpenRLHF and slime, with their arguments and results.
 
 Where theirs take logits, or log-probabilities computed from them, these take the hidden states and
-the head's weight.
+the head's weight. None of them shifts: each hidden state is the one that its token was sampled
+from.
 """
 
 from typing import Any
@@ -44,10 +45,12 @@ def linear_cross_entropy(
     Args:
         hidden: (..., D), N tokens.
         weight: (V, D).
+        labels: N of any shape, int64, the token after each hidden state; the log-probability of
+            -100 is 0.
         temperature: > 0.
-        labels: N of any shape, int64; the log-probability of -100 is 0.
-        reduction: of the log-probabilities: "none" (N,), "sum" () or "mean" (), divided by N.
-        group: ranks that each hold consecutive rows of the weight.
+        reduction: of the log-probabilities: "none" (N,), "sum" () or "mean" (), divided by N, with
+            labels of -100.
+        group: ranks that each hold consecutive rows of the weight; verl's dist_process_group.
         caller_sums_dhidden: for code that sums dhidden over the group itself, as verl's and Cut
             Cross-Entropy's (``reduce_e_grad=False``) callers do: every rank gets an equal share of
             dhidden, so that the sum is right. Otherwise each gets the whole.
@@ -56,14 +59,16 @@ def linear_cross_entropy(
         (log-probabilities, entropies (N,)) in nats, fp32 (fp64 for fp64), flat as verl's.
 
     Gradient, precision, memory: as in :func:`em_kernels.fused_token_stats`.
-    Raises: as :func:`em_kernels.fused_token_stats`, with labels for targets and group for
-        process_group.
+    Raises: as :func:`em_kernels.fused_token_stats`, in whose errors the values of labels are called
+        targets, and group process_group.
     Source: verl 0.9.1, verl/utils/kernel/linear_cross_entropy.py. Beyond it, this function runs on
         any device and D, with shards of different sizes, and takes labels of -100.
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: {reduction!r} is unknown; use one of {', '.join(REDUCTIONS)}")
     check_float("hidden", hidden)
+    if hidden.dim() < 1:
+        raise ValueError("hidden: expected (..., D), got a scalar")
     rows = hidden.reshape(-1, hidden.shape[-1])
     flat = labels.reshape(-1) if isinstance(labels, Tensor) else labels
     check_per_token("labels", flat, rows)
@@ -116,34 +121,41 @@ def verl_policy_loss(
         hidden: (B, T, D), the states that the responses' tokens were sampled from.
         weight: (V, D).
         responses: (B, T) int64 tokens.
-        old_log_prob, advantages, response_mask: (B, T).
+        old_log_prob, advantages, response_mask: (B, T), the mask bool or int.
         cliprange, cliprange_low, cliprange_high: the latter two default to the first.
-        clip_ratio_c: largest ratio where the advantage is negative, > 1 + cliprange_high.
+        clip_ratio_c: largest ratio where the advantage is negative, >= 1 + cliprange_high.
         loss_agg_mode: "token-mean", "seq-mean-token-sum", "seq-mean-token-mean", or
             "seq-mean-token-sum-norm". Responses without tokens are not counted.
         rollout_is_weights: (B, T) or None.
-        dp_size, batch_num_tokens, global_batch_size: of the global batch: its tokens for
-            "token-mean", its responses for the others; default this call's.
-        loss_scale_factor: of "seq-mean-token-sum-norm", by default T.
+        dp_size: processes whose gradients are averaged; the loss is multiplied by it.
+        batch_num_tokens, global_batch_size: what the sum is divided by: the tokens of all
+            processes' calls for "token-mean", their responses for the others; default this call's,
+            where dp_size is 1.
+        loss_scale_factor: of "seq-mean-token-sum-norm", which divides by it, by default T.
         head: temperature, process_group and others, as in :func:`em_kernels.fused_token_loss`.
 
     Returns:
-        (pg_loss, pg_clipfrac, ppo_kl, pg_clipfrac_lower), each (), the last three detached.
+        (pg_loss, pg_clipfrac, ppo_kl, pg_clipfrac_lower), each () fp32 (fp64 for fp64), the last
+        three detached. verl returns these in a dict, as actor/pg_clipfrac and so on.
 
     Gradient, precision, memory: as in :func:`em_kernels.fused_token_loss`, which is called once.
     Raises: ValueError, TypeError naming the argument of :func:`em_kernels.losses.grpo_loss`;
         RuntimeError on double backward.
     Source: verl 0.9.1, compute_policy_loss_vanilla and agg_loss of verl/trainer/ppo/core_algos.py;
-        dual clip, arXiv 1912.09729. verl also holds log-ratios within 20, where clips hold the
-        loss.
+        dual clip, arXiv 1912.09729. verl also clamps log-ratios to [-20, 20], where the clips bound
+        the loss already.
     """
     if loss_agg_mode not in VERL_AVERAGES:
         known = ", ".join(VERL_AVERAGES)
         raise ValueError(f"loss_agg_mode: {loss_agg_mode!r} is unknown; use one of {known}")
-    high = cliprange if cliprange_high is None else cliprange_high
+    high = check_number("cliprange", cliprange)
+    if cliprange_high is not None:
+        high = check_number("cliprange_high", cliprange_high)
     _check_dual_clip("clip_ratio_c", clip_ratio_c, high)
     loss_type = VERL_AVERAGES[loss_agg_mode]
     count = batch_num_tokens if loss_agg_mode == "token-mean" else global_batch_size
+    if not check_number("dp_size", dp_size) >= 1:
+        raise ValueError(f"dp_size: {dp_size} is not >= 1")
     if count is None and dp_size > 1:
         missing = "batch_num_tokens" if loss_agg_mode == "token-mean" else "global_batch_size"
         raise ValueError(f"{missing}: is None with dp_size = {dp_size}; give the global batch's")
@@ -205,13 +217,14 @@ def openrlhf_policy_loss(
         hidden: (B, T, D), the states that the actions were sampled from.
         weight: (V, D).
         actions: (B, T) int64 tokens.
-        old_log_probs, advantages, action_mask: (B, T). Rows without actions are not counted.
+        old_log_probs, advantages, action_mask: (B, T), the mask bool or int. Rows without actions
+            are not counted.
         clip_eps_low, clip_eps_high, dual_clip, token_level_loss, policy_loss_type: as those of
             OpenRLHF's PolicyLoss; "gspo" always averages over sequences.
         head: temperature, process_group and others, as in :func:`em_kernels.fused_token_loss`.
 
     Returns:
-        (loss, clip_ratio, ppo_kl), each (), the last two detached.
+        (loss, clip_ratio, ppo_kl), each () fp32 (fp64 for fp64), the last two detached.
 
     Gradient, precision, memory: as in :func:`em_kernels.losses.grpo_loss`, which is called once.
     Raises: ValueError, TypeError naming the argument of :func:`em_kernels.losses.grpo_loss`;
@@ -221,7 +234,7 @@ def openrlhf_policy_loss(
     if policy_loss_type not in ("ppo", "gspo"):
         raise ValueError(f"policy_loss_type: {policy_loss_type!r} is unknown; use ppo or gspo")
     if dual_clip is not None:
-        _check_dual_clip("dual_clip", dual_clip, clip_eps_high)
+        _check_dual_clip("dual_clip", dual_clip, check_number("clip_eps_high", clip_eps_high))
     per_token = policy_loss_type == "ppo"
     loss, metrics = grpo_loss(
         hidden,

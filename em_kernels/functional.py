@@ -151,11 +151,12 @@ def fused_token_stats(
             without gradient). Or (..., K), several for each token: logprob is then (..., K), that
             of ``logp.gather(-1, targets)``. A target may be there more than once.
         stats: names of the fields to return; default entropy, and logprob where there are targets.
+            With top_k its three fields come in addition, and () asks for these alone.
         mask: (...) weights; tokens of weight 0 are left out: their statistics are 0, and they may
             hold NaN.
-        top_k: adds top_logprobs and top_indices (..., top_k) of the most probable entries,
-            descending, of equal ones the lower index first; and tail_logprob (...), the log of the
-            sum of all other probabilities, -inf where there are none.
+        top_k: int in [1, V]: adds top_logprobs and top_indices (..., top_k) of the most probable
+            entries, descending, of equal ones the lower index first; and tail_logprob (...), the
+            log of the sum of all other probabilities, -inf where there are none.
         support: (indices (nnz,), offsets (N + 1,)), int64: restricts the distribution of token i of
             the flattened N, masked ones included, to the entries indices[offsets[i]:offsets[i + 1]]
             (what top-k or top-p sampling left, say), as if all other logits were -inf. They are
@@ -163,8 +164,8 @@ def fused_token_stats(
             For entropy, logprob and logsumexp, and not with top_k or a process_group.
 
     Returns:
-        TokenStats; each field (...) fp32 in nats (fp64 for fp64), argmax int64, None where not
-        asked for.
+        TokenStats; each field (...) fp32 in nats (fp64 for fp64), logprob (..., K) for several
+        targets, argmax and top_indices int64, None where not asked for.
 
     Gradient: for hidden, weight and bias, with any upstream per token and statistic; argmax,
         top_indices and tail_logprob have none. Where all fp32 logits (N, V) fit into chunk_bytes
@@ -264,10 +265,11 @@ def fused_token_loss(
     """Sum any loss that is a function of each token's own statistics.
 
     Examples: policy gradients, GRPO and PPO with clip and entropy bonus, cross-entropy, z-loss,
-    self-certainty. Equivalent to this, at 3/4 of the GEMM work where it would recompute logits::
+    self-certainty. Equivalent to this for hidden (N, D), at 3/4 of the GEMM work where it would
+    recompute logits::
 
         stats = fused_token_stats(hidden, weight, targets, stats=TokenStats._fields)
-        loss = (mask * loss_fn(stats, torch.arange(mask.numel()))).sum()
+        loss = (mask * loss_fn(stats, torch.arange(len(hidden)))).sum()
 
     GRPO with clip and entropy bonus, over the answers' tokens::
 
@@ -279,7 +281,7 @@ def fused_token_loss(
 
         fused_token_loss(hidden, weight, tokens, loss_fn, mask=is_answer).backward()
 
-    What the same pass knows, for a log; no further GEMM::
+    Values to log, from the same pass and without another product::
 
         def loss_fn(stats, index):
             ratio = torch.exp(stats.logprob - old_logprob[index])
@@ -291,6 +293,14 @@ def fused_token_loss(
         entropy = stats.entropy[is_answer].mean()
         accuracy = (stats.argmax == tokens)[is_answer].float().mean()
         clip_share = extras["clipped"][is_answer].float().mean()
+
+    Forward KL over a teacher's stored ids (N, K) and probabilities (N, K), 0 where an id is -100::
+
+        def loss_fn(stats, index):
+            q = probabilities[index]
+            return (torch.xlogy(q, q) - q * stats.logprob).sum(-1)
+
+        loss = fused_token_loss(hidden, weight, ids, loss_fn, mask=mask / mask.sum())
 
     Args:
         hidden, weight, bias, temperature, logit_scale, softcap, grad_tolerance, chunk_bytes,
@@ -306,7 +316,8 @@ def fused_token_loss(
         top_k: adds top_logprobs and top_indices (n, top_k) and tail_logprob (n,) to loss_fn's
             stats, as in :func:`fused_token_stats`. A loss that depends on top_logprobs is exact,
             whatever grad_tolerance is.
-        return_stats: names of statistics to return, () for loss_fn's extras alone.
+        return_stats: names of statistics to return, () for loss_fn's extras alone; None returns
+            the loss alone.
         mask: (...) weights of the losses, negative ones too. Tokens of weight 0 never reach
             loss_fn; what is returned for them is 0.
 

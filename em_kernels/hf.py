@@ -85,6 +85,8 @@ def hidden_states(
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:
     """Return the transformers model inside its wrappers: PEFT, DDP, FSDP, DeepSpeed."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a transformers model, got {type(model).__name__}")
     found = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
     if found is None:
         raise TypeError(f"model: there is no transformers model in this {type(model).__name__}")
@@ -189,6 +191,8 @@ def check_head(model: nn.Module, head: Head | None = None) -> None:
 
 def scored_positions(batch: Mapping[str, Tensor]) -> Tensor:
     """Return (B, T) bool: the hidden states that score a token counted by :func:`entropy_loss`."""
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"batch: expected a dict of tensors, got {type(batch).__name__}")
     unknown = sorted(set(batch) - {*INPUTS, "labels"})
     if unknown or "input_ids" not in batch:
         raise ValueError(
@@ -197,6 +201,11 @@ def scored_positions(batch: Mapping[str, Tensor]) -> Tensor:
         )
     ids = batch["input_ids"]
     for name, x in batch.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(
+                f"batch: {name} is a {type(x).__name__}; expected a tensor (B, T), as a tokenizer "
+                'returns it with return_tensors="pt"'
+            )
         if x.shape != ids.shape or x.dim() != 2:
             raise ValueError(f"batch: {name} is {tuple(x.shape)}; expected (B, T), as input_ids")
     seen = batch.get("attention_mask", torch.ones_like(ids)) != 0
@@ -263,7 +272,7 @@ def entropy_loss(
     Raises: ValueError, TypeError naming the argument. A model whose logits are not its head applied
         to its hidden states goes unnoticed here: call :func:`check_head` once.
     """
-    mask = scored_positions(batch)
+    lm, mask = causal_lm(model), scored_positions(batch)
     peft_configs = [getattr(m, "active_peft_config", None) for m in model.modules()]
     if "position_ids" in batch and any(getattr(c, "is_prompt_learning", 0) for c in peft_configs):
         raise ValueError(
@@ -307,7 +316,7 @@ def entropy_loss(
         return loss
 
     inputs: dict[str, Any] = {name: batch[name] for name in INPUTS if name in batch}
-    config: Any = causal_lm(model).config.get_text_config()
+    config: Any = lm.config.get_text_config()
     if balances := getattr(config, "output_router_logits", False):
         inputs["output_router_logits"] = True
     with head_reads(model, read):

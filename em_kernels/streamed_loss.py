@@ -54,6 +54,8 @@ def entropy_loss_into(
         The loss (), the gradient of hidden, shaped and rounded as hidden, that of bias (V,) in fp32
         if it requires grad, else None, and the GradientReport.
 
+    Gradient: always of hidden, whether or not it requires grad. Nothing is attached to a graph.
+    Precision: as in :func:`fused_entropy_loss`.
     Memory: one chunk, fp32 dhidden, and 64 MiB for values, with a tolerance 64 MiB more.
     Raises: as :func:`fused_entropy_loss`.
     """
@@ -97,6 +99,9 @@ def divergence_into(
         The divergences' sum (), weighted by the mask, the gradient of hidden, shaped and rounded as
         hidden, and that of bias (V,) in fp32 if it requires grad, else None.
 
+    Gradient: as in :func:`entropy_loss_into`; where ref_weight has fewer rows, the callback gets
+        no values for the others, and that of bias has as many as ref_weight.
+    Precision: as in :func:`fused_divergence`.
     Memory: one chunk of both models' logits, fp32 dhidden, and 64 MiB for values.
     Raises: as :func:`fused_divergence`.
     """

@@ -83,7 +83,8 @@ class FusedGRPOTrainer(_HeadChecks, GRPOTrainer):
 
     Args:
         reward_funcs: as in trl.GRPOTrainer, or names of rewards of ``em_kernels.losses``: "rent",
-            "intuitor", "em_rl_token", "em_rl_sequence", alone or among others. They come from the
+            "intuitor", "em_rl_token", "em_rl_sequence", alone or in a list with others. They are in
+            nats, at args.temperature, and logged as rewards/rent/mean and so on. They come from the
             pass that computes the old log-probabilities; where TRL needs none, the ratio being 1,
             from one such pass. They count the model's own tokens only, not a tool's, and are None
             for a completion that mask_truncated_completions leaves out. A reward model in a folder
@@ -111,6 +112,11 @@ class FusedGRPOTrainer(_HeadChecks, GRPOTrainer):
         given = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         self._intrinsic = [r for r in given if isinstance(r, str) and r in INTRINSIC_REWARDS]
         for name in given:
+            if not (name is None or isinstance(name, str) or callable(name)):
+                raise TypeError(
+                    "reward_funcs: expected a name, a function or a reward model, or a list of "
+                    f"these, got {type(name).__name__}"
+                )
             if isinstance(name, str) and not (
                 name in INTRINSIC_REWARDS or "/" in name or os.path.isdir(name)
             ):
@@ -241,7 +247,8 @@ class FusedDistillationTrainer(_HeadChecks, DistillationTrainer):
         FusedDistillationTrainer("Qwen/Qwen3-0.6B", "Qwen/Qwen3-4B", args, dataset).train()
 
     Args:
-        all: as in trl.DistillationTrainer. A class with several parents lists this one before
+        all: as in trl.DistillationTrainer. The teacher has the student's tokenizer; its hidden
+            size, scale and softcap are its own. A class with several parents lists this one before
             TRL's.
 
     Gradient: for the student, equation (11) of ``em_kernels.reference_divergence``.

@@ -224,6 +224,11 @@ BAD = {
     "loss_agg_mode: 'mean' is unknown": lambda: policy(verl_policy_loss, loss_agg_mode="mean"),
     "clip_ratio_c: 1.1 is not >= 1.2": lambda: policy(verl_policy_loss, clip_ratio_c=1.1),
     "batch_num_tokens: is None with dp_size = 2": lambda: policy(verl_policy_loss, dp_size=2),
+    "dp_size: 0 is not >= 1": lambda: policy(verl_policy_loss, dp_size=0),
+    "cliprange: expected a number, got str": lambda: policy(verl_policy_loss, cliprange="0.2"),
+    "hidden: expected .*, got a scalar": lambda: linear_cross_entropy(
+        torch.ones(()), torch.ones(3, 2), torch.tensor(1)
+    ),
     "cliprange_lo: grpo_loss has no such argument": lambda: policy(
         verl_policy_loss, cliprange_lo=1
     ),

@@ -391,16 +391,19 @@ def test_sharded_model_equals_a_whole_one(ranks):
         ({"input_ids": None}, "batch: has no input_ids; expected input_ids, and"),
         ({"labels": torch.ones(2, 4)}, r"batch: labels is \(2, 4\); expected \(B, T\), as"),
         ({"input_ids": torch.ones(9).long()}, r"batch: \w+ is \(.*\); expected \(B, T\), as"),
+        ({"input_ids": [[1, 2]]}, "batch: input_ids is a list; .* return_tensors"),
     ],
 )
 def test_bad_batches(change, message):
     batch = {**collate(list(examples())[:2]), **change}
-    with pytest.raises(ValueError, match=f"^{message}"):
+    with pytest.raises((ValueError, TypeError), match=f"^{message}"):
         entropy_loss(make_model(), {k: x for k, x in batch.items() if x is not None})
 
 
 def test_bad_models():
     batch = collate(list(examples())[:2])
+    with pytest.raises(TypeError, match="^model: expected a transformers model, got str"):
+        entropy_loss("model", batch)
     with pytest.raises(TypeError, match="^model: there is no transformers model in this Linear"):
         entropy_loss(nn.Linear(2, 2), batch)
     with pytest.raises(TypeError, match=r"^model: is in nn\.DataParallel.* one process a GPU"):

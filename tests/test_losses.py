@@ -160,10 +160,13 @@ STATS = TokenStats(logsumexp=torch.ones(B, T), mean_logit=torch.ones(B, T))
 BAD = {
     "stats: has no entropy": lambda: losses.rent_reward(STATS, BOOL),
     "stats: has no logprob": lambda: losses.em_rl_sequence_reward(STATS, BOOL),
+    "stats: has no logsumexp": lambda: losses.intuitor_reward(torch.ones(B, T), BOOL, V),
+    "vocab_size: expected an int, got Tensor": lambda: losses.self_certainty(STATS, torch.ones(V)),
     "vocab_size: 0 is not an int > 0": lambda: losses.self_certainty(STATS, 0),
     "mask: expected exactly": lambda: losses.intuitor_reward(STATS, BOOL[0], V),
     "group_size: 0 is not": lambda: losses.group_advantages(torch.ones(4), 0),
     "epsilon: -1 is not >= 0": lambda: losses.group_advantages(torch.ones(4), 2, epsilon=-1),
+    "rewards: expected a tensor, got list": lambda: losses.group_advantages([1.0, 2.0], 2),
     r"rewards: \(4,\) is not whole": lambda: losses.group_advantages(torch.ones(4), 3),
     r"keep: 1.5 is not in \[0, 1\]": lambda: losses.entropy_mask(STATS, BOOL, 1.5),
 }

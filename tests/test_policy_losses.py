@@ -336,9 +336,12 @@ BAD = {
     "delta: 0 is not > 0": lambda: grpo(delta=0),
     "delta: loss_type 'sapo' limits": lambda: grpo(loss_type="sapo", delta=2.0),
     "sapo_temperatures: .0, 1. is not": lambda: grpo(loss_type="sapo", sapo_temperatures=(0, 1)),
+    "sapo_temperatures: 1.0 is not two": lambda: grpo(loss_type="sapo", sapo_temperatures=1.0),
     "top_entropy: grpo_loss has no such argument": lambda: grpo(top_entropy=0.2),
     "targets: expected a tensor": lambda: grpo(targets=None),
-    "advantages: expected exactly": lambda: grpo(advantages=torch.ones(T)),
+    r"advantages: expected exactly \(\d+,\), one per completion, or": lambda: grpo(
+        advantages=torch.ones(T)
+    ),
     "old_logprobs: expected exactly": lambda: grpo(old_logprobs=torch.ones(B)),
     "importance_weights: expected exactly": lambda: grpo(
         loss_type="vespo", num_items_in_batch=9, importance_weights=torch.ones(B)
@@ -348,6 +351,8 @@ BAD = {
     ),
     "ratio: 0 is not": lambda: of_covariance(kl_cov_loss, ratio=0),
     "beta: kl_cov_loss has no such argument": lambda: of_covariance(kl_cov_loss, beta=0.1),
+    "epsilon: -1 is not >= 0": lambda: of_covariance(clip_cov_loss, epsilon=-1),
+    "bounds: 1.0 is not two numbers": lambda: of_covariance(clip_cov_loss, bounds=1.0),
     "generator: with a process_group": lambda: of_covariance(clip_cov_loss, process_group="any"),
 }
 

@@ -151,3 +151,5 @@ def test_completions_that_are_left_out_have_no_reward(tmp_path):
 def test_unknown_names(tmp_path):
     with pytest.raises(ValueError, match="^reward_funcs: 'rents' is none of rent, intuitor, em_rl"):
         make_trainer(FusedGRPOTrainer, make_model(), tmp_path, [varied, "rents"])
+    with pytest.raises(TypeError, match="^reward_funcs: expected .*, or a list .* got tuple"):
+        make_trainer(FusedGRPOTrainer, make_model(), tmp_path, (varied, "rent"))

@@ -1,4 +1,4 @@
-"""Losses as one call each, and rewards: cross-entropy and its relatives, policy losses, rewards."""
+"""Losses on given tokens, policy losses, and rewards that need no reward model."""
 
 from .covariance import clip_cov_loss, kl_cov_loss
 from .policy import LOSS_TYPES, grpo_loss

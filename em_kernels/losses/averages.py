@@ -29,7 +29,8 @@ def check_head_arguments(function: str, head: dict[str, Any], *more: str) -> Non
         if name not in (*HEAD_ARGUMENTS, *more):
             known = ", ".join((*HEAD_ARGUMENTS, *more))
             raise TypeError(
-                f"{name}: {function} has no such argument; of the head it takes {known}"
+                f"{name}: {function} has no such argument; beside those in its docstring it takes "
+                f"{known}"
             )
 
 
@@ -48,7 +49,10 @@ def count_tensor(name: str, count: float | Tensor | None, like: Tensor) -> Tenso
     """Return a count that the caller gives, a number or a tensor, as a () tensor like `like`."""
     if isinstance(count, Tensor):
         if count.numel() != 1 or count.requires_grad:
-            raise ValueError(f"{name}: expected one number without grad, got {count}")
+            raise ValueError(
+                f"{name}: expected one number without grad, got {tuple(count.shape)}"
+                + (", which requires grad" if count.requires_grad else "")
+            )
         return zeros_to_one(count.reshape(()).to(like))
     if count is None or not check_number(name, count) > 0:
         raise ValueError(f"{name}: is {count}; this loss needs a number > 0")
@@ -73,6 +77,11 @@ def per_token(
         per_completion = name in ("advantages", "importance_weights")
         if per_completion and isinstance(x, Tensor) and x.shape == hidden.shape[:-2]:
             x = x[..., None].expand(hidden.shape[:-1])
+        elif per_completion and isinstance(x, Tensor) and x.shape != hidden.shape[:-1]:
+            raise ValueError(
+                f"{name}: expected exactly {tuple(hidden.shape[:-2])}, one per completion, or "
+                f"{tuple(hidden.shape[:-1])}, one per token, got {tuple(x.shape)}"
+            )
         check_per_token(name, x, hidden)  # type: ignore[arg-type]
         assert x is not None
         if name != "targets":  # of ints, and of the fp64 that numpy gives

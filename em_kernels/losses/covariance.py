@@ -1,5 +1,6 @@
 """Policy losses that hold back the few tokens whose covariance with the advantage is high."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -46,12 +47,13 @@ def clip_cov_loss(
         hidden, weight, targets, mask, advantages, old_logprobs: as in :func:`grpo_loss`.
         epsilon, epsilon_high: as in :func:`grpo_loss`; the paper's 1 clips almost nothing.
         ratio: share of the tokens that is dropped at most, though one at least.
-        bounds: of the covariance, exclusive.
-        generator: draws the tokens, on the CPU. With a process_group, every rank needs one in the
-            same state.
-        return_metrics: also return {"entropy", "approx_kl", "clip_low", "clip_high", "dropped"}.
-        head: bias, temperature, softcap, process_group, support and others, as in
-            :func:`fused_token_stats`.
+        bounds: (low, high), both exclusive, of the covariance of the tokens that may be dropped.
+        generator: of the CPU, draws the tokens; None: torch's default one. With a process_group,
+            every rank needs one in the same state.
+        return_metrics: also return a dict of detached () means over this call's tokens: "entropy",
+            "approx_kl", "clip_low", "clip_high", "dropped" (the share that was).
+        head: bias, temperature, logit_scale, softcap, chunk_bytes, process_group and support, as in
+            :func:`fused_token_stats`; grad_tolerance has no effect.
 
     Returns:
         () fp32 (fp64 for fp64), the mean over this call's tokens; with return_metrics (loss,
@@ -69,6 +71,11 @@ def clip_cov_loss(
             "to drop the same tokens"
         )
     high = epsilon if epsilon_high is None else epsilon_high
+    for name, value in (("epsilon", epsilon), ("epsilon_high", high)):
+        if not check_number(name, value) >= 0:
+            raise ValueError(f"{name}: {value} is not >= 0")
+    if not isinstance(bounds, Sequence) or len(bounds) != 2:
+        raise ValueError(f"bounds: {bounds} is not two numbers, (low, high)")
     ratio = _check_share(ratio)
     flat, weights = per_token(
         hidden, mask, True, targets=targets, advantages=advantages, old_logprobs=old_logprobs
@@ -125,9 +132,10 @@ def kl_cov_loss(
         hidden, weight, targets, mask, advantages, old_logprobs: as in :func:`grpo_loss`.
         ratio: share of the tokens that is penalised, though one at least.
         kl_coef: weight of the penalty.
-        return_metrics: also return {"entropy", "approx_kl", "penalised"}.
-        head: bias, temperature, softcap, process_group, support and others, as in
-            :func:`fused_token_stats`.
+        return_metrics: also return a dict of detached () means over this call's tokens: "entropy",
+            "approx_kl", "penalised" (the share that was).
+        head: bias, temperature, logit_scale, softcap, chunk_bytes, process_group and support, as in
+            :func:`fused_token_stats`; grad_tolerance has no effect.
 
     Returns, gradient, precision, memory, raises: as in :func:`clip_cov_loss`.
     Source: The Entropy Mechanism of Reinforcement Learning for Reasoning Language Models, arXiv

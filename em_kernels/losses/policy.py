@@ -1,6 +1,7 @@
 """GRPO's loss and its relatives."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -106,35 +107,37 @@ def grpo_loss(
         advantages: (...) one per completion, or (..., T) one per token.
         old_logprobs: (..., T) of the policy that sampled; None: of this one, so the ratio is 1.
         ref_logprobs: (..., T) of the reference model; needed unless beta is 0.
-        importance_weights: (...) or (..., T), factors of the policy's part of the loss; for "vespo"
-            (..., T).
+        importance_weights: (...) or (..., T), factors of the loss without KL and entropy; for
+            "vespo" (..., T).
         epsilon, epsilon_high: distances below and above 1 at which the ratio is clipped;
             epsilon_high defaults to epsilon. For "cispo" epsilon_high is the largest ratio, by
             default 5.
         delta: largest ratio where the advantage is negative, which clipping alone leaves unbounded;
             more than 1 + epsilon_high. None: no limit.
-        beta: weight of the KL.
-        bias_corrected_kl: multiply the KL by the ratio, so that its gradient is that of the KL.
+        beta: weight of the KL from the reference model.
+        bias_corrected_kl: multiply the KL's estimate by the ratio, so that the gradient's
+            expectation is that of the KL.
         entropy_coef: > 0 rewards entropy, < 0 minimises it; it always applies to the mean over this
             call's tokens.
-        loss_type: "grpo" averages the completions' means, "bnpo" this call's tokens; "dapo" and
-            "dr_grpo" divide the sum by a given number; "luspo" averages the completions' sums.
-            verl's "seq-mean-token-mean" and "seq-mean-token-sum" do not count empty completions.
-            "cispo" (averaged as "dapo") and "sapo" (as "grpo") limit the ratio in other ways.
-            "vespo" (as "dapo") weighs each completion by a function of its probability's ratio.
+        loss_type: "grpo" averages the completions' means, "bnpo" this call's tokens; "dapo", TRL's
+            default, and "dr_grpo" divide the sum by a given number; "luspo" averages the
+            completions' sums. verl's "seq-mean-token-mean" and "seq-mean-token-sum" do not count
+            empty completions. "cispo" (averaged as "dapo") and "sapo" (as "grpo") limit the ratio
+            in other ways. "vespo" (as "dapo") weighs each completion by a function of its
+            probability's ratio.
         importance_sampling_level: "token", or "sequence" for one ratio a completion.
         sapo_temperatures: tau of tokens with positive, and with other advantages.
         num_items_in_batch: a number or tensor (), for "dapo", "cispo" and "vespo": the number of
             tokens in all calls whose gradients are summed; if processes average their gradients,
             count one process's calls only. For verl's types the number of completions that are not
-            empty, by default this call's.
-        max_completion_length: for "dr_grpo".
+            empty, by default this call's. Other types do not use it.
+        max_completion_length: for "dr_grpo": the number of tokens that each completion counts as.
         return_metrics: also return a dict of detached () means over this call's tokens: "entropy";
             "approx_kl" of old_logprobs minus logprob; "kl" to the reference where that is given;
             "clip_low", "clip_high" and "clip_delta", shares of the tokens that each limit holds.
-        head: bias, temperature, softcap, grad_tolerance, process_group and others, as in
-            :func:`fused_token_loss`; and support, what top-k and top-p sampling left of the
-            vocabulary, as in :func:`fused_token_stats`.
+        head: bias, temperature, logit_scale, softcap, grad_tolerance, chunk_bytes and
+            process_group, as in :func:`fused_token_loss`; and support, the ids that top-k or top-p
+            sampling kept, as in :func:`fused_token_stats`.
 
     Returns:
         () fp32 (fp64 for fp64); 0 where the mask is 0 throughout. With return_metrics (loss,
@@ -224,9 +227,8 @@ def _check_limits(limits: _Limits) -> _Limits:
         raise ValueError(f"delta: loss_type {loss_type!r} limits the ratio itself; leave it None")
     if delta is not None and not check_number("delta", delta) > 0:
         raise ValueError(f"delta: {delta} is not > 0")
-    if len(temperatures) != 2 or not all(
-        check_number("sapo_temperatures", tau) > 0 for tau in temperatures
-    ):
+    is_pair = isinstance(temperatures, Sequence) and len(temperatures) == 2
+    if not is_pair or not all(check_number("sapo_temperatures", tau) > 0 for tau in temperatures):
         raise ValueError(f"sapo_temperatures: {temperatures} is not two numbers > 0")
     return limits
 

@@ -1,4 +1,4 @@
-"""Rewards of reinforcement learning without a reward model, and what is made of them.
+"""Rewards of reinforcement learning without a reward model, and advantages from rewards.
 
 A reward takes the TokenStats of completions, fields (..., T), and a mask (..., T) of bool or
 weights, 0 outside the completions, where a statistic may be NaN. It returns (...) in nats, 0 where
@@ -37,8 +37,11 @@ def self_certainty(stats: TokenStats, vocab_size: int) -> Tensor:
     Source: Intuitor, arXiv 2505.19590, section 3.2. Public copies of its code leave log V out,
         which does not change an advantage within a group.
     """
-    if not isinstance(vocab_size, int) or vocab_size < 1:
-        raise ValueError(f"vocab_size: {vocab_size!r} is not an int > 0; give len(lm_head.weight)")
+    if not isinstance(vocab_size, int):
+        kind = type(vocab_size).__name__
+        raise TypeError(f"vocab_size: expected an int, got {kind}; give len(lm_head.weight)")
+    if vocab_size < 1:
+        raise ValueError(f"vocab_size: {vocab_size} is not an int > 0; give len(lm_head.weight)")
     return _field(stats, "logsumexp") - _field(stats, "mean_logit") - math.log(vocab_size)
 
 
@@ -50,6 +53,12 @@ def intuitor_reward(stats: TokenStats, mask: Tensor, vocab_size: int) -> Tensor:
         token = -(logits.log_softmax(-1) + math.log(vocab_size)).mean(-1)
         result = (mask * token).sum(-1) / mask.sum(-1)
 
+    Args:
+        stats: with logsumexp and mean_logit, (..., T).
+        mask: (..., T), 0 outside the completions.
+        vocab_size: as in :func:`self_certainty`.
+
+    Returns: (...) in nats, 0 for a completion without tokens.
     Source: Intuitor, arXiv 2505.19590, section 3.2.
     """
     return _masked_mean(self_certainty(stats, vocab_size), mask)
@@ -63,6 +72,11 @@ def em_rl_sequence_reward(stats: TokenStats, mask: Tensor) -> Tensor:
         token = logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
         result = (mask * token).sum(-1)
 
+    Args:
+        stats: with logprob, (..., T).
+        mask: (..., T), 0 outside the completions.
+
+    Returns: (...) in nats.
     Source: EM-RL-sequence of The Unreasonable Effectiveness of Entropy Minimization in LLM
         Reasoning, arXiv 2505.15134, equation (3). A public copy of its code takes the mean.
     """
@@ -77,6 +91,11 @@ def em_rl_token_reward(stats: TokenStats, mask: Tensor) -> Tensor:
         logp = logits.log_softmax(-1)
         result = (mask * (logp.exp() * logp).sum(-1)).sum(-1)
 
+    Args:
+        stats: with entropy, (..., T).
+        mask: (..., T), 0 outside the completions.
+
+    Returns: (...) in nats.
     Source: EM-RL-token, arXiv 2505.15134, equation (4). A public copy of its code takes the mean,
         as :func:`rent_reward` does.
     """
@@ -97,6 +116,11 @@ def rent_reward(stats: TokenStats, mask: Tensor) -> Tensor:
     >>> mask * (mask.flip(-1).cumsum(-1).flip(-1) <= 2)
     tensor([[0, 0, 0, 1, 1, 0]])
 
+    Args:
+        stats: with entropy, (..., T).
+        mask: (..., T), 0 outside the completions.
+
+    Returns: (...) in nats, 0 for a completion without tokens.
     Source: RENT, arXiv 2505.22660, which takes all tokens and finds that those near the end tell
         most.
     """
@@ -113,11 +137,12 @@ def group_advantages(
     """Compute (reward - mean) / (standard deviation + epsilon) within each group.
 
     Args:
-        rewards: (B,), with the completions of one prompt adjacent.
+        rewards: (B,) of any real dtype, with the completions of one prompt adjacent.
         group_size: completions per prompt. A group of 1 has mean 0 and deviation 1, as in verl.
         epsilon: 1e-4 as in TRL; verl and OpenRLHF take 1e-6 and 1e-9.
         divide_by_std: False leaves the division out, as Dr. GRPO does.
 
+    Returns: (B,), fp32 (fp64 for fp64).
     Source: GRPO, arXiv 2402.03300; 1e-4 and division by n - 1 as in TRL 1.16. Dr. GRPO, arXiv
         2503.20783.
     """
@@ -125,8 +150,13 @@ def group_advantages(
         raise ValueError(f"group_size: {group_size!r} is not an int >= 1")
     if not check_number("epsilon", epsilon) >= 0:
         raise ValueError(f"epsilon: {epsilon} is not >= 0")
+    if not isinstance(rewards, Tensor):
+        raise TypeError(f"rewards: expected a tensor, got {type(rewards).__name__}")
     if rewards.dim() != 1 or len(rewards) % group_size:
-        raise ValueError(f"rewards: {tuple(rewards.shape)} is not whole groups of {group_size}")
+        raise ValueError(
+            f"rewards: {tuple(rewards.shape)} is not whole groups of {group_size}; expected (B,), "
+            f"B a multiple of {group_size}"
+        )
     groups = rewards.to(torch.promote_types(rewards.dtype, torch.float32)).view(-1, group_size)
     if group_size == 1:
         mean, deviation = torch.zeros_like(groups), torch.ones_like(groups)
@@ -177,8 +207,8 @@ def entropy_mask(stats: TokenStats, mask: Tensor, keep: float = 0.2) -> Tensor:
 
 
 def _field(stats: TokenStats, name: str) -> Tensor:
-    value = getattr(stats, name)
-    if value is None:
+    value = getattr(stats, name, None)
+    if not isinstance(value, Tensor):  # a plain tensor has a method logsumexp
         raise ValueError(f"stats: has no {name}; ask for it by fused_token_stats(..., stats=...)")
     return value
 

@@ -46,7 +46,7 @@ def cross_entropy(
     Args:
         hidden: (..., D).
         weight: (V, D) of the output head.
-        targets: (...) of any integer dtype.
+        targets: (...) of any integer dtype, each in [0, V) or ignore_index.
         label_smoothing: in [0, 1]: share of the target distribution spread evenly over the
             vocabulary. Not together with class_weights.
         z_loss: weight of logsumexp squared; PaLM takes 1e-4.
@@ -58,8 +58,8 @@ def cross_entropy(
         num_items_in_batch: a number or tensor (); divides the sum, in place of this call's weights.
         reduction: "mean", "sum", or "none" for (...), weighted.
         return_stats: names of statistics to return, detached, as in :func:`fused_token_loss`.
-        others: bias, temperature, softcap, grad_tolerance, process_group and others of the head, as
-            in :func:`fused_token_loss`.
+        others: bias, temperature, logit_scale, softcap, grad_tolerance, chunk_bytes and
+            process_group, as in :func:`fused_token_loss`.
 
     Returns:
         The loss, fp32 (fp64 for fp64), 0 where nothing counts; with return_stats (loss,
@@ -110,8 +110,8 @@ def dft_loss(hidden: Tensor, weight: Tensor, targets: Tensor, **others: Any) -> 
 
     Args:
         hidden, weight, targets: as in :func:`cross_entropy`.
-        others: mask, ignore_index, shift, num_items_in_batch, reduction, return_stats and those of
-            the head, as in :func:`cross_entropy`.
+        others: class_weights, mask, ignore_index, shift, num_items_in_batch, reduction,
+            return_stats and those of the head, as in :func:`cross_entropy`.
 
     Returns, gradient, precision, memory, raises: as in :func:`cross_entropy`.
     Source: DFT, arXiv 2508.05629.
@@ -149,8 +149,8 @@ def eaft_loss(
         hidden, weight, targets: as in :func:`cross_entropy`.
         alpha: power of the gate, >= 0; 0 is cross-entropy.
         top_k: > 1, how many of the likeliest tokens the gate's entropy is of.
-        others: mask, ignore_index, shift, num_items_in_batch, reduction, return_stats and those of
-            the head, as in :func:`cross_entropy`.
+        others: class_weights, mask, ignore_index, shift, num_items_in_batch, reduction,
+            return_stats and those of the head, as in :func:`cross_entropy`.
 
     Returns, gradient, precision, memory, raises: as in :func:`cross_entropy`.
     Source: EAFT, arXiv 2601.02151, with its alpha and top_k.

@@ -190,7 +190,10 @@ def check_transform(
         if not temperature.is_floating_point():
             raise TypeError(f"temperature: expected a floating dtype, got {temperature.dtype}")
         return temperature.reshape(-1), [*scale_and_cap, 1.0]
-    tau = check_number("temperature", temperature)
+    if not isinstance(temperature, Real):
+        kind = type(temperature).__name__
+        raise TypeError(f"temperature: expected a number or a tensor, got {kind}")
+    tau = float(temperature)
     if not LEAST <= tau <= MOST:
         raise ValueError(
             f"temperature: {temperature} is not > 0 and finite, between {LEAST:g} and {MOST:g}"
@@ -213,7 +216,7 @@ def check_targets(targets: Tensor | None, hidden: Tensor) -> None:
         hidden = hidden[..., None, :].expand(*hidden.shape[:-1], targets.shape[-1], -1)
     check_per_token("targets", targets, hidden)
     if targets.dtype != torch.int64:
-        raise TypeError(f"targets: expected int64, got {targets.dtype}")
+        raise TypeError(f"targets: expected int64, got {targets.dtype}; pass targets.long()")
 
 
 def check_top_k(top_k: int | None) -> int:
