@@ -87,6 +87,7 @@ def test_a_model_that_the_hub_would_have(tmp_path, monkeypatch, capfd):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_nobody_reads_its_help(tmp_path):
     """The reader of the pipe has left before the command starts."""
     reader, writer = os.pipe()

@@ -256,8 +256,8 @@ def peaks():
 
 @pytest.mark.parametrize(
     "by, bombs",
-    [("math-verify", BOMBS[2:4]), slow("math-verify", BOMBS), slow("qwen25", BOMBS)],
-    ids=["for memory", "for all", "for all, qwen25"],
+    [slow("math-verify", BOMBS), slow("qwen25", BOMBS)],
+    ids=["math-verify", "qwen25"],
 )
 def test_hostile_text(by, bombs, tmp_path, capfd):
     """No code runs, nothing is printed, memory stays bounded; the worker goes on comparing."""

@@ -284,6 +284,7 @@ def test_an_answer_that_came_on_resume(folder, tmp_path):
 
 
 @without_pngs
+@pytest.mark.slow
 def test_long_completions_and_several_runs(folder, tmp_path, monkeypatch):
     longest = 24
     monkeypatch.setattr(report_module, "LONGEST", longest)

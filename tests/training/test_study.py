@@ -89,6 +89,7 @@ def by_hand(folder, shots, problems, temperature=1.0):
     return greedy, pytest.approx(np.exp(logprob), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_untrained(place, whole):
     """Check the scores with the usual examples, with more, and with examples of the form only."""
     found = json.loads((whole / "untrained.json").read_text())
@@ -108,6 +109,7 @@ def test_untrained(place, whole):
         assert row["samples"] == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["prompt-????.json", "prompt-*-maximised.json"])
 def test_a_trained_prompt(kind, place, whole, tmp_path):
     """Repeat the run of one prompt, and score its checkpoints."""
