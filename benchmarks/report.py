@@ -167,7 +167,8 @@ def measured(paths: list[Path]) -> list[tuple[Path, dict]]:
 
 
 def block(paths: list[Path]) -> str:
-    """Return the README's generated text: five rows of the first featured problem, and a plot.
+    """Return the README's generated text: five rows of the first featured problem, a plot, and a
+    divergence.
 
     Of several CPUs, or GPUs, the one that was measured last.
     """
@@ -190,7 +191,16 @@ def block(paths: list[Path]) -> str:
             "</picture>",
             "",
         ]
+        if divergences := of_largest_vocabulary(content.get("distillation", {}), "jsd"):
+            lines += [*tables.of_distillation(divergences), ""]
     return "\n".join(lines).rstrip()
+
+
+def of_largest_vocabulary(rows: dict[str, dict], task: str) -> dict[str, dict]:
+    """Return the cases of a distillation loss on the largest heads that were measured."""
+    found = {name: row for name, row in rows.items() if row["task"] == task}
+    largest = max((row["vocab_size"] for row in found.values()), default=0)
+    return {name: row for name, row in found.items() if row["vocab_size"] == largest}
 
 
 def page(paths: list[Path], studies: list[Path], folder: str = "") -> str:
