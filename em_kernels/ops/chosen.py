@@ -92,25 +92,37 @@ def _log_p(z: Tensor, rows: FinishedRows) -> Tensor:
 
 
 def _transformed(y: Tensor, row: RowTransform) -> Iterator[Tensor]:
-    """Yield z of some rows at a time, once for no rows."""
+    """Yield z of some rows at a time, once for no rows; in the same memory wherever it can be."""
     block = GPU_BLOCK if y.is_cuda else CPU_BLOCK
     length = max(1, block // y.shape[1])
+    is_linear = row.softcap is None and row.logit_scale > 0  # then -inf stays -inf
+    memory = y.new_empty((min(length, len(y)), y.shape[1]) if is_linear else 0)
     for start in range(0, max(1, len(y)), length):
         rows = slice(start, start + length)
-        yield reference.transform(y[rows], part_of(row._replace(targets=None), rows))
+        of_rows, part = part_of(row._replace(targets=None), rows), y[rows]
+        if not is_linear:
+            yield reference.transform(part, of_rows)
+            continue
+        z = memory[: len(part)]  # reference.transform's steps, without its copies
+        if of_rows.bias is not None:
+            part = torch.add(part, of_rows.bias.to(y.dtype), out=z)
+        if row.logit_scale != 1:
+            part = torch.mul(part, row.logit_scale, out=z)
+        yield torch.mul(part, of_rows.inv_temperature[:, None], out=z)
 
 
 def _top_of(z: Tensor, top_k: int, start: int) -> TopEntries:
     """Find the largest entries of z (rows, V), which is overwritten and begins at `start`."""
     count = min(top_k, z.shape[1])
-    values, indices = z.topk(count, dim=1)
-    last = values[:, -1:]
-    cut = ((z == last).sum(1) > (values == last).sum(1)).nonzero()[:, 0]
+    values, indices = z.topk(min(count + 1, z.shape[1]), dim=1)
+    cut = (values[:, count - 1 : count] == values[:, count:]).any(1).nonzero()[:, 0]
+    values, indices = values[:, :count], indices[:, :count]
     if len(cut) > 0:  # topk took any of several entries that equal the last
         indices[cut] = z[cut].sort(dim=1, descending=True, stable=True).indices[:, :count]
     values, indices = _ordered(values, indices)
     z.scatter_(1, indices, -torch.inf)
-    rest_max, rest_sum = _sum(z, 1)
+    rest_max = z.amax(1)
+    rest_sum = z.sub_(_finite(rest_max)[:, None]).exp_().sum(1)
     return TopEntries(values, indices + start, rest_max, rest_sum)
 
 
@@ -122,7 +134,9 @@ def _merged(parts: list[TopEntries], top_k: int) -> TopEntries:
     losers = z[:, top_k:]
     others = torch.cat([losers, rest_max], dim=1)
     weights = torch.cat([torch.ones_like(losers), rest_sum], dim=1)
-    return TopEntries(z[:, :top_k], indices[:, :top_k], *_sum(others, weights))
+    largest = others.amax(1)
+    merged_sum = (weights * torch.exp(others - _finite(largest)[:, None])).sum(1)
+    return TopEntries(z[:, :top_k], indices[:, :top_k], largest, merged_sum)
 
 
 def _ordered(z: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,8 +146,6 @@ def _ordered(z: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
     return z, indices.gather(1, order)
 
 
-def _sum(z: Tensor, weights: Tensor | int) -> tuple[Tensor, Tensor]:
-    """Return the maximum of each row, and the weighted sum of e^(z - maximum)."""
-    largest = z.amax(1)
-    finite = largest.clamp(min=torch.finfo(z.dtype).min)  # -inf less -inf would be NaN
-    return largest, (weights * torch.exp(z - finite[:, None])).sum(1)
+def _finite(largest: Tensor) -> Tensor:
+    """Return what to subtract from z: -inf less -inf would be NaN."""
+    return largest.clamp(min=torch.finfo(largest.dtype).min)
