@@ -44,7 +44,7 @@ TWICE = [
     ("offload", ["slab 3 of update 3", "token 5 of update 1"]),
     ("offload_dir", ["half of the fourth metrics", "slab 1 of update 1"]),
     ("offload_dir", ["half of the second model"]),
-    ("penalty", ["slab 3 of update 3", "half of the fourth metrics"]),
+    ("penalty", ["slab 3 of update 3", "half of the first metrics"]),
     ("official", ["the second micro-batch of update 1", "half of the fourth metrics"]),
 ]
 
