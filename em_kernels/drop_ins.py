@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from .functional import REDUCTIONS, fused_token_stats
+from .losses.averages import check_head_arguments
 from .losses.policy import grpo_loss
 from .ops.checks import check_float, check_number, check_per_token
 
@@ -159,6 +160,7 @@ def verl_policy_loss(
     if count is None and dp_size > 1:
         missing = "batch_num_tokens" if loss_agg_mode == "token-mean" else "global_batch_size"
         raise ValueError(f"{missing}: is None with dp_size = {dp_size}; give the global batch's")
+    check_head_arguments("verl_policy_loss", head)
     loss, metrics = grpo_loss(
         hidden,
         weight,
@@ -236,6 +238,7 @@ def openrlhf_policy_loss(
     if dual_clip is not None:
         _check_dual_clip("dual_clip", dual_clip, check_number("clip_eps_high", clip_eps_high))
     per_token = policy_loss_type == "ppo"
+    check_head_arguments("openrlhf_policy_loss", head)
     loss, metrics = grpo_loss(
         hidden,
         weight,

@@ -1,6 +1,6 @@
 """The public functions: each checks, casts under autocast, flattens, calls the op and reshapes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -220,13 +220,13 @@ def fused_token_stats(
 def _names_of(stats: Sequence[str] | None, has_targets: bool, has_top: bool) -> tuple[str, ...]:
     """Return the names of the statistics that are asked for, those of top_k aside."""
     default = ("entropy", "logprob") if has_targets else ("entropy",)
+    _check_is_names("stats", stats)
     names = default if stats is None else tuple(stats)
     if not names and not has_top:
         raise ValueError(f"stats: {stats!r} is not a sequence of names; give some, or None")
     if not has_top and set(names) == set(TokenStats._fields):
         names = STATS
-    given = stats if isinstance(stats, str) else names
-    _check_stat_names("stats", given, has_targets, has_top)
+    _check_stat_names("stats", names, has_targets, has_top)
     return tuple(name for name in names if name not in OF_TOP)
 
 
@@ -341,6 +341,8 @@ def fused_token_loss(
     head = check_arguments(
         hidden, weight, bias, targets, mask, transform, chunk_bytes, process_group
     )
+    if head.targets is not None and head.targets.dim() == 2:
+        grad_tolerance = 0.0
     needs, grad_enabled = _require_grad(*head[:3]), torch.is_grad_enabled()
     loss, *found = torch_library.TokenLoss.apply(
         *head, grad_tolerance, needs, loss_fn, grad_enabled, return_stats, k
@@ -349,16 +351,20 @@ def fused_token_loss(
         return loss
     shape = hidden.shape[:-1]
     stats, extras = (
-        {name: x.reshape(*shape, *x.shape[1:]) for name, x in values.items()} for values in found
+        {name: x.reshape(shape + x.shape[1:]) for name, x in values.items()} for values in found
     )
     return (loss, TokenStats(**stats), extras) if extras else (loss, TokenStats(**stats))
+
+
+def _check_is_names(argument: str, names: Sequence[str] | None) -> None:
+    if isinstance(names, str) or not isinstance(names, Iterable | None):
+        raise ValueError(f"{argument}: {names!r} is not a sequence of names; give some, or None")
 
 
 def _check_stat_names(
     argument: str, names: Sequence[str] | None, has_targets: bool, has_top: bool = False
 ) -> None:
-    if isinstance(names, str):
-        raise ValueError(f"{argument}: {names!r} is not a sequence of names; give some, or None")
+    _check_is_names(argument, names)
     for name in names or ():
         if name in OF_TOP and not has_top:
             raise ValueError(f"{argument}: {name} needs top_k")

@@ -302,7 +302,9 @@ def entropy_loss(
         weights = counts.to(torch.promote_types(hidden.dtype, torch.float32))
         if num_items_in_batch is None:
             weights = weights / weights.sum().clamp(min=1)
-        targets = next_tokens(batch, mask).to(hidden.device)
+        targets = None  # labels are any numbers: they need not be entries of the vocabulary
+        if "logprob" in return_stats:
+            targets = next_tokens(batch, mask).to(hidden.device)
         loss, stats, *_ = fused_token_loss(
             hidden,
             head.weight,

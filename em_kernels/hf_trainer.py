@@ -13,6 +13,13 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from .hf import check_head, entropy_loss, next_tokens, scored_positions
+from .ops.checks import check_tolerance, check_transform
+
+
+def named_accuracy(prefix: str, counts: Tensor) -> dict[str, float]:
+    """Return the share of right tokens, from (right, all); nothing where there are none."""
+    right, count = counts.tolist()
+    return {f"{prefix}mean_token_accuracy": right / count} if count > 0 else {}
 
 
 class EntropyTrainer(Trainer):
@@ -40,6 +47,8 @@ class EntropyTrainer(Trainer):
         chunk_bytes: int | None = None,
         **kwargs: Any,
     ) -> None:
+        check_tolerance(grad_tolerance)
+        check_transform(temperature, 1.0, None, torch.empty(1, 1))
         super().__init__(*args, **kwargs)
         for name, value in (
             ("compute_loss_func", self.compute_loss_func),
@@ -62,8 +71,10 @@ class EntropyTrainer(Trainer):
         }
         self.model_accepts_loss_kwargs = True  # Trainer then counts num_items_in_batch
         self.head_checked = False
-        # Tokens that were the most probable, and all that count: while training, and otherwise
-        self.tokens = {training: torch.zeros(2, dtype=torch.int64) for training in (True, False)}
+        # Tokens that were the most probable, and all that count: of each row (B, 2) of the last
+        # batch, on this rank since the last log, and in the evaluation on all ranks
+        self.counts = torch.zeros(0, 2, dtype=torch.int64)
+        self.tokens, self.evaluated = self.counts.sum(0), self.counts.sum(0)
 
     def _get_num_items_in_batch(self, batch_samples: Sequence[Any], device: torch.device) -> Any:
         """Count the scored tokens, with labels or without."""
@@ -94,24 +105,21 @@ class EntropyTrainer(Trainer):
                 loss, stats = entropy_loss(model, batch, return_stats=("argmax",), **settings)
             scores = scored_positions(batch)
             right = stats.argmax == next_tokens(batch, scores).to(loss.device)
-            counts = torch.stack([right.sum(), scores.sum().to(loss.device)])
-            self.tokens[model.training] = self.tokens[model.training].to(loss.device) + counts
+            scores = scores.to(loss.device)
+            self.counts = torch.stack([(right & scores).sum(1), scores.sum(1)], 1)
+            if model.training:
+                self.tokens = self.tokens.to(loss.device) + self.counts.sum(0)
             return {"loss": loss}
 
         # Trainer passes num_items_in_batch on, and multiplies the loss by the number of processes.
         return super().compute_loss(outputs, inputs, return_outputs, num_items_in_batch)  # type: ignore[arg-type]
 
-    def mean_token_accuracy(self, training: bool) -> dict[str, float]:
-        """Return the accuracy since the last call, nothing without tokens; a collective call."""
-        counts = self.tokens[training].to(self.args.device)
-        self.tokens[training] = torch.zeros_like(counts)
-        right, count = self.accelerator.reduce(counts, reduction="sum").tolist()
-        return {"mean_token_accuracy": right / count} if count > 0 else {}
-
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the accuracy to what is logged of the training steps."""
+        """Add the accuracy to what is logged of the training steps; a collective call then."""
         if "loss" in logs:
-            logs |= self.mean_token_accuracy(training=True)
+            counts = self.accelerator.reduce(self.tokens.to(self.args.device), reduction="sum")
+            logs |= named_accuracy("", counts)
+            self.tokens = torch.zeros_like(self.tokens)
         super().log(logs, *args, **kwargs)
 
     def evaluation_loop(
@@ -123,11 +131,11 @@ class EntropyTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Evaluate, and add the accuracy to the metrics."""
+        self.evaluated = torch.zeros_like(self.evaluated)
         given = dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         output = super().evaluation_loop(*given)
-        accuracy = self.mean_token_accuracy(training=False)
-        named = {f"{metric_key_prefix}_{name}": value for name, value in accuracy.items()}
-        return output._replace(metrics={**(output.metrics or {}), **named})
+        accuracy = named_accuracy(f"{metric_key_prefix}_", self.evaluated)
+        return output._replace(metrics={**(output.metrics or {}), **accuracy})
 
     def prediction_step(
         self,
@@ -139,4 +147,7 @@ class EntropyTrainer(Trainer):
         """Compute the loss of an evaluation batch; there are no logits and no labels to return."""
         with torch.no_grad():
             loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        # As Trainer does with the losses: without the rows that fill up the last batch.
+        counts: Any = self.gather_function(self.counts)
+        self.evaluated = self.evaluated.to(counts.device) + counts.sum(0)
         return loss, None, None

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .divergence import check_pair
 from .functional import REDUCTIONS
@@ -110,4 +111,6 @@ def divergence_into(
     pair = build_pair(head, reference, int(needs.hidden))
     divergence, _, gradients = sum_divergences(pair, False, needs, on_weight_grad)
     dhidden = gradients.hidden.to(hidden.dtype).reshape(hidden.shape)
-    return divergence, dhidden, gradients.bias if needs.bias else None
+    if bias is None or not needs.bias:
+        return divergence, dhidden, None
+    return divergence, dhidden, pad(gradients.bias, (0, len(bias) - len(gradients.bias)))

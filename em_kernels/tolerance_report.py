@@ -28,7 +28,8 @@ def gradient_report(loss: Tensor) -> GradientReport:
 
     Args:
         loss: returned by :func:`em_kernels.fused_entropy_loss` ("mean" or "sum") or
-            :func:`em_kernels.fused_token_loss`, with grad.
+            :func:`em_kernels.fused_token_loss`, with grad; also by
+            :func:`em_kernels.fused_divergence`, which takes no tolerance and drops nothing.
 
     Raises: ValueError for any other tensor, also for one that torch.compile returned.
     """

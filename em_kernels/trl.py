@@ -265,6 +265,8 @@ class FusedDistillationTrainer(_HeadChecks, DistillationTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         with _adapter_on_the_head(distillation_trainer):
             super().__init__(*args, **kwargs)
+        if self.teacher_model is None:
+            raise ValueError("teacher_model: is None; give the model to learn from, or its name")
         self._check_all(self.model, self.teacher_model)
 
     def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:

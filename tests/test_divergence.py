@@ -358,6 +358,26 @@ def test_fp16_holds_gradients_of_any_size(
 
 
 @pytest.mark.parametrize("beta", BETAS)
+def test_fp16_holds_small_gradients_beside_large_ones(beta, dweight, monkeypatch):
+    """One token of a chunk is far from the reference, the others are next to it."""
+    monkeypatch.setattr(inputs, "operand_dtype", lambda weight: weight.dtype)  # as on a GPU
+    hidden, weight, _, ref_hidden, ref_weight, _ = draw_pair(
+        torch.float16, distance=2.0**-6, v=2000, ref_v=2000
+    )
+    hidden[3] *= 4  # its logits have a deviation of 12
+    exact = in_fp64([hidden, weight, ref_hidden, ref_weight])
+    leaf, mine = leaves(*exact[:2]), leaves(hidden, weight)
+    each = truth_of(logits_of(*leaf), logits_of(*exact[2:]), beta)
+    true = torch.autograd.grad(each.mean(), leaf)
+    scale = 2.0 ** math.floor(math.log2(256 / max(g.abs().max().item() for g in true)))
+    loss = scale * fused_divergence(*mine, ref_hidden, ref_weight, beta=beta)
+    found = [g.double() / scale for g in torch.autograd.grad(loss, mine)]
+    error = (found[0] - true[0]).norm(dim=1) / true[0].norm(dim=1)
+    assert error.max() < 20 * torch.finfo(torch.float16).eps
+    assert relative_error(found[1], true[1]) < 4 * torch.finfo(torch.float16).eps
+
+
+@pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("size", [0.0, 1e-6, 1.0, 30.0])
 @pytest.mark.parametrize("away", [1e-6, 1.0, 30.0])
 def test_no_gradient_exceeds_its_bound(away, size, beta):

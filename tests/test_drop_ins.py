@@ -229,8 +229,11 @@ BAD = {
     "hidden: expected .*, got a scalar": lambda: linear_cross_entropy(
         torch.ones(()), torch.ones(3, 2), torch.tensor(1)
     ),
-    "cliprange_lo: grpo_loss has no such argument": lambda: policy(
+    "cliprange_lo: verl_policy_loss has no such argument": lambda: policy(
         verl_policy_loss, cliprange_lo=1
+    ),
+    "beta: openrlhf_policy_loss has no such argument": lambda: policy(
+        openrlhf_policy_loss, beta=0.1
     ),
     "policy_loss_type: 'cispo' is unknown": lambda: policy(
         openrlhf_policy_loss, policy_loss_type="cispo"

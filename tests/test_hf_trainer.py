@@ -157,6 +157,10 @@ def test_statistics_of_the_same_pass(divisor, labels):
         assert_close(getattr(stats, name), truth.masked_fill(~counts, 0))
     assert torch.equal(stats.argmax, logits.argmax(-1).masked_fill(~counts, 0))
     assert stats.logsumexp is None
+    if labels:  # any numbers mark what counts
+        marked = {**batch, "labels": batch["labels"].masked_fill(counts.roll(1, 1), 10**6)}
+        _, others = entropy_loss(model, marked, return_stats=("argmax",), **settings)
+        assert torch.equal(others.argmax, stats.argmax)
 
 
 @pytest.mark.parametrize("labels", [True, False])
@@ -168,6 +172,7 @@ def test_token_accuracy(labels, tmp_path):
         for place in range(1, len(ids)):
             ids[place] = model(ids[None, :place]).logits[0, -1].argmax()
     changes = {"learning_rate": 0.0, "logging_steps": 3, "eval_strategy": "steps", "eval_steps": 2}
+    changes["per_device_eval_batch_size"] = 2
     trainer = EntropyTrainer(
         model,
         arguments(tmp_path, **changes),
@@ -183,6 +188,11 @@ def test_token_accuracy(labels, tmp_path):
     assert 0 < expected[0] != expected[1]
     assert found["mean_token_accuracy"] == pytest.approx(expected[0])
     assert found["eval_mean_token_accuracy"] == pytest.approx(expected[1])
+    prepare = trainer._prepare_inputs
+    trainer._prepare_inputs = lambda batch: trainer.evaluated.sum() and stop() or prepare(batch)
+    with pytest.raises(RuntimeError, match="stopped"):
+        trainer.evaluate()  # some batches have been counted
+    trainer._prepare_inputs = prepare
     metrics = trainer.evaluate(metric_key_prefix="held_out")
     assert metrics["held_out_mean_token_accuracy"] == pytest.approx(expected[1])
 
@@ -329,6 +339,17 @@ def stop():
     raise RuntimeError("stopped")
 
 
+def accuracy_of_five(folder, **changes):
+    """Evaluate five rows one by one: of two processes one has to repeat a row."""
+    rows, model = list(examples())[:5], make_model()
+    ids = rows[0]["input_ids"]
+    for place in range(1, len(ids)):
+        ids[place] = model(ids[None, :place]).logits[0, -1].argmax()
+    settings = arguments(folder, per_device_eval_batch_size=1, **changes)
+    trainer = EntropyTrainer(model, settings, eval_dataset=rows, data_collator=collate)
+    return trainer.evaluate()["eval_mean_token_accuracy"]
+
+
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """Results of two processes, each with half of the batches."""
@@ -344,6 +365,7 @@ def worker(folder):
     rank = int(os.environ["RANK"])
     halves = {"per_device_train_batch_size": 1, "ddp_backend": "gloo"}
     results = {"ddp": train(EntropyTrainer, folder, changes=halves, temperature=TAU)}
+    results["accuracy"] = accuracy_of_five(folder, ddp_backend="gloo")
     model = make_model(tied=False)
     for module in (*model.model.layers, model.lm_head, model):
         fully_shard(module)
@@ -361,6 +383,8 @@ def test_processes_with_ddp_equal_one(ranks, tmp_path):
     losses, weights = train(EntropyTrainer, tmp_path, temperature=TAU)
     with other_sums(1):
         near, others = train(EntropyTrainer, tmp_path, temperature=TAU)
+    expected = accuracy_of_five(tmp_path)
+    assert expected > 0 and [rank["accuracy"] for rank in ranks] == [pytest.approx(expected)] * 2
     for found, ours in (rank["ddp"] for rank in ranks):
         assert_as_near(*(map(torch.tensor, ([found], [losses]))), [torch.tensor([near])])
         assert_as_near(ours.values(), weights.values(), [[*others.values()]])
@@ -416,7 +440,9 @@ def test_bad_settings_of_the_trainer(tmp_path):
     with pytest.raises(TypeError, match="^model: Scaled's logits are not its head applied"):
         train(EntropyTrainer, tmp_path, Scaled(make_model().config))
     with pytest.raises(ValueError, match=r"^temperature: -1 is not > 0"):
-        train(EntropyTrainer, tmp_path, temperature=-1)
+        EntropyTrainer(make_model(), arguments(tmp_path), temperature=-1)
+    with pytest.raises(ValueError, match=r"^grad_tolerance: 3 is not in"):
+        EntropyTrainer(make_model(), arguments(tmp_path), grad_tolerance=3)
     for name in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
         with pytest.raises(ValueError, match=f"^{name}: the loss is the entropy"):
             EntropyTrainer(make_model(), arguments(tmp_path), **{name: print})

@@ -161,6 +161,8 @@ def test_grpo_over_what_sampling_left(level):
     logprob = logp.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
     stats = {"logprob": logprob, "entropy": -(logp.exp() * logp).sum(-1)}
     assert_same_gradients(loss, ours, trl_loss(stats, arguments), (hidden, weight))
+    whole = grpo_loss(*ours, targets, support=None, **arguments)
+    assert torch.equal(whole, grpo_loss(*ours, targets, **arguments)) and whole != loss
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
@@ -353,6 +355,7 @@ BAD = {
     "beta: kl_cov_loss has no such argument": lambda: of_covariance(kl_cov_loss, beta=0.1),
     "epsilon: -1 is not >= 0": lambda: of_covariance(clip_cov_loss, epsilon=-1),
     "bounds: 1.0 is not two numbers": lambda: of_covariance(clip_cov_loss, bounds=1.0),
+    r"bounds: \(5, 1\) is not two": lambda: of_covariance(clip_cov_loss, bounds=(5, 1)),
     "generator: with a process_group": lambda: of_covariance(clip_cov_loss, process_group="any"),
 }
 

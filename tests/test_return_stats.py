@@ -6,7 +6,7 @@ from test_chunked import work
 from torch.testing import assert_close
 from truth import draw, logits_of, stats_of
 
-from em_kernels import TokenStats, fused_token_loss
+from em_kernels import TokenStats, fused_token_loss, fused_token_stats
 
 N, D, V = 12, 8, 50
 NAMES = ("argmax", "entropy", "logprob", "logsumexp", "mean_logit", "log_collision")
@@ -73,6 +73,14 @@ def test_loss_and_gradients_keep_their_bits(dtype):
         assert all(torch.equal(*pair) for pair in zip(found[0], others, strict=True))
 
 
+def test_a_single_token():
+    hidden, weight, targets = inputs()
+    given = hidden[0, 0].detach(), weight, targets[0, 0]
+    loss, stats, extras = fused_token_loss(*given, with_extras, return_stats=("entropy",))
+    assert stats.entropy.shape == extras["twice"].shape == ()
+    assert_close(loss, stats.entropy - fused_token_stats(*given).logprob)
+
+
 def test_no_further_product():
     hidden, weight, targets = inputs()
     loss = lambda: fused_token_loss(hidden, weight, targets, with_extras, return_stats=NAMES)  # noqa: E731
@@ -128,6 +136,7 @@ def test_what_loss_fn_overwrites_is_returned_as_it_was():
 
 BAD = {
     "return_stats: 'entropy' is not a sequence of names": (plain, "entropy"),
+    "return_stats: 5 is not a sequence of names": (plain, 5),
     "return_stats: 'perplexity' is unknown; use some of entropy": (plain, ["perplexity"]),
     "loss_fn: returned extras, which nobody gets; pass return_stats": (with_extras, None),
     r"loss_fn: expected losses, or \(losses, a dict of extras\), got a tuple of Tensor, Tensor": (

@@ -246,6 +246,16 @@ def test_the_same_bits_again():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+def test_a_tolerance_is_not_used():
+    hidden, weight = (x.detach().requires_grad_() for x in draw(512, 64, 2048)[:2])
+    targets = torch.arange(3 * 512).view(512, 3)
+    for loss_fn in (lambda s, i: s.entropy, lambda s, i: s.logprob.sum(1)):
+        loss = fused_token_loss(hidden, weight, targets, loss_fn, grad_tolerance=0.01)
+        exact = fused_token_loss(hidden, weight, targets, loss_fn)
+        ours, truth = (torch.autograd.grad(x, (hidden, weight)) for x in (loss, exact))
+        assert torch.equal(loss, exact) and all(map(torch.equal, ours, truth))
+
+
 def test_refusals():
     hidden, weight, _, _ = draw(N, D, V)
     for wrong in (TARGETS + V, TARGETS - 101):

@@ -212,3 +212,5 @@ def test_refusals(tmp_path):
         make_trainer(
             FusedDistillationTrainer, make_model(), make_model(), tmp_path, peft_config=copied
         )
+    with pytest.raises(ValueError, match="^teacher_model: is None"):
+        make_trainer(FusedDistillationTrainer, make_model(), None, tmp_path)

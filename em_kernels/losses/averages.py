@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..functional import fused_token_loss, fused_token_stats
-from ..ops.checks import check_float, check_number, check_per_token
+from ..ops.checks import check_float, check_mask, check_number, check_per_token
 from ..reference import TokenStats
 
 HEAD_ARGUMENTS = (
@@ -42,6 +42,7 @@ def zeros_to_one(count: Tensor) -> Tensor:
 def wide_weights(mask: Tensor, hidden: Tensor) -> Tensor:
     """Return the mask in the dtype of the loss."""
     check_per_token("mask", mask, hidden)
+    check_mask(mask, hidden)
     return mask.to(torch.promote_types(hidden.dtype, torch.float32))
 
 
@@ -114,6 +115,7 @@ def sum_losses(
         losses, values = loss_fn(flat, slice(None))
         loss = (mask.reshape(-1) * losses).sum()
     else:
+        head.pop("support", None)
         loss, _, *found = fused_token_loss(
             hidden, weight, targets, loss_fn, mask=mask, return_stats=(), **head
         )

@@ -74,8 +74,8 @@ def clip_cov_loss(
     for name, value in (("epsilon", epsilon), ("epsilon_high", high)):
         if not check_number(name, value) >= 0:
             raise ValueError(f"{name}: {value} is not >= 0")
-    if not isinstance(bounds, Sequence) or len(bounds) != 2:
-        raise ValueError(f"bounds: {bounds} is not two numbers, (low, high)")
+    if not isinstance(bounds, Sequence) or len(bounds) != 2 or not bounds[0] < bounds[1]:
+        raise ValueError(f"bounds: {bounds} is not two numbers, (low, high) with low < high")
     ratio = _check_share(ratio)
     flat, weights = per_token(
         hidden, mask, True, targets=targets, advantages=advantages, old_logprobs=old_logprobs

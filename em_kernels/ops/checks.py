@@ -190,7 +190,7 @@ def check_transform(
         if not temperature.is_floating_point():
             raise TypeError(f"temperature: expected a floating dtype, got {temperature.dtype}")
         return temperature.reshape(-1), [*scale_and_cap, 1.0]
-    if not isinstance(temperature, Real):
+    if not isinstance(temperature, Real) or isinstance(temperature, bool):
         kind = type(temperature).__name__
         raise TypeError(f"temperature: expected a number or a tensor, got {kind}")
     tau = float(temperature)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..kernels import DivergenceTerms, FinishedRows, row_stride
-from ..reference import RowTransform, TokenStats
+from ..reference import RowTransform
 from .checks import HeadArguments
 from .gemm import gemm
 from .gradients import GradAccumulator, Gradients
@@ -20,12 +20,15 @@ from .inputs import (
     HeadInputs,
     build_inputs,
     part_of,
-    scale_upstream,
+    power_of_two,
     store_statistics,
 )
 from .memory import chunk_length, large_empty
 from .saved_gradients import weight_gradient
 from .weight_gradient import WeightGradCallback
+
+# fp16's largest number is 65504: its range for the entries of a dy whose bound is 1
+FP16_ROOM = 2.0**14
 
 
 class ReferenceArguments(NamedTuple):
@@ -137,25 +140,29 @@ def divergences(
             continue
         # An infinite divergence has no gradient, which all of its row says.
         per_row[5] = value_and_centre[1] + (value - value)
-        largest = _bound_of_gradient(value, beta) * weight * row.inv_temperature * row.logit_scale
-        _, scale = scale_upstream(TokenStats(largest), inputs.operand)
-        per_row[6] /= scale
+        scale = 1.0
+        if inputs.operand == torch.float16:
+            largest = _bound_of_gradient(value, beta) * weight * row.inv_temperature
+            scale = power_of_two(largest * row.logit_scale) / FP16_ROOM
+            per_row[6] /= scale
         accumulator.finish(accumulator.begin(tokens, hidden[tokens], terms, scale))
     return found, accumulator.result()
 
 
 def _bound_of_gradient(value: Tensor, beta: float) -> Tensor:
-    """Return what no |dz| (11) exceeds; fp16 needs the scale, as most are next to 0 or huge.
+    """Return what no |dz| (11) exceeds.
 
     By Pinsker's inequality half of sum |p - q| is at most sqrt(value / 2), and between the two
-    KL divergences at most sqrt(value / (2 beta (1 - beta))). (11) is at most beta |p - q| + value
-    there, and for r in q's place at most sqrt(2 KL(p || r)) + 2 KL(p || r).
+    KL divergences at most sqrt(value / (2 beta (1 - beta))). (11) is q - p at beta 0, at most
+    beta |p - q| + value between, and for r in q's place at most sqrt(2 KL(p || r)) + 2 KL(p || r).
     """
-    if beta in (0, 1):
-        factor = 0.5 + 0.5 * beta
-    else:
-        factor = min(0.5 * math.sqrt(beta / (1 - beta)), math.sqrt(1 - beta))
-    return 2 * value + factor * torch.sqrt(2 * value.clamp(min=0))
+    root = torch.sqrt(2 * value.clamp(min=0))
+    if beta == 0:
+        return (root / 2).clamp(max=1)
+    share = 1.0
+    if beta < 1:
+        share = min(0.5 * math.sqrt(beta / (1 - beta)), math.sqrt(1 - beta))
+    return 2 * value + share * root
 
 
 def sum_divergences(

@@ -284,8 +284,12 @@ def scale_upstream(upstream: TokenStats, operand: torch.dtype) -> tuple[TokenSta
     given = [x for x in upstream if x is not None]
     if operand != torch.float16 or not given or given[0].numel() == 0:
         return upstream, 1.0
-    sizes = torch.cat([x.flatten() for x in given]).abs().float()
+    power = power_of_two(torch.cat([x.flatten() for x in given]))
+    return TokenStats(*(None if x is None else x / power for x in upstream)), power
+
+
+def power_of_two(sizes: Tensor) -> float:
+    """Return the least power of two that no finite one of the sizes reaches, within 2^+-120."""
+    sizes = sizes.abs().float()
     largest = float(sizes.masked_fill(~sizes.isfinite(), 0).amax())
-    exponent = min(max(frexp(largest)[1], -120), 120)
-    scaled = (None if x is None else x * 2.0**-exponent for x in upstream)
-    return TokenStats(*scaled), 2.0**exponent
+    return 2.0 ** min(max(frexp(largest)[1], -120), 120)

@@ -2,9 +2,11 @@
 
 from contextlib import closing
 from pathlib import Path
+from weakref import WeakSet
 
 import torch
 from rich.console import Console
+from torch import nn
 from transformers import PreTrainedModel
 
 from .config import TrainConfig, read_yaml
@@ -26,6 +28,8 @@ from .settings import UserError
 from .stopping import why_stop_early
 from .task import Task, load_task
 
+TRAINED: WeakSet[nn.Module] = WeakSet()  # models that train() was given
+
 
 def train(
     config: TrainConfig,
@@ -41,7 +45,8 @@ def train(
 
     Args:
         console: where progress goes; default stderr.
-        model: config.model already loaded; trained in place.
+        model: config.model already loaded; trained in place. A resumed run takes one that no run
+            has trained.
         resume: continue the stopped run in output; settings that config leaves "auto" or None are
             taken from that run.
             On the same machine, with as many threads and processes, losses, norms and weights are
@@ -59,6 +64,8 @@ def train(
     run = Run(config, plan, task, console, ranks)
     with limited_memory(ranks.device, plan.device_limit - CONTEXT_BYTES):
         try:
+            if model is not None:
+                TRAINED.add(model)
             run.load(model)
         except torch.OutOfMemoryError as error:
             raise run.failed(error) from error
@@ -105,6 +112,9 @@ def _prepare(
     config: TrainConfig, model: PreTrainedModel | None, resume: bool, ranks: Ranks, console: Console
 ) -> tuple[TrainConfig, Task, Plan]:
     """Return settings as asked, task, and a plan with nothing left "auto"; write nothing."""
+    if resume and model in TRAINED:
+        why = "a run in this process has trained it; leave it out, and it is loaded again"
+        raise UserError(f"model: {why}")
     if resume:
         config = recorded_settings(config)
     else:

@@ -3,16 +3,19 @@
 import copy
 import json
 from contextlib import nullcontext
+from io import StringIO
 
 import pytest
 import torch
+from rich.console import Console
 from training.adapters import lora, trained, wide
-from training.tiny import loss_and_gradients, run, save_tiny, settings
+from training.tiny import loss_and_gradients, make_model, run, save_tiny, settings
 
 from em_kernels.commands import plan
 from em_kernels.training.console import update_line
 from em_kernels.training.rollouts.sampling import Rollout
 from em_kernels.training.settings import UserError
+from em_kernels.training.trainer import train
 
 PROMPT = [5, 6, 7]
 ROLLOUTS = [Rollout(PROMPT, [*range(8, 8 + n)], False) for n in (3, 1, 5)]
@@ -98,6 +101,26 @@ def test_a_run(mode, tmp_path):
     assert held[0]["divergence"] == 0 and held[-1]["divergence"] > 0
     assert " nats  KL 0  " in update_line(held[0], 3) and "KL" not in update_line(free[0], 3)
     assert held[0]["entropy"] == free[0]["entropy"] and held[-1]["entropy"] > free[-1]["entropy"]
+
+
+def test_a_model_that_was_trained_is_no_base(tmp_path):
+    """A run resumed with it would stay near what it has become."""
+    base = save_tiny(tmp_path / "model", "qwen2", tied=False)
+    config = settings(base, tmp_path / "run", steps=2, kl_weight=0.5)
+    model = make_model("qwen2", tied=False)
+    run(config, model)
+    longer = config.model_copy(update={"steps": 3})
+    with pytest.raises(UserError, match="^model: a run in this process has trained it; leave it"):
+        train(longer, console=Console(file=StringIO()), model=model, resume=True)
+    assert len(train(longer, console=Console(file=StringIO()), resume=True).metrics) == 3
+
+
+def test_a_budget_below_two_rows_of_logits(tmp_path):
+    base = save_tiny(tmp_path / "model", "qwen2", tied=False)
+    config = settings(base, tmp_path / "run", kl_weight=0.5, chunk_bytes=1500)
+    with pytest.raises(UserError, match="^chunk_bytes: "):
+        run(config)
+    assert not (tmp_path / "run" / "rollouts.jsonl").exists()
 
 
 def test_plans_count_a_second_model(capsys):

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from em_kernels.ops import chunked, inputs
 from em_kernels.ops.gemm import bf16_isa
 from em_kernels.ops.weight_gradient import StreamedWeightGrad
-from em_kernels.streamed_loss import entropy_loss_into
+from em_kernels.streamed_loss import divergence_into, entropy_loss_into
 from em_kernels.training import run as run_module
 from em_kernels.training.config import Sampling, TrainConfig
 from em_kernels.training.engines.shared_prefix import SharedPrefix
@@ -151,6 +151,26 @@ def test_head_on_a_gpu_where_dy_of_chunks_waits(states, monkeypatch):
     )
     assert max(live) <= 1.05 * planned
     assert counts == {20: [20], 33: [33], 50: [50], 300: [68] * 4 + [28]}[states]
+
+
+@pytest.mark.parametrize("states", [20, 300])
+def test_logits_of_both_models(states):
+    """A penalty holds two logits a state, also where all fit into the budget."""
+    words, width, chunk = 20000, 64, 1 << 26
+    model_config = AutoConfig.for_model(
+        "llama", **{**SMALL, "vocab_size": words, "hidden_size": width}
+    )
+    asked = config(mode="full", grad_tolerance=0, kl_weight=0.1)
+    planned = head_bytes(asked, ModelMemory(model_config, torch.float32), states, chunk, cuda=False)
+    hidden, weight, ref_hidden, ref_weight = (
+        torch.randn(n, width) for n in (states, words, states, words)
+    )
+    _, live = recorded(
+        lambda: divergence_into(
+            lambda words, values: None, hidden, weight, ref_hidden, ref_weight, chunk_bytes=chunk
+        )
+    )
+    assert 0.7 * planned <= max(live) <= 1.05 * planned
 
 
 MARK = 12_345_677  # bytes

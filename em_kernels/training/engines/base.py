@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...hf import check_head, head_of, require_gradients
-from ...streamed_loss import entropy_loss_into
+from ...streamed_loss import divergence_into, entropy_loss_into
 from ..config import TrainConfig
 from ..distributed import Ranks
 from ..rollouts.kv_cache import check_cache
@@ -53,6 +53,8 @@ class Engine:
             weight, chunk_bytes = head.weight.detach(), self.config.chunk_bytes
             token = weight.new_zeros(1, weight.shape[1])
             entropy_loss_into(None, token, weight, chunk_bytes=chunk_bytes)  # checks its arguments
+            if self.config.kl_weight:
+                divergence_into(None, token, weight, token, weight, chunk_bytes=chunk_bytes)
             return check_sampling(self.model)
         except (TypeError, ValueError) as error:
             raise UserError(str(error)) from error

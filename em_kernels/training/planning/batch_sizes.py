@@ -206,6 +206,9 @@ class BatchSizes:
         weights_to_device = trained * model.itemsize / rates.pcie if self.cuda else 0.0
         if config.mode == "offload" and self.cuda:
             to_host = max(backwards * weights_to_device, added_up / rates.host)
+            if config.kl_weight:  # each chunk of both models' logits has a dweight of its own
+                pairs = tokens * model.vocab_size * (8 + model.itemsize)
+                to_host += pairs / self.chunk_bytes * head * 4 / rates.pcie
             seconds["gradients to host"] = to_host
         else:
             seconds["training"] += added_up / rates.bandwidth

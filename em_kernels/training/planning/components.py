@@ -145,9 +145,11 @@ def head_bytes(
     total = rows * row
     if cuda and not config.grad_tolerance:  # logit gradients of waiting chunks fill chunk_bytes
         total = min(states * vocab_size * (4 + itemsize), chunk_bytes)
-    total += states * (hidden_size * 4 + STATISTICS_BYTES)
-    if config.kl_weight:  # the base model's states, and a second dhidden
+    if config.kl_weight:  # logits of both models; the base model's states, and a second dhidden
+        pair = vocab_size * (8 + itemsize * cuda)
+        total = max(total, chunk_length(states, pair, max(pair, chunk_bytes), device) * pair)
         total += states * hidden_size * (4 + itemsize)
+    total += states * (hidden_size * 4 + STATISTICS_BYTES)
     if config.mode != "lora":
         total += min(HEAD_SLAB_BYTES, vocab_size * hidden_size * 4)
     if config.grad_tolerance:
