@@ -123,6 +123,7 @@ def test_a_budget_below_two_rows_of_logits(tmp_path):
     assert not (tmp_path / "run" / "rollouts.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_plans_count_a_second_model(capsys):
     command = ["--model", "demo", "--gpu", "4090", "--json"]
     found = []
