@@ -227,10 +227,11 @@ def build_inputs(
     Args:
         head: as check_arguments returns it.
         collectives: a number that stands for the collective calls that follow; ranks must agree,
-            as in the number of targets.
+            as in the number of targets and the tolerance.
         grad_tolerance: of the sparse gradient.
         needs: whether gradients of hidden, weight and bias are wanted.
     """
+    asked = grad_tolerance
     if grad_tolerance > 0 and choice_costs.why_exact(head, needs):
         grad_tolerance = 0.0
     logit_scale, softcap, temperature = head.transform
@@ -238,7 +239,7 @@ def build_inputs(
     if head.group is not None:
         group = distributed_c10d._resolve_process_group(head.group)  # type: ignore[arg-type]
         several = head.targets.shape[1:].numel() if head.targets is not None else 0
-        number = hash((collectives, several))
+        number = hash((collectives, several, asked))
         shard = VocabularyShard(group, len(head.weight), head.weight.device, number)
     return HeadInputs(
         head.hidden,
