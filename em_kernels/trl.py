@@ -30,6 +30,7 @@ INTRINSIC_REWARDS: dict[str, Callable[[TokenStats, Tensor, int], Tensor]] = {
     "em_rl_token": lambda stats, mask, _: em_rl_token_reward(stats, mask),
     "em_rl_sequence": lambda stats, mask, _: em_rl_sequence_reward(stats, mask),
 }
+OF_STATISTICS = (rent_reward, intuitor_reward, em_rl_token_reward, em_rl_sequence_reward)
 
 
 class _HeadChecks:
@@ -116,6 +117,11 @@ class FusedGRPOTrainer(_HeadChecks, GRPOTrainer):
                 raise TypeError(
                     "reward_funcs: expected a name, a function or a reward model, or a list of "
                     f"these, got {type(name).__name__}"
+                )
+            if name in OF_STATISTICS:
+                known = name.__name__.removesuffix("_reward")
+                raise TypeError(
+                    f'reward_funcs: {name.__name__} takes statistics; give its name, "{known}"'
                 )
             if isinstance(name, str) and not (
                 name in INTRINSIC_REWARDS or "/" in name or os.path.isdir(name)

@@ -12,6 +12,7 @@ from torch.testing import assert_close
 from training.tiny import make_model, save_tiny
 from transformers import LlamaForCausalLM
 
+from em_kernels.losses import em_rl_token_reward, rent_reward
 from em_kernels.trl import INTRINSIC_REWARDS, FusedGRPOTrainer
 
 pytestmark = pytest.mark.slow  # each with transformers' Trainer, some seconds
@@ -151,5 +152,8 @@ def test_completions_that_are_left_out_have_no_reward(tmp_path):
 def test_unknown_names(tmp_path):
     with pytest.raises(ValueError, match="^reward_funcs: 'rents' is none of rent, intuitor, em_rl"):
         make_trainer(FusedGRPOTrainer, make_model(), tmp_path, [varied, "rents"])
+    for name, reward in (("rent", rent_reward), ("em_rl_token", em_rl_token_reward)):
+        with pytest.raises(TypeError, match=f'^reward_funcs: {name}_reward .*, "{name}"$'):
+            FusedGRPOTrainer("model", ["intuitor", reward])
     with pytest.raises(TypeError, match="^reward_funcs: expected .*, or a list .* got tuple"):
         make_trainer(FusedGRPOTrainer, make_model(), tmp_path, (varied, "rent"))
