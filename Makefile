@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 
 # Slow tests that CI runs beside make test: real launches, kills in every mode, whole programs.
 CI_TESTS := $(wildcard tests/test_trl*.py) $(addprefix tests/test_, \
-  bench.py bench_distillation.py cli.py docs.py drop_ins.py gpu_proof.py hf_adapters.py hf_trainer.py) \
+  bench.py bench_distillation.py cli.py docs.py drop_ins.py gpu_proof.py hf_adapters.py hf_trainer_ranks.py) \
   $(addprefix tests/training/test_,architectures.py base_penalty.py completions.py demo.py gpu_24gb.py \
   graders.py grading.py launch.py measured_memory.py memory_plan.py plan_command.py ranks.py report.py study.py suite.py)
 

@@ -3,10 +3,18 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from .functional import OF_TOP, REDUCTIONS, STATS, _check_stat_names, _require_grad
+from .functional import (
+    OF_TOP,
+    REDUCTIONS,
+    STATS,
+    _check_is_names,
+    _check_stat_names,
+    _require_grad,
+)
 from .ops.checks import (
     HeadArguments,
     check_arguments,
@@ -92,31 +100,20 @@ def fused_divergence(
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: {reduction!r} is unknown; use one of {', '.join(REDUCTIONS)}")
+    _check_is_names("return_stats", return_stats)
     for name in return_stats or ():
         if name in ("logprob", *OF_TOP):
             raise ValueError(
                 f"return_stats: {name} is not for fused_divergence; call fused_token_stats for it"
             )
     _check_stat_names("return_stats", return_stats, has_targets=False)
-    head, reference = check_pair(
-        hidden,
-        weight,
-        ref_hidden,
-        ref_weight,
-        beta=beta,
-        bias=bias,
-        ref_bias=ref_bias,
-        mask=mask,
-        temperature=temperature,
-        logit_scale=logit_scale,
-        softcap=softcap,
-        ref_logit_scale=ref_logit_scale,
-        ref_softcap=ref_softcap,
-        chunk_bytes=chunk_bytes,
-        process_group=process_group,
+    transform = (temperature, logit_scale, softcap)
+    head = check_arguments(hidden, weight, bias, None, mask, transform, chunk_bytes, process_group)
+    ref_transform, shape = (ref_logit_scale, ref_softcap), hidden.shape[:-1]
+    head, reference = check_reference(
+        head, shape, ref_hidden, ref_weight, ref_bias, ref_transform, beta
     )
     needs = _require_grad(*head[:3])
-    shape = hidden.shape[:-1]
     if reduction == "none":
         each, statistics, argmax = token_divergences_op(*head, *reference, needs)
         each = each.reshape(shape)
@@ -131,52 +128,46 @@ def fused_divergence(
     return loss, TokenStats(**{name: fields[name].reshape(shape) for name in return_stats})
 
 
-def check_pair(
-    hidden: Tensor,
-    weight: Tensor,
+def check_reference(
+    head: HeadArguments,
+    shape: torch.Size,
     ref_hidden: Tensor,
     ref_weight: Tensor,
-    *,
-    beta: float = 1.0,
-    bias: Tensor | None = None,
-    ref_bias: Tensor | None = None,
-    mask: Tensor | None = None,
-    temperature: float | Tensor = 1.0,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    ref_logit_scale: float = 1.0,
-    ref_softcap: float | None = None,
-    chunk_bytes: int | None = None,
-    process_group: ProcessGroup | None = None,
+    ref_bias: Tensor | None,
+    ref_transform: tuple[float, float | None],
+    beta: float,
 ) -> tuple[HeadArguments, ReferenceArguments]:
-    """Check fused_divergence's arguments, and return them in the form that the ops take."""
+    """Check what fused_divergence takes beside the model's head; return both heads' arguments.
+
+    Args:
+        head: of the model, as check_arguments returns it.
+        shape: (...) of its tokens.
+        ref_transform: (ref_logit_scale, ref_softcap).
+    """
     beta = check_number("beta", beta)
     if not 0 <= beta <= 1:
         raise ValueError(f"beta: {beta} is not in [0, 1]; 0 is the forward KL, 1 the reverse")
-    hidden, weight, bias = check_head(hidden, weight, bias)
     ref_hidden, ref_weight, ref_bias = check_head(ref_hidden, ref_weight, ref_bias, prefix="ref_")
-    if ref_hidden.shape[:-1] != hidden.shape[:-1]:
+    if ref_hidden.shape[:-1] != shape:
         raise ValueError(
-            f"ref_hidden: expected ({', '.join(map(str, hidden.shape[:-1]))}, D'), as hidden is "
-            f"{tuple(hidden.shape)}, got {tuple(ref_hidden.shape)}"
+            f"ref_hidden: expected ({', '.join(map(str, shape))}, D'), as hidden is "
+            f"{(*shape, head.hidden.shape[1])}, got {tuple(ref_hidden.shape)}"
         )
-    if ref_hidden.device != hidden.device:
+    if ref_hidden.device != head.hidden.device:
         raise ValueError(
-            f"ref_hidden: is on {ref_hidden.device}, hidden on {hidden.device}; move one"
+            f"ref_hidden: is on {ref_hidden.device}, hidden on {head.hidden.device}; move one"
         )
-    if process_group is not None and len(weight) != len(ref_weight):
+    if head.group is not None and len(head.weight) != len(ref_weight):
         raise ValueError(
-            f"ref_weight: has {len(ref_weight)} rows on this rank, weight {len(weight)}; split "
-            "both vocabularies alike"
+            f"ref_weight: has {len(ref_weight)} rows on this rank, weight {len(head.weight)}; "
+            "split both vocabularies alike"
         )
-    columns = min(len(weight), len(ref_weight))
-    weight, bias = weight[:columns], None if bias is None else bias[:columns]
-    transform = (temperature, logit_scale, softcap)
-    head = check_arguments(hidden, weight, bias, None, mask, transform, chunk_bytes, process_group)
+    columns = min(len(head.weight), len(ref_weight))
+    bias = None if head.bias is None else head.bias[:columns]
     reference = ReferenceArguments(
         ref_hidden.detach().reshape(-1, ref_hidden.shape[-1]),
         ref_weight.detach()[:columns],
         None if ref_bias is None else ref_bias.detach()[:columns],
-        [*check_scale_and_cap(ref_logit_scale, ref_softcap, "ref_"), beta],
+        [*check_scale_and_cap(*ref_transform, "ref_"), beta],
     )
-    return head, reference
+    return head._replace(weight=head.weight[:columns], bias=bias), reference

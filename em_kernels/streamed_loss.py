@@ -1,12 +1,10 @@
 """Losses without autograd, whose gradient of the weight is never held whole."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .divergence import check_pair
+from .divergence import check_reference
 from .functional import REDUCTIONS
 from .ops import choice_costs, chunked
 from .ops.checks import check_arguments, check_tolerance
@@ -85,29 +83,42 @@ def divergence_into(
     ref_hidden: Tensor,
     ref_weight: Tensor,
     *,
+    beta: float = 1.0,
     bias: Tensor | None = None,
-    **others: Any,
+    ref_bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ref_logit_scale: float = 1.0,
+    ref_softcap: float | None = None,
+    chunk_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Compute :func:`fused_divergence`'s sum and its gradients at once, without autograd.
 
     Args:
         on_weight_grad: as in :func:`entropy_loss_into`.
-        hidden, weight, ref_hidden, ref_weight, bias: as in :func:`fused_divergence`.
-        others: beta, ref_bias, mask, temperature, logit_scale, softcap, ref_logit_scale,
-            ref_softcap and chunk_bytes, as in :func:`fused_divergence`.
+        hidden, weight, ref_hidden, ref_weight, beta, bias, ref_bias, mask, temperature,
+            logit_scale, softcap, ref_logit_scale, ref_softcap, chunk_bytes: as in
+            :func:`fused_divergence`.
 
     Returns:
         The divergences' sum (), weighted by the mask, the gradient of hidden, shaped and rounded as
         hidden, and that of bias (V,) in fp32 if it requires grad, else None.
 
     Gradient: as in :func:`entropy_loss_into`; where ref_weight has fewer rows, the callback gets
-        no values for the others, and that of bias has as many as ref_weight.
+        no values for the others, and that of bias is 0 there.
     Precision: as in :func:`fused_divergence`.
     Memory: one chunk of both models' logits, fp32 dhidden, and 64 MiB for values.
     Raises: as :func:`fused_divergence`.
     """
     needs = GradMask(True, on_weight_grad is not None, bias is not None and bias.requires_grad)
-    head, reference = check_pair(hidden, weight, ref_hidden, ref_weight, bias=bias, **others)
+    transform, group = (temperature, logit_scale, softcap), None
+    head = check_arguments(hidden, weight, bias, None, mask, transform, chunk_bytes, group)
+    ref_transform, shape = (ref_logit_scale, ref_softcap), hidden.shape[:-1]
+    head, reference = check_reference(
+        head, shape, ref_hidden, ref_weight, ref_bias, ref_transform, beta
+    )
     pair = build_pair(head, reference, int(needs.hidden))
     divergence, _, gradients = sum_divergences(pair, False, needs, on_weight_grad)
     dhidden = gradients.hidden.to(hidden.dtype).reshape(hidden.shape)

@@ -301,6 +301,7 @@ def test_autocast_is_that_of_linear():
         ({"weight": None}, "^weight: expected a tensor"),
         ({"return_stats": ("top_logprobs",)}, "^return_stats: top_logprobs is not for fused_div"),
         ({"return_stats": ("logprob",)}, "^return_stats: logprob is not for fused_div"),
+        ({"return_stats": 5}, "^return_stats: 5 is not a sequence of names"),
         ({"reduction": "batchmean"}, "^reduction: 'batchmean'"),
         ({"mask": torch.ones(N, 1)}, "^mask: expected exactly"),
         ({"chunk_bytes": 7}, "^chunk_bytes: 7 is less"),

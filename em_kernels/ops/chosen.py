@@ -16,7 +16,7 @@ from ..reference import RowTransform
 from .inputs import part_of
 from .vocab_parallel import VocabularyShard
 
-# Logits whose z is copied at a time; a GPU launches twenty kernels for each block, and waits once.
+# Logits whose z is copied at a time; a GPU launches a dozen kernels for each block, and waits once.
 CPU_BLOCK, GPU_BLOCK = 1 << 21, 1 << 24
 
 
